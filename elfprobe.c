@@ -1,0 +1,1232 @@
+/* SPDX-License-Identifier: GPL-3.0-only
+ *
+ * elfprobe: hop-by-hop latency inside an application's own flow. The kernel's half.
+ *
+ *   application --> TC egress: elf_egress --------------------------------> device
+ *                      | a probe is due: bpf_clone_redirect()
+ *                      +--> the clone comes through elf_egress again, at once, on this CPU
+ *                             '-- tail call --> elf_probe: trim, lower the TTL, record --> device
+ *
+ *   device --> XDP: elf_ingress -- time exceeded, quotes a probe in flight --> results --> driver
+ *                      |-- sent by a destination ------> teaches how long the path is
+ *                      '-- passes on, unchanged, whatever it is (but for the answers, with INGRESS_DROP)
+ *
+ * elf_egress only reads. A program that writes to packets directly gets a prologue from the
+ * kernel that un-clones every packet before its first instruction (bpf_unclone_prologue() in
+ * net/core/filter.c); in elf_probe that costs the probes, in elf_egress it would cost the
+ * application. This is why there are two programs.
+ *
+ * Addresses are IPv6, IPv4 as v4-mapped (RFC 4291, 2.5.5.2), so that there is one path through the
+ * program. A variable that holds a value as it is on the wire is a __be*, the rest are host order.
+ * elfprobe.py compiles this file with BCC, with elfhooks.c or the user's own hooks in the place of
+ * its #include, and takes the layout of every struct in a map from BCC.
+ */
+
+/* ---- Build parameters: the driver's -D flags ---------------------------------------------- */
+
+#ifndef NOTRUNC
+#error "NOTRUNC: 0 trims probes to their headers, 1 keeps the payload"
+#endif
+#ifndef RATE_GLOBAL
+#error "RATE_GLOBAL: 0 spaces the probes to each hop by INTERVAL_NS, 1 all probes to a destination"
+#endif
+#ifndef INTERVAL_NS
+#error "INTERVAL_NS: least time between two probes, ns; 0 makes every packet carry one"
+#endif
+#ifndef MAX_RATE
+#error "MAX_RATE: most probes per second over all destinations, 1 or more"
+#endif
+#ifndef INGRESS_DROP
+#error "INGRESS_DROP: 1 drops time exceeded that answers a probe, 0 passes it to the stack"
+#endif
+#ifndef DESTINATIONS_MAX
+#error "DESTINATIONS_MAX: most destinations of interest at once"
+#endif
+#ifndef IN_FLIGHT_MAX
+#error "IN_FLIGHT_MAX: most probes waiting for their reply at once"
+#endif
+#ifndef RESULTS_PAGES
+#error "RESULTS_PAGES: size of the result ring, pages, a power of two"
+#endif
+
+/* ---- Limits ------------------------------------------------------------------------------- */
+
+#define NSEC_PER_MSEC 1000000ULL
+#define NSEC_PER_SEC 1000000000ULL
+
+/* Hops are numbered as their TTL is, from 1. A packet whose own TTL is no higher than this is
+ * somebody's traceroute: it is not probed, and so its replies are never taken for a probe's. */
+#define MAX_HOPS 32
+
+/* How far below the packet's own TCP sequence number a probe's may be. Firewalls accept numbers
+ * that are older by up to the receiver's window; this is below the smallest windows in use. */
+#define TCP_SEQ_BACK 2048
+
+/* Probes without an answer, in a row, before a hop counts as silent. */
+#define GRACE_ROUTER 8 /* a hop behind it answers, so it is a router for certain */
+#define GRACE_LAST 5   /* the farthest hop that answers: it may have become the destination */
+#define GRACE_BEYOND 2 /* beyond that one */
+#define SILENT_ROUTER_MAX (10 * NSEC_PER_SEC) /* longest rest of a silent router */
+#define SILENT_BEYOND_SHIFT 8                 /* longest rest beyond: 2^8 s */
+
+/* While the destination has not been heard: how long a hop is waited for before the next is tried. */
+#define STEP_WAIT (500 * NSEC_PER_MSEC)
+/* Packets in a row that must say so before a path is believed to have become longer. */
+#define LONGER_AFTER 16
+/* One probe in so many is sent one hop farther than the path is thought to be long. */
+#define EXPLORE_EVERY 20000
+
+/* Slack of the overall budget: a burst of as many probes as fit into it may go at once. The rate is
+ * set so much lower that no second ever holds more than MAX_RATE. */
+#define BUDGET_BURST (NSEC_PER_SEC / 100)
+#define BUDGET_COST ((NSEC_PER_SEC + BUDGET_BURST) / MAX_RATE + 1)
+
+#define UDP_HEAD 32      /* payload bytes that tell UDP packets with unfinished checksums apart */
+#define UDP_SUM_MAX 9216 /* longest UDP payload that is summed up here: jumbo frames */
+#define SUM_CHUNK 512    /* most that bpf_csum_diff() takes at once */
+
+/* ---- Headers (no kernel header is needed to compile this) --------------------------------- */
+
+#define ETH_P_IP 0x0800
+#define ETH_P_IPV6 0x86dd
+#define IPPROTO_ICMP 1
+#define IPPROTO_TCP 6
+#define IPPROTO_UDP 17
+#define IPPROTO_ICMPV6 58
+#define IP_MF_OR_OFFSET 0x3fff
+#define ICMP_ECHO_REPLY 0
+#define ICMP_DEST_UNREACH 3
+#define ICMP_ECHO 8
+#define ICMP_TIME_EXCEEDED 11
+#define ICMPV6_DEST_UNREACH 1
+#define ICMPV6_TIME_EXCEEDED 3
+#define ICMPV6_ECHO 128
+#define ICMPV6_ECHO_REPLY 129
+#define TCP_FIN 0x01
+#define TCP_SYN 0x02
+#define TCP_RST 0x04
+#define TCP_ACK 0x10
+
+#define TC_ACT_UNSPEC (-1)
+#define TC_ACT_SHOT 2
+#define EEXIST 17
+#define NET_XMIT_CN 2
+
+struct ethhdr {
+	__u8 h_dest[6], h_source[6];
+	__be16 h_proto;
+};
+
+struct iphdr {
+	__u8 version_ihl, tos;
+	__be16 tot_len, id, frag_off;
+	__u8 ttl, protocol;
+	__u16 check;
+	__be32 saddr, daddr;
+};
+
+struct address {
+	__be32 word[4];
+};
+
+struct ip6hdr {
+	__be32 version_class_label;
+	__be16 payload_len;
+	__u8 nexthdr, hop_limit;
+	struct address saddr, daddr;
+};
+
+struct tcphdr {
+	__be16 source, dest;
+	__be32 seq, ack_seq;
+	__u8 data_offset, flags;
+	__be16 window;
+	__u16 check;
+	__be16 urg_ptr;
+};
+
+struct udphdr {
+	__be16 source, dest, len;
+	__u16 check;
+};
+
+struct icmphdr {
+	__u8 type, code;
+	__u16 check;
+	__be16 id, sequence;
+};
+
+/* ---- Types shared with the driver --------------------------------------------------------- */
+
+/* What the quote in a time exceeded says of the probe: only fields that are quoted by every
+ * router (RFC 792: IP header and 8 bytes) and that nobody on the way changes. */
+struct probe_key {
+	struct address dest;
+	__be16 sport, dport; /* ICMP: echo identifier, 0 */
+	__u32 ident;         /* TCP: sequence number. ICMP: echo sequence. UDP: length << 16 | checksum */
+	__u32 protocol;
+};
+
+struct probe {
+	__u64 sendtime; /* CLOCK_MONOTONIC, ns, as are all times here */
+	__u32 seq;
+	__u32 origseq;
+	__u16 outipid;
+	__u8 outttl;
+	__u8 unused[5];
+};
+
+struct reply {
+	__u64 recvtime;
+	struct address responder;
+	__u32 recvcpu;
+	__u16 inipid;
+	__u8 recvttl;
+	__u8 unused;
+};
+
+struct result {
+	struct probe probe;
+	struct reply reply;
+	struct probe_key key;
+	__u32 unused;
+};
+
+struct hop {
+	__u64 due;        /* not to be probed before */
+	__u64 since;      /* when the first of the unanswered probes left, or the last reply came */
+	__u32 rtt;        /* latency of the last reply, us; 0: never answered */
+	__u32 unanswered; /* probes sent since the last reply */
+};
+
+/* A destination of interest and what is known of the way there. Written under schedule.lock. */
+struct path {
+	__u64 next_due;   /* no probe before; the one field that packets between probes read */
+	__u64 last_sent;  /* when the last probe left */
+	__u32 seq;        /* of the next probe */
+	__u8 length;      /* TTL that reaches the destination; 0: not known yet */
+	__u8 reverse;     /* what the TTL of its packets says that to be */
+	__u8 horizon;     /* farthest hop to probe while length is not known */
+	__u8 responsive;  /* farthest hop that answers; 0: none */
+	__u8 turn;        /* hop probed last */
+	__u8 longer;      /* packets in a row that say that the way has become longer */
+	__u8 explore;     /* probe one hop beyond, once */
+	__u8 last_router; /* distance of the last router, by the TTL of its replies */
+	struct hop hops[MAX_HOPS + 1];
+};
+
+/* Every way in which a packet or a probe can end has a counter. */
+struct counters {
+	__u64 probes;          /* left, in flight from then on */
+	__u64 replies;         /* time exceeded that answered one of them */
+	__u64 results_lost;    /* replies for which the result ring had no room */
+	__u64 send_failed;     /* dropped behind us: by a filter, the queue, the device */
+	__u64 clone_lost;      /* the clone never came through: no memory, or a filter before us took it */
+	__u64 build_failed;    /* the clone could not be trimmed or parsed */
+	__u64 hook_dropped;    /* by the hook's verdict */
+	__u64 key_busy;        /* one in flight could not have been told from it */
+	__u64 in_flight_full;  /* no room to wait for the reply */
+	__u64 over_max_rate;   /* due, but over the budget */
+	__u64 carrier_low_ttl; /* due, but the packet is somebody's traceroute */
+	__u64 carrier_unfit;   /* due, but the packet may not carry one: SYN, FIN, RST, fragment, other protocol */
+	__u64 driver_silent;   /* due, but the driver has not been heard for too long */
+	__u64 not_ours;        /* time exceeded that answers nothing in flight */
+	__u64 reached;         /* probes that the destination itself answered */
+};
+
+/* ---- Maps --------------------------------------------------------------------------------- */
+
+struct schedule {
+	struct bpf_spin_lock lock; /* every claim, over all destinations and CPUs */
+	__u64 budget;              /* theoretical arrival time of the next probe (GCRA) */
+};
+
+/* Carries a claim into the run of the clone, and what came of it back. */
+struct claim {
+	__u32 cloning;  /* the next packet on this CPU is the clone */
+	__u32 recorded; /* it is in flight, under key */
+	__u32 seq;
+	__u32 ttl;
+	__u64 time;     /* of the claim */
+	__u64 due;      /* of the hop, as the claim set it */
+	__u64 sendtime;
+	struct probe_key key;
+	__u32 unused;
+};
+
+/* Tells an unfinished UDP checksum, as quoted behind a device that never finishes it, from others. */
+struct udp_unfinished {
+	struct probe_key key; /* ident: length << 16 | unfinished checksum */
+	__u8 head[UDP_HEAD];
+};
+
+struct sum_buffer {
+	__u8 bytes[SUM_CHUNK + 4];
+};
+
+/* BCC's macro for a hash that takes memory only for what is in it. */
+BPF_F_TABLE("hash", struct address, struct path, paths, DESTINATIONS_MAX, BPF_F_NO_PREALLOC);
+BPF_HASH(in_flight, struct probe_key, struct probe, IN_FLIGHT_MAX);
+BPF_TABLE("lru_hash", struct udp_unfinished, __u32, unfinished, IN_FLIGHT_MAX);
+BPF_ARRAY(schedules, struct schedule, 1);
+BPF_ARRAY(alive_until, __u64, 1); /* the driver's heartbeat: no probe after this time */
+BPF_PERCPU_ARRAY(claims, struct claim, 1);
+BPF_PERCPU_ARRAY(counters, struct counters, 1);
+BPF_PERCPU_ARRAY(sum_buffers, struct sum_buffer, 1);
+BPF_PROG_ARRAY(programs, 1); /* 0: elf_probe */
+BPF_RINGBUF_OUTPUT(results, RESULTS_PAGES);
+BPF_ARRAY(result_layout, struct result, 1); /* never written: tells the driver what results hold */
+
+#define READ_ONCE(x) (*(volatile typeof(x) *)&(x))
+
+#define COUNT(field)                                                                                 \
+	do {                                                                                         \
+		struct counters *counters_ = this_cpu_counters();                                    \
+		if (counters_)                                                                       \
+			counters_->field++;                                                          \
+	} while (0)
+
+static inline struct counters *this_cpu_counters(void)
+{
+	int zero = 0;
+
+	return counters.lookup(&zero);
+}
+
+/* ---- Internet checksums (RFC 1071) -------------------------------------------------------- */
+
+/* 16-bit one's complement sum; never 0 for a sum that is not 0, as the kernel's own. */
+static inline __u16 csum_fold(__u64 sum)
+{
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return sum;
+}
+
+/* check after a 16-bit field that it covers went from one value to another (RFC 1624). */
+static inline __u16 csum_replace(__u16 check, __u16 from, __u16 to)
+{
+	return ~csum_fold((__u64)(__u16)~check + (__u16)~from + to);
+}
+
+static inline __u64 csum_address(const struct address *a)
+{
+	return (__u64)a->word[0] + a->word[1] + a->word[2] + a->word[3];
+}
+
+/* ---- Parsing: TC, XDP and the packet that a router quotes --------------------------------- */
+
+struct hdr_cursor {
+	void *pos;
+	void *end;
+};
+
+struct packet {
+	void *ip; /* struct iphdr or ip6hdr, by version */
+	__u32 version;
+	__u32 ip_len; /* bytes of the IP header */
+	__u32 protocol;
+	__u32 fragment; /* a part of a packet, the first one too */
+	__u32 ttl;
+	__u16 ip_id; /* IPv6: low 16 bits of the flow label */
+	struct address saddr, daddr;
+};
+
+static inline void map_v4(struct address *a, __be32 v4)
+{
+	a->word[0] = 0;
+	a->word[1] = 0;
+	a->word[2] = bpf_htonl(0xffff);
+	a->word[3] = v4;
+}
+
+static inline int parse_iphdr(struct hdr_cursor *nh, struct packet *pkt)
+{
+	struct iphdr *ip = nh->pos;
+	__u32 len;
+
+	if ((void *)(ip + 1) > nh->end || ip->version_ihl >> 4 != 4)
+		return -1;
+	len = (ip->version_ihl & 0xf) * 4;
+	if (len < sizeof(*ip) || nh->pos + len > nh->end)
+		return -1;
+	pkt->ip = ip;
+	pkt->version = 4;
+	pkt->ip_len = len;
+	pkt->protocol = ip->protocol;
+	pkt->fragment = ip->frag_off & bpf_htons(IP_MF_OR_OFFSET);
+	pkt->ttl = ip->ttl;
+	pkt->ip_id = bpf_ntohs(ip->id);
+	map_v4(&pkt->saddr, ip->saddr);
+	map_v4(&pkt->daddr, ip->daddr);
+	nh->pos += len;
+	return 0;
+}
+
+/* Extension headers are not looked behind: the protocol is then that of the first one. */
+static inline int parse_ip6hdr(struct hdr_cursor *nh, struct packet *pkt)
+{
+	struct ip6hdr *ip6 = nh->pos;
+
+	if ((void *)(ip6 + 1) > nh->end || (bpf_ntohl(ip6->version_class_label) >> 28) != 6)
+		return -1;
+	pkt->ip = ip6;
+	pkt->version = 6;
+	pkt->ip_len = sizeof(*ip6);
+	pkt->protocol = ip6->nexthdr;
+	pkt->fragment = 0;
+	pkt->ttl = ip6->hop_limit;
+	pkt->ip_id = bpf_ntohl(ip6->version_class_label);
+	pkt->saddr = ip6->saddr;
+	pkt->daddr = ip6->daddr;
+	nh->pos = ip6 + 1;
+	return 0;
+}
+
+/* Ethernet and IP header. Leaves the cursor behind both; -1: not whole, or something else. */
+static inline int parse_frame(struct hdr_cursor *nh, struct packet *pkt)
+{
+	struct ethhdr *eth = nh->pos;
+
+	if ((void *)(eth + 1) > nh->end)
+		return -1;
+	nh->pos = eth + 1;
+	if (eth->h_proto == bpf_htons(ETH_P_IP))
+		return parse_iphdr(nh, pkt);
+	if (eth->h_proto == bpf_htons(ETH_P_IPV6))
+		return parse_ip6hdr(nh, pkt);
+	return -1;
+}
+
+static inline int is_icmp(const struct packet *pkt)
+{
+	return pkt->version == 4 ? pkt->protocol == IPPROTO_ICMP : pkt->protocol == IPPROTO_ICMPV6;
+}
+
+static inline int is_echo(const struct packet *pkt, const struct icmphdr *icmp)
+{
+	return icmp->type == (pkt->version == 4 ? ICMP_ECHO : ICMPV6_ECHO);
+}
+
+static inline int is_echo_reply(const struct packet *pkt, const struct icmphdr *icmp)
+{
+	return icmp->type == (pkt->version == 4 ? ICMP_ECHO_REPLY : ICMPV6_ECHO_REPLY);
+}
+
+static inline int is_dest_unreach(const struct packet *pkt, const struct icmphdr *icmp)
+{
+	return icmp->type == (pkt->version == 4 ? ICMP_DEST_UNREACH : ICMPV6_DEST_UNREACH);
+}
+
+/* In transit (code 0); code 1 tells of fragments that did not become a packet. */
+static inline int is_time_exceeded(const struct packet *pkt, const struct icmphdr *icmp)
+{
+	return icmp->type == (pkt->version == 4 ? ICMP_TIME_EXCEEDED : ICMPV6_TIME_EXCEEDED) && icmp->code == 0;
+}
+
+/* The key of a probe, from its IP header and the 8 bytes behind it, at the cursor. -1: no probe. */
+static inline int parse_probe_key(struct hdr_cursor *nh, const struct packet *pkt, struct probe_key *key)
+{
+	struct udphdr *udp = nh->pos; /* TCP has its sequence number where UDP has length and checksum */
+	struct icmphdr *icmp = nh->pos;
+
+	if ((void *)(udp + 1) > nh->end)
+		return -1;
+	key->dest = pkt->daddr;
+	key->protocol = pkt->protocol;
+	key->sport = udp->source;
+	key->dport = udp->dest;
+	if (pkt->protocol == IPPROTO_TCP || pkt->protocol == IPPROTO_UDP) {
+		key->ident = (__u32)bpf_ntohs(udp->len) << 16 | bpf_ntohs(udp->check);
+	} else if (is_icmp(pkt) && is_echo(pkt, icmp)) {
+		key->sport = icmp->id;
+		key->dport = 0;
+		key->ident = bpf_ntohs(icmp->sequence);
+	} else {
+		return -1;
+	}
+	return 0;
+}
+
+/* The first bytes of a UDP packet's payload, zeros behind its end. -1: not all there. */
+static inline int parse_udp_head(struct hdr_cursor *nh, __u8 *head)
+{
+	struct udphdr *udp = nh->pos;
+	__u8 *payload = (__u8 *)(udp + 1);
+	__u32 i, len;
+
+	if ((void *)payload > nh->end)
+		return -1;
+	len = bpf_ntohs(udp->len) - sizeof(*udp);
+	__builtin_memset(head, 0, UDP_HEAD);
+#pragma unroll
+	for (i = 0; i < UDP_HEAD; i++) {
+		if (i < len) {
+			if ((void *)(payload + i + 1) > nh->end)
+				return -1;
+			head[i] = payload[i];
+		}
+	}
+	return 0;
+}
+
+/* ---- Hooks -------------------------------------------------------------------------------- */
+
+/* Called when a probe is complete, just before it is recorded and sent; ctx is the probe. A
+ * negative result drops it. What identifies a probe (addresses, ports, and see probe_key) must
+ * stay as it is: a reply to a changed one finds no probe. */
+static int elf_v4_icmp_beforesend(struct __sk_buff *ctx);
+static int elf_v4_tcp_beforesend(struct __sk_buff *ctx);
+static int elf_v4_udp_beforesend(struct __sk_buff *ctx);
+static int elf_v6_icmp_beforesend(struct __sk_buff *ctx);
+static int elf_v6_tcp_beforesend(struct __sk_buff *ctx);
+static int elf_v6_udp_beforesend(struct __sk_buff *ctx);
+
+/* Called for a time exceeded that answers a probe, before its result is recorded. */
+static void elf_v4_afterrecv(struct xdp_md *ctx);
+static void elf_v6_afterrecv(struct xdp_md *ctx);
+
+#include "elfhooks.c"
+
+static inline int hook_beforesend(struct __sk_buff *skb, __u32 version, __u32 protocol)
+{
+	if (protocol == IPPROTO_TCP)
+		return version == 4 ? elf_v4_tcp_beforesend(skb) : elf_v6_tcp_beforesend(skb);
+	if (protocol == IPPROTO_UDP)
+		return version == 4 ? elf_v4_udp_beforesend(skb) : elf_v6_udp_beforesend(skb);
+	return version == 4 ? elf_v4_icmp_beforesend(skb) : elf_v6_icmp_beforesend(skb);
+}
+
+/* ---- Scheduling: when a probe is due, and to which hop ------------------------------------ */
+
+/* What a hop that answers waits between two probes, ns. */
+#define HOP_INTERVAL (RATE_GLOBAL ? 0 : INTERVAL_NS)
+/* The same as a measure of patience, where INTERVAL_NS may be 0. */
+#define PATIENCE (INTERVAL_NS > NSEC_PER_MSEC ? INTERVAL_NS : NSEC_PER_MSEC)
+
+static inline __u64 min64(__u64 a, __u64 b)
+{
+	return a < b ? a : b;
+}
+
+static inline __u64 max64(__u64 a, __u64 b)
+{
+	return a > b ? a : b;
+}
+
+/* How long the hop rests after the probe that is about to be sent to it, ns. A silent router
+ * rests ever longer, since each probe costs it and us something. Beyond the last hop that
+ * answers there may be the destination, which a probe must not reach: rests there grow fast, the
+ * faster the farther. Replies that are merely late do not make a hop silent. */
+static inline __u64 rest_of_hop(struct path *path, __u32 nr, struct hop *hop, __u64 now)
+{
+	__u32 grace = nr < path->responsive    ? GRACE_ROUTER
+		      : nr == path->responsive ? GRACE_LAST
+					       : GRACE_BEYOND;
+	__u64 late = hop->rtt ? hop->rtt * 1250ULL + grace * PATIENCE : 0;
+	__u32 over;
+
+	if (hop->unanswered <= grace || now - hop->since <= late)
+		return HOP_INTERVAL;
+	over = hop->unanswered - grace - 1;
+	if (nr < path->responsive)
+		return min64(PATIENCE << min64(over, 16), SILENT_ROUTER_MAX);
+	if (nr == path->responsive) {
+		path->responsive--;
+		hop->unanswered = GRACE_BEYOND + 1;
+		over = 0;
+	}
+	return NSEC_PER_SEC << min64(2 * (over + nr - path->responsive - 1), SILENT_BEYOND_SHIFT);
+}
+
+/* Farthest hop to probe: short of the destination, or, while its distance is not known, step by
+ * step from the first hop on, each waited for the longer the more before it were silent. */
+static inline __u32 farthest_hop(struct path *path, __u64 now)
+{
+	__u32 horizon = path->horizon;
+	struct hop *hop;
+
+	if (path->length)
+		return path->length - 1;
+	if (horizon == 0) {
+		path->horizon = 1;
+	} else if (horizon < MAX_HOPS) {
+		hop = &path->hops[horizon];
+		if (hop->unanswered &&
+		    now - hop->since > STEP_WAIT << min64((__u32)(horizon - 1 - path->responsive), SILENT_BEYOND_SHIFT))
+			path->horizon = horizon + 1;
+	}
+	return path->horizon;
+}
+
+/* Claims the right to send one probe: fills in seq, ttl, time and due. 0, or -1 where none is due
+ * after all (another CPU was first, all hops rest, the budget is spent). */
+static inline int claim_probe(struct path *path, struct claim *claim, __u64 now)
+{
+	__u64 earliest = now + NSEC_PER_SEC;
+	struct schedule *schedule;
+	__u32 i, nr, farthest;
+	int zero = 0, err = -1;
+	struct hop *hop;
+
+	schedule = schedules.lookup(&zero);
+	if (!schedule)
+		return -1;
+	bpf_spin_lock(&schedule->lock);
+	if (now < path->next_due)
+		goto unlock;
+	farthest = farthest_hop(path, now);
+	if (path->length && path->length <= MAX_HOPS &&
+	    (path->explore || path->seq % EXPLORE_EVERY == EXPLORE_EVERY - 1)) {
+		path->turn = farthest;
+		farthest = path->length;
+	}
+#pragma unroll
+	for (i = 0; i < MAX_HOPS; i++) {
+		if (i < farthest) {
+			path->turn = path->turn < farthest ? path->turn + 1 : 1;
+			nr = READ_ONCE(path->turn); /* or else the verifier follows every hop's number apart */
+			if (nr > MAX_HOPS)
+				goto unlock;
+			hop = &path->hops[nr];
+			if (hop->due <= now)
+				goto found;
+			earliest = min64(earliest, hop->due);
+		}
+	}
+	path->next_due = max64(earliest, RATE_GLOBAL ? path->last_sent + INTERVAL_NS : 0);
+	goto unlock;
+found:
+	if (schedule->budget > now + BUDGET_BURST) {
+		path->turn = nr - 1;
+		err = -2;
+		goto unlock;
+	}
+	schedule->budget = max64(schedule->budget, now) + BUDGET_COST;
+	if (path->length && nr == path->length)
+		path->explore = 0;
+	if (hop->unanswered++ == 0)
+		hop->since = now;
+	hop->due = now + rest_of_hop(path, nr, hop, now);
+	path->next_due = RATE_GLOBAL ? now + INTERVAL_NS : 0;
+	path->last_sent = now;
+	claim->seq = path->seq++;
+	claim->ttl = nr;
+	claim->time = now;
+	claim->due = hop->due;
+	err = 0;
+unlock:
+	bpf_spin_unlock(&schedule->lock);
+	if (err == -2)
+		COUNT(over_max_rate);
+	return err;
+}
+
+/* Intervals are counted from when the probe really left; one that did not is not held against its hop. */
+static inline void settle_claim(struct path *path, const struct claim *claim, int sent)
+{
+	struct schedule *schedule;
+	struct hop *hop;
+	int zero = 0;
+
+	schedule = schedules.lookup(&zero);
+	if (!schedule || claim->ttl > MAX_HOPS)
+		return;
+	hop = &path->hops[claim->ttl];
+	bpf_spin_lock(&schedule->lock);
+	if (!sent) {
+		if (hop->unanswered)
+			hop->unanswered--;
+	} else {
+		if (hop->due == claim->due)
+			hop->due += claim->sendtime - claim->time;
+		path->last_sent = claim->sendtime;
+		if (RATE_GLOBAL)
+			path->next_due = max64(path->next_due, claim->sendtime + INTERVAL_NS);
+	}
+	bpf_spin_unlock(&schedule->lock);
+}
+
+/* Has the schedule looked at anew: hops became due earlier than was thought. */
+static inline void reschedule(struct path *path, __u64 due)
+{
+	if (RATE_GLOBAL)
+		due = max64(due, path->last_sent + INTERVAL_NS);
+	path->next_due = min64(path->next_due, due);
+}
+
+/* Routers between here and the sender of a packet that arrived with this TTL, which began as one
+ * of the values in use, and one more: the TTL with which to reach it. */
+static inline __u32 ttl_distance(__u32 ttl)
+{
+	__u32 initial = ttl <= 32 ? 32 : ttl <= 64 ? 64 : ttl <= 128 ? 128 : 255;
+
+	return min64(initial - ttl + 1, MAX_HOPS + 1);
+}
+
+/* A packet of the destination came with this TTL. Ways that seem shorter are believed at once,
+ * longer ones only when nothing says otherwise for a while: the error that does no harm. */
+static inline void learn_length(struct path *path, __u32 ttl, __u64 now)
+{
+	__u32 distance = ttl_distance(ttl);
+	struct schedule *schedule;
+	int zero = 0;
+
+	if (distance == path->reverse && !path->longer)
+		return;
+	schedule = schedules.lookup(&zero);
+	if (!schedule)
+		return;
+	bpf_spin_lock(&schedule->lock);
+	if (distance == path->reverse) {
+		path->longer = 0;
+	} else if (path->reverse && distance > path->reverse && path->longer < LONGER_AFTER) {
+		path->longer++;
+	} else {
+		path->longer = 0;
+		path->reverse = distance;
+		path->length = distance;
+		path->last_router = 0;
+		if (path->responsive >= distance)
+			path->responsive = distance - 1;
+		reschedule(path, now);
+	}
+	bpf_spin_unlock(&schedule->lock);
+}
+
+/* The hop at which the probe ended has answered, with a packet that arrived with this TTL. */
+static inline void learn_hop(struct path *path, const struct probe *probe, __u32 ttl, __u64 now)
+{
+	__u32 nr = probe->outttl, next = nr + 1;
+	struct schedule *schedule;
+	struct hop *hop, *beyond;
+	int zero = 0, silent;
+
+	schedule = schedules.lookup(&zero);
+	if (!schedule || nr == 0 || nr > MAX_HOPS)
+		return;
+	hop = &path->hops[nr];
+	bpf_spin_lock(&schedule->lock);
+	silent = nr >= path->responsive && hop->unanswered > GRACE_BEYOND;
+	hop->unanswered = 0;
+	hop->since = now;
+	hop->rtt = (now - probe->sendtime) / 1000 + 1;
+	hop->due = min64(hop->due, now + HOP_INTERVAL);
+	reschedule(path, hop->due);
+	if (nr > path->responsive)
+		path->responsive = nr;
+	if (silent && nr < MAX_HOPS) {
+		/* The way is open again: do not let the hops behind this one sleep on. */
+		beyond = &path->hops[next];
+		beyond->due = min64(beyond->due, now + HOP_INTERVAL);
+		beyond->unanswered = min64(beyond->unanswered, GRACE_BEYOND);
+	}
+	if (!path->length) {
+		if (nr >= path->horizon && nr < MAX_HOPS)
+			path->horizon = next;
+	} else if (nr >= path->length) {
+		path->length = next;
+		path->explore = 1;
+		path->last_router = 0;
+	} else if (next == path->length) {
+		/* Seen from here, the last router is one hop nearer than the destination. Where it
+		 * is not, the way there may be longer than the way back: look one hop farther, once. */
+		ttl = ttl_distance(ttl);
+		if (ttl != path->last_router && ttl + 1 != path->reverse)
+			path->explore = 1;
+		path->last_router = ttl;
+	}
+	bpf_spin_unlock(&schedule->lock);
+}
+
+/* A probe with this TTL reached the destination: the way there is no longer than that. */
+static inline void learn_reached(struct path *path, __u32 ttl)
+{
+	struct schedule *schedule;
+	int zero = 0;
+
+	schedule = schedules.lookup(&zero);
+	if (!schedule)
+		return;
+	bpf_spin_lock(&schedule->lock);
+	if (ttl && (!path->length || ttl < path->length))
+		path->length = ttl;
+	if (ttl && path->responsive >= ttl)
+		path->responsive = ttl - 1;
+	bpf_spin_unlock(&schedule->lock);
+}
+
+/* ---- Rewriting: the clone becomes the probe ----------------------------------------------- */
+
+/* What build_probe() tells of the probe it made. */
+struct built {
+	__u32 version;
+	__u32 protocol;
+	__u32 origseq;
+	__u16 ip_id;
+	__u16 unfinished; /* the UDP checksum is left to the device */
+	struct probe_key key;
+	struct udp_unfinished quoted; /* how the probe is quoted if no device finishes it */
+};
+
+/* One's complement sum of len bytes of the packet, of UDP_SUM_MAX at most. */
+static inline __u64 csum_skb(struct __sk_buff *skb, __u32 off, __u32 len)
+{
+	struct sum_buffer *buffer;
+	__u32 i, n, sum = 0;
+	int zero = 0;
+
+	buffer = sum_buffers.lookup(&zero);
+	if (!buffer || !len)
+		return 0;
+#pragma unroll
+	for (i = 0; i < UDP_SUM_MAX / SUM_CHUNK; i++) {
+		if (len > SUM_CHUNK) {
+			if (bpf_skb_load_bytes(skb, off, buffer->bytes, SUM_CHUNK))
+				return 0;
+			sum = bpf_csum_diff(0, 0, (__be32 *)buffer->bytes, SUM_CHUNK, sum);
+			off += SUM_CHUNK;
+			len -= SUM_CHUNK;
+		}
+	}
+	n = ((len - 1) & (SUM_CHUNK - 1)) + 1; /* a bound that the verifier sees, too */
+	if (bpf_skb_load_bytes(skb, off, buffer->bytes, n))
+		return 0;
+	buffer->bytes[n] = 0; /* bpf_csum_diff() takes words */
+	buffer->bytes[n + 1] = 0;
+	buffer->bytes[n + 2] = 0;
+	return bpf_csum_diff(0, 0, (__be32 *)buffer->bytes, (n + 3) & ~3, sum);
+}
+
+/* Bytes of header behind the IP header, -1 where they are not all there. */
+static inline int l4_header_len(struct hdr_cursor *nh, const struct packet *pkt)
+{
+	struct tcphdr *tcp = nh->pos;
+	int len = sizeof(struct udphdr);
+
+	if (pkt->protocol == IPPROTO_TCP) {
+		if ((void *)(tcp + 1) > nh->end)
+			return -1;
+		len = (tcp->data_offset >> 4) * 4;
+		if (len < (int)sizeof(*tcp))
+			return -1;
+	}
+	return nh->pos + len > nh->end ? -1 : len;
+}
+
+/* Trims the clone. What a probe keeps behind its headers: nothing for TCP, 2 bytes that make the
+ * checksum come out as wanted for UDP and ICMP; with NOTRUNC all of it, or of a packet that is yet
+ * to be segmented, what the first segment gets. Tells in exact whether the payload is kept. */
+static inline int trim_clone(struct __sk_buff *skb, int *exact)
+{
+	struct hdr_cursor nh = { (void *)(long)skb->data, (void *)(long)skb->data_end };
+	__u32 headers, payload, kept;
+	struct packet pkt = {};
+	int l4_len;
+
+	if (parse_frame(&nh, &pkt) < 0)
+		return -1;
+	l4_len = l4_header_len(&nh, &pkt);
+	if (l4_len < 0)
+		return -1;
+	headers = sizeof(struct ethhdr) + pkt.ip_len + l4_len;
+	if (skb->len < headers)
+		return -1;
+	payload = skb->len - headers;
+	*exact = NOTRUNC && (payload || pkt.protocol != IPPROTO_TCP);
+	if (!*exact)
+		kept = pkt.protocol == IPPROTO_TCP ? 0 : 2;
+	else
+		kept = skb->gso_size && skb->gso_size < payload ? skb->gso_size : payload;
+	if (kept == payload)
+		return bpf_skb_pull_data(skb, skb->len);
+	return bpf_skb_change_tail(skb, headers + kept, 0);
+}
+
+/* Makes the clone the probe that the claim says, all but its hook. 0, or -1: the clone is of no use. */
+static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, struct built *built)
+{
+	__u32 old_len, new_len, partial;
+	struct hdr_cursor nh, l4;
+	struct packet pkt = {};
+	__u64 pseudo, sum;
+	struct icmphdr *icmp;
+	struct ip6hdr *ip6;
+	struct tcphdr *tcp;
+	struct udphdr *udp;
+	struct iphdr *ip;
+	__u16 *balance, ttl, check;
+	int exact = 0;
+
+	old_len = skb->len;
+	if (trim_clone(skb, &exact) < 0)
+		return -1;
+	nh.pos = (void *)(long)skb->data;
+	nh.end = (void *)(long)skb->data_end;
+	if (parse_frame(&nh, &pkt) < 0)
+		return -1;
+	l4 = nh;
+	old_len -= sizeof(struct ethhdr) + pkt.ip_len;
+	new_len = skb->len - sizeof(struct ethhdr) - pkt.ip_len;
+
+	if (pkt.version == 4) {
+		ip = pkt.ip;
+		check = csum_replace(ip->check, ip->tot_len, bpf_htons(pkt.ip_len + new_len));
+		ip->tot_len = bpf_htons(pkt.ip_len + new_len);
+		ttl = *(__u16 *)&ip->ttl; /* with the protocol: checksums count in 16 bits */
+		ip->ttl = claim->ttl;
+		ip->check = csum_replace(check, ttl, *(__u16 *)&ip->ttl);
+	} else {
+		ip6 = pkt.ip;
+		ip6->payload_len = bpf_htons(new_len);
+		ip6->hop_limit = claim->ttl;
+	}
+
+	/* A checksum that is left to the device is, in memory, the sum of the pseudo header. A
+	 * finished one is that as well once in 65535 packets; such a probe's checksum is wrong,
+	 * which no router minds. */
+	pseudo = csum_address(&pkt.saddr) + csum_address(&pkt.daddr) + bpf_htonl(pkt.protocol);
+	built->unfinished = 0;
+	if (pkt.protocol == IPPROTO_TCP) {
+		tcp = l4.pos;
+		if ((void *)(tcp + 1) > l4.end)
+			return -1;
+		built->origseq = bpf_ntohl(tcp->seq);
+		partial = tcp->check == csum_fold(pseudo + bpf_htonl(old_len));
+		pseudo += bpf_htonl(new_len);
+		if (!exact) {
+			tcp->seq = bpf_htonl(built->origseq - 1 - claim->seq % TCP_SEQ_BACK);
+			tcp->flags = TCP_ACK;
+			tcp->urg_ptr = 0;
+			tcp->check = 0;
+			tcp->check = ~csum_fold(pseudo + csum_skb(skb, skb->len - new_len, new_len));
+		}
+		if (partial)
+			tcp->check = csum_fold(pseudo);
+	} else if (pkt.protocol == IPPROTO_UDP) {
+		udp = l4.pos;
+		balance = (__u16 *)(udp + 1);
+		if ((void *)balance > l4.end)
+			return -1;
+		built->origseq = bpf_ntohs(udp->check);
+		partial = udp->check == csum_fold(pseudo + bpf_htonl(old_len));
+		pseudo += bpf_htonl(new_len);
+		udp->len = bpf_htons(new_len);
+		sum = pseudo + udp->source + udp->dest + udp->len;
+		check = udp->check;
+		if (!exact) {
+			if ((void *)(balance + 1) > l4.end)
+				return -1;
+			check = bpf_htons(1 + claim->seq % 65535);
+			*balance = ~csum_fold(sum + check);
+			udp->check = check;
+		} else if (partial) {
+			check = ~csum_fold(sum + csum_skb(skb, skb->len - new_len + sizeof(*udp), new_len - sizeof(*udp)));
+			if (check == 0)
+				check = 0xffff;
+		}
+		if (partial) {
+			udp->check = csum_fold(pseudo);
+			built->unfinished = check;
+		}
+	} else if (is_icmp(&pkt)) {
+		icmp = l4.pos;
+		balance = (__u16 *)(icmp + 1);
+		if ((void *)balance > l4.end)
+			return -1;
+		built->origseq = bpf_ntohs(icmp->sequence);
+		if (!exact) {
+			if ((void *)(balance + 1) > l4.end)
+				return -1;
+			icmp->sequence = bpf_htons(claim->seq);
+			sum = pkt.version == 6 ? pseudo + bpf_htonl(new_len) : 0;
+			sum += *(__u16 *)icmp + icmp->check + icmp->id + icmp->sequence;
+			*balance = ~csum_fold(sum);
+		}
+	} else {
+		return -1;
+	}
+
+	built->version = pkt.version;
+	built->protocol = pkt.protocol;
+	built->ip_id = pkt.ip_id;
+	if (parse_probe_key(&l4, &pkt, &built->key) < 0)
+		return -1;
+	if (built->unfinished) {
+		built->quoted.key = built->key;
+		if (parse_udp_head(&l4, built->quoted.head) < 0)
+			return -1;
+		built->key.ident = new_len << 16 | bpf_ntohs(built->unfinished);
+	}
+	return 0;
+}
+
+/* Puts the probe in flight. 0, or -1 with the reason counted. */
+static inline int record_probe(const struct built *built, struct claim *claim)
+{
+	struct probe probe = {};
+	__u32 *ident;
+	struct probe_key key = built->key;
+	int err;
+
+	if (built->unfinished) {
+		ident = unfinished.lookup((struct udp_unfinished *)&built->quoted);
+		if (ident) {
+			key.ident = *ident;
+			if (in_flight.lookup(&key)) {
+				COUNT(key_busy);
+				return -1;
+			}
+			key.ident = built->key.ident;
+		}
+		unfinished.update((struct udp_unfinished *)&built->quoted, &key.ident);
+	}
+	probe.seq = claim->seq;
+	probe.origseq = built->origseq;
+	probe.outipid = built->ip_id;
+	probe.outttl = claim->ttl;
+	probe.sendtime = bpf_ktime_get_ns();
+	err = in_flight.insert(&key, &probe);
+	if (err == -EEXIST) {
+		COUNT(key_busy);
+		return -1;
+	}
+	if (err) {
+		COUNT(in_flight_full);
+		return -1;
+	}
+	claim->sendtime = probe.sendtime;
+	claim->key = key;
+	claim->recorded = 1;
+	return 0;
+}
+
+/* ---- TC egress ---------------------------------------------------------------------------- */
+
+/* The run of the clone, by tail call: makes it the probe, or drops it. */
+int elf_probe(struct __sk_buff *skb)
+{
+	struct built built = {};
+	struct claim *claim;
+	int zero = 0;
+
+	claim = claims.lookup(&zero);
+	if (!claim)
+		return TC_ACT_SHOT;
+	if (build_probe(skb, claim, &built) < 0) {
+		COUNT(build_failed);
+		return TC_ACT_SHOT;
+	}
+	if (hook_beforesend(skb, built.version, built.protocol) < 0) {
+		COUNT(hook_dropped);
+		return TC_ACT_SHOT;
+	}
+	return record_probe(&built, claim) < 0 ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+}
+
+/* May a copy of this packet, with a low TTL, harm nobody? At the cursor: what follows the IP header. */
+static inline int may_carry(struct hdr_cursor *nh, const struct packet *pkt)
+{
+	struct tcphdr *tcp = nh->pos;
+	struct icmphdr *icmp = nh->pos;
+
+	if (pkt->fragment || l4_header_len(nh, pkt) < 0)
+		return 0;
+	if (pkt->protocol == IPPROTO_TCP) {
+		if ((void *)(tcp + 1) > nh->end)
+			return 0;
+		return (tcp->flags & (TCP_SYN | TCP_FIN | TCP_RST | TCP_ACK)) == TCP_ACK;
+	}
+	if (is_icmp(pkt))
+		return (void *)(icmp + 1) <= nh->end && is_echo(pkt, icmp);
+	return pkt->protocol == IPPROTO_UDP;
+}
+
+/* Sends the probe that was claimed as a copy of the packet. 1 if it left. */
+static inline int send_probe(struct __sk_buff *skb, struct claim *claim)
+{
+	int ret;
+
+	claim->recorded = 0;
+	claim->cloning = 1;
+	ret = bpf_clone_redirect(skb, skb->ifindex, 0);
+	if (claim->cloning) {
+		claim->cloning = 0;
+		COUNT(clone_lost);
+		return 0;
+	}
+	if (!claim->recorded)
+		return 0;
+	if (ret && ret != NET_XMIT_CN && in_flight.delete(&claim->key) == 0) {
+		COUNT(send_failed);
+		return 0;
+	}
+	COUNT(probes);
+	return 1;
+}
+
+/* Every packet that leaves. Never changes one; TC_ACT_UNSPEC lets the filters behind have it. */
+int elf_egress(struct __sk_buff *skb)
+{
+	struct hdr_cursor nh = { (void *)(long)skb->data, (void *)(long)skb->data_end };
+	struct packet pkt = {};
+	struct claim *claim;
+	struct path *path;
+	int zero = 0;
+	__u64 now, *alive;
+
+	claim = claims.lookup(&zero);
+	if (!claim)
+		return TC_ACT_UNSPEC;
+	if (claim->cloning) {
+		claim->cloning = 0;
+		programs.call(skb, 0);
+		COUNT(build_failed);
+		return TC_ACT_SHOT;
+	}
+	if (parse_frame(&nh, &pkt) < 0)
+		return TC_ACT_UNSPEC;
+	path = paths.lookup(&pkt.daddr);
+	if (!path)
+		return TC_ACT_UNSPEC;
+	now = bpf_ktime_get_ns();
+	if (now < path->next_due)
+		return TC_ACT_UNSPEC;
+	if (!may_carry(&nh, &pkt)) {
+		COUNT(carrier_unfit);
+		return TC_ACT_UNSPEC;
+	}
+	if (pkt.ttl <= MAX_HOPS) {
+		COUNT(carrier_low_ttl);
+		return TC_ACT_UNSPEC;
+	}
+	alive = alive_until.lookup(&zero);
+	if (!alive || now > *alive) {
+		COUNT(driver_silent);
+		return TC_ACT_UNSPEC;
+	}
+	if (claim_probe(path, claim, now) == 0)
+		settle_claim(path, claim, send_probe(skb, claim));
+	return TC_ACT_UNSPEC;
+}
+
+/* ---- XDP ingress -------------------------------------------------------------------------- */
+
+/* Finds the probe that a router quotes, at the cursor. */
+static inline struct probe *find_probe(struct hdr_cursor *nh, const struct packet *quote, struct probe_key *key)
+{
+	struct udp_unfinished quoted = {};
+	struct probe *probe;
+	__u32 *ident;
+
+	if (parse_probe_key(nh, quote, key) < 0)
+		return 0;
+	probe = in_flight.lookup(key);
+	if (probe || quote->protocol != IPPROTO_UDP)
+		return probe;
+	quoted.key = *key;
+	if (parse_udp_head(nh, quoted.head) < 0)
+		return 0;
+	ident = unfinished.lookup(&quoted);
+	if (!ident)
+		return 0;
+	key->ident = *ident;
+	return in_flight.lookup(key);
+}
+
+/* A time exceeded, its quote at the cursor. 1 if it answers a probe of ours. */
+static inline int receive_reply(struct xdp_md *ctx, struct hdr_cursor *nh, const struct packet *outer, __u64 now)
+{
+	struct result result = {};
+	struct packet quote = {};
+	struct probe *probe;
+	struct path *path;
+
+	if ((outer->version == 4 ? parse_iphdr(nh, &quote) : parse_ip6hdr(nh, &quote)) < 0)
+		return 0;
+	probe = find_probe(nh, &quote, &result.key);
+	if (!probe)
+		return 0;
+	result.probe = *probe;
+	/* Whoever removes it owns it: another CPU, or the driver for which it is too old. */
+	if (in_flight.delete(&result.key))
+		return 0;
+	result.reply.recvtime = now;
+	result.reply.responder = outer->saddr;
+	result.reply.recvcpu = bpf_get_smp_processor_id();
+	result.reply.inipid = quote.ip_id;
+	result.reply.recvttl = outer->ttl;
+	path = paths.lookup(&result.key.dest);
+	if (path)
+		learn_hop(path, &result.probe, outer->ttl, now);
+	if (outer->version == 4)
+		elf_v4_afterrecv(ctx);
+	else
+		elf_v6_afterrecv(ctx);
+	COUNT(replies);
+	if (results.ringbuf_output(&result, sizeof(result), 0))
+		COUNT(results_lost);
+	return 1;
+}
+
+/* An echo reply or an unreachable of a destination: does it answer a probe, which came too far then? */
+static inline void notice_reached(struct hdr_cursor *nh, const struct packet *pkt, struct path *path)
+{
+	struct icmphdr *icmp = nh->pos;
+	struct packet quote = {};
+	struct probe_key key = {};
+	struct probe *probe;
+
+	if ((void *)(icmp + 1) > nh->end)
+		return;
+	if (is_echo_reply(pkt, icmp)) {
+		if (NOTRUNC)
+			return; /* its sequence number is the application's own */
+		key.dest = pkt->saddr;
+		key.protocol = pkt->protocol;
+		key.sport = icmp->id;
+		key.ident = bpf_ntohs(icmp->sequence);
+		probe = in_flight.lookup(&key);
+	} else if (is_dest_unreach(pkt, icmp)) {
+		nh->pos = icmp + 1;
+		if ((pkt->version == 4 ? parse_iphdr(nh, &quote) : parse_ip6hdr(nh, &quote)) < 0)
+			return;
+		probe = find_probe(nh, &quote, &key);
+	} else {
+		return;
+	}
+	if (!probe)
+		return;
+	learn_reached(path, probe->outttl);
+	COUNT(reached);
+}
+
+/* Every packet that arrives. All pass, but for the replies to our probes with INGRESS_DROP. */
+int elf_ingress(struct xdp_md *ctx)
+{
+	__u64 now = bpf_ktime_get_ns();
+	struct hdr_cursor nh = { (void *)(long)ctx->data, (void *)(long)ctx->data_end };
+	struct packet pkt = {};
+	struct icmphdr *icmp;
+	struct path *path;
+
+	if (parse_frame(&nh, &pkt) < 0)
+		return XDP_PASS;
+	icmp = nh.pos;
+	if (is_icmp(&pkt) && !pkt.fragment && (void *)(icmp + 1) <= nh.end && is_time_exceeded(&pkt, icmp)) {
+		nh.pos = icmp + 1;
+		if (receive_reply(ctx, &nh, &pkt, now))
+			return INGRESS_DROP ? XDP_DROP : XDP_PASS;
+		COUNT(not_ours);
+		return XDP_PASS;
+	}
+	path = paths.lookup(&pkt.saddr);
+	if (!path)
+		return XDP_PASS;
+	if (is_icmp(&pkt) && !pkt.fragment)
+		notice_reached(&nh, &pkt, path);
+	learn_length(path, pkt.ttl, now);
+	return XDP_PASS;
+}

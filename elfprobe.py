@@ -1,0 +1,1135 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-3.0-only
+"""Hop-by-hop latency inside an application's own flow.
+
+$ sudo python3 elfprobe.py -i eno2 -a speedtest
+14:02:11.402 probing on eno2, XDP native, answers dropped; rows go to elf.csv
+14:02:12.418 of interest: 203.0.113.80 (speedtest 4127)
+^C14:02:19.120 2804 probes, 2797 replies, 7 unanswered
+$ head -3 elf.csv
+recvcpu,seq,origseq,latency,sendtime,recvtime,dest,responder,outttl,recvttl,sport,dport,protocol,outipid,inipid
+0,0,2943351213,211358,731841604110,731841815468,203.0.113.80,192.0.2.1,1,64,40112,443,6,21931,21931
+1,1,2943352661,1498120,731851689002,731853187122,203.0.113.80,198.51.100.9,2,254,40112,443,6,21945,21945
+
+A TC egress program clones one of the application's own packets now and then, lowers the clone's
+TTL and sends it along; the router where the TTL ends answers with an ICMP time exceeded, which an
+XDP program reads and times. Both are in elfprobe.c, which this driver compiles with BCC, attaches,
+tells what is of interest, and drains into FILEBASE.csv.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import errno
+import functools
+import ipaddress
+import logging
+import logging.handlers
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import threading
+import time
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
+
+MISSING: Dict[str, str] = {}  # module -> Debian's name of the package that has it
+try:
+    import bcc
+except ImportError:
+    MISSING["bcc"] = "python3-bpfcc"
+try:
+    import pyroute2
+except ImportError:
+    MISSING["pyroute2"] = "python3-pyroute2"
+try:
+    import psutil
+except ImportError:
+    MISSING["psutil"] = "python3-psutil"
+
+VERSION = "0.1.0"
+HERE = os.path.dirname(os.path.realpath(__file__))
+C_FILE = os.path.join(HERE, "elfprobe.c")
+HOOKS_FILE = os.path.join(HERE, "elfhooks.c")
+
+COLUMNS = (
+    "recvcpu", "seq", "origseq", "latency", "sendtime", "recvtime", "dest", "responder",
+    "outttl", "recvttl", "sport", "dport", "protocol", "outipid", "inipid",
+)  # fmt: skip
+
+UNANSWERED_AFTER = 5.0  # s that a probe may be outstanding
+ALIVE_FOR = 2.0  # s without a heartbeat after which the kernel makes no more probes
+BEAT_EVERY = 0.5  # s
+DRAIN_EVERY = 0.05  # s between two looks at the result ring
+STRAY_REPLIES = 0.5  # s to wait for replies after the last probe
+SCAN_EVERY = 1.0  # s between two looks at the processes
+LINGER = 30.0  # s that a destination stays of interest after its last connection ended
+DESTINATIONS_MAX = 65536
+RESULTS_PAGES = 1024  # of the result ring: 4 MiB hold what 50 ms at 800,000 rows a second bring
+
+ARPHRD_ETHER = 1  # linux/if_arp.h
+ARPHRD_LOOPBACK = 772
+XDP_FLAGS_UPDATE_IF_NOEXIST = 1  # linux/if_link.h
+XDP_FLAGS_SKB_MODE = 2
+XDP_FLAGS_DRV_MODE = 4
+XDP_MODES = {"xdp": "native", "xdpgeneric": "generic"}  # as ip link and pyroute2 say, and as people do
+CLSACT_EGRESS = 0xFFFFFFF3  # TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_EGRESS), linux/pkt_sched.h
+ETH_P_ALL = 0x0003
+
+# What runs a script named on its command line.
+INTERPRETER = re.compile(r"(python|perl|ruby|node|nodejs|php|lua|tclsh|Rscript|sh|bash|dash|zsh|ksh)[\d.]*$")
+
+log = logging.getLogger("elfprobe")
+
+
+class Failure(Exception):
+    """What ends the run, as the one line that the user gets. status: 2 for usage, 1 for the rest."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+# ---- Configuration ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The command line, checked as far as it can be without looking at the machine."""
+
+    interface: str
+    addresses: Tuple[str, ...] = ()
+    apps: Tuple[str, ...] = ()
+    pids: Tuple[int, ...] = ()
+    ingress: str = "drop"
+    logfile: bool = False
+    filebase: str = "elf"
+    debug: bool = False
+    probeint: int = 10  # ms
+    rate_global: bool = False
+    notrunc: bool = False
+    hooks: str = HOOKS_FILE
+    quiet: bool = False
+    duration: Optional[float] = None  # s
+    max_rate: int = 50000  # probes per second
+
+    def build_flags(self) -> Dict[str, str]:
+        """The -D flags of elfprobe.c."""
+        waiting = self.max_rate * (UNANSWERED_AFTER + 1)
+        return {
+            "NOTRUNC": str(int(self.notrunc)),
+            "RATE_GLOBAL": str(int(self.rate_global)),
+            "INTERVAL_NS": "%dULL" % (self.probeint * 1000000),
+            "MAX_RATE": "%dULL" % self.max_rate,
+            "INGRESS_DROP": str(int(self.ingress == "drop")),
+            "DESTINATIONS_MAX": str(DESTINATIONS_MAX),
+            "IN_FLIGHT_MAX": str(1 << int(min(max(waiting, 1024), 1 << 18) - 1).bit_length()),
+            "RESULTS_PAGES": str(RESULTS_PAGES),
+        }
+
+
+EXAMPLES = """\
+examples:
+  elfprobe.py -i eno2 -a speedtest           the flows of every speedtest, started now or later
+  elfprobe.py -i eno2 -P 4127 -r g -p 100    of one process and its children, 10 probes a second
+  elfprobe.py -i eno2 example.net 192.0.2.7  whatever goes to these destinations
+  elfprobe.py -i eno2 -I pass -T -l @hosts   destinations from a file, payload kept, elf.log too
+
+While it runs, probes ride on packets that the application sends; without traffic there are none.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise Failure(message, 2)
+
+
+def whole_number(least: int, most: int, unit: str) -> Callable[[str], int]:
+    """An argparse type: a decimal number between two bounds, which the message names."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of {unit}, {least} to {most}")
+        return int(text)
+
+    return parse
+
+
+def positive_seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds above 0")
+    return value
+
+
+def not_empty(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
+def rate_type(text: str) -> str:
+    full = {"g": "global", "h": "perhop"}.get(text, text)
+    if full not in ("global", "perhop"):
+        raise argparse.ArgumentTypeError(f"'{text}' is none of g, global, h, perhop")
+    return full
+
+
+class ShowVersion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        found = {
+            "BCC": getattr(sys.modules.get("bcc"), "__version__", "missing"),
+            "pyroute2": getattr(sys.modules.get("pyroute2"), "__version__", "missing"),
+            "psutil": getattr(sys.modules.get("psutil"), "__version__", "missing"),
+        }
+        parts = ", ".join(f"{name} {version}" for name, version in found.items())
+        print(f"elfprobe {VERSION}: Linux {os.uname().release}, {parts}, Python {sys.version.split()[0]}")
+        parser.exit()
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="elfprobe.py",
+        usage="sudo python3 elfprobe.py -i INTERFACE [options] [address ...]",
+        description="Shows hop by hop where the latency of a running application comes from, by lowering "
+        "the TTL of copies of the application's own packets. At least one of -a, -P and an address is needed.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("addresses", nargs="*", type=not_empty, metavar="address",
+        help="destination of interest: a name (all its addresses), an IPv4 or IPv6 address, "
+        "or @FILE with one of them per line")  # fmt: skip
+    add("-i", "--interface", required=True, type=not_empty, help="the device to attach to")
+    add("-a", "--app", action="append", default=[], type=not_empty,
+        help="probe the flows of processes of this name: the process's, its executable's, "
+        "or its script's; may be given again")  # fmt: skip
+    add("-P", "--pid", action="append", default=[], type=whole_number(1, 2**22, "the process IDs"),
+        help="probe the flows of this process and its children; may be given again")  # fmt: skip
+    add("-p", "--probeint", default=10, type=whole_number(0, 1000, "milliseconds"),
+        help="least interval between two probes, ms, 0 to 1000; 0: a probe for every packet "
+        "that may carry one (default: 10)")  # fmt: skip
+    add("-r", "--ratetype", default="perhop", type=rate_type, metavar="{g,global,h,perhop}",
+        help="what -p spaces out: global, all probes to a destination; perhop, those to each "
+        "hop of a destination (default: perhop)")  # fmt: skip
+    add("-T", "--notrunc", action="store_true", help="probes keep the payload of the packet they were cloned from")
+    add("-I", "--ingress", choices=("pass", "drop"), default="drop",
+        help="what to do with the time exceeded that answers a probe, once it is recorded "
+        "(default: drop); every other packet passes")  # fmt: skip
+    add("-e", "--encapsulation", choices=("ethernet", "ipinip", "ip6inip"), default="ethernet",
+        help="how packets look on the wire: IP in Ethernet, IPv4 in IPv4, IPv6 in IPv4 "
+        "(default: ethernet)")  # fmt: skip
+    add("-f", "--filebase", default="elf", type=not_empty, help="base name of FILEBASE.csv and FILEBASE.log (default: elf)")
+    add("-l", "--logfile", action="store_true", help="also log to FILEBASE.log")
+    add("-q", "--quiet", action="store_true", help="no log on the console (implies -l)")
+    add("-d", "--debug", action="store_true", help="more log, the BPF counters included")
+    add("-H", "--hooks", default=HOOKS_FILE, metavar="FILE", help="hooks file to compile in (default: elfhooks.c beside elfprobe.py)")
+    add("--duration", type=positive_seconds, metavar="SECONDS", help="stop after so long (default: on a signal)")
+    add("--max-rate", default=50000, type=whole_number(1, 10**6, "probes per second"), metavar="N",
+        help="most probes per second over all destinations together (default: 50000)")  # fmt: skip
+    add("--version", nargs=0, action=ShowVersion, help="version, and what it runs on")
+    return parser
+
+
+def parse_arguments(argv: List[str]) -> Config:
+    """Raises Failure (status 2) for what cannot be meant."""
+    args = argument_parser().parse_intermixed_args(argv)
+    if not (args.addresses or args.app or args.pid):
+        raise Failure("nothing to probe: give an address, -a APP or -P PID", 2)
+    if args.encapsulation != "ethernet":
+        raise Failure(f"argument -e/--encapsulation: '{args.encapsulation}' is not supported yet, only ethernet is", 2)
+    return Config(
+        interface=args.interface,
+        addresses=tuple(args.addresses),
+        apps=tuple(args.app),
+        pids=tuple(args.pid),
+        ingress=args.ingress,
+        logfile=args.logfile or args.quiet,
+        filebase=args.filebase,
+        debug=args.debug,
+        probeint=args.probeint,
+        rate_global=args.ratetype == "global",
+        notrunc=args.notrunc,
+        hooks=args.hooks,
+        quiet=args.quiet,
+        duration=args.duration,
+        max_rate=args.max_rate,
+    )
+
+
+# ---- Addresses: 16 bytes, IPv4 as v4-mapped (RFC 4291, 2.5.5.2), as in elfprobe.c -----------------
+
+V4_MAPPED = bytes(10) + b"\xff\xff"
+
+
+def pack_address(text: str) -> bytes:
+    """16 bytes of an IPv4 or IPv6 address, a scope left out; ValueError for anything else."""
+    address = ipaddress.ip_address(text.split("%")[0])
+    return V4_MAPPED + address.packed if address.version == 4 else address.packed
+
+
+@functools.lru_cache(maxsize=65536)
+def address_text(packed: bytes) -> str:
+    if packed.startswith(V4_MAPPED):
+        return socket.inet_ntop(socket.AF_INET, packed[12:])
+    return socket.inet_ntop(socket.AF_INET6, packed)
+
+
+def is_remote(packed: bytes) -> bool:
+    """Whether packets to it could leave this host: not loopback, not unspecified. Private ones could."""
+    address = ipaddress.ip_address(address_text(packed))
+    return not (address.is_loopback or address.is_unspecified)
+
+
+def resolve(name: str) -> Set[bytes]:
+    """All addresses of a name, or the one that it spells. Raises Failure."""
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as err:
+        reason = err.strerror if isinstance(err, OSError) else "not a host name"
+        raise Failure(f"address '{name}': neither an address nor a name that resolves ({reason})") from err
+    return {pack_address(str(sockaddr[0])) for *_, sockaddr in found}
+
+
+def read_address_file(path: str) -> Iterator[str]:
+    """The lines of an @FILE; empty ones and what follows a # are left out. Raises Failure."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.split("#")[0].strip() for line in file]
+    except (OSError, UnicodeDecodeError) as err:
+        reason = err.strerror if isinstance(err, OSError) else "not a text file"
+        raise Failure(f"address file '{path}': {reason}") from err
+    if not any(lines):
+        raise Failure(f"address file '{path}': no address in it")
+    return (line for line in lines if line)
+
+
+def resolve_all(arguments: Iterable[str]) -> Dict[bytes, str]:
+    """Packed addresses -> what the user called them, for all address arguments. Raises Failure."""
+    found: Dict[bytes, str] = {}
+    for argument in arguments:
+        names = read_address_file(argument[1:]) if argument.startswith("@") else iter((argument,))
+        for name in names:
+            for packed in resolve(name):
+                if not is_remote(packed):
+                    raise Failure(f"address '{name}': {address_text(packed)} never leaves this host")
+                found.setdefault(packed, name)
+    if len(found) > DESTINATIONS_MAX:
+        raise Failure(f"addresses: {len(found)} destinations, at most {DESTINATIONS_MAX} are possible")
+    return found
+
+
+# ---- Targets: what is of interest -----------------------------------------------------------------
+
+
+class Process(NamedTuple):
+    """What the choice of processes goes by."""
+
+    pid: int
+    ppid: int
+    name: str
+    exe: str
+    cmdline: Tuple[str, ...]
+
+
+def process_names(process: Process) -> Set[str]:
+    """All names that -a may call a process by, in lower case: the process's own, its executable's,
+    and those of the script or module that an interpreter runs, with and without extension."""
+    program = os.path.basename(process.exe or (process.cmdline[0] if process.cmdline else ""))
+    names = {process.name, program}
+    if INTERPRETER.match(program):
+        script = next((word for word in process.cmdline[1:] if not word.startswith("-")), "")
+        names |= {os.path.basename(script), os.path.splitext(os.path.basename(script))[0]}
+    return {name.lower() for name in names if name}
+
+
+def choose_processes(processes: Iterable[Process], apps: Iterable[str], pids: Iterable[int]) -> Dict[int, str]:
+    """PID -> process name of those of interest: named by -a or -P, and their descendants."""
+    wanted = {app.lower() for app in apps}
+    known = {process.pid: process for process in processes}
+    children: Dict[int, List[int]] = {}
+    for process in known.values():
+        children.setdefault(process.ppid, []).append(process.pid)
+    todo = [pid for pid in pids if pid in known]
+    todo += [process.pid for process in known.values() if wanted & process_names(process)]
+    chosen: Dict[int, str] = {}
+    while todo:
+        pid = todo.pop()
+        if pid not in chosen:
+            chosen[pid] = known[pid].name
+            todo += children.get(pid, [])
+    return chosen
+
+
+def running_processes() -> Iterator[Process]:
+    for found in psutil.process_iter(["pid", "ppid", "name", "exe", "cmdline"]):
+        info = found.info
+        yield Process(info["pid"], info["ppid"] or 0, info["name"] or "", info["exe"] or "", tuple(info["cmdline"] or ()))
+
+
+def connected_addresses(chosen: Dict[int, str]) -> Dict[bytes, str]:
+    """Remote addresses of the processes' sockets in this network namespace -> whose they are."""
+    found: Dict[bytes, str] = {}
+    for connection in psutil.net_connections("inet"):
+        if connection.pid in chosen and connection.raddr:
+            packed = pack_address(connection.raddr.ip)
+            if is_remote(packed):
+                found[packed] = f"{chosen[connection.pid]} {connection.pid}"
+    return found
+
+
+class Targets:
+    """Keeps the kernel's table of destinations current: those given by address stay, those of
+    processes come and go with their connections."""
+
+    def __init__(self, paths: Any, fixed: Dict[bytes, str], apps: Iterable[str], pids: Iterable[int]) -> None:
+        self._paths = paths
+        self._fixed = fixed
+        self._apps = tuple(apps)
+        self._pids = tuple(pids)
+        self._last_seen: Dict[bytes, float] = {}
+        self._full = False
+        for packed in fixed:
+            self._add(packed)
+
+    def _add(self, packed: bytes) -> bool:
+        try:
+            self._paths[self._paths.Key.from_buffer_copy(packed)] = self._paths.Leaf()
+        except Exception as err:  # BCC raises a bare Exception where the table is full
+            if not self._full:
+                log.warning("no room for more destinations (%s): %s is left out", err, address_text(packed))
+            self._full = True
+            return False
+        return True
+
+    def scan(self) -> None:
+        """One look at the processes' connections."""
+        now = time.monotonic()
+        current = connected_addresses(choose_processes(running_processes(), self._apps, self._pids))
+        for packed, owner in current.items():
+            if packed in self._fixed:
+                continue
+            if packed not in self._last_seen:
+                if not self._add(packed):
+                    continue
+                log.info("of interest: %s (%s)", address_text(packed), owner)
+            self._last_seen[packed] = now
+        for packed in [packed for packed, seen in self._last_seen.items() if now - seen > LINGER]:
+            del self._last_seen[packed]
+            with contextlib.suppress(KeyError):
+                del self._paths[self._paths.Key.from_buffer_copy(packed)]
+            self._full = False
+            log.info("no longer of interest: %s", address_text(packed))
+
+    @contextlib.contextmanager
+    def followed(self) -> Iterator[None]:
+        """Scans now, then again and again in a thread of its own, so that no row waits for it."""
+        if not (self._apps or self._pids):
+            yield
+            return
+        ended = threading.Event()
+
+        def follow() -> None:
+            while not ended.wait(SCAN_EVERY):
+                try:
+                    self.scan()
+                except (psutil.Error, OSError) as err:
+                    log.warning("could not look at the processes: %s", err)
+
+        self.scan()
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+# ---- The program: text, compilation, loading --------------------------------------------------------
+
+HOOKS = {
+    **{
+        f"elf_v{version}_{protocol}_beforesend": "static inline int %s(struct __sk_buff *ctx) { return 0; }"
+        for version in (4, 6)
+        for protocol in ("icmp", "tcp", "udp")
+    },
+    **{f"elf_v{version}_afterrecv": "static inline void %s(struct xdp_md *ctx) { }" for version in (4, 6)},
+}
+
+# The few headers that BCC's own prelude includes; elfprobe.c itself includes none.
+KERNEL_TYPES = """\
+typedef signed char __s8; typedef unsigned char __u8; typedef short __s16; typedef unsigned short __u16;
+typedef int __s32; typedef unsigned int __u32; typedef long long __s64; typedef unsigned long long __u64;
+typedef __s8 s8; typedef __u8 u8; typedef __s16 s16; typedef __u16 u16;
+typedef __s32 s32; typedef __u32 u32; typedef __s64 s64; typedef __u64 u64;
+typedef __u16 __be16; typedef __u32 __be32; typedef __u64 __be64; typedef __u16 __sum16; typedef __u32 __wsum;
+typedef __u64 __aligned_u64 __attribute__((aligned(8)));
+typedef _Bool bool; typedef unsigned long size_t; typedef unsigned long uintptr_t;
+"""
+
+
+@contextlib.contextmanager
+def kernel_headers() -> Iterator[None]:
+    """Points BCC to a folder with the little that it needs of the kernel's headers, so that none
+    need be installed. One that the user has named in BCC_KERNEL_SOURCE is left alone."""
+    if "BCC_KERNEL_SOURCE" in os.environ:
+        yield
+        return
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", os.uname().release)
+    version = ",".join(part or "0" for part in match.groups()) if match else "0,0,0"
+    files = {
+        "linux/kconfig.h": "#define CONFIG_BPF_SYSCALL 1\n",
+        "linux/types.h": KERNEL_TYPES,
+        "linux/version.h": "#define KERNEL_VERSION(a, b, c) (((a) << 16) + ((b) << 8) + ((c) > 255 ? 255 : (c)))\n"
+        f"#define LINUX_VERSION_CODE KERNEL_VERSION({version})\n",
+        "asm/page.h": f"#define PAGE_SIZE {os.sysconf('SC_PAGESIZE')}\n",
+        "linux/bpf_common.h": "",
+        "linux/log2.h": "",
+        "uapi/linux/bpf.h": "",
+        "uapi/linux/if_packet.h": "",
+    }
+    with tempfile.TemporaryDirectory(prefix="elfprobe-") as folder:
+        for name, text in files.items():
+            path = os.path.join(folder, "include", name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w", encoding="ascii") as file:
+                file.write(text)
+        os.environ["BCC_KERNEL_SOURCE"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["BCC_KERNEL_SOURCE"]
+
+
+@contextlib.contextmanager
+def captured_stderr(captured: List[str]) -> Iterator[None]:
+    """Appends what is written to file descriptor 2 meanwhile, by C libraries too."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        saved = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            file.seek(0)
+            captured.append(file.read().decode(errors="replace"))
+
+
+def read_source(path: str, what: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as err:
+        reason = err.strerror if isinstance(err, OSError) else "not a text file"
+        raise Failure(f"{what} '{path}': {reason}") from err
+
+
+def program_text(hooks_file: str) -> str:
+    """elfprobe.c with the hooks file in the place of its #include, since BCC knows map methods only
+    in the main buffer. Compiler messages name the right file and line. A hook that the hooks file
+    does not mention does nothing. Raises Failure."""
+    program = read_source(C_FILE, "program")
+    hooks = read_source(hooks_file, "argument -H/--hooks:")
+    absent = "\n".join(text % name for name, text in HOOKS.items() if not re.search(rf"\b{name}\b", hooks))
+    before, after = program.split('#include "elfhooks.c"\n')
+    parts = [f'#line 1 "{C_FILE}"', before, f'#line 1 "{hooks_file}"', hooks, f'#line 1 "absent hooks"', absent]
+    return "\n".join([*parts, f'#line {before.count(chr(10)) + 2} "{C_FILE}"', after])
+
+
+def load_program(config: Config, warnings: bool = False) -> Any:
+    """Compiles and loads elfprobe.c; gives BCC's object, its three programs in .funcs. Raises Failure."""
+    text = program_text(config.hooks)
+    flags = [f"-D{name}={value}" for name, value in config.build_flags().items()]
+    flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"] if warnings else ["-w"]
+    messages: List[str] = []
+    try:
+        with kernel_headers(), captured_stderr(messages):
+            bpf = bcc.BPF(text=text, cflags=flags)
+    except Exception as err:  # BCC raises a bare Exception
+        raise Failure(f"elfprobe.c with hooks '{config.hooks}' does not compile\n{messages[-1].strip()}") from err
+    if messages[-1]:
+        log.warning("compiler: %s", messages[-1].strip())
+    programs = (("elf_egress", bcc.BPF.SCHED_CLS), ("elf_probe", bcc.BPF.SCHED_CLS), ("elf_ingress", bcc.BPF.XDP))
+    for name, kind in programs:
+        try:
+            with captured_stderr(messages):
+                bpf.load_func(name, kind)
+        except Exception as err:
+            detail = "\n".join(messages[-1].strip().splitlines()[-40 if config.debug else -3 :])
+            raise Failure(f"the kernel (Linux {os.uname().release}) does not take {name}: {err}\n{detail}") from err
+    tail_calls = bpf["programs"]
+    tail_calls[tail_calls.Key(0)] = tail_calls.Leaf(bpf.funcs[b"elf_probe"].fd)
+    return bpf
+
+
+# ---- The device and what is attached to it ----------------------------------------------------------
+
+
+class Device(NamedTuple):
+    name: str
+    index: int
+
+
+def find_device(ipr: Any, name: str) -> Device:
+    """Raises Failure unless there is such a device, it is up, and packets there are what -e says."""
+    names = [found for _, found in socket.if_nameindex()]
+    if name not in names:
+        raise Failure(f"argument -i/--interface: there is no '{name}' here; there are: {', '.join(names)}")
+    device = Device(name, socket.if_nametoindex(name))
+    link = ipr.get_links(device.index)[0]
+    if not link["flags"] & 1:  # IFF_UP
+        raise Failure(f"argument -i/--interface: '{name}' is down: ip link set {name} up")
+    if link["ifi_type"] == ARPHRD_LOOPBACK:
+        raise Failure(f"argument -i/--interface: '{name}' is the loopback device: nothing is ever a hop away there")
+    if link["ifi_type"] != ARPHRD_ETHER:
+        raise Failure(f"argument -i/--interface: packets on '{name}' have no Ethernet header: not supported yet")
+    return device
+
+
+@contextlib.contextmanager
+def sole_user(device: Device) -> Iterator[None]:
+    """One elfprobe per device. The name in the abstract namespace belongs to the network namespace,
+    as the device does, and is free again when we are gone, however that comes."""
+    with socket.socket(socket.AF_UNIX) as holder:
+        try:
+            holder.bind(f"\0elfprobe-{device.index}")
+        except OSError as err:
+            raise Failure(f"argument -i/--interface: another elfprobe runs on '{device.name}'") from err
+        yield
+
+
+class ProgInfo(ctypes.Structure):
+    """The beginning of struct bpf_prog_info, linux/bpf.h, which only ever grows at its end."""
+
+    _fields_ = [
+        ("type", ctypes.c_uint32), ("id", ctypes.c_uint32), ("tag", ctypes.c_uint8 * 8),
+        ("jited_prog_len", ctypes.c_uint32), ("xlated_prog_len", ctypes.c_uint32),
+        ("jited_prog_insns", ctypes.c_uint64), ("xlated_prog_insns", ctypes.c_uint64),
+        ("load_time", ctypes.c_uint64), ("created_by_uid", ctypes.c_uint32), ("nr_map_ids", ctypes.c_uint32),
+        ("map_ids", ctypes.c_uint64), ("name", ctypes.c_char * 16),
+    ]  # fmt: skip
+
+
+def program_info(fd: int) -> ProgInfo:
+    info = ProgInfo()
+    size = ctypes.c_uint32(ctypes.sizeof(info))
+    if bcc.lib.bpf_obj_get_info(fd, ctypes.byref(info), ctypes.byref(size)) < 0:
+        raise OSError(ctypes.get_errno(), "BPF_OBJ_GET_INFO_BY_FD")
+    return info
+
+
+def program_name(prog_id: int) -> str:
+    """The kernel's name of a loaded program, empty where it has none or is gone."""
+    fd = bcc.lib.bpf_prog_get_fd_by_id(prog_id)
+    if fd < 0:
+        return ""
+    try:
+        return bytes(program_info(fd).name).decode(errors="replace")
+    finally:
+        os.close(fd)
+
+
+class XdpAttached(NamedTuple):
+    mode: str
+    prog_id: int
+
+
+def attached_xdp(ipr: Any, device: Device) -> Optional[XdpAttached]:
+    """The XDP program on the device, None where there is none."""
+    xdp = ipr.get_links(device.index)[0].get_attr("IFLA_XDP")
+    attrs = dict(xdp["attrs"]) if xdp else {}
+    if not attrs.get("IFLA_XDP_ATTACHED"):
+        return None
+    mode = str(attrs["IFLA_XDP_ATTACHED"])
+    return XdpAttached(XDP_MODES.get(mode, mode), attrs.get("IFLA_XDP_PROG_ID", 0))
+
+
+def set_xdp(device: Device, fd: int, flags: int) -> None:
+    """Attaches a program, or with fd -1 detaches. Raises OSError. (pyroute2 writes XDP flags wrongly.)"""
+    messages: List[str] = []
+    with captured_stderr(messages):
+        failed = bcc.lib.bpf_attach_xdp(device.name.encode(), fd, flags) < 0
+        number = ctypes.get_errno()
+    if failed:
+        raise OSError(number, os.strerror(number))
+
+
+def remove_xdp(ipr: Any, device: Device, prog_id: int) -> None:
+    """Detaches this very program; where it is no longer there, nothing."""
+    found = attached_xdp(ipr, device)
+    if found and found.prog_id == prog_id:
+        set_xdp(device, -1, XDP_FLAGS_DRV_MODE if found.mode == "native" else XDP_FLAGS_SKB_MODE)
+
+
+@contextlib.contextmanager
+def xdp_attachment(ipr: Any, device: Device, fd: int) -> Iterator[str]:
+    """Attaches to XDP, native where the device can, and yields the mode. Raises Failure."""
+    found = attached_xdp(ipr, device)
+    if found and program_name(found.prog_id) == "elf_ingress":
+        remove_xdp(ipr, device, found.prog_id)
+        log.warning("an XDP program that a killed elfprobe left on %s is removed", device.name)
+        found = attached_xdp(ipr, device)
+    if found:
+        name = program_name(found.prog_id) or "without a name"
+        raise Failure(f"argument -i/--interface: '{device.name}' has an XDP program already: {name}, id {found.prog_id}")
+    with contextlib.ExitStack() as stack:
+        stack.callback(quietly_gone, remove_xdp, ipr, device, program_info(fd).id)
+        mode = "native"
+        try:
+            set_xdp(device, fd, XDP_FLAGS_DRV_MODE | XDP_FLAGS_UPDATE_IF_NOEXIST)
+        except OSError as native:
+            log.debug("native XDP: %s", native)
+            mode = "generic"
+            try:
+                set_xdp(device, fd, XDP_FLAGS_SKB_MODE | XDP_FLAGS_UPDATE_IF_NOEXIST)
+            except OSError as err:
+                raise Failure(f"'{device.name}' takes no XDP program: {err.strerror}") from err
+        yield mode
+
+
+# Of our TC filter. The second tells the run that clears up after a kill that the qdisc was ours too.
+FILTER_NAME = "elfprobe"
+FILTER_NAME_QDISC_OURS = "elfprobe+clsact"
+
+
+class TcFilter(NamedTuple):
+    kind: str
+    prio: int
+    protocol: int
+    handle: int
+    name: str
+
+
+def egress_filters(ipr: Any, device: Device, parent: int = CLSACT_EGRESS) -> List[TcFilter]:
+    found = []
+    for message in ipr.get_filters(index=device.index, parent=parent):
+        options = message.get_attr("TCA_OPTIONS")
+        name = options.get_attr("TCA_BPF_NAME") if hasattr(options, "get_attr") else None
+        prio, protocol = message["info"] >> 16, socket.ntohs(message["info"] & 0xFFFF)
+        if message["handle"]:  # one without is the chain's own entry
+            found.append(TcFilter(message.get_attr("TCA_KIND"), prio, protocol, message["handle"], name or ""))
+    return found
+
+
+def has_clsact(ipr: Any, device: Device) -> bool:
+    return any(qdisc.get_attr("TCA_KIND") == "clsact" for qdisc in ipr.get_qdiscs(index=device.index))
+
+
+def remove_filter(ipr: Any, device: Device, ours: TcFilter) -> None:
+    ipr.tc(
+        "del-filter", "bpf", device.index, handle=ours.handle, prio=ours.prio,
+        protocol=ours.protocol, parent=CLSACT_EGRESS,
+    )  # fmt: skip
+
+
+def remove_clsact(ipr: Any, device: Device) -> None:
+    """Removes the clsact qdisc that we added, unless somebody has come to use it."""
+    ingress = CLSACT_EGRESS - 1
+    if has_clsact(ipr, device) and not (egress_filters(ipr, device) or egress_filters(ipr, device, ingress)):
+        ipr.tc("del", "clsact", device.index)
+
+
+@contextlib.contextmanager
+def tc_attachment(ipr: Any, device: Device, fd: int) -> Iterator[None]:
+    """Attaches to TC egress, before the filters that are there. Raises Failure."""
+    for stale in [found for found in egress_filters(ipr, device) if found.name.startswith(FILTER_NAME)]:
+        remove_filter(ipr, device, stale)
+        if stale.name == FILTER_NAME_QDISC_OURS:
+            remove_clsact(ipr, device)
+        log.warning("a TC filter that a killed elfprobe left on %s is removed", device.name)
+    with contextlib.ExitStack() as stack:
+        name = FILTER_NAME
+        if not has_clsact(ipr, device):
+            name = FILTER_NAME_QDISC_OURS
+            stack.callback(quietly_gone, remove_clsact, ipr, device)
+            try:
+                ipr.tc("add", "clsact", device.index)
+            except pyroute2.NetlinkError as err:
+                raise Failure(f"'{device.name}' takes no clsact qdisc: {err}") from err
+        taken = {found.prio for found in egress_filters(ipr, device)}
+        prio = next(free for free in range(1, 0x10000) if free not in taken)
+        ours = TcFilter("bpf", prio, ETH_P_ALL, 1, name)
+        stack.callback(quietly_gone, remove_filter, ipr, device, ours)
+        try:
+            ipr.tc(
+                "add-filter", "bpf", device.index, handle=ours.handle, prio=ours.prio, fd=fd, name=name,
+                parent=CLSACT_EGRESS, protocol=ours.protocol, direct_action=True, classid=1,
+            )  # fmt: skip
+        except pyroute2.NetlinkError as err:
+            raise Failure(f"'{device.name}' takes no TC filter: {err}") from err
+        yield
+
+
+def quietly_gone(function: Callable[..., None], ipr: Any, device: Device, *args: Any) -> None:
+    """Calls a function that detaches; what is not there any more need not be."""
+    try:
+        function(ipr, device, *args)
+    except (pyroute2.NetlinkError, OSError) as err:
+        code = getattr(err, "code", None) or getattr(err, "errno", None)
+        if code not in (errno.ENODEV, errno.ENOENT, errno.EINVAL):
+            log.error("could not detach from %s: %s", device.name, err)
+
+
+# ---- Files ------------------------------------------------------------------------------------------
+
+
+def next_free_name(path: str) -> str:
+    base, extension = os.path.splitext(path)
+    number = 1
+    while os.path.lexists(f"{base}.{number}{extension}"):
+        number += 1
+    return f"{base}.{number}{extension}"
+
+
+class OutputFile:
+    """A new file that the user who called sudo owns. One of the same name is renamed first, and
+    renamed back if the run does not come to use this one."""
+
+    def __init__(self, path: str) -> None:
+        """Raises Failure."""
+        self.path = path
+        self.renamed = ""
+        try:
+            if os.path.lexists(path):
+                self.renamed = next_free_name(path)
+                os.rename(path, self.renamed)
+            self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        except OSError as err:
+            self._rename_back()
+            raise Failure(f"argument -f/--filebase: cannot write '{path}': {err.strerror}") from err
+        if "SUDO_UID" in os.environ and os.geteuid() == 0:
+            with contextlib.suppress(OSError, ValueError):
+                os.fchown(self.fd, int(os.environ["SUDO_UID"]), int(os.environ.get("SUDO_GID", "-1")))
+
+    def _rename_back(self) -> None:
+        if self.renamed and not os.path.lexists(self.path):
+            with contextlib.suppress(OSError):
+                os.rename(self.renamed, self.path)
+
+    def write_lines(self, lines: str) -> None:
+        """Appends whole lines; where the disk takes only a part, the last broken one is taken back.
+        Raises Failure."""
+        data = lines.encode()
+        start = os.fstat(self.fd).st_size
+        try:
+            written = os.write(self.fd, data)
+            while written < len(data):
+                written += os.write(self.fd, data[written:])
+        except OSError as err:
+            kept = os.fstat(self.fd).st_size - start
+            os.ftruncate(self.fd, start + data.rfind(b"\n", 0, kept) + 1)
+            raise Failure(f"cannot write '{self.path}': {err.strerror}") from err
+
+    def close(self, used: bool) -> None:
+        os.close(self.fd)
+        if not used:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+            self._rename_back()
+
+
+class FileLog(logging.StreamHandler):  # type: ignore[type-arg]
+    """Logs to an OutputFile. A log that cannot be written must not end a measurement."""
+
+    def __init__(self, file: OutputFile) -> None:
+        super().__init__()
+        self._file = file
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(Failure):
+            self._file.write_lines(self.format(record) + "\n")
+
+
+# ---- Results and rows -------------------------------------------------------------------------------
+
+
+def struct_format(layout: Any) -> Tuple[str, List[str]]:
+    """struct's format for a ctypes Structure as BCC makes it of a C struct, nested ones flattened,
+    and the names of its values. Arrays of numbers are bytes; fields named unused or __pad are left out."""
+    formats, names, end = ["="], [], 0
+    for name, kind, *_ in layout._fields_:
+        offset = getattr(layout, name).offset
+        formats.append("%dx" % (offset - end))
+        end = offset + ctypes.sizeof(kind)
+        if name.startswith(("unused", "__pad")):
+            formats.append("%dx" % ctypes.sizeof(kind))
+        elif hasattr(kind, "_fields_") and [field[0] for field in kind._fields_] != ["word"]:
+            inner_format, inner_names = struct_format(kind)
+            formats.append(inner_format[1:])
+            names += inner_names
+        elif hasattr(kind, "_fields_") or hasattr(kind, "_length_"):
+            formats.append("%ds" % ctypes.sizeof(kind))
+            names.append(name)
+        else:
+            formats.append({1: "B", 2: "H", 4: "I", 8: "Q"}[ctypes.sizeof(kind)])
+            names.append(name)
+    formats.append("%dx" % (ctypes.sizeof(layout) - end))
+    return "".join(formats), names
+
+
+class Results:
+    """Everything there is to know of probes that ended, from the kernel's maps to rows of text."""
+
+    def __init__(self, bpf: Any) -> None:
+        self._bpf = bpf
+        self._in_flight = bpf["in_flight"]
+        self._chunks: List[bytes] = []
+        layout, names = struct_format(bpf["result_layout"].Leaf)
+        self._result = struct.Struct(layout)
+        self._row = rows_of(names)
+        probe_layout, probe_names = struct_format(self._in_flight.Leaf)
+        key_layout, key_names = struct_format(self._in_flight.Key)
+        self._unanswered = struct.Struct(probe_layout + key_layout[1:])
+        self._unanswered_row = rows_of(probe_names + key_names)
+        self._sendtime = probe_names.index("sendtime")
+        self.replies = 0
+        self.unanswered = 0
+        bpf["results"].open_ring_buffer(self._receive)
+
+    def _receive(self, _context: Any, data: int, size: int) -> int:
+        self._chunks.append(ctypes.string_at(data, size))
+        return 0
+
+    def take(self) -> str:
+        """Rows of all replies that came since the last call."""
+        self._bpf.ring_buffer_consume()
+        if not self._chunks:
+            return ""
+        # The ring rounds sizes up to 8 bytes, and so does struct result itself.
+        data, self._chunks = b"".join(self._chunks), []
+        rows = [self._row(fields) for fields in self._result.iter_unpack(data)]
+        self.replies += len(rows)
+        return "".join(rows)
+
+    def expire(self, sent_before: int) -> str:
+        """Rows of the probes still in flight that left before this time (CLOCK_MONOTONIC, ns)."""
+        rows = []
+        for key, probe in list(self._in_flight.items_lookup_batch()):
+            fields = self._unanswered.unpack(bytes(probe) + bytes(key))
+            if fields[self._sendtime] >= sent_before:
+                continue
+            try:
+                del self._in_flight[key]
+            except KeyError:  # its reply has come meanwhile, and the row with it
+                continue
+            rows.append(self._unanswered_row(fields))
+        self.unanswered += len(rows)
+        return "".join(rows)
+
+
+def rows_of(names: List[str]) -> Callable[[Tuple[Any, ...]], str]:
+    """Makes a function that turns the values of these names into a line of the CSV. Without a
+    reply's values among the names the line is that of an unanswered probe."""
+    at = {name: position for position, name in enumerate(names)}
+    ntohs = socket.ntohs
+    seq, origseq, outttl, outipid = at["seq"], at["origseq"], at["outttl"], at["outipid"]
+    sendtime, dest, sport, dport, protocol = at["sendtime"], at["dest"], at["sport"], at["dport"], at["protocol"]
+
+    def unanswered(v: Tuple[Any, ...]) -> str:
+        return (
+            f"0,{v[seq]},{v[origseq]},-1,{v[sendtime]},-1,{address_text(v[dest])},,{v[outttl]},-1,"
+            f"{ntohs(v[sport])},{ntohs(v[dport])},{v[protocol]},{v[outipid]},-1\n"
+        )
+
+    if "recvtime" not in at:
+        return unanswered
+    recvcpu, recvtime, responder = at["recvcpu"], at["recvtime"], at["responder"]
+    recvttl, inipid = at["recvttl"], at["inipid"]
+
+    def answered(v: Tuple[Any, ...]) -> str:
+        return (
+            f"{v[recvcpu]},{v[seq]},{v[origseq]},{v[recvtime] - v[sendtime]},{v[sendtime]},{v[recvtime]},"
+            f"{address_text(v[dest])},{address_text(v[responder])},{v[outttl]},{v[recvttl]},"
+            f"{ntohs(v[sport])},{ntohs(v[dport])},{v[protocol]},{v[outipid]},{v[inipid]}\n"
+        )
+
+    return answered
+
+
+# ---- The run ----------------------------------------------------------------------------------------
+
+
+class ElfProbe:
+    """One measurement, from its checks to its last row."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    def run(self, stop: threading.Event) -> None:
+        """Measures until stop is set, the duration is over, or it cannot go on (Failure)."""
+        config = self._config
+        with contextlib.ExitStack() as stack:
+            ipr = stack.enter_context(pyroute2.IPRoute())
+            self._device = find_device(ipr, config.interface)
+            for pid in config.pids:
+                if not psutil.pid_exists(pid):
+                    raise Failure(f"argument -P/--pid: there is no process {pid}")
+            fixed = resolve_all(config.addresses)
+            stack.enter_context(sole_user(self._device))
+            self._bpf = load_program(config)
+            stack.callback(self._bpf.cleanup)
+            results = Results(self._bpf)
+            targets = Targets(self._bpf["paths"], fixed, config.apps, config.pids)
+            mode = stack.enter_context(xdp_attachment(ipr, self._device, self._bpf.funcs[b"elf_ingress"].fd))
+            csv = stack.enter_context(self._output_files())
+            stack.enter_context(targets.followed())
+            stack.callback(self._silence)
+            stack.enter_context(tc_attachment(ipr, self._device, self._bpf.funcs[b"elf_egress"].fd))
+            csv.write_lines(",".join(COLUMNS) + "\n")
+            log.info("probing on %s, XDP %s, answers %s; rows go to %s", self._device.name, mode,
+                     "dropped" if config.ingress == "drop" else "passed", csv.path)  # fmt: skip
+            try:
+                self._measure(stop, results, csv)
+            finally:
+                self._finish(results, csv)
+
+    @contextlib.contextmanager
+    def _output_files(self) -> Iterator[OutputFile]:
+        """The CSV, and the log from here on, with what was logged until now."""
+        root = logging.getLogger()
+        early = [handler for handler in root.handlers if isinstance(handler, logging.handlers.MemoryHandler)]
+        used = False
+        with contextlib.ExitStack() as stack:
+            csv = OutputFile(self._config.filebase + ".csv")
+            stack.callback(lambda: csv.close(used))
+            if self._config.logfile:
+                file = OutputFile(self._config.filebase + ".log")
+                stack.callback(lambda: file.close(used))
+                handler = FileLog(file)
+                handler.setFormatter(log_format())
+                root.addHandler(handler)
+                stack.callback(root.removeHandler, handler)
+                for memory in early:
+                    memory.setTarget(handler)
+                    memory.flush()
+                    root.removeHandler(memory)
+                if file.renamed:
+                    log.info("the %s that was there is now %s", file.path, file.renamed)
+            if csv.renamed:
+                log.info("the %s that was there is now %s", csv.path, csv.renamed)
+            yield csv
+            used = True
+
+    def _measure(self, stop: threading.Event, results: Results, csv: OutputFile) -> None:
+        now = time.monotonic()
+        end = now + self._config.duration if self._config.duration else float("inf")
+        next_beat = next_expiry = now
+        next_report = now + 10
+        while not stop.is_set() and now < end:
+            if now >= next_beat:
+                self._beat(now + ALIVE_FOR)
+                next_beat = now + BEAT_EVERY
+            if now >= next_expiry:
+                self._write(csv, results.expire(int((now - UNANSWERED_AFTER) * 1e9)))
+                next_expiry = now + BEAT_EVERY
+            if now >= next_report:
+                log.debug("counters: %s", self._counters())
+                next_report = now + 10
+            self._write(csv, results.take())
+            stop.wait(min(DRAIN_EVERY, max(end - now, 0)))
+            now = time.monotonic()
+
+    def _finish(self, results: Results, csv: OutputFile) -> None:
+        """No more probes; then the replies that are still on their way, then what is outstanding."""
+        self._silence()
+        end = time.monotonic() + STRAY_REPLIES
+        while time.monotonic() < end:
+            self._write(csv, results.take())
+            time.sleep(DRAIN_EVERY)
+        self._write(csv, results.take() + results.expire(1 << 63))
+        self._write(csv, results.take())
+        self._summarise(results)
+
+    def _write(self, csv: OutputFile, rows: str) -> None:
+        if rows:
+            csv.write_lines(rows)
+
+    def _beat(self, until: float) -> None:
+        """Allows probes until then (time.monotonic, which is CLOCK_MONOTONIC), if the device still is."""
+        try:
+            socket.if_indextoname(self._device.index)
+        except OSError as err:
+            raise Failure(f"the interface '{self._device.name}' is gone") from err
+        table = self._bpf["alive_until"]
+        table[table.Key(0)] = table.Leaf(int(until * 1e9))
+
+    def _silence(self) -> None:
+        table = self._bpf["alive_until"]
+        table[table.Key(0)] = table.Leaf(0)
+
+    def _counters(self) -> Dict[str, int]:
+        per_cpu = self._bpf["counters"][0]
+        return {name: sum(getattr(cpu, name) for cpu in per_cpu) for name, *_ in per_cpu[0]._fields_}
+
+    def _summarise(self, results: Results) -> None:
+        count = self._counters()
+        log.info("%d probes, %d replies, %d unanswered", count["probes"], results.replies, results.unanswered)
+        lost = ("results_lost", "send_failed", "clone_lost", "build_failed", "key_busy", "in_flight_full", "over_max_rate")
+        if any(count[name] for name in lost):
+            log.warning("not measured: %s", ", ".join(f"{name} {count[name]}" for name in lost if count[name]))
+        if count["reached"]:
+            log.warning("%d probes reached their destination", count["reached"])
+        log.debug("counters: %s", count)
+
+
+def log_format() -> logging.Formatter:
+    formatter = logging.Formatter("%(asctime)s.%(msecs)03d %(message)s", "%H:%M:%S")
+    return formatter
+
+
+def set_up_logging(config: Config) -> None:
+    root = logging.getLogger()
+    root.setLevel(logging.DEBUG if config.debug else logging.INFO)
+    logging.getLogger("pyroute2").setLevel(logging.WARNING)
+    logging.raiseExceptions = False  # a closed console must not end a measurement
+    if not config.quiet:
+        console = logging.StreamHandler()
+        console.setFormatter(log_format())
+        root.addHandler(console)
+    if config.logfile:
+        root.addHandler(logging.handlers.MemoryHandler(1 << 20, logging.CRITICAL + 1))
+
+
+def require_machine() -> None:
+    """Raises Failure unless this is root on a machine with the packages."""
+    if MISSING:
+        absent, packages = " and ".join(MISSING), " ".join(MISSING.values())
+        pythons = "" if sys.executable == "/usr/bin/python3" else f" of {sys.executable} (the packages serve /usr/bin/python3)"
+        raise Failure(f"Python{pythons} has no {absent}: apt install {packages}")
+    if os.geteuid() != 0:
+        raise Failure("must run as root: sudo python3 elfprobe.py ...")
+
+
+def main(argv: List[str]) -> int:
+    """Exit status: 0 after a run, 2 for wrong usage, 1 for all else that went wrong."""
+    debug = "-d" in argv or "--debug" in argv
+    try:
+        config = parse_arguments(argv)
+        require_machine()
+        set_up_logging(config)
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: stop.set())
+        ElfProbe(config).run(stop)
+    except Failure as failure:
+        if debug:
+            logging.getLogger().debug("where it came from:", exc_info=True)
+        print(f"elfprobe.py: {failure}", file=sys.stderr)
+        return failure.status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

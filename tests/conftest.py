@@ -1,0 +1,70 @@
+"""Fixtures, and what happens to tests that cannot run here.
+
+Such a test is skipped, and says why; with ELFPROBE_TESTS_STRICT=1 in the environment it fails instead.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import ExitStack
+from functools import lru_cache
+from typing import Callable, Iterator
+
+import pytest
+
+from lab import Lab, interrupt_on_signals
+
+BPF_MAP_TYPE_ARRAY = 2
+
+
+@lru_cache(maxsize=None)
+def missing() -> str | None:
+    """Why tests marked `root` cannot run here, or None."""
+    if os.geteuid() != 0:
+        return 'not root'
+    try:
+        from bcc import lib
+    except (ImportError, OSError) as error:
+        return f'bcc cannot be imported: {error}'
+    descriptor = lib.bcc_create_map(BPF_MAP_TYPE_ARRAY, b'elf_missing', 4, 4, 1, 0)
+    if descriptor < 0:
+        return 'the bpf() system call does not work'
+    os.close(descriptor)
+    return None
+
+
+def obstacle(item: pytest.Item) -> str | None:
+    """Why this test cannot run here, or None."""
+    if item.get_closest_marker('root') and missing():
+        return missing()
+    programs = [program for marker in item.iter_markers('needs') for program in marker.args]
+    absent = [program for program in programs if not shutil.which(program)]
+    return f'not installed: {", ".join(absent)}' if absent else None
+
+
+def pytest_configure() -> None:
+    interrupt_on_signals()
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures that would need the same
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    reason = obstacle(item)
+    if reason and os.environ.get('ELFPROBE_TESTS_STRICT') == '1':
+        pytest.fail(reason, pytrace=False)
+    elif reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope='module')
+def lab4() -> Iterator[Lab]:
+    """A lab of four routers that the tests of a module share; leave it as you found it."""
+    with Lab(routers=4) as lab:
+        yield lab
+
+
+@pytest.fixture
+def make_lab() -> Iterator[Callable[..., Lab]]:
+    """Builds labs, with `Lab`'s arguments, that end with the test."""
+    with ExitStack() as stack:
+        yield lambda *args, **kw: stack.enter_context(Lab(*args, **kw))
