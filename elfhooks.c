@@ -1,4 +1,28 @@
-/* SPDX-License-Identifier: GPL-3.0-only */
+/* SPDX-License-Identifier: GPL-3.0-only
+ *
+ * elfprobe's hooks: eight functions that run in the kernel for every probe and every reply, here
+ * doing nothing. Edit this file, or copy it and name the copy with -H; one that a file leaves out
+ * does nothing. Maps and functions of your own may stand beside them, with BCC's macros and methods:
+ *
+ *	BPF_HASH(seen, u8, u64, 256);
+ *
+ *	static inline void elf_v4_afterrecv(struct xdp_md *ctx)
+ *	{
+ *		u8 *ttl = (void *)(long)ctx->data + 22; // Ethernet, then the eighth byte of IPv4
+ *
+ *		if ((void *)(ttl + 1) <= (void *)(long)ctx->data_end)
+ *			seen.increment(*ttl);
+ *	}
+ *
+ * The driver puts this file into elfprobe.c, in the place of its #include; the headers' structs
+ * (struct ethhdr, iphdr, ip6hdr, tcphdr, udphdr, icmphdr) and everything above it can be used.
+ *
+ * beforesend: the probe is complete and about to be recorded and sent. ctx is the probe, never the
+ * application's packet. 0: go on; negative: drop this probe, and only the probe. What a reply is
+ * known by must stay: addresses, ports, the first 8 bytes behind the IP header.
+ *
+ * afterrecv: a time exceeded answers a probe, is still whole, and its result is about to be recorded.
+ */
 
 static inline int elf_v4_icmp_beforesend(struct __sk_buff *ctx)
 {

@@ -17,6 +17,8 @@ XDP program reads and times. Both are in elfprobe.c, which this driver compiles 
 tells what is of interest, and drains into FILEBASE.csv.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import ctypes
@@ -28,7 +30,6 @@ import logging
 import logging.handlers
 import os
 import re
-import shutil
 import signal
 import socket
 import struct
@@ -36,9 +37,9 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
-MISSING: Dict[str, str] = {}  # module -> Debian's name of the package that has it
+MISSING: dict[str, str] = {}  # module -> Debian's name of the package that has it
 try:
     import bcc
 except ImportError:
@@ -84,6 +85,12 @@ ETH_P_ALL = 0x0003
 # What runs a script named on its command line.
 INTERPRETER = re.compile(r"(python|perl|ruby|node|nodejs|php|lua|tclsh|Rscript|sh|bash|dash|zsh|ksh)[\d.]*$")
 
+# The counters of elfprobe.c that say why a probe was not made, or its reply not written.
+LOSSES = (
+    "results_lost", "send_failed", "clone_lost", "build_failed", "key_busy", "in_flight_full",
+    "over_max_rate",
+)  # fmt: skip
+
 log = logging.getLogger("elfprobe")
 
 
@@ -103,9 +110,9 @@ class Config:
     """The command line, checked as far as it can be without looking at the machine."""
 
     interface: str
-    addresses: Tuple[str, ...] = ()
-    apps: Tuple[str, ...] = ()
-    pids: Tuple[int, ...] = ()
+    addresses: tuple[str, ...] = ()
+    apps: tuple[str, ...] = ()
+    pids: tuple[int, ...] = ()
     ingress: str = "drop"
     logfile: bool = False
     filebase: str = "elf"
@@ -115,17 +122,17 @@ class Config:
     notrunc: bool = False
     hooks: str = HOOKS_FILE
     quiet: bool = False
-    duration: Optional[float] = None  # s
+    duration: float | None = None  # s
     max_rate: int = 50000  # probes per second
 
-    def build_flags(self) -> Dict[str, str]:
+    def build_flags(self) -> dict[str, str]:
         """The -D flags of elfprobe.c."""
         waiting = self.max_rate * (UNANSWERED_AFTER + 1)
         return {
             "NOTRUNC": str(int(self.notrunc)),
             "RATE_GLOBAL": str(int(self.rate_global)),
-            "INTERVAL_NS": "%dULL" % (self.probeint * 1000000),
-            "MAX_RATE": "%dULL" % self.max_rate,
+            "INTERVAL_NS": f"{self.probeint * 1000000}ULL",
+            "MAX_RATE": f"{self.max_rate}ULL",
             "INGRESS_DROP": str(int(self.ingress == "drop")),
             "DESTINATIONS_MAX": str(DESTINATIONS_MAX),
             "IN_FLIGHT_MAX": str(1 << int(min(max(waiting, 1024), 1 << 18) - 1).bit_length()),
@@ -200,7 +207,8 @@ def argument_parser() -> argparse.ArgumentParser:
         prog="elfprobe.py",
         usage="sudo python3 elfprobe.py -i INTERFACE [options] [address ...]",
         description="Shows hop by hop where the latency of a running application comes from, by lowering "
-        "the TTL of copies of the application's own packets. At least one of -a, -P and an address is needed.",
+        "the TTL of copies of the application's own packets. At least one of -a, -P and an address "
+        "is needed.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -221,32 +229,37 @@ def argument_parser() -> argparse.ArgumentParser:
     add("-r", "--ratetype", default="perhop", type=rate_type, metavar="{g,global,h,perhop}",
         help="what -p spaces out: global, all probes to a destination; perhop, those to each "
         "hop of a destination (default: perhop)")  # fmt: skip
-    add("-T", "--notrunc", action="store_true", help="probes keep the payload of the packet they were cloned from")
+    add("-T", "--notrunc", action="store_true",
+        help="probes keep the payload of the packet they were cloned from")  # fmt: skip
     add("-I", "--ingress", choices=("pass", "drop"), default="drop",
         help="what to do with the time exceeded that answers a probe, once it is recorded "
         "(default: drop); every other packet passes")  # fmt: skip
     add("-e", "--encapsulation", choices=("ethernet", "ipinip", "ip6inip"), default="ethernet",
         help="how packets look on the wire: IP in Ethernet, IPv4 in IPv4, IPv6 in IPv4 "
         "(default: ethernet)")  # fmt: skip
-    add("-f", "--filebase", default="elf", type=not_empty, help="base name of FILEBASE.csv and FILEBASE.log (default: elf)")
+    add("-f", "--filebase", default="elf", type=not_empty,
+        help="base name of FILEBASE.csv and FILEBASE.log (default: elf)")  # fmt: skip
     add("-l", "--logfile", action="store_true", help="also log to FILEBASE.log")
     add("-q", "--quiet", action="store_true", help="no log on the console (implies -l)")
     add("-d", "--debug", action="store_true", help="more log, the BPF counters included")
-    add("-H", "--hooks", default=HOOKS_FILE, metavar="FILE", help="hooks file to compile in (default: elfhooks.c beside elfprobe.py)")
-    add("--duration", type=positive_seconds, metavar="SECONDS", help="stop after so long (default: on a signal)")
+    add("-H", "--hooks", default=HOOKS_FILE, metavar="FILE",
+        help="hooks file to compile in (default: elfhooks.c beside elfprobe.py)")  # fmt: skip
+    add("--duration", type=positive_seconds, metavar="SECONDS",
+        help="stop after so long (default: on a signal)")  # fmt: skip
     add("--max-rate", default=50000, type=whole_number(1, 10**6, "probes per second"), metavar="N",
         help="most probes per second over all destinations together (default: 50000)")  # fmt: skip
     add("--version", nargs=0, action=ShowVersion, help="version, and what it runs on")
     return parser
 
 
-def parse_arguments(argv: List[str]) -> Config:
+def parse_arguments(argv: list[str]) -> Config:
     """Raises Failure (status 2) for what cannot be meant."""
     args = argument_parser().parse_intermixed_args(argv)
     if not (args.addresses or args.app or args.pid):
         raise Failure("nothing to probe: give an address, -a APP or -P PID", 2)
     if args.encapsulation != "ethernet":
-        raise Failure(f"argument -e/--encapsulation: '{args.encapsulation}' is not supported yet, only ethernet is", 2)
+        asked = args.encapsulation
+        raise Failure(f"argument -e/--encapsulation: '{asked}' is not supported yet, only ethernet is", 2)
     return Config(
         interface=args.interface,
         addresses=tuple(args.addresses),
@@ -290,7 +303,7 @@ def is_remote(packed: bytes) -> bool:
     return not (address.is_loopback or address.is_unspecified)
 
 
-def resolve(name: str) -> Set[bytes]:
+def resolve(name: str) -> set[bytes]:
     """All addresses of a name, or the one that it spells. Raises Failure."""
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
@@ -313,9 +326,9 @@ def read_address_file(path: str) -> Iterator[str]:
     return (line for line in lines if line)
 
 
-def resolve_all(arguments: Iterable[str]) -> Dict[bytes, str]:
+def resolve_all(arguments: Iterable[str]) -> dict[bytes, str]:
     """Packed addresses -> what the user called them, for all address arguments. Raises Failure."""
-    found: Dict[bytes, str] = {}
+    found: dict[bytes, str] = {}
     for argument in arguments:
         names = read_address_file(argument[1:]) if argument.startswith("@") else iter((argument,))
         for name in names:
@@ -338,10 +351,10 @@ class Process(NamedTuple):
     ppid: int
     name: str
     exe: str
-    cmdline: Tuple[str, ...]
+    cmdline: tuple[str, ...]
 
 
-def process_names(process: Process) -> Set[str]:
+def process_names(process: Process) -> set[str]:
     """All names that -a may call a process by, in lower case: the process's own, its executable's,
     and those of the script or module that an interpreter runs, with and without extension."""
     program = os.path.basename(process.exe or (process.cmdline[0] if process.cmdline else ""))
@@ -352,16 +365,18 @@ def process_names(process: Process) -> Set[str]:
     return {name.lower() for name in names if name}
 
 
-def choose_processes(processes: Iterable[Process], apps: Iterable[str], pids: Iterable[int]) -> Dict[int, str]:
+def choose_processes(
+    processes: Iterable[Process], apps: Iterable[str], pids: Iterable[int]
+) -> dict[int, str]:
     """PID -> process name of those of interest: named by -a or -P, and their descendants."""
     wanted = {app.lower() for app in apps}
     known = {process.pid: process for process in processes}
-    children: Dict[int, List[int]] = {}
+    children: dict[int, list[int]] = {}
     for process in known.values():
         children.setdefault(process.ppid, []).append(process.pid)
     todo = [pid for pid in pids if pid in known]
     todo += [process.pid for process in known.values() if wanted & process_names(process)]
-    chosen: Dict[int, str] = {}
+    chosen: dict[int, str] = {}
     while todo:
         pid = todo.pop()
         if pid not in chosen:
@@ -373,12 +388,13 @@ def choose_processes(processes: Iterable[Process], apps: Iterable[str], pids: It
 def running_processes() -> Iterator[Process]:
     for found in psutil.process_iter(["pid", "ppid", "name", "exe", "cmdline"]):
         info = found.info
-        yield Process(info["pid"], info["ppid"] or 0, info["name"] or "", info["exe"] or "", tuple(info["cmdline"] or ()))
+        words = tuple(info["cmdline"] or ())
+        yield Process(info["pid"], info["ppid"] or 0, info["name"] or "", info["exe"] or "", words)
 
 
-def connected_addresses(chosen: Dict[int, str]) -> Dict[bytes, str]:
+def connected_addresses(chosen: dict[int, str]) -> dict[bytes, str]:
     """Remote addresses of the processes' sockets in this network namespace -> whose they are."""
-    found: Dict[bytes, str] = {}
+    found: dict[bytes, str] = {}
     for connection in psutil.net_connections("inet"):
         if connection.pid in chosen and connection.raddr:
             packed = pack_address(connection.raddr.ip)
@@ -391,12 +407,12 @@ class Targets:
     """Keeps the kernel's table of destinations current: those given by address stay, those of
     processes come and go with their connections."""
 
-    def __init__(self, paths: Any, fixed: Dict[bytes, str], apps: Iterable[str], pids: Iterable[int]) -> None:
+    def __init__(self, paths: Any, fixed: dict[bytes, str], apps: Iterable[str], pids: Iterable[int]) -> None:
         self._paths = paths
         self._fixed = fixed
         self._apps = tuple(apps)
         self._pids = tuple(pids)
-        self._last_seen: Dict[bytes, float] = {}
+        self._last_seen: dict[bytes, float] = {}
         self._full = False
         for packed in fixed:
             self._add(packed)
@@ -490,7 +506,8 @@ def kernel_headers() -> Iterator[None]:
     files = {
         "linux/kconfig.h": "#define CONFIG_BPF_SYSCALL 1\n",
         "linux/types.h": KERNEL_TYPES,
-        "linux/version.h": "#define KERNEL_VERSION(a, b, c) (((a) << 16) + ((b) << 8) + ((c) > 255 ? 255 : (c)))\n"
+        "linux/version.h": "#define KERNEL_VERSION(a, b, c) "
+        "(((a) << 16) + ((b) << 8) + ((c) > 255 ? 255 : (c)))\n"
         f"#define LINUX_VERSION_CODE KERNEL_VERSION({version})\n",
         "asm/page.h": f"#define PAGE_SIZE {os.sysconf('SC_PAGESIZE')}\n",
         "linux/bpf_common.h": "",
@@ -512,7 +529,7 @@ def kernel_headers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def captured_stderr(captured: List[str]) -> Iterator[None]:
+def captured_stderr(captured: list[str]) -> Iterator[None]:
     """Appends what is written to file descriptor 2 meanwhile, by C libraries too."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as file:
@@ -539,13 +556,19 @@ def read_source(path: str, what: str) -> str:
 def program_text(hooks_file: str) -> str:
     """elfprobe.c with the hooks file in the place of its #include, since BCC knows map methods only
     in the main buffer. Compiler messages name the right file and line. A hook that the hooks file
-    does not mention does nothing. Raises Failure."""
+    does not define does nothing. Raises Failure."""
     program = read_source(C_FILE, "program")
     hooks = read_source(hooks_file, "argument -H/--hooks:")
-    absent = "\n".join(text % name for name, text in HOOKS.items() if not re.search(rf"\b{name}\b", hooks))
+    code = re.sub(r"/\*.*?\*/|//[^\n]*", " ", hooks, flags=re.DOTALL)
+    absent = "\n".join(text % name for name, text in HOOKS.items() if not re.search(rf"\b{name}\b", code))
     before, after = program.split('#include "elfhooks.c"\n')
-    parts = [f'#line 1 "{C_FILE}"', before, f'#line 1 "{hooks_file}"', hooks, f'#line 1 "absent hooks"', absent]
-    return "\n".join([*parts, f'#line {before.count(chr(10)) + 2} "{C_FILE}"', after])
+    pieces = (
+        (f'#line 1 "{C_FILE}"', before),
+        (f'#line 1 "{hooks_file}"', hooks),
+        ('#line 1 "absent hooks"', absent),
+        (f'#line {before.count(chr(10)) + 2} "{C_FILE}"', after),
+    )
+    return "\n".join(line for piece in pieces for line in piece)
 
 
 def load_program(config: Config, warnings: bool = False) -> Any:
@@ -553,22 +576,24 @@ def load_program(config: Config, warnings: bool = False) -> Any:
     text = program_text(config.hooks)
     flags = [f"-D{name}={value}" for name, value in config.build_flags().items()]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"] if warnings else ["-w"]
-    messages: List[str] = []
+    messages: list[str] = []
     try:
         with kernel_headers(), captured_stderr(messages):
             bpf = bcc.BPF(text=text, cflags=flags)
     except Exception as err:  # BCC raises a bare Exception
-        raise Failure(f"elfprobe.c with hooks '{config.hooks}' does not compile\n{messages[-1].strip()}") from err
+        said = messages[-1].strip()
+        raise Failure(f"elfprobe.c with hooks '{config.hooks}' does not compile\n{said}") from err
     if messages[-1]:
         log.warning("compiler: %s", messages[-1].strip())
-    programs = (("elf_egress", bcc.BPF.SCHED_CLS), ("elf_probe", bcc.BPF.SCHED_CLS), ("elf_ingress", bcc.BPF.XDP))
-    for name, kind in programs:
+    kinds = {"elf_egress": bcc.BPF.SCHED_CLS, "elf_probe": bcc.BPF.SCHED_CLS, "elf_ingress": bcc.BPF.XDP}
+    for name, kind in kinds.items():
         try:
             with captured_stderr(messages):
                 bpf.load_func(name, kind)
         except Exception as err:
             detail = "\n".join(messages[-1].strip().splitlines()[-40 if config.debug else -3 :])
-            raise Failure(f"the kernel (Linux {os.uname().release}) does not take {name}: {err}\n{detail}") from err
+            kernel = f"the kernel (Linux {os.uname().release})"
+            raise Failure(f"{kernel} does not take {name}: {err}\n{detail}") from err
     tail_calls = bpf["programs"]
     tail_calls[tail_calls.Key(0)] = tail_calls.Leaf(bpf.funcs[b"elf_probe"].fd)
     return bpf
@@ -577,24 +602,28 @@ def load_program(config: Config, warnings: bool = False) -> Any:
 # ---- The device and what is attached to it ----------------------------------------------------------
 
 
+def interface_failure(message: str) -> Failure:
+    return Failure(f"argument -i/--interface: {message}")
+
+
 class Device(NamedTuple):
     name: str
-    index: int
+    ifindex: int
 
 
 def find_device(ipr: Any, name: str) -> Device:
     """Raises Failure unless there is such a device, it is up, and packets there are what -e says."""
     names = [found for _, found in socket.if_nameindex()]
     if name not in names:
-        raise Failure(f"argument -i/--interface: there is no '{name}' here; there are: {', '.join(names)}")
+        raise interface_failure(f"there is no '{name}' here; there are: {', '.join(names)}")
     device = Device(name, socket.if_nametoindex(name))
-    link = ipr.get_links(device.index)[0]
+    link = ipr.get_links(device.ifindex)[0]
     if not link["flags"] & 1:  # IFF_UP
-        raise Failure(f"argument -i/--interface: '{name}' is down: ip link set {name} up")
+        raise interface_failure(f"'{name}' is down: ip link set {name} up")
     if link["ifi_type"] == ARPHRD_LOOPBACK:
-        raise Failure(f"argument -i/--interface: '{name}' is the loopback device: nothing is ever a hop away there")
+        raise interface_failure(f"'{name}' is the loopback device: nothing is ever a hop away there")
     if link["ifi_type"] != ARPHRD_ETHER:
-        raise Failure(f"argument -i/--interface: packets on '{name}' have no Ethernet header: not supported yet")
+        raise interface_failure(f"packets on '{name}' have no Ethernet header: not supported yet")
     return device
 
 
@@ -604,9 +633,9 @@ def sole_user(device: Device) -> Iterator[None]:
     as the device does, and is free again when we are gone, however that comes."""
     with socket.socket(socket.AF_UNIX) as holder:
         try:
-            holder.bind(f"\0elfprobe-{device.index}")
+            holder.bind(f"\0elfprobe-{device.ifindex}")
         except OSError as err:
-            raise Failure(f"argument -i/--interface: another elfprobe runs on '{device.name}'") from err
+            raise interface_failure(f"another elfprobe runs on '{device.name}'") from err
         yield
 
 
@@ -646,9 +675,9 @@ class XdpAttached(NamedTuple):
     prog_id: int
 
 
-def attached_xdp(ipr: Any, device: Device) -> Optional[XdpAttached]:
+def attached_xdp(ipr: Any, device: Device) -> XdpAttached | None:
     """The XDP program on the device, None where there is none."""
-    xdp = ipr.get_links(device.index)[0].get_attr("IFLA_XDP")
+    xdp = ipr.get_links(device.ifindex)[0].get_attr("IFLA_XDP")
     attrs = dict(xdp["attrs"]) if xdp else {}
     if not attrs.get("IFLA_XDP_ATTACHED"):
         return None
@@ -658,7 +687,7 @@ def attached_xdp(ipr: Any, device: Device) -> Optional[XdpAttached]:
 
 def set_xdp(device: Device, fd: int, flags: int) -> None:
     """Attaches a program, or with fd -1 detaches. Raises OSError. (pyroute2 writes XDP flags wrongly.)"""
-    messages: List[str] = []
+    messages: list[str] = []
     with captured_stderr(messages):
         failed = bcc.lib.bpf_attach_xdp(device.name.encode(), fd, flags) < 0
         number = ctypes.get_errno()
@@ -683,7 +712,9 @@ def xdp_attachment(ipr: Any, device: Device, fd: int) -> Iterator[str]:
         found = attached_xdp(ipr, device)
     if found:
         name = program_name(found.prog_id) or "without a name"
-        raise Failure(f"argument -i/--interface: '{device.name}' has an XDP program already: {name}, id {found.prog_id}")
+        raise interface_failure(
+            f"'{device.name}' has an XDP program already: {name}, id {found.prog_id}; it stays"
+        )
     with contextlib.ExitStack() as stack:
         stack.callback(quietly_gone, remove_xdp, ipr, device, program_info(fd).id)
         mode = "native"
@@ -712,24 +743,25 @@ class TcFilter(NamedTuple):
     name: str
 
 
-def egress_filters(ipr: Any, device: Device, parent: int = CLSACT_EGRESS) -> List[TcFilter]:
+def egress_filters(ipr: Any, device: Device, parent: int = CLSACT_EGRESS) -> list[TcFilter]:
     found = []
-    for message in ipr.get_filters(index=device.index, parent=parent):
+    for message in ipr.get_filters(index=device.ifindex, parent=parent):
         options = message.get_attr("TCA_OPTIONS")
         name = options.get_attr("TCA_BPF_NAME") if hasattr(options, "get_attr") else None
+        kind, handle = message.get_attr("TCA_KIND"), message["handle"]
         prio, protocol = message["info"] >> 16, socket.ntohs(message["info"] & 0xFFFF)
-        if message["handle"]:  # one without is the chain's own entry
-            found.append(TcFilter(message.get_attr("TCA_KIND"), prio, protocol, message["handle"], name or ""))
+        if handle:  # one without is the chain's own entry
+            found.append(TcFilter(kind, prio, protocol, handle, name or ""))
     return found
 
 
 def has_clsact(ipr: Any, device: Device) -> bool:
-    return any(qdisc.get_attr("TCA_KIND") == "clsact" for qdisc in ipr.get_qdiscs(index=device.index))
+    return any(qdisc.get_attr("TCA_KIND") == "clsact" for qdisc in ipr.get_qdiscs(index=device.ifindex))
 
 
 def remove_filter(ipr: Any, device: Device, ours: TcFilter) -> None:
     ipr.tc(
-        "del-filter", "bpf", device.index, handle=ours.handle, prio=ours.prio,
+        "del-filter", "bpf", device.ifindex, handle=ours.handle, prio=ours.prio,
         protocol=ours.protocol, parent=CLSACT_EGRESS,
     )  # fmt: skip
 
@@ -738,7 +770,7 @@ def remove_clsact(ipr: Any, device: Device) -> None:
     """Removes the clsact qdisc that we added, unless somebody has come to use it."""
     ingress = CLSACT_EGRESS - 1
     if has_clsact(ipr, device) and not (egress_filters(ipr, device) or egress_filters(ipr, device, ingress)):
-        ipr.tc("del", "clsact", device.index)
+        ipr.tc("del", "clsact", device.ifindex)
 
 
 @contextlib.contextmanager
@@ -755,7 +787,7 @@ def tc_attachment(ipr: Any, device: Device, fd: int) -> Iterator[None]:
             name = FILTER_NAME_QDISC_OURS
             stack.callback(quietly_gone, remove_clsact, ipr, device)
             try:
-                ipr.tc("add", "clsact", device.index)
+                ipr.tc("add", "clsact", device.ifindex)
             except pyroute2.NetlinkError as err:
                 raise Failure(f"'{device.name}' takes no clsact qdisc: {err}") from err
         taken = {found.prio for found in egress_filters(ipr, device)}
@@ -764,7 +796,7 @@ def tc_attachment(ipr: Any, device: Device, fd: int) -> Iterator[None]:
         stack.callback(quietly_gone, remove_filter, ipr, device, ours)
         try:
             ipr.tc(
-                "add-filter", "bpf", device.index, handle=ours.handle, prio=ours.prio, fd=fd, name=name,
+                "add-filter", "bpf", device.ifindex, handle=ours.handle, prio=ours.prio, fd=fd, name=name,
                 parent=CLSACT_EGRESS, protocol=ours.protocol, direct_action=True, classid=1,
             )  # fmt: skip
         except pyroute2.NetlinkError as err:
@@ -855,27 +887,27 @@ class FileLog(logging.StreamHandler):  # type: ignore[type-arg]
 # ---- Results and rows -------------------------------------------------------------------------------
 
 
-def struct_format(layout: Any) -> Tuple[str, List[str]]:
+def struct_format(layout: Any) -> tuple[str, list[str]]:
     """struct's format for a ctypes Structure as BCC makes it of a C struct, nested ones flattened,
     and the names of its values. Arrays of numbers are bytes; fields named unused or __pad are left out."""
     formats, names, end = ["="], [], 0
     for name, kind, *_ in layout._fields_:
         offset = getattr(layout, name).offset
-        formats.append("%dx" % (offset - end))
+        formats.append(f"{offset - end}x")
         end = offset + ctypes.sizeof(kind)
         if name.startswith(("unused", "__pad")):
-            formats.append("%dx" % ctypes.sizeof(kind))
+            formats.append(f"{ctypes.sizeof(kind)}x")
         elif hasattr(kind, "_fields_") and [field[0] for field in kind._fields_] != ["word"]:
             inner_format, inner_names = struct_format(kind)
             formats.append(inner_format[1:])
             names += inner_names
         elif hasattr(kind, "_fields_") or hasattr(kind, "_length_"):
-            formats.append("%ds" % ctypes.sizeof(kind))
+            formats.append(f"{ctypes.sizeof(kind)}s")
             names.append(name)
         else:
             formats.append({1: "B", 2: "H", 4: "I", 8: "Q"}[ctypes.sizeof(kind)])
             names.append(name)
-    formats.append("%dx" % (ctypes.sizeof(layout) - end))
+    formats.append(f"{ctypes.sizeof(layout) - end}x")
     return "".join(formats), names
 
 
@@ -885,7 +917,7 @@ class Results:
     def __init__(self, bpf: Any) -> None:
         self._bpf = bpf
         self._in_flight = bpf["in_flight"]
-        self._chunks: List[bytes] = []
+        self._chunks: list[bytes] = []
         layout, names = struct_format(bpf["result_layout"].Leaf)
         self._result = struct.Struct(layout)
         self._row = rows_of(names)
@@ -929,15 +961,17 @@ class Results:
         return "".join(rows)
 
 
-def rows_of(names: List[str]) -> Callable[[Tuple[Any, ...]], str]:
+def rows_of(names: list[str]) -> Callable[[tuple[Any, ...]], str]:
     """Makes a function that turns the values of these names into a line of the CSV. Without a
     reply's values among the names the line is that of an unanswered probe."""
     at = {name: position for position, name in enumerate(names)}
     ntohs = socket.ntohs
-    seq, origseq, outttl, outipid = at["seq"], at["origseq"], at["outttl"], at["outipid"]
-    sendtime, dest, sport, dport, protocol = at["sendtime"], at["dest"], at["sport"], at["dport"], at["protocol"]
+    seq, origseq, sendtime, dest = at["seq"], at["origseq"], at["sendtime"], at["dest"]
+    outttl, outipid, sport, dport, protocol = (
+        at["outttl"], at["outipid"], at["sport"], at["dport"], at["protocol"],
+    )  # fmt: skip
 
-    def unanswered(v: Tuple[Any, ...]) -> str:
+    def unanswered(v: tuple[Any, ...]) -> str:
         return (
             f"0,{v[seq]},{v[origseq]},-1,{v[sendtime]},-1,{address_text(v[dest])},,{v[outttl]},-1,"
             f"{ntohs(v[sport])},{ntohs(v[dport])},{v[protocol]},{v[outipid]},-1\n"
@@ -948,7 +982,7 @@ def rows_of(names: List[str]) -> Callable[[Tuple[Any, ...]], str]:
     recvcpu, recvtime, responder = at["recvcpu"], at["recvtime"], at["responder"]
     recvttl, inipid = at["recvttl"], at["inipid"]
 
-    def answered(v: Tuple[Any, ...]) -> str:
+    def answered(v: tuple[Any, ...]) -> str:
         return (
             f"{v[recvcpu]},{v[seq]},{v[origseq]},{v[recvtime] - v[sendtime]},{v[sendtime]},{v[recvtime]},"
             f"{address_text(v[dest])},{address_text(v[responder])},{v[outttl]},{v[recvttl]},"
@@ -1059,7 +1093,7 @@ class ElfProbe:
     def _beat(self, until: float) -> None:
         """Allows probes until then (time.monotonic, which is CLOCK_MONOTONIC), if the device still is."""
         try:
-            socket.if_indextoname(self._device.index)
+            socket.if_indextoname(self._device.ifindex)
         except OSError as err:
             raise Failure(f"the interface '{self._device.name}' is gone") from err
         table = self._bpf["alive_until"]
@@ -1069,24 +1103,23 @@ class ElfProbe:
         table = self._bpf["alive_until"]
         table[table.Key(0)] = table.Leaf(0)
 
-    def _counters(self) -> Dict[str, int]:
+    def _counters(self) -> dict[str, int]:
         per_cpu = self._bpf["counters"][0]
         return {name: sum(getattr(cpu, name) for cpu in per_cpu) for name, *_ in per_cpu[0]._fields_}
 
     def _summarise(self, results: Results) -> None:
         count = self._counters()
         log.info("%d probes, %d replies, %d unanswered", count["probes"], results.replies, results.unanswered)
-        lost = ("results_lost", "send_failed", "clone_lost", "build_failed", "key_busy", "in_flight_full", "over_max_rate")
-        if any(count[name] for name in lost):
-            log.warning("not measured: %s", ", ".join(f"{name} {count[name]}" for name in lost if count[name]))
+        lost = [f"{name} {count[name]}" for name in LOSSES if count[name]]
+        if lost:
+            log.warning("not measured: %s", ", ".join(lost))
         if count["reached"]:
             log.warning("%d probes reached their destination", count["reached"])
         log.debug("counters: %s", count)
 
 
 def log_format() -> logging.Formatter:
-    formatter = logging.Formatter("%(asctime)s.%(msecs)03d %(message)s", "%H:%M:%S")
-    return formatter
+    return logging.Formatter("%(asctime)s.%(msecs)03d %(message)s", "%H:%M:%S")
 
 
 def set_up_logging(config: Config) -> None:
@@ -1106,13 +1139,13 @@ def require_machine() -> None:
     """Raises Failure unless this is root on a machine with the packages."""
     if MISSING:
         absent, packages = " and ".join(MISSING), " ".join(MISSING.values())
-        pythons = "" if sys.executable == "/usr/bin/python3" else f" of {sys.executable} (the packages serve /usr/bin/python3)"
-        raise Failure(f"Python{pythons} has no {absent}: apt install {packages}")
+        other = "" if sys.executable == "/usr/bin/python3" else ", and run it with /usr/bin/python3"
+        raise Failure(f"{sys.executable} has no module {absent}: apt install {packages}{other}")
     if os.geteuid() != 0:
         raise Failure("must run as root: sudo python3 elfprobe.py ...")
 
 
-def main(argv: List[str]) -> int:
+def main(argv: list[str]) -> int:
     """Exit status: 0 after a run, 2 for wrong usage, 1 for all else that went wrong."""
     debug = "-d" in argv or "--debug" in argv
     try:
