@@ -7,6 +7,9 @@
  *                      +--> the clone comes through elf_egress again, at once, on this CPU
  *                             '-- tail call --> elf_probe: trim, lower the TTL, record --> device
  *
+ *   process --> cgroup sock_create: elf_sock_create, notes with each socket whose it is; which
+ *               processes are of interest, elf_exec, elf_fork, elf_exit and the driver keep current
+ *
  *   device --> XDP: elf_ingress -- time exceeded, quotes a probe in flight --> results --> driver
  *                      |-- sent by a destination ------> teaches how long the path is
  *                      '-- passes on, unchanged, whatever it is (but for the answers, with INGRESS_DROP)
@@ -42,6 +45,15 @@
 #ifndef DESTINATIONS_MAX
 #error "DESTINATIONS_MAX: most destinations of interest at once"
 #endif
+#ifndef BY_OWNER
+#error "BY_OWNER: 1 probes what the sockets of processes of interest send, 0 only destinations"
+#endif
+#ifndef BY_APP
+#error "BY_APP: 1 where processes are of interest by name, so that each new one is looked at"
+#endif
+#ifndef PEERS_MAX
+#error "PEERS_MAX: most destinations of processes' flows at once; the least recently used make room"
+#endif
 #ifndef IN_FLIGHT_MAX
 #error "IN_FLIGHT_MAX: most probes waiting for their reply at once"
 #endif
@@ -58,7 +70,8 @@
  * somebody's traceroute: it is not probed, and so its replies are never taken for a probe's. */
 #define MAX_HOPS 32
 
-/* How far below the packet's own TCP sequence number a probe's may be. Firewalls accept numbers
+/* How far below the packet's own TCP sequence number a probe's may be. Both numbers grow, so that
+ * those of a flow's probes differ whether it sends bytes one by one or none at all. Firewalls accept numbers
  * that are older by up to the receiver's window; this is below the smallest windows in use. */
 #define TCP_SEQ_BACK 2048
 
@@ -76,10 +89,16 @@
 /* One probe in so many is sent one hop farther than the path is thought to be long. */
 #define EXPLORE_EVERY 20000
 
+/* A TCP flow of which nothing is acknowledged for so long is in trouble, perhaps by our doing. */
+#define STALL (3 * NSEC_PER_SEC)
+/* As often as it may stall under probes before its destination is left alone for good. */
+#define STALLS_MAX 2
+
 /* Slack of the overall budget: a burst of as many probes as fit into it may go at once. The rate is
- * set so much lower that no second ever holds more than MAX_RATE. */
+ * set so much lower, and by what may pass between claim and departure, that no second ever holds
+ * more than MAX_RATE. */
 #define BUDGET_BURST (NSEC_PER_SEC / 100)
-#define BUDGET_COST ((NSEC_PER_SEC + BUDGET_BURST) / MAX_RATE + 1)
+#define BUDGET_COST ((NSEC_PER_SEC + BUDGET_BURST + NSEC_PER_MSEC) / MAX_RATE + 1)
 
 #define UDP_HEAD 32      /* payload bytes that tell UDP packets with unfinished checksums apart */
 #define UDP_SUM_MAX 9216 /* longest UDP payload that is summed up here: jumbo frames */
@@ -167,13 +186,19 @@ struct probe_key {
 	__u32 protocol;
 };
 
+struct app_name {
+	char text[16]; /* TASK_COMM_LEN: at most 15 characters and a zero, then zeros */
+};
+
 struct probe {
 	__u64 sendtime; /* CLOCK_MONOTONIC, ns, as are all times here */
 	__u32 seq;
 	__u32 origseq;
+	__u32 pid; /* of the socket's owner; 0: not known */
 	__u16 outipid;
 	__u8 outttl;
-	__u8 unused[5];
+	__u8 kept; /* bytes behind the headers, where that is not the packet's payload */
+	struct app_name app;
 };
 
 struct reply {
@@ -211,8 +236,56 @@ struct path {
 	__u8 turn;        /* hop probed last */
 	__u8 longer;      /* packets in a row that say that the way has become longer */
 	__u8 explore;     /* probe one hop beyond, once */
+	__u8 left_alone;  /* no more probes: flows there stalled under them */
 	__u8 last_router; /* distance of the last router, by the TTL of its replies */
 	struct hop hops[MAX_HOPS + 1];
+};
+
+/* Is a process of interest? Most have no entry: no. The other answers: */
+enum { UNDECIDED = 1, OF_INTEREST = 2 }; /* the driver has yet to look at it; yes */
+
+struct process {
+	__u64 id; /* tells it from others that had or will have its PID */
+	__u32 interest;
+	__u32 unused;
+	struct app_name app;
+};
+
+/* Noted with a socket, and with what is accepted from it: the process that made it. */
+struct owner {
+	__u64 process; /* its id */
+	__u32 interest;
+	__u32 pid;
+	struct app_name app;
+};
+
+/* What the driver hears of a process that it may have to look at. */
+struct process_event {
+	__u64 id;
+	__u32 pid;
+	__u32 interest; /* 0: its first thread has ended */
+};
+
+/* The beginning of a struct task_struct, in which the driver looks for the PID that it knows. */
+struct task_sample {
+	__u32 parent; /* 0: nobody's */
+	__u8 task[8192];
+};
+
+/* How a TCP flow gets on that carried probes. */
+struct tcp_progress {
+	__u64 since;  /* when it last moved, or had nothing outstanding */
+	__u32 acked;  /* its first sequence number that was not acknowledged then */
+	__u16 stalled;
+	__u16 stalls; /* how often it came to that */
+};
+
+/* What the driver tells the user of a flow. */
+enum { FLOW_STALLED = 1, FLOW_MOVES = 2, DESTINATION_LEFT_ALONE = 3 };
+
+struct flow_event {
+	struct probe_key flow;
+	__u32 kind;
 };
 
 /* Every way in which a packet or a probe can end has a counter. */
@@ -229,7 +302,10 @@ struct counters {
 	__u64 over_max_rate;   /* due, but over the budget */
 	__u64 carrier_low_ttl; /* due, but the packet is somebody's traceroute */
 	__u64 carrier_unfit;   /* due, but the packet may not carry one: SYN, FIN, RST, fragment, other protocol */
+	__u64 carrier_resent;  /* due, but the packet is a retransmission or a keep-alive */
+	__u64 flow_stalled;    /* due, but nothing of the flow is acknowledged any more */
 	__u64 driver_silent;   /* due, but the driver has not been heard for too long */
+	__u64 processes_full;  /* a process of interest for which there was no room */
 	__u64 not_ours;        /* time exceeded that answers nothing in flight */
 	__u64 reached;         /* probes that the destination itself answered */
 };
@@ -251,7 +327,8 @@ struct claim {
 	__u64 due;      /* of the hop, as the claim set it */
 	__u64 sendtime;
 	struct probe_key key;
-	__u32 unused;
+	__u32 pid;
+	struct app_name app;
 };
 
 /* Tells an unfinished UDP checksum, as quoted behind a device that never finishes it, from others. */
@@ -266,6 +343,8 @@ struct sum_buffer {
 
 /* BCC's macro for a hash that takes memory only for what is in it. */
 BPF_F_TABLE("hash", struct address, struct path, paths, DESTINATIONS_MAX, BPF_F_NO_PREALLOC);
+BPF_TABLE("lru_hash", struct address, struct path, peers, PEERS_MAX);
+BPF_ARRAY(blank_path, struct path, 1); /* never written: what a new peer starts from */
 BPF_HASH(in_flight, struct probe_key, struct probe, IN_FLIGHT_MAX);
 BPF_TABLE("lru_hash", struct udp_unfinished, __u32, unfinished, IN_FLIGHT_MAX);
 BPF_ARRAY(schedules, struct schedule, 1);
@@ -275,7 +354,34 @@ BPF_PERCPU_ARRAY(counters, struct counters, 1);
 BPF_PERCPU_ARRAY(sum_buffers, struct sum_buffer, 1);
 BPF_PROG_ARRAY(programs, 1); /* 0: elf_probe */
 BPF_RINGBUF_OUTPUT(results, RESULTS_PAGES);
-BPF_ARRAY(result_layout, struct result, 1); /* never written: tells the driver what results hold */
+
+/* Never written: they tell the driver how what it gets from no map looks. */
+BPF_ARRAY(result_layout, struct result, 1);
+BPF_ARRAY(process_event_layout, struct process_event, 1);
+BPF_ARRAY(owner_layout, struct owner, 1);
+BPF_ARRAY(flow_event_layout, struct flow_event, 1);
+
+BPF_HASH(processes, __u32, struct process, 65536); /* by PID */
+BPF_HASH(apps, struct app_name, __u32, 1024);      /* lower-case names of interest -> 1: that is it;
+						    * 0: its first 15 characters, or may be */
+BPF_ARRAY(task_sample, struct task_sample, 1); /* of the last child of one process, if one is asked for */
+BPF_ARRAY(task_pid_offset, __u32, 1); /* of pid in struct task_struct, tgid behind it; the driver finds out */
+BPF_RINGBUF_OUTPUT(process_events, 64);
+
+/* BCC's macro for socket storage has no place for the flag that hands it on to accepted sockets. */
+struct sockets_table_t {
+	int key;
+	struct owner leaf;
+	void *(*sk_storage_get)(void *, void *, int);
+	__u32 max_entries;
+	int flags;
+};
+__attribute__((section("maps/sk_storage"))) struct sockets_table_t sockets = {
+	.flags = BPF_F_NO_PREALLOC | BPF_F_CLONE,
+};
+BPF_ANNOTATE_KV_PAIR(sockets, int, struct owner);
+BPF_SK_STORAGE(tcp_progress, struct tcp_progress);
+BPF_RINGBUF_OUTPUT(flow_events, 16);
 
 #define READ_ONCE(x) (*(volatile typeof(x) *)&(x))
 
@@ -327,6 +433,7 @@ struct packet {
 	void *ip; /* struct iphdr or ip6hdr, by version */
 	__u32 version;
 	__u32 ip_len; /* bytes of the IP header */
+	__u32 l4_len; /* bytes behind it, as it says */
 	__u32 protocol;
 	__u32 fragment; /* a part of a packet, the first one too */
 	__u32 ttl;
@@ -355,6 +462,7 @@ static inline int parse_iphdr(struct hdr_cursor *nh, struct packet *pkt)
 	pkt->ip = ip;
 	pkt->version = 4;
 	pkt->ip_len = len;
+	pkt->l4_len = bpf_ntohs(ip->tot_len) - len;
 	pkt->protocol = ip->protocol;
 	pkt->fragment = ip->frag_off & bpf_htons(IP_MF_OR_OFFSET);
 	pkt->ttl = ip->ttl;
@@ -375,6 +483,7 @@ static inline int parse_ip6hdr(struct hdr_cursor *nh, struct packet *pkt)
 	pkt->ip = ip6;
 	pkt->version = 6;
 	pkt->ip_len = sizeof(*ip6);
+	pkt->l4_len = bpf_ntohs(ip6->payload_len);
 	pkt->protocol = ip6->nexthdr;
 	pkt->fragment = 0;
 	pkt->ttl = ip6->hop_limit;
@@ -575,7 +684,7 @@ static inline int claim_probe(struct path *path, struct claim *claim, __u64 now)
 	if (!schedule)
 		return -1;
 	bpf_spin_lock(&schedule->lock);
-	if (now < path->next_due)
+	if (now < path->next_due || path->left_alone)
 		goto unlock;
 	farthest = farthest_hop(path, now);
 	if (path->length && path->length <= MAX_HOPS &&
@@ -668,14 +777,16 @@ static inline __u32 ttl_distance(__u32 ttl)
 
 /* A packet of the destination came with this TTL. Ways that seem shorter are believed at once,
  * longer ones only when nothing says otherwise for a while: the error that does no harm. */
-static inline void learn_length(struct path *path, __u32 ttl, __u64 now)
+static inline void learn_length(struct path *path, __u32 ttl)
 {
 	__u32 distance = ttl_distance(ttl);
 	struct schedule *schedule;
 	int zero = 0;
+	__u64 now;
 
 	if (distance == path->reverse && !path->longer)
 		return;
+	now = bpf_ktime_get_ns();
 	schedule = schedules.lookup(&zero);
 	if (!schedule)
 		return;
@@ -766,6 +877,7 @@ struct built {
 	__u32 protocol;
 	__u32 origseq;
 	__u16 ip_id;
+	__u8 kept;
 	__u16 unfinished; /* the UDP checksum is left to the device */
 	struct probe_key key;
 	struct udp_unfinished quoted; /* how the probe is quoted if no device finishes it */
@@ -817,9 +929,10 @@ static inline int l4_header_len(struct hdr_cursor *nh, const struct packet *pkt)
 }
 
 /* Trims the clone. What a probe keeps behind its headers: nothing for TCP, 2 bytes that make the
- * checksum come out as wanted for UDP and ICMP; with NOTRUNC all of it, or of a packet that is yet
- * to be segmented, what the first segment gets. Tells in exact whether the payload is kept. */
-static inline int trim_clone(struct __sk_buff *skb, int *exact)
+ * checksum come out as wanted for UDP and ICMP, or 4 where the echo request has 2 itself;
+ * with NOTRUNC all of it, or of a packet that is yet to be segmented, what the first segment gets.
+ * Tells in exact whether the payload is kept, otherwise in tail how many bytes there are. */
+static inline int trim_clone(struct __sk_buff *skb, int *exact, __u8 *tail)
 {
 	struct hdr_cursor nh = { (void *)(long)skb->data, (void *)(long)skb->data_end };
 	__u32 headers, payload, kept;
@@ -837,7 +950,7 @@ static inline int trim_clone(struct __sk_buff *skb, int *exact)
 	payload = skb->len - headers;
 	*exact = NOTRUNC && (payload || pkt.protocol != IPPROTO_TCP);
 	if (!*exact)
-		kept = pkt.protocol == IPPROTO_TCP ? 0 : 2;
+		*tail = kept = pkt.protocol == IPPROTO_TCP ? 0 : is_icmp(&pkt) && payload == 2 ? 4 : 2;
 	else
 		kept = skb->gso_size && skb->gso_size < payload ? skb->gso_size : payload;
 	if (kept == payload)
@@ -861,7 +974,7 @@ static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, 
 	int exact = 0;
 
 	old_len = skb->len;
-	if (trim_clone(skb, &exact) < 0)
+	if (trim_clone(skb, &exact, &built->kept) < 0)
 		return -1;
 	nh.pos = (void *)(long)skb->data;
 	nh.end = (void *)(long)skb->data_end;
@@ -897,7 +1010,7 @@ static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, 
 		partial = tcp->check == csum_fold(pseudo + bpf_htonl(old_len));
 		pseudo += bpf_htonl(new_len);
 		if (!exact) {
-			tcp->seq = bpf_htonl(built->origseq - 1 - claim->seq % TCP_SEQ_BACK);
+			tcp->seq = bpf_htonl(built->origseq - TCP_SEQ_BACK + claim->seq % TCP_SEQ_BACK);
 			tcp->flags = TCP_ACK;
 			tcp->urg_ptr = 0;
 			tcp->check = 0;
@@ -987,6 +1100,9 @@ static inline int record_probe(const struct built *built, struct claim *claim)
 	probe.origseq = built->origseq;
 	probe.outipid = built->ip_id;
 	probe.outttl = claim->ttl;
+	probe.kept = built->kept;
+	probe.pid = claim->pid;
+	probe.app = claim->app;
 	probe.sendtime = bpf_ktime_get_ns();
 	err = in_flight.insert(&key, &probe);
 	if (err == -EEXIST) {
@@ -1001,6 +1117,218 @@ static inline int record_probe(const struct built *built, struct claim *claim)
 	claim->key = key;
 	claim->recorded = 1;
 	return 0;
+}
+
+/* ---- Processes and their sockets ---------------------------------------------------------- */
+
+static inline struct app_name current_app(void)
+{
+	struct app_name app = {};
+
+	bpf_get_current_comm(&app, sizeof(app));
+	return app;
+}
+
+/* What -a makes of a command name, without regard to (ASCII) case. 0: nothing. */
+static inline __u32 interest_in_app(const struct app_name *app)
+{
+	struct app_name lower = *app;
+	__u32 i, *exact;
+
+	if (!BY_APP)
+		return 0;
+#pragma unroll
+	for (i = 0; i < sizeof(lower.text); i++)
+		lower.text[i] |= (__u8)(lower.text[i] - 'A') < 26 ? 0x20 : 0;
+	exact = apps.lookup(&lower);
+	if (!exact)
+		return 0;
+	return *exact ? OF_INTEREST : UNDECIDED;
+}
+
+/* Enters the process, in the place of one that had its PID. */
+static inline void enter_process(struct process_event *event, const struct app_name *app)
+{
+	struct process process = { .interest = event->interest, .app = *app };
+
+	event->id = process.id = bpf_ktime_get_ns();
+	if (processes.update(&event->pid, &process))
+		COUNT(processes_full);
+}
+
+static inline void tell_driver(struct process_event *event)
+{
+	process_events.ringbuf_output(event, sizeof(*event), 0);
+}
+
+/* sched_process_exec, in the process. One that is of interest stays so, under its new name; any
+ * other may now be it by a name that only the driver sees: its executable's, its script's. */
+int elf_exec(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct process_event event = { .pid = bpf_get_current_pid_tgid() >> 32 };
+	struct app_name app = current_app();
+	struct process *process;
+
+	process = processes.lookup(&event.pid);
+	if (process && process->interest == OF_INTEREST) {
+		process->app = app;
+		return 0;
+	}
+	if (!BY_APP)
+		return 0;
+	event.interest = interest_in_app(&app);
+	if (!event.interest)
+		event.interest = UNDECIDED;
+	enter_process(&event, &app);
+	tell_driver(&event);
+	return 0;
+}
+
+/* sched_process_fork, in the parent: the child is what the parent is. */
+int elf_fork(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u32 pid = bpf_get_current_pid_tgid() >> 32, *offset;
+	struct process_event event = {};
+	struct task_sample *sample;
+	struct process *process;
+	struct {
+		__u32 pid, tgid;
+	} child = {};
+	struct app_name app;
+	int zero = 0;
+
+	sample = task_sample.lookup(&zero);
+	if (sample && sample->parent == pid)
+		bpf_probe_read(sample->task, sizeof(sample->task), (void *)ctx->args[1]);
+	offset = task_pid_offset.lookup(&zero);
+	if (!offset || bpf_probe_read(&child, sizeof(child), (void *)(ctx->args[1] + *offset)))
+		return 0;
+	if (child.pid != child.tgid)
+		return 0;
+	process = processes.lookup(&pid);
+	if (!process) {
+		processes.delete(&child.pid); /* one that had this PID */
+		return 0;
+	}
+	app = process->app;
+	event.pid = child.pid;
+	event.interest = process->interest;
+	enter_process(&event, &app);
+	if (event.interest == UNDECIDED)
+		tell_driver(&event);
+	return 0;
+}
+
+/* sched_process_exit, in every thread. Others may outlive the first one, or have become it by an exec:
+ * the driver removes the process when nothing is left of it. */
+int elf_exit(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u64 ids = bpf_get_current_pid_tgid();
+	struct process_event event = { .pid = ids >> 32 };
+	struct process *process;
+
+	if (event.pid != (__u32)ids)
+		return 0;
+	process = processes.lookup(&event.pid);
+	if (process) {
+		event.id = process->id;
+		tell_driver(&event);
+	}
+	return 0;
+}
+
+/* cgroup sock_create, in the creating process. Always 1: go on. */
+int elf_sock_create(struct bpf_sock *sk)
+{
+	__u64 ids = bpf_get_current_pid_tgid();
+	struct process_event event = { .pid = ids >> 32 };
+	struct process *process;
+	struct owner owner = {};
+	struct app_name app;
+
+	process = processes.lookup(&event.pid);
+	if (!process) {
+		/* It may have changed its name since it was looked at. */
+		if (event.pid != (__u32)ids)
+			return 1;
+		app = current_app();
+		event.interest = interest_in_app(&app);
+		if (!event.interest)
+			return 1;
+		enter_process(&event, &app);
+		tell_driver(&event);
+		process = processes.lookup(&event.pid);
+		if (!process)
+			return 1;
+	}
+	owner.process = process->id;
+	owner.interest = process->interest;
+	owner.pid = event.pid;
+	owner.app = event.pid == (__u32)ids ? current_app() : process->app; /* threads have names of their own */
+	sockets.sk_storage_get(sk, &owner, BPF_SK_STORAGE_GET_F_CREATE);
+	return 1;
+}
+
+static inline struct bpf_sock *packet_socket(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+
+	return sk ? bpf_sk_fullsock(sk) : 0;
+}
+
+/* The socket keeps the answer, so that it outlives the process. */
+static inline int is_of_interest(struct owner *owner)
+{
+	__u32 pid = owner->pid;
+	struct process *process;
+
+	if (owner->interest != UNDECIDED)
+		return owner->interest == OF_INTEREST;
+	process = processes.lookup(&pid);
+	if (!process || process->id != owner->process)
+		owner->interest = 0; /* it was found to be of none, or ended before it was looked at */
+	else if (process->interest == OF_INTEREST)
+		owner->interest = OF_INTEREST;
+	return owner->interest == OF_INTEREST;
+}
+
+/* Which process of interest the packet comes from; 0: none. */
+static inline struct owner *packet_owner(struct __sk_buff *skb)
+{
+	struct owner *owner;
+	struct bpf_sock *sk;
+
+	if (!BY_OWNER)
+		return 0;
+	sk = packet_socket(skb);
+	owner = sk ? sockets.sk_storage_get(sk, 0, 0) : 0;
+	return owner && is_of_interest(owner) ? owner : 0;
+}
+
+/* What is known of the way to a destination of interest, by itself or for a process's flows; 0: of none. */
+static inline struct path *known_path(struct address *dest)
+{
+	struct path *path = paths.lookup(dest);
+
+	return path || !BY_OWNER ? path : peers.lookup(dest);
+}
+
+/* The same for the destination of a packet with this owner; a flow of interest makes its destination one. */
+static inline struct path *path_of_flow(struct address *dest, struct owner *owner)
+{
+	struct path *path = paths.lookup(dest), *blank;
+	int zero = 0;
+
+	if (path || !owner)
+		return path;
+	path = peers.lookup(dest);
+	if (path)
+		return path;
+	blank = blank_path.lookup(&zero);
+	if (!blank)
+		return 0;
+	peers.update(dest, blank);
+	return peers.lookup(dest);
 }
 
 /* ---- TC egress ---------------------------------------------------------------------------- */
@@ -1044,6 +1372,64 @@ static inline int may_carry(struct hdr_cursor *nh, const struct packet *pkt)
 	return pkt->protocol == IPPROTO_UDP;
 }
 
+static inline void tell_of_flow(const struct packet *pkt, const struct tcphdr *tcp, __u32 kind)
+{
+	struct flow_event event = { .kind = kind };
+
+	event.flow.dest = pkt->daddr;
+	event.flow.sport = tcp->source;
+	event.flow.dport = tcp->dest;
+	event.flow.protocol = IPPROTO_TCP;
+	flow_events.ringbuf_output(&event, sizeof(event), 0);
+}
+
+/* May the TCP flow that the packet, parsed up to the cursor, belongs to be probed now? Not from what
+ * it sends again (a firewall knows newer numbers), nor while it stalls: some firewalls take a low TTL
+ * for an attack and block the flow. A flow whose socket is not here passes. */
+static inline int flow_is_well(struct __sk_buff *skb, struct hdr_cursor *nh, const struct packet *pkt,
+			       struct path *path, __u64 now)
+{
+	struct tcp_progress *progress;
+	struct tcphdr *tcp = nh->pos;
+	struct bpf_tcp_sock *tp;
+	struct bpf_sock *sk;
+
+	if (pkt->protocol != IPPROTO_TCP || (void *)(tcp + 1) > nh->end)
+		return 1;
+	sk = packet_socket(skb);
+	if (!sk)
+		return 1;
+	tp = bpf_tcp_sock(sk);
+	if (!tp)
+		return 1;
+	progress = tcp_progress.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!progress)
+		return 1;
+	if (!tp->packets_out || progress->acked != tp->snd_una || !progress->since) {
+		if (progress->stalled)
+			tell_of_flow(pkt, tcp, FLOW_MOVES);
+		progress->stalled = 0;
+		progress->acked = tp->snd_una;
+		progress->since = now;
+	}
+	if (now - progress->since <= STALL) {
+		if ((__s32)(bpf_ntohl(tcp->seq) - tp->snd_nxt) >= 0)
+			return 1;
+		COUNT(carrier_resent);
+		return 0;
+	}
+	COUNT(flow_stalled);
+	if (progress->stalled)
+		return 0;
+	progress->stalled = 1;
+	tell_of_flow(pkt, tcp, FLOW_STALLED);
+	if (++progress->stalls >= STALLS_MAX) {
+		path->left_alone = 1;
+		tell_of_flow(pkt, tcp, DESTINATION_LEFT_ALONE);
+	}
+	return 0;
+}
+
 /* Sends the probe that was claimed as a copy of the packet. 1 if it left. */
 static inline int send_probe(struct __sk_buff *skb, struct claim *claim)
 {
@@ -1073,6 +1459,7 @@ int elf_egress(struct __sk_buff *skb)
 	struct hdr_cursor nh = { (void *)(long)skb->data, (void *)(long)skb->data_end };
 	struct packet pkt = {};
 	struct claim *claim;
+	struct owner *owner;
 	struct path *path;
 	int zero = 0;
 	__u64 now, *alive;
@@ -1088,7 +1475,8 @@ int elf_egress(struct __sk_buff *skb)
 	}
 	if (parse_frame(&nh, &pkt) < 0)
 		return TC_ACT_UNSPEC;
-	path = paths.lookup(&pkt.daddr);
+	owner = packet_owner(skb);
+	path = path_of_flow(&pkt.daddr, owner);
 	if (!path)
 		return TC_ACT_UNSPEC;
 	now = bpf_ktime_get_ns();
@@ -1107,8 +1495,15 @@ int elf_egress(struct __sk_buff *skb)
 		COUNT(driver_silent);
 		return TC_ACT_UNSPEC;
 	}
-	if (claim_probe(path, claim, now) == 0)
-		settle_claim(path, claim, send_probe(skb, claim));
+	if (!flow_is_well(skb, &nh, &pkt, path, now) || claim_probe(path, claim, now) < 0)
+		return TC_ACT_UNSPEC;
+	claim->pid = 0;
+	__builtin_memset(&claim->app, 0, sizeof(claim->app));
+	if (owner) {
+		claim->pid = owner->pid;
+		claim->app = owner->app;
+	}
+	settle_claim(path, claim, send_probe(skb, claim));
 	return TC_ACT_UNSPEC;
 }
 
@@ -1137,8 +1532,9 @@ static inline struct probe *find_probe(struct hdr_cursor *nh, const struct packe
 }
 
 /* A time exceeded, its quote at the cursor. 1 if it answers a probe of ours. */
-static inline int receive_reply(struct xdp_md *ctx, struct hdr_cursor *nh, const struct packet *outer, __u64 now)
+static inline int receive_reply(struct xdp_md *ctx, struct hdr_cursor *nh, const struct packet *outer)
 {
+	__u64 now = bpf_ktime_get_ns(); /* before anything else: this is the measurement */
 	struct result result = {};
 	struct packet quote = {};
 	struct probe *probe;
@@ -1158,7 +1554,7 @@ static inline int receive_reply(struct xdp_md *ctx, struct hdr_cursor *nh, const
 	result.reply.recvcpu = bpf_get_smp_processor_id();
 	result.reply.inipid = quote.ip_id;
 	result.reply.recvttl = outer->ttl;
-	path = paths.lookup(&result.key.dest);
+	path = known_path(&result.key.dest);
 	if (path)
 		learn_hop(path, &result.probe, outer->ttl, now);
 	if (outer->version == 4)
@@ -1166,7 +1562,7 @@ static inline int receive_reply(struct xdp_md *ctx, struct hdr_cursor *nh, const
 	else
 		elf_v6_afterrecv(ctx);
 	COUNT(replies);
-	if (results.ringbuf_output(&result, sizeof(result), 0))
+	if (results.ringbuf_output(&result, sizeof(result), BPF_RB_NO_WAKEUP))
 		COUNT(results_lost);
 	return 1;
 }
@@ -1182,17 +1578,20 @@ static inline void notice_reached(struct hdr_cursor *nh, const struct packet *pk
 	if ((void *)(icmp + 1) > nh->end)
 		return;
 	if (is_echo_reply(pkt, icmp)) {
-		if (NOTRUNC)
-			return; /* its sequence number is the application's own */
 		key.dest = pkt->saddr;
 		key.protocol = pkt->protocol;
 		key.sport = icmp->id;
 		key.ident = bpf_ntohs(icmp->sequence);
 		probe = in_flight.lookup(&key);
+		/* The application's own may have the same number, but are of another size. */
+		if (!probe || !probe->kept || pkt->l4_len != sizeof(*icmp) + probe->kept)
+			return;
 	} else if (is_dest_unreach(pkt, icmp)) {
 		nh->pos = icmp + 1;
 		if ((pkt->version == 4 ? parse_iphdr(nh, &quote) : parse_ip6hdr(nh, &quote)) < 0)
 			return;
+		if (quote.ttl > MAX_HOPS)
+			return; /* the application's own, which with NOTRUNC has a probe's identity */
 		probe = find_probe(nh, &quote, &key);
 	} else {
 		return;
@@ -1206,7 +1605,6 @@ static inline void notice_reached(struct hdr_cursor *nh, const struct packet *pk
 /* Every packet that arrives. All pass, but for the replies to our probes with INGRESS_DROP. */
 int elf_ingress(struct xdp_md *ctx)
 {
-	__u64 now = bpf_ktime_get_ns();
 	struct hdr_cursor nh = { (void *)(long)ctx->data, (void *)(long)ctx->data_end };
 	struct packet pkt = {};
 	struct icmphdr *icmp;
@@ -1217,16 +1615,16 @@ int elf_ingress(struct xdp_md *ctx)
 	icmp = nh.pos;
 	if (is_icmp(&pkt) && !pkt.fragment && (void *)(icmp + 1) <= nh.end && is_time_exceeded(&pkt, icmp)) {
 		nh.pos = icmp + 1;
-		if (receive_reply(ctx, &nh, &pkt, now))
+		if (receive_reply(ctx, &nh, &pkt))
 			return INGRESS_DROP ? XDP_DROP : XDP_PASS;
 		COUNT(not_ours);
 		return XDP_PASS;
 	}
-	path = paths.lookup(&pkt.saddr);
+	path = known_path(&pkt.saddr);
 	if (!path)
 		return XDP_PASS;
 	if (is_icmp(&pkt) && !pkt.fragment)
 		notice_reached(&nh, &pkt, path);
-	learn_length(path, pkt.ttl, now);
+	learn_length(path, pkt.ttl);
 	return XDP_PASS;
 }

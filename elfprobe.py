@@ -24,11 +24,14 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import fcntl
 import functools
+import importlib.metadata
 import ipaddress
 import logging
 import logging.handlers
 import os
+import queue
 import re
 import signal
 import socket
@@ -37,6 +40,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 MISSING: dict[str, str] = {}  # module -> Debian's name of the package that has it
@@ -60,7 +64,7 @@ HOOKS_FILE = os.path.join(HERE, "elfhooks.c")
 
 COLUMNS = (
     "recvcpu", "seq", "origseq", "latency", "sendtime", "recvtime", "dest", "responder",
-    "outttl", "recvttl", "sport", "dport", "protocol", "outipid", "inipid",
+    "outttl", "recvttl", "sport", "dport", "protocol", "outipid", "inipid", "app", "pid",
 )  # fmt: skip
 
 UNANSWERED_AFTER = 5.0  # s that a probe may be outstanding
@@ -71,10 +75,21 @@ STRAY_REPLIES = 0.5  # s to wait for replies after the last probe
 SCAN_EVERY = 1.0  # s between two looks at the processes
 LINGER = 30.0  # s that a destination stays of interest after its last connection ended
 DESTINATIONS_MAX = 65536
+PEERS_MAX = 16384  # destinations of processes' flows
 RESULTS_PAGES = 1024  # of the result ring: 4 MiB hold what 50 ms at 800,000 rows a second bring
 
 ARPHRD_ETHER = 1  # linux/if_arp.h
 ARPHRD_LOOPBACK = 772
+IFF_UP = 1  # linux/if.h
+SIOCGIFFLAGS = 0x8913  # linux/sockios.h
+BPF_XDP = 37  # enum bpf_attach_type, linux/bpf.h
+BPF_CGROUP_INET_SOCK_CREATE = 2  # enum bpf_attach_type, linux/bpf.h
+UNDECIDED, OF_INTEREST = 1, 2  # as in elfprobe.c
+TASK_COMM_LEN = 16  # linux/sched.h: of a command name, the final zero included
+INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, linux/proc_ns.h: its inode number, always
+# asm-generic/unistd.h: one number on all machines
+SYS_FSOPEN, SYS_FSCONFIG, SYS_FSMOUNT, SYS_PIDFD_OPEN, SYS_PIDFD_GETFD = 430, 431, 432, 434, 438
+FSCONFIG_CMD_CREATE = 6  # linux/mount.h
 XDP_FLAGS_UPDATE_IF_NOEXIST = 1  # linux/if_link.h
 XDP_FLAGS_SKB_MODE = 2
 XDP_FLAGS_DRV_MODE = 4
@@ -82,14 +97,28 @@ XDP_MODES = {"xdp": "native", "xdpgeneric": "generic"}  # as ip link and pyroute
 CLSACT_EGRESS = 0xFFFFFFF3  # TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_EGRESS), linux/pkt_sched.h
 ETH_P_ALL = 0x0003
 
-# What runs a script named on its command line.
-INTERPRETER = re.compile(r"(python|perl|ruby|node|nodejs|php|lua|tclsh|Rscript|sh|bash|dash|zsh|ksh)[\d.]*$")
+# What runs a script named on its command line: name, without its version -> the options behind which
+# there is code in the place of a script, and those behind which a word comes that is none.
+SHELL = (("-c",), ("-o", "-O", "+o", "+O"))
+INTERPRETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "python": (("-c",), ("-W", "-X")),
+    "perl": (("-e", "-E"), ("-I",)),
+    "ruby": (("-e",), ("-I", "-r")),
+    "node": (("-e", "-p", "--eval", "--print"), ("-r", "--require")),
+    "nodejs": (("-e", "-p", "--eval", "--print"), ("-r", "--require")),
+    "php": (("-r",), ("-c", "-d")),
+    "lua": (("-e",), ("-l",)),
+    "tclsh": ((), ()),
+    "Rscript": (("-e",), ()),
+    **dict.fromkeys(("sh", "bash", "dash", "zsh", "ksh"), SHELL),
+}
 
 # The counters of elfprobe.c that say why a probe was not made, or its reply not written.
 LOSSES = (
     "results_lost", "send_failed", "clone_lost", "build_failed", "key_busy", "in_flight_full",
     "over_max_rate",
 )  # fmt: skip
+
 
 log = logging.getLogger("elfprobe")
 
@@ -125,7 +154,11 @@ class Config:
     duration: float | None = None  # s
     max_rate: int = 50000  # probes per second
 
-    def build_flags(self) -> dict[str, str]:
+    @property
+    def by_process(self) -> bool:
+        return bool(self.apps or self.pids)
+
+    def build_flags(self, by_owner: bool = False) -> dict[str, str]:
         """The -D flags of elfprobe.c."""
         waiting = self.max_rate * (UNANSWERED_AFTER + 1)
         return {
@@ -134,7 +167,10 @@ class Config:
             "INTERVAL_NS": f"{self.probeint * 1000000}ULL",
             "MAX_RATE": f"{self.max_rate}ULL",
             "INGRESS_DROP": str(int(self.ingress == "drop")),
+            "BY_OWNER": str(int(by_owner)),
+            "BY_APP": str(int(by_owner and bool(self.apps))),
             "DESTINATIONS_MAX": str(DESTINATIONS_MAX),
+            "PEERS_MAX": str(PEERS_MAX if by_owner else 1),
             "IN_FLIGHT_MAX": str(1 << int(min(max(waiting, 1024), 1 << 18) - 1).bit_length()),
             "RESULTS_PAGES": str(RESULTS_PAGES),
         }
@@ -190,11 +226,18 @@ def rate_type(text: str) -> str:
     return full
 
 
+def package_version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
 class ShowVersion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
         found = {
             "BCC": getattr(sys.modules.get("bcc"), "__version__", "missing"),
-            "pyroute2": getattr(sys.modules.get("pyroute2"), "__version__", "missing"),
+            "pyroute2": package_version("pyroute2"),
             "psutil": getattr(sys.modules.get("psutil"), "__version__", "missing"),
         }
         parts = ", ".join(f"{name} {version}" for name, version in found.items())
@@ -313,8 +356,9 @@ def resolve(name: str) -> set[bytes]:
     return {pack_address(str(sockaddr[0])) for *_, sockaddr in found}
 
 
-def read_address_file(path: str) -> Iterator[str]:
-    """The lines of an @FILE; empty ones and what follows a # are left out. Raises Failure."""
+def read_address_file(path: str) -> list[tuple[str, str]]:
+    """Names and where they stand, from the lines of an @FILE; empty ones and what follows a # are left
+    out. Raises Failure."""
     try:
         with open(path, encoding="utf-8") as file:
             lines = [line.split("#")[0].strip() for line in file]
@@ -323,18 +367,21 @@ def read_address_file(path: str) -> Iterator[str]:
         raise Failure(f"address file '{path}': {reason}") from err
     if not any(lines):
         raise Failure(f"address file '{path}': no address in it")
-    return (line for line in lines if line)
+    return [(line, f" (line {number} of {path})") for number, line in enumerate(lines, 1) if line]
 
 
 def resolve_all(arguments: Iterable[str]) -> dict[bytes, str]:
     """Packed addresses -> what the user called them, for all address arguments. Raises Failure."""
     found: dict[bytes, str] = {}
     for argument in arguments:
-        names = read_address_file(argument[1:]) if argument.startswith("@") else iter((argument,))
-        for name in names:
-            for packed in resolve(name):
+        for name, place in read_address_file(argument[1:]) if argument.startswith("@") else [(argument, "")]:
+            try:
+                resolved = resolve(name)
+            except Failure as failure:
+                raise Failure(f"{failure}{place}") from failure
+            for packed in resolved:
                 if not is_remote(packed):
-                    raise Failure(f"address '{name}': {address_text(packed)} never leaves this host")
+                    raise Failure(f"address '{name}': {address_text(packed)} never leaves this host{place}")
                 found.setdefault(packed, name)
     if len(found) > DESTINATIONS_MAX:
         raise Failure(f"addresses: {len(found)} destinations, at most {DESTINATIONS_MAX} are possible")
@@ -359,10 +406,28 @@ def process_names(process: Process) -> set[str]:
     and those of the script or module that an interpreter runs, with and without extension."""
     program = os.path.basename(process.exe or (process.cmdline[0] if process.cmdline else ""))
     names = {process.name, program}
-    if INTERPRETER.match(program):
-        script = next((word for word in process.cmdline[1:] if not word.startswith("-")), "")
-        names |= {os.path.basename(script), os.path.splitext(os.path.basename(script))[0]}
+    if is_interpreter(program):
+        script = os.path.basename(script_of(program, process.cmdline))
+        names |= {script, os.path.splitext(script)[0]}
     return {name.lower() for name in names if name}
+
+
+def is_interpreter(program: str) -> bool:
+    return program.rstrip("0123456789.") in INTERPRETERS
+
+
+def script_of(program: str, cmdline: tuple[str, ...]) -> str:
+    """The script or module that an interpreter's command line names, empty where it names none."""
+    options_with_code, options_with_value = INTERPRETERS[program.rstrip("0123456789.")]
+    words = iter(cmdline[1:])
+    for word in words:
+        if not word.startswith(("-", "+")):
+            return word
+        if word in options_with_code:
+            return ""
+        if word in options_with_value:
+            next(words, "")
+    return ""
 
 
 def choose_processes(
@@ -403,21 +468,15 @@ def connected_addresses(chosen: dict[int, str]) -> dict[bytes, str]:
     return found
 
 
-class Targets:
-    """Keeps the kernel's table of destinations current: those given by address stay, those of
-    processes come and go with their connections."""
+class Destinations:
+    """The kernel's table of destinations of interest."""
 
-    def __init__(self, paths: Any, fixed: dict[bytes, str], apps: Iterable[str], pids: Iterable[int]) -> None:
-        self._paths = paths
-        self._fixed = fixed
-        self._apps = tuple(apps)
-        self._pids = tuple(pids)
-        self._last_seen: dict[bytes, float] = {}
+    def __init__(self, bpf: Any) -> None:
+        self._paths = bpf["paths"]
         self._full = False
-        for packed in fixed:
-            self._add(packed)
 
-    def _add(self, packed: bytes) -> bool:
+    def add(self, packed: bytes) -> bool:
+        """False where there is no room; the first time that is logged."""
         try:
             self._paths[self._paths.Key.from_buffer_copy(packed)] = self._paths.Leaf()
         except Exception as err:  # BCC raises a bare Exception where the table is full
@@ -427,6 +486,26 @@ class Targets:
             return False
         return True
 
+    def remove(self, packed: bytes) -> None:
+        with contextlib.suppress(KeyError):
+            del self._paths[self._paths.Key.from_buffer_copy(packed)]
+        self._full = False
+
+
+class ConnectionTables:
+    """Flows by process where the kernel cannot tell whose a packet is: looks at the processes'
+    connections again and again, and makes destinations of their remote addresses. Misses what is
+    shorter than its intervals, and probes what other processes send to the same addresses."""
+
+    def __init__(
+        self, destinations: Destinations, fixed: Iterable[bytes], apps: Iterable[str], pids: Iterable[int]
+    ) -> None:
+        self._destinations = destinations
+        self._fixed = frozenset(fixed)
+        self._apps = tuple(apps)
+        self._pids = tuple(pids)
+        self._last_seen: dict[bytes, float] = {}
+
     def scan(self) -> None:
         """One look at the processes' connections."""
         now = time.monotonic()
@@ -435,23 +514,18 @@ class Targets:
             if packed in self._fixed:
                 continue
             if packed not in self._last_seen:
-                if not self._add(packed):
+                if not self._destinations.add(packed):
                     continue
                 log.info("of interest: %s (%s)", address_text(packed), owner)
             self._last_seen[packed] = now
         for packed in [packed for packed, seen in self._last_seen.items() if now - seen > LINGER]:
             del self._last_seen[packed]
-            with contextlib.suppress(KeyError):
-                del self._paths[self._paths.Key.from_buffer_copy(packed)]
-            self._full = False
+            self._destinations.remove(packed)
             log.info("no longer of interest: %s", address_text(packed))
 
     @contextlib.contextmanager
     def followed(self) -> Iterator[None]:
         """Scans now, then again and again in a thread of its own, so that no row waits for it."""
-        if not (self._apps or self._pids):
-            yield
-            return
         ended = threading.Event()
 
         def follow() -> None:
@@ -469,6 +543,271 @@ class Targets:
         finally:
             ended.set()
             thread.join()
+
+
+class Unsupported(Exception):
+    """What is missing for telling in the kernel whose a packet is."""
+
+
+def look_at_process(pid: int) -> Process:
+    """Straight from /proc, as many may be started each second. Raises OSError when it has ended."""
+    with open(f"/proc/{pid}/comm", "rb") as file:
+        name = os.fsdecode(file.read().rstrip(b"\n"))
+    try:
+        exe = os.readlink(f"/proc/{pid}/exe")
+    except OSError:  # a kernel thread
+        exe = ""
+    words: tuple[str, ...] = ()
+    if len(name) >= TASK_COMM_LEN - 1 or is_interpreter(os.path.basename(exe)):
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = tuple(os.fsdecode(word) for word in file.read().split(b"\0")[:-1])
+        full = os.path.basename(words[0]) if words else ""
+        if len(name) == TASK_COMM_LEN - 1 and full.startswith(name):
+            name = full
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        ppid = int(file.read().rpartition(b")")[2].split()[1])
+    return Process(pid, ppid, name, exe, words)
+
+
+def comm_bytes(name: str) -> bytes:
+    """A command name as the kernel has it: cut, and filled up with zeros."""
+    return os.fsencode(name)[: TASK_COMM_LEN - 1].ljust(TASK_COMM_LEN, b"\0")
+
+
+def system_call(number: int, *args: Any) -> int:
+    """Raises OSError."""
+    result: int = ctypes.CDLL(None, use_errno=True).syscall(ctypes.c_long(number), *args)
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def open_cgroup_root() -> int:
+    """A descriptor of the topmost cgroup (version 2) that can be seen from here, mounted or not: a new
+    network namespace comes with a new /sys, without the mount. Raises OSError."""
+    mounts: dict[str, str] = {}  # what is mounted, seen from our cgroup namespace's root -> where
+    with open("/proc/self/mountinfo", encoding="utf-8") as file:
+        for fields in map(str.split, file):
+            if fields[fields.index("-") + 1] == "cgroup2" and re.fullmatch(r"/|(/\.\.)+", fields[3]):
+                mounts[fields[3]] = fields[4]
+    if mounts:
+        top = mounts[max(mounts, key=len)]
+        return os.open(top.encode().decode("unicode_escape"), os.O_RDONLY | os.O_DIRECTORY)
+    context = system_call(SYS_FSOPEN, b"cgroup2", 0)
+    try:
+        system_call(SYS_FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
+        mount = system_call(SYS_FSMOUNT, context, 0, 0)
+    finally:
+        os.close(context)
+    try:
+        return os.open(f"/proc/self/fd/{mount}", os.O_RDONLY | os.O_DIRECTORY)
+    finally:
+        os.close(mount)
+
+
+def duplicated_sockets(pid: int) -> Iterator[socket.socket]:
+    """The IPv4 and IPv6 sockets of another process, each closed when the next is asked for.
+    Raises OSError where the process has ended."""
+    pidfd = system_call(SYS_PIDFD_OPEN, pid, 0)
+    try:
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            try:
+                if not os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:"):
+                    continue
+                duplicate = system_call(SYS_PIDFD_GETFD, pidfd, int(name), 0)
+            except FileNotFoundError:
+                continue
+            except OSError as err:
+                if err.errno == errno.EBADF:
+                    continue
+                raise
+            with socket.socket(fileno=duplicate) as found:
+                if found.family in (socket.AF_INET, socket.AF_INET6):
+                    yield found
+    finally:
+        os.close(pidfd)
+
+
+class SocketOwners:
+    """Flows by process, exactly and from the first packet: each socket is noted in the kernel with
+    the process that makes it, processes of interest are known there from their exec or fork on, and
+    what only this side can see of a process, its executable and its script, is added as it starts."""
+
+    def __init__(self, bpf: Any, apps: Iterable[str], pids: Iterable[int]) -> None:
+        self._bpf = bpf
+        self._apps = frozenset(app.lower() for app in apps)
+        self._pids = tuple(pids)
+        self._processes = bpf["processes"]
+        self._owner = bpf["owner_layout"].Leaf
+        self._sockets = bcc.lib.bpf_table_fd(bpf.module, b"sockets")
+        layout, names = struct_format(bpf["process_event_layout"].Leaf)
+        self._event = struct.Struct(layout)
+        self._event_fields = [names.index(name) for name in ("id", "pid", "interest")]
+        self._events: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+
+    @contextlib.contextmanager
+    def followed(self) -> Iterator[None]:
+        """Raises Unsupported. Events are heard while somebody polls the BPF object's ring buffers."""
+        if os.stat("/proc/self/ns/pid").st_ino != INITIAL_PID_NAMESPACE:
+            raise Unsupported("the PIDs that the kernel itself uses (this is a PID namespace of its own)")
+        with contextlib.ExitStack() as stack:
+            self._enter_names()
+            self._bpf["process_events"].open_ring_buffer(self._hear)
+            self._attach_tracepoints(stack)
+            self._find_task_pid_offset()
+            self._attach_to_cgroup(stack)
+            self._adopt_running()
+            thread = threading.Thread(target=self._decide_on_events, daemon=True)
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(self._events.put, None)
+            yield
+
+    def _enter_names(self) -> None:
+        table = self._bpf["apps"]
+        for app in self._apps:
+            exact = len(os.fsencode(app)) < TASK_COMM_LEN - 1
+            table[table.Key.from_buffer_copy(comm_bytes(app))] = table.Leaf(exact)
+
+    def _attach_tracepoints(self, stack: contextlib.ExitStack) -> None:
+        for event, program in (("exit", "elf_exit"), ("fork", "elf_fork"), ("exec", "elf_exec")):
+            tracepoint = f"sched_process_{event}"
+            try:
+                self._bpf.attach_raw_tracepoint(tp=tracepoint, fn_name=program)
+            except Exception as err:  # BCC raises a bare Exception
+                raise Unsupported(f"the raw tracepoint {tracepoint}") from err
+            stack.callback(self._bpf.detach_raw_tracepoint, tp=tracepoint)
+
+    def _find_task_pid_offset(self) -> None:
+        """Where struct task_struct has its pid, tgid behind it. No header and no type information
+        is needed to find out: in copies of a few children's it is where their PIDs stand."""
+        samples = self._bpf["task_sample"]
+        offset = self._bpf["task_pid_offset"]
+        possible: set[int] = set()
+        for attempt in range(3):
+            samples[samples.Key(0)] = samples.Leaf(parent=os.getpid())
+            child = os.fork()
+            if child == 0:
+                os._exit(0)
+            os.waitpid(child, 0)
+            sample = bytes(samples[samples.Key(0)].task)
+            twice = struct.pack("=II", child, child)
+            found = {at for at in range(0, len(sample) - 4, 4) if sample.startswith(twice, at)}
+            possible = found & possible if attempt else found
+        samples[samples.Key(0)] = samples.Leaf(parent=0)
+        if len(possible) != 1:
+            raise Unsupported("the place of the PID in struct task_struct")
+        offset[offset.Key(0)] = offset.Leaf(possible.pop())
+
+    def _attach_to_cgroup(self, stack: contextlib.ExitStack) -> None:
+        """By a BPF link: it ends with this process, however that ends."""
+        try:
+            cgroup = open_cgroup_root()
+        except OSError as err:
+            raise Unsupported(f"cgroup version 2 ({err.strerror})") from err
+        stack.callback(os.close, cgroup)
+        if not self._covers_all(cgroup):
+            raise Unsupported("a cgroup that all processes here belong to")
+        program = self._bpf.funcs[b"elf_sock_create"].fd
+        link = bcc.lib.bpf_link_create(program, cgroup, BPF_CGROUP_INET_SOCK_CREATE, None)
+        if link < 0:
+            raise Unsupported(f"a BPF link to the cgroup ({os.strerror(ctypes.get_errno())})")
+        stack.callback(os.close, link)
+
+    @staticmethod
+    def _covers_all(cgroup: int) -> bool:
+        """Whether every process that can be seen belongs to it. One that is not the root, which has no
+        events of its own, is that of a container, or of a service with a cgroup namespace."""
+        try:
+            os.close(os.open("cgroup.events", os.O_RDONLY, dir_fd=cgroup))
+        except FileNotFoundError:
+            return True
+        for pid in psutil.pids():
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/cgroup", encoding="utf-8") as file:
+                if any(line.startswith("0::/..") for line in file):
+                    return False
+        return True
+
+    def _adopt_running(self) -> None:
+        """Enters the processes of interest that are there already, and those that they fork meanwhile."""
+        adopted: set[int] = set()
+        while True:
+            chosen = choose_processes(running_processes(), self._apps, self._pids)
+            if not chosen.keys() - adopted:
+                return
+            for pid in chosen.keys() - adopted:
+                self._adopt(pid, time.monotonic_ns(), chosen[pid])
+            adopted |= chosen.keys()
+
+    def _adopt(self, pid: int, process_id: int, name: str) -> None:
+        """From now on the process is of interest, with the sockets that it has."""
+        entry = self._processes.Leaf(id=process_id, interest=OF_INTEREST)
+        entry.app.text = comm_bytes(name)
+        self._processes[self._processes.Key(pid)] = entry
+        self._tag_sockets(pid, entry)
+        log.info("of interest: %s (%d)", name, pid)
+
+    def _tag_sockets(self, pid: int, process: Any) -> None:
+        """Notes this process as owner of its sockets, but for those that one of interest has already."""
+        owner = self._owner(process=process.id, interest=process.interest, pid=pid)
+        owner.app.text = process.app.text
+        known = self._owner()
+        try:
+            for found in duplicated_sockets(pid):
+                key = ctypes.c_int(found.fileno())
+                tagged = bcc.lib.bpf_lookup_elem(self._sockets, ctypes.byref(key), ctypes.byref(known)) == 0
+                if not (tagged and known.interest == OF_INTEREST):
+                    bcc.lib.bpf_update_elem(self._sockets, ctypes.byref(key), ctypes.byref(owner), 0)
+        except OSError as err:
+            if err.errno not in (errno.ESRCH, errno.ENOENT):
+                log.warning("sockets that %d has open already are not probed: %s", pid, err.strerror)
+
+    def _hear(self, _context: Any, data: int, size: int) -> int:
+        self._events.put(ctypes.string_at(data, size))
+        return 0
+
+    def _decide_on_events(self) -> None:
+        ending: set[tuple[int, int]] = set()  # IDs and PIDs of processes whose first thread has ended
+        while True:
+            try:
+                data = self._events.get(timeout=SCAN_EVERY if ending else None)
+            except queue.Empty:
+                for process_id, pid in list(ending):
+                    if not os.path.exists(f"/proc/{pid}"):
+                        ending.remove((process_id, pid))
+                        self._forget(process_id, pid)
+                continue
+            if data is None:
+                return
+            event = self._event.unpack_from(data)
+            process_id, pid, interest = (event[at] for at in self._event_fields)
+            if interest:
+                self._decide(process_id, pid, interest)
+            else:
+                ending.add((process_id, pid))
+
+    def _decide(self, process_id: int, pid: int, interest: int) -> None:
+        try:
+            process = look_at_process(pid)
+        except OSError:  # it has ended
+            return
+        if not self._is_entered(process_id, pid):  # so has it; this is another one
+            return
+        parent = self._processes.get(self._processes.Key(process.ppid))
+        inherits = parent is not None and parent.interest == OF_INTEREST  # it was found so after the fork
+        if interest == OF_INTEREST or inherits or self._apps & process_names(process):
+            self._adopt(pid, process_id, process.name)
+        else:
+            self._forget(process_id, pid)
+
+    def _is_entered(self, process_id: int, pid: int) -> bool:
+        entry = self._processes.get(self._processes.Key(pid))
+        return entry is not None and entry.id == process_id
+
+    def _forget(self, process_id: int, pid: int) -> None:
+        if self._is_entered(process_id, pid):
+            with contextlib.suppress(KeyError):
+                del self._processes[self._processes.Key(pid)]
 
 
 # ---- The program: text, compilation, loading --------------------------------------------------------
@@ -571,25 +910,34 @@ def program_text(hooks_file: str) -> str:
     return "\n".join(line for piece in pieces for line in piece)
 
 
-def load_program(config: Config, warnings: bool = False) -> Any:
-    """Compiles and loads elfprobe.c; gives BCC's object, its three programs in .funcs. Raises Failure."""
+def load_program(config: Config, by_owner: bool = False, warnings: bool = False) -> Any:
+    """Compiles and loads elfprobe.c; gives BCC's object, its programs in .funcs. Raises Failure."""
     text = program_text(config.hooks)
-    flags = [f"-D{name}={value}" for name, value in config.build_flags().items()]
+    flags = [f"-D{name}={value}" for name, value in config.build_flags(by_owner).items()]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"] if warnings else ["-w"]
     messages: list[str] = []
     try:
         with kernel_headers(), captured_stderr(messages):
             bpf = bcc.BPF(text=text, cflags=flags)
+    except OSError as err:
+        raise Failure(f"no temporary file can be written: {err.strerror}") from err
     except Exception as err:  # BCC raises a bare Exception
         said = messages[-1].strip()
-        raise Failure(f"elfprobe.c with hooks '{config.hooks}' does not compile\n{said}") from err
+        if re.search(r":\d+:\d+: (fatal )?error: ", said):
+            raise Failure(f"elfprobe.c with hooks '{config.hooks}' does not compile\n{said}") from err
+        raise Failure(f"the kernel (Linux {os.uname().release}) makes no BPF map: {said}") from err
     if messages[-1]:
         log.warning("compiler: %s", messages[-1].strip())
-    kinds = {"elf_egress": bcc.BPF.SCHED_CLS, "elf_probe": bcc.BPF.SCHED_CLS, "elf_ingress": bcc.BPF.XDP}
+    sched_cls, tracepoint = (bcc.BPF.SCHED_CLS,), (bcc.BPF.RAW_TRACEPOINT,)
+    kinds: dict[str, tuple[Any, ...]] = {"elf_egress": sched_cls}
+    kinds.update(elf_probe=sched_cls, elf_ingress=(bcc.BPF.XDP,))
+    if by_owner:
+        kinds["elf_sock_create"] = (bcc.BPF.CGROUP_SOCK, None, BPF_CGROUP_INET_SOCK_CREATE)
+        kinds.update(elf_exec=tracepoint, elf_fork=tracepoint, elf_exit=tracepoint)
     for name, kind in kinds.items():
         try:
             with captured_stderr(messages):
-                bpf.load_func(name, kind)
+                bpf.load_func(name, *kind)
         except Exception as err:
             detail = "\n".join(messages[-1].strip().splitlines()[-40 if config.debug else -3 :])
             kernel = f"the kernel (Linux {os.uname().release})"
@@ -618,13 +966,21 @@ def find_device(ipr: Any, name: str) -> Device:
         raise interface_failure(f"there is no '{name}' here; there are: {', '.join(names)}")
     device = Device(name, socket.if_nametoindex(name))
     link = ipr.get_links(device.ifindex)[0]
-    if not link["flags"] & 1:  # IFF_UP
+    if not link["flags"] & IFF_UP:
         raise interface_failure(f"'{name}' is down: ip link set {name} up")
     if link["ifi_type"] == ARPHRD_LOOPBACK:
         raise interface_failure(f"'{name}' is the loopback device: nothing is ever a hop away there")
     if link["ifi_type"] != ARPHRD_ETHER:
         raise interface_failure(f"packets on '{name}' have no Ethernet header: not supported yet")
     return device
+
+
+def device_is_up(device: Device) -> bool:
+    """Raises OSError where there is no such device any more."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        request = struct.pack("16s24x", socket.if_indextoname(device.ifindex).encode())
+        reply = fcntl.ioctl(any_socket, SIOCGIFFLAGS, request)  # struct ifreq, netdevice(7)
+    return bool(struct.unpack_from("16xH", reply)[0] & IFF_UP)
 
 
 @contextlib.contextmanager
@@ -689,7 +1045,8 @@ def set_xdp(device: Device, fd: int, flags: int) -> None:
     """Attaches a program, or with fd -1 detaches. Raises OSError. (pyroute2 writes XDP flags wrongly.)"""
     messages: list[str] = []
     with captured_stderr(messages):
-        failed = bcc.lib.bpf_attach_xdp(device.name.encode(), fd, flags) < 0
+        name = socket.if_indextoname(device.ifindex)  # it may have another by now
+        failed = bcc.lib.bpf_attach_xdp(name.encode(), fd, flags) < 0
         number = ctypes.get_errno()
     if failed:
         raise OSError(number, os.strerror(number))
@@ -700,6 +1057,26 @@ def remove_xdp(ipr: Any, device: Device, prog_id: int) -> None:
     found = attached_xdp(ipr, device)
     if found and found.prog_id == prog_id:
         set_xdp(device, -1, XDP_FLAGS_DRV_MODE if found.mode == "native" else XDP_FLAGS_SKB_MODE)
+
+
+class LinkOptions(ctypes.Structure):
+    """The beginning of libbpf's struct bpf_link_create_opts, which tells its own size."""
+
+    _fields_ = [("sz", ctypes.c_size_t), ("flags", ctypes.c_uint32), ("unused", ctypes.c_uint32)]
+
+
+def link_xdp(ipr: Any, device: Device, fd: int, mode: int, stack: contextlib.ExitStack) -> None:
+    """Attaches until the stack unwinds. By a BPF link, which goes with this process, however that
+    ends; before Linux 5.9, which has none for XDP, for good, until it is detached. Raises OSError."""
+    options = LinkOptions(sz=ctypes.sizeof(LinkOptions), flags=mode)
+    link = bcc.lib.bpf_link_create(fd, device.ifindex, BPF_XDP, ctypes.byref(options))
+    if link >= 0:
+        stack.callback(os.close, link)
+        return
+    if ctypes.get_errno() != errno.EINVAL:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    stack.callback(quietly_gone, remove_xdp, ipr, device, program_info(fd).id)
+    set_xdp(device, fd, mode | XDP_FLAGS_UPDATE_IF_NOEXIST)
 
 
 @contextlib.contextmanager
@@ -716,15 +1093,14 @@ def xdp_attachment(ipr: Any, device: Device, fd: int) -> Iterator[str]:
             f"'{device.name}' has an XDP program already: {name}, id {found.prog_id}; it stays"
         )
     with contextlib.ExitStack() as stack:
-        stack.callback(quietly_gone, remove_xdp, ipr, device, program_info(fd).id)
         mode = "native"
         try:
-            set_xdp(device, fd, XDP_FLAGS_DRV_MODE | XDP_FLAGS_UPDATE_IF_NOEXIST)
+            link_xdp(ipr, device, fd, XDP_FLAGS_DRV_MODE, stack)
         except OSError as native:
             log.debug("native XDP: %s", native)
             mode = "generic"
             try:
-                set_xdp(device, fd, XDP_FLAGS_SKB_MODE | XDP_FLAGS_UPDATE_IF_NOEXIST)
+                link_xdp(ipr, device, fd, XDP_FLAGS_SKB_MODE, stack)
             except OSError as err:
                 raise Failure(f"'{device.name}' takes no XDP program: {err.strerror}") from err
         yield mode
@@ -775,7 +1151,7 @@ def remove_clsact(ipr: Any, device: Device) -> None:
 
 @contextlib.contextmanager
 def tc_attachment(ipr: Any, device: Device, fd: int) -> Iterator[None]:
-    """Attaches to TC egress, before the filters that are there. Raises Failure."""
+    """Attaches to TC egress, as early among the filters that are there as can be. Raises Failure."""
     for stale in [found for found in egress_filters(ipr, device) if found.name.startswith(FILTER_NAME)]:
         remove_filter(ipr, device, stale)
         if stale.name == FILTER_NAME_QDISC_OURS:
@@ -792,6 +1168,8 @@ def tc_attachment(ipr: Any, device: Device, fd: int) -> Iterator[None]:
                 raise Failure(f"'{device.name}' takes no clsact qdisc: {err}") from err
         taken = {found.prio for found in egress_filters(ipr, device)}
         prio = next(free for free in range(1, 0x10000) if free not in taken)
+        if prio > 1:
+            log.info("filters of others come first on TC egress: what they take is not seen")
         ours = TcFilter("bpf", prio, ETH_P_ALL, 1, name)
         stack.callback(quietly_gone, remove_filter, ipr, device, ours)
         try:
@@ -853,7 +1231,7 @@ class OutputFile:
     def write_lines(self, lines: str) -> None:
         """Appends whole lines; where the disk takes only a part, the last broken one is taken back.
         Raises Failure."""
-        data = lines.encode()
+        data = lines.encode(errors="backslashreplace")
         start = os.fstat(self.fd).st_size
         try:
             written = os.write(self.fd, data)
@@ -863,6 +1241,9 @@ class OutputFile:
             kept = os.fstat(self.fd).st_size - start
             os.ftruncate(self.fd, start + data.rfind(b"\n", 0, kept) + 1)
             raise Failure(f"cannot write '{self.path}': {err.strerror}") from err
+
+    def is_begun(self) -> bool:
+        return os.fstat(self.fd).st_size > 0
 
     def close(self, used: bool) -> None:
         os.close(self.fd)
@@ -889,7 +1270,8 @@ class FileLog(logging.StreamHandler):  # type: ignore[type-arg]
 
 def struct_format(layout: Any) -> tuple[str, list[str]]:
     """struct's format for a ctypes Structure as BCC makes it of a C struct, nested ones flattened,
-    and the names of its values. Arrays of numbers are bytes; fields named unused or __pad are left out."""
+    and the names of its values. Arrays, alone in a struct or not, are bytes; fields named unused or
+    __pad are left out."""
     formats, names, end = ["="], [], 0
     for name, kind, *_ in layout._fields_:
         offset = getattr(layout, name).offset
@@ -897,7 +1279,7 @@ def struct_format(layout: Any) -> tuple[str, list[str]]:
         end = offset + ctypes.sizeof(kind)
         if name.startswith(("unused", "__pad")):
             formats.append(f"{ctypes.sizeof(kind)}x")
-        elif hasattr(kind, "_fields_") and [field[0] for field in kind._fields_] != ["word"]:
+        elif hasattr(kind, "_fields_") and len(kind._fields_) > 1:
             inner_format, inner_names = struct_format(kind)
             formats.append(inner_format[1:])
             names += inner_names
@@ -961,20 +1343,29 @@ class Results:
         return "".join(rows)
 
 
+@functools.lru_cache(maxsize=65536)
+def app_text(comm: bytes) -> str:
+    """A command name as a field of the CSV: quoted where that is needed, without control characters."""
+    name = comm.split(b"\0")[0].decode(errors="replace")
+    name = "".join(character if character.isprintable() else "?" for character in name)
+    return '"' + name.replace('"', '""') + '"' if '"' in name or "," in name else name
+
+
 def rows_of(names: list[str]) -> Callable[[tuple[Any, ...]], str]:
     """Makes a function that turns the values of these names into a line of the CSV. Without a
     reply's values among the names the line is that of an unanswered probe."""
     at = {name: position for position, name in enumerate(names)}
     ntohs = socket.ntohs
     seq, origseq, sendtime, dest = at["seq"], at["origseq"], at["sendtime"], at["dest"]
-    outttl, outipid, sport, dport, protocol = (
-        at["outttl"], at["outipid"], at["sport"], at["dport"], at["protocol"],
+    outttl, outipid, sport, dport, protocol, app, pid = (
+        at["outttl"], at["outipid"], at["sport"], at["dport"], at["protocol"], at["app"], at["pid"],
     )  # fmt: skip
 
     def unanswered(v: tuple[Any, ...]) -> str:
         return (
             f"0,{v[seq]},{v[origseq]},-1,{v[sendtime]},-1,{address_text(v[dest])},,{v[outttl]},-1,"
-            f"{ntohs(v[sport])},{ntohs(v[dport])},{v[protocol]},{v[outipid]},-1\n"
+            f"{ntohs(v[sport])},{ntohs(v[dport])},{v[protocol]},{v[outipid]},-1,"
+            f"{app_text(v[app])},{v[pid] or ''}\n"
         )
 
     if "recvtime" not in at:
@@ -986,13 +1377,48 @@ def rows_of(names: list[str]) -> Callable[[tuple[Any, ...]], str]:
         return (
             f"{v[recvcpu]},{v[seq]},{v[origseq]},{v[recvtime] - v[sendtime]},{v[sendtime]},{v[recvtime]},"
             f"{address_text(v[dest])},{address_text(v[responder])},{v[outttl]},{v[recvttl]},"
-            f"{ntohs(v[sport])},{ntohs(v[dport])},{v[protocol]},{v[outipid]},{v[inipid]}\n"
+            f"{ntohs(v[sport])},{ntohs(v[dport])},{v[protocol]},{v[outipid]},{v[inipid]},"
+            f"{app_text(v[app])},{v[pid] or ''}\n"
         )
 
     return answered
 
 
+# What the kernel's half says of TCP flows, by enum of elfprobe.c.
+FLOW_EVENTS = {
+    1: "nothing is acknowledged any more: no probes until it moves again",
+    2: "moves again, and is probed again",
+    3: "stalled under probes again: its destination is left alone for the rest of this run",
+}
+
+
+class FlowEvents:
+    """Logs them as they come."""
+
+    def __init__(self, bpf: Any) -> None:
+        layout, names = struct_format(bpf["flow_event_layout"].Leaf)
+        self._layout = struct.Struct(layout)
+        self._names = names
+        bpf["flow_events"].open_ring_buffer(self._hear)
+
+    def _hear(self, _context: Any, data: int, size: int) -> int:
+        event = dict(zip(self._names, self._layout.unpack(ctypes.string_at(data, self._layout.size))))
+        sport, dport = socket.ntohs(event["sport"]), socket.ntohs(event["dport"])
+        flow = f"TCP port {sport} to {address_text(event['dest'])} port {dport}"
+        log.warning("%s: %s", flow, FLOW_EVENTS[event["kind"]])
+        return 0
+
+
 # ---- The run ----------------------------------------------------------------------------------------
+
+
+class Stop:
+    """Whether a signal has asked for the end. Without a lock: a handler runs in the midst of anything."""
+
+    asked = False
+
+    def ask(self, *_: Any) -> None:
+        self.asked = True
 
 
 class ElfProbe:
@@ -1000,9 +1426,10 @@ class ElfProbe:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._was_up = True
 
-    def run(self, stop: threading.Event) -> None:
-        """Measures until stop is set, the duration is over, or it cannot go on (Failure)."""
+    def run(self, stop: Stop) -> None:
+        """Measures until a stop is asked for, the duration is over, or it cannot go on (Failure)."""
         config = self._config
         with contextlib.ExitStack() as stack:
             ipr = stack.enter_context(pyroute2.IPRoute())
@@ -1012,13 +1439,17 @@ class ElfProbe:
                     raise Failure(f"argument -P/--pid: there is no process {pid}")
             fixed = resolve_all(config.addresses)
             stack.enter_context(sole_user(self._device))
-            self._bpf = load_program(config)
+            self._bpf, owned = self._load()
             stack.callback(self._bpf.cleanup)
             results = Results(self._bpf)
-            targets = Targets(self._bpf["paths"], fixed, config.apps, config.pids)
+            FlowEvents(self._bpf)
+            destinations = Destinations(self._bpf)
+            for packed in fixed:
+                destinations.add(packed)
             mode = stack.enter_context(xdp_attachment(ipr, self._device, self._bpf.funcs[b"elf_ingress"].fd))
             csv = stack.enter_context(self._output_files())
-            stack.enter_context(targets.followed())
+            tables = ConnectionTables(destinations, fixed, config.apps, config.pids)
+            self._follow_processes(stack, owned, tables)
             stack.callback(self._silence)
             stack.enter_context(tc_attachment(ipr, self._device, self._bpf.funcs[b"elf_egress"].fd))
             csv.write_lines(",".join(COLUMNS) + "\n")
@@ -1029,18 +1460,45 @@ class ElfProbe:
             finally:
                 self._finish(results, csv)
 
+    def _load(self) -> tuple[Any, bool]:
+        """BCC's object, and whether it tells flows by their socket's owner."""
+        if self._config.by_process:
+            try:
+                return load_program(self._config, by_owner=True), True
+            except Failure as failure:
+                log.debug("%s", failure)
+        return load_program(self._config), False
+
+    def _follow_processes(
+        self, stack: contextlib.ExitStack, owned: bool, tables: ConnectionTables
+    ) -> None:
+        """Follows the processes of interest until the stack unwinds, in the best way that there is."""
+        if not self._config.by_process:
+            return
+        try:
+            if not owned:
+                raise Unsupported("socket storage in sock_create (Linux 5.9)")
+            owners = SocketOwners(self._bpf, self._config.apps, self._config.pids)
+            stack.enter_context(owners.followed())
+        except Unsupported as err:
+            log.warning(
+                "flows by process need %s, which is not to be had here; instead the connection tables are "
+                "looked at every %g s: short flows are missed, and others' to the same addresses probed",
+                err, SCAN_EVERY,
+            )  # fmt: skip
+            stack.enter_context(tables.followed())
+
     @contextlib.contextmanager
     def _output_files(self) -> Iterator[OutputFile]:
         """The CSV, and the log from here on, with what was logged until now."""
         root = logging.getLogger()
         early = [handler for handler in root.handlers if isinstance(handler, logging.handlers.MemoryHandler)]
-        used = False
         with contextlib.ExitStack() as stack:
             csv = OutputFile(self._config.filebase + ".csv")
-            stack.callback(lambda: csv.close(used))
+            stack.callback(lambda: csv.close(used=csv.is_begun()))
             if self._config.logfile:
                 file = OutputFile(self._config.filebase + ".log")
-                stack.callback(lambda: file.close(used))
+                stack.callback(lambda: file.close(used=csv.is_begun()))
                 handler = FileLog(file)
                 handler.setFormatter(log_format())
                 root.addHandler(handler)
@@ -1054,14 +1512,13 @@ class ElfProbe:
             if csv.renamed:
                 log.info("the %s that was there is now %s", csv.path, csv.renamed)
             yield csv
-            used = True
 
-    def _measure(self, stop: threading.Event, results: Results, csv: OutputFile) -> None:
+    def _measure(self, stop: Stop, results: Results, csv: OutputFile) -> None:
         now = time.monotonic()
         end = now + self._config.duration if self._config.duration else float("inf")
         next_beat = next_expiry = now
         next_report = now + 10
-        while not stop.is_set() and now < end:
+        while not stop.asked and now < end:
             if now >= next_beat:
                 self._beat(now + ALIVE_FOR)
                 next_beat = now + BEAT_EVERY
@@ -1072,7 +1529,7 @@ class ElfProbe:
                 log.debug("counters: %s", self._counters())
                 next_report = now + 10
             self._write(csv, results.take())
-            stop.wait(min(DRAIN_EVERY, max(end - now, 0)))
+            self._bpf.ring_buffer_poll(int(1000 * min(DRAIN_EVERY, max(end - now, 0))))
             now = time.monotonic()
 
     def _finish(self, results: Results, csv: OutputFile) -> None:
@@ -1093,9 +1550,12 @@ class ElfProbe:
     def _beat(self, until: float) -> None:
         """Allows probes until then (time.monotonic, which is CLOCK_MONOTONIC), if the device still is."""
         try:
-            socket.if_indextoname(self._device.ifindex)
+            is_up = device_is_up(self._device)
         except OSError as err:
             raise Failure(f"the interface '{self._device.name}' is gone") from err
+        if is_up != self._was_up:
+            log.warning("the interface is %s", "up again" if is_up else "down: no packets until it is up")
+        self._was_up = is_up
         table = self._bpf["alive_until"]
         table[table.Key(0)] = table.Leaf(int(until * 1e9))
 
@@ -1152,15 +1612,22 @@ def main(argv: list[str]) -> int:
         config = parse_arguments(argv)
         require_machine()
         set_up_logging(config)
-        stop = threading.Event()
+        stop = Stop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: stop.set())
-        ElfProbe(config).run(stop)
-    except Failure as failure:
+            if not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):  # nohup
+                signal.signal(number, stop.ask)
+        try:
+            ElfProbe(config).run(stop)
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)  # all is undone: the exit status stands
+    except Exception as err:
         if debug:
-            logging.getLogger().debug("where it came from:", exc_info=True)
-        print(f"elfprobe.py: {failure}", file=sys.stderr)
-        return failure.status
+            traceback.print_exc()
+        known = isinstance(err, Failure)
+        hint = "" if debug or known else f" ({type(err).__name__}; -d shows where)"
+        print(f"elfprobe.py: {err}{hint}", file=sys.stderr)
+        return err.status if isinstance(err, Failure) else 1
     return 0
 
 

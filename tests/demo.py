@@ -62,8 +62,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix='elf-demo-') as directory, Lab(routers=4) as lab:
             speedtest = Path(directory, 'speedtest')
             shutil.copy(iperf3, speedtest)
-            lab.routers[2].run('tc', 'qdisc', 'add', 'dev', 'eth1', 'root', 'tbf', 'rate', RATE, 'burst', BURST,
-                               'latency', QUEUE)
+            lab.routers[2].run('tc', 'qdisc', 'add', 'dev', 'eth1', 'root', 'tbf', 'rate', RATE,
+                               'burst', BURST, 'latency', QUEUE)
             print(f'client - r1 - r2 - r3 - r4 - server; from r3 to r4 {RATE} and a queue of {QUEUE}\n')
             probe(lab, speedtest)
     except CommandFailed as failure:

@@ -1,0 +1,235 @@
+"""The programs of elfprobe.c on one packet at a time (BPF_PROG_TEST_RUN), and the maps beside them.
+
+    with own_namespace(), Programs(notrunc=True) as programs:
+        verdict, frame = programs.run('elf_ingress', frame)     # one program alone
+        programs.follow('198.51.100.80', length=5)
+        with programs.attached() as send:
+            [probe] = send(packet)                              # elf_egress and all that comes of it
+
+The kernel runs a program as if the packet were about to leave by, or had come in from, the loopback
+device. So a clone goes to loopback, too: in a namespace of our own, where elf_egress is attached to it,
+it is made a probe there, and a packet socket sees it leave.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import sys
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Callable, Iterator, NamedTuple
+
+import bcc
+import pyroute2
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import elfprobe
+
+LOOPBACK = elfprobe.Device('lo', 1)
+TC_ACT_UNSPEC, TC_ACT_SHOT = -1, 2
+XDP_DROP, XDP_PASS = 1, 2
+CLONE_NEWNET = 0x40000000
+ETH_P_ALL = 3
+FRAME_MAX = 4096
+
+
+class Options(ctypes.Structure):
+    """struct bpf_test_run_opts of libbpf, bpf/bpf.h; what is 0 is left to the kernel."""
+
+    _fields_ = [
+        ('sz', ctypes.c_size_t), ('data_in', ctypes.c_void_p), ('data_out', ctypes.c_void_p),
+        ('data_size_in', ctypes.c_uint32), ('data_size_out', ctypes.c_uint32),
+        ('ctx_in', ctypes.c_void_p), ('ctx_out', ctypes.c_void_p),
+        ('ctx_size_in', ctypes.c_uint32), ('ctx_size_out', ctypes.c_uint32),
+        ('retval', ctypes.c_uint32), ('repeat', ctypes.c_int), ('duration', ctypes.c_uint32),
+        ('flags', ctypes.c_uint32), ('cpu', ctypes.c_uint32), ('batch_size', ctypes.c_uint32),
+    ]
+
+
+class SkBuff(ctypes.Structure):
+    """struct __sk_buff, linux/bpf.h. The kernel takes and tells the fields that have a name here."""
+
+    _fields_ = [
+        ('_1', ctypes.c_uint32 * 2), ('mark', ctypes.c_uint32), ('_2', ctypes.c_uint32 * 5),
+        ('priority', ctypes.c_uint32), ('_3', ctypes.c_uint32 * 3), ('cb', ctypes.c_uint32 * 5),
+        ('_4', ctypes.c_uint32 * 21), ('tstamp', ctypes.c_uint64), ('_5', ctypes.c_uint32),
+        ('gso_segs', ctypes.c_uint32), ('_6', ctypes.c_uint64), ('gso_size', ctypes.c_uint32),
+        ('_7', ctypes.c_uint32 * 3),
+    ]
+
+
+class Outcome(NamedTuple):
+    verdict: int
+    frame: bytes  # the packet, afterwards
+
+
+class Flight(NamedTuple):
+    """A probe in flight, in host order: its key, then what is known of it."""
+
+    dest: str
+    sport: int
+    dport: int
+    ident: int
+    protocol: int
+    seq: int = 0
+    origseq: int = 0
+    outttl: int = 1
+    outipid: int = 0
+    sendtime: int = 1
+    kept: int = 0
+
+
+@contextmanager
+def own_namespace() -> Iterator[None]:
+    """Moves this thread into a new network namespace, which has a loopback device that is up and
+    nothing else, and ends with the block or the process."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    former = os.open('/proc/thread-self/ns/net', os.O_RDONLY)
+    try:
+        if libc.unshare(CLONE_NEWNET) < 0:
+            raise OSError(ctypes.get_errno(), 'unshare')
+        with pyroute2.IPRoute() as ipr:
+            ipr.link('set', index=LOOPBACK.ifindex, state='up')
+        yield
+    finally:
+        if libc.setns(former, CLONE_NEWNET) < 0:
+            raise OSError(ctypes.get_errno(), 'setns')
+        os.close(former)
+
+
+class Programs:
+    """elfprobe.c compiled with warnings on and loaded; `config` goes to `elfprobe.Config`."""
+
+    def __init__(self, by_owner: bool = False, **config: Any) -> None:
+        self.bpf = elfprobe.load_program(elfprobe.Config('none', **config), by_owner, warnings=True)
+        self._results = elfprobe.Results(self.bpf)
+        self._stack = ExitStack()
+        self._stack.callback(self.bpf.cleanup)
+
+    def __enter__(self) -> Programs:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self._stack.close()
+
+    # Programs
+
+    def run(self, name: str, frame: Any, context: SkBuff | None = None) -> Outcome:
+        """One program on a packet; `context` is read and written. OSError where the kernel refuses."""
+        data = ctypes.create_string_buffer(bytes(frame), len(frame))
+        out = ctypes.create_string_buffer(FRAME_MAX)
+        options = Options(sz=ctypes.sizeof(Options), data_in=ctypes.addressof(data), data_size_in=len(data),
+                          data_out=ctypes.addressof(out), data_size_out=FRAME_MAX)
+        if context is not None:
+            options.ctx_in = options.ctx_out = ctypes.addressof(context)
+            options.ctx_size_in = options.ctx_size_out = ctypes.sizeof(context)
+        program = self.bpf.funcs[name.encode()].fd
+        if bcc.lib.bpf_prog_test_run_opts(program, ctypes.byref(options)) < 0:
+            raise OSError(ctypes.get_errno(), f'{name} was not run')
+        return Outcome(ctypes.c_int32(options.retval).value, out.raw[: options.data_size_out])
+
+    @contextmanager
+    def attached(self) -> Iterator[Callable[[Any], list[bytes]]]:
+        """Has clones come through elf_egress, as when the driver has attached it. Yields a function that
+        has a packet leave, which must not change it, and gives what left besides: the probe, if any."""
+        with ExitStack() as stack:
+            ipr = stack.enter_context(pyroute2.IPRoute())
+            egress = self.bpf.funcs[b'elf_egress'].fd
+            stack.enter_context(elfprobe.tc_attachment(ipr, LOOPBACK, egress))
+            wire = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
+            wire.bind((LOOPBACK.name, ETH_P_ALL))
+
+            def send(frame: Any) -> list[bytes]:
+                assert self.run('elf_egress', frame) == (TC_ACT_UNSPEC, bytes(frame))
+                return list(left_by(wire))
+
+            yield send
+
+    # Maps
+
+    def clear(self) -> None:
+        """Forgets everything that was seen, but lets probes be made."""
+        self.rows()
+        for name in 'paths', 'in_flight', 'unfinished', 'schedules', 'counters', 'claims':
+            self.bpf[name].clear()
+        self.set_alive_until(1 << 63)
+
+    def set_alive_until(self, when: int) -> None:
+        """The time (CLOCK_MONOTONIC, ns) after which no more probes are made."""
+        table = self.bpf['alive_until']
+        table[table.Key(0)] = table.Leaf(when)
+
+    def set_claim(self, **fields: int) -> None:
+        """What elf_probe finds, on whichever CPU it runs."""
+        table = self.bpf['claims']
+        per_cpu = table.Leaf()
+        for claim in per_cpu:
+            for name, value in fields.items():
+                setattr(claim, name, value)
+        table[table.Key(0)] = per_cpu
+
+    def follow(self, address: str, hops: dict[int, dict[str, int]] | None = None, **fields: int) -> None:
+        """Makes an address one of interest, with this known of the way there; `hops` by number."""
+        table = self.bpf['paths']
+        path = table.Leaf(**fields)
+        for number, known in (hops or {}).items():
+            for name, value in known.items():
+                setattr(path.hops[number], name, value)
+        table[table.Key.from_buffer_copy(elfprobe.pack_address(address))] = path
+
+    def path(self, address: str) -> Any:
+        """struct path of an address."""
+        table = self.bpf['paths']
+        return table[table.Key.from_buffer_copy(elfprobe.pack_address(address))]
+
+    def put_in_flight(self, flight: Flight) -> None:
+        table = self.bpf['in_flight']
+        key, probe = table.Key(), table.Leaf()
+        fields = flight._replace(sport=socket.htons(flight.sport), dport=socket.htons(flight.dport))
+        for name, value in fields._asdict().items():
+            if name != 'dest':
+                setattr(key if hasattr(key, name) else probe, name, value)
+        ctypes.memmove(ctypes.addressof(key.dest), elfprobe.pack_address(flight.dest), 16)
+        table[key] = probe
+
+    def in_flight(self) -> list[Flight]:
+        return [
+            Flight(elfprobe.address_text(bytes(key.dest)), socket.ntohs(key.sport), socket.ntohs(key.dport),
+                   key.ident, key.protocol, probe.seq, probe.origseq, probe.outttl, probe.outipid,
+                   probe.sendtime)
+            for key, probe in self.bpf['in_flight'].items()
+        ]
+
+    def counters(self) -> dict[str, int]:
+        """Those that are not 0, over all CPUs."""
+        per_cpu = self.bpf['counters'][0]
+        sums = {name: sum(getattr(cpu, name) for cpu in per_cpu) for name, *_ in per_cpu[0]._fields_}
+        return {name: value for name, value in sums.items() if value}
+
+    def rows(self) -> list[dict[str, str]]:
+        """Rows of the replies since the last call, by the columns' names."""
+        return parsed(self._results.take())
+
+    def expired(self, sent_before: int) -> list[dict[str, str]]:
+        """Rows of the probes that left before this time and are no longer waited for."""
+        return parsed(self._results.expire(sent_before))
+
+
+def parsed(rows: str) -> list[dict[str, str]]:
+    return [dict(zip(elfprobe.COLUMNS, row.split(','))) for row in rows.splitlines()]
+
+
+def left_by(wire: socket.socket) -> Iterator[bytes]:
+    """The frames that a packet socket has seen leave."""
+    while True:
+        try:
+            frame, address = wire.recvfrom(FRAME_MAX, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        if address[2] == socket.PACKET_OUTGOING:
+            yield frame

@@ -1,0 +1,311 @@
+"""elfprobe at work in the lab: started and stopped, what it wrote read, captured packets taken apart.
+
+    with elfprobe(lab, '-r', 'g', address, cwd=tmp_path) as run:
+        ...                                  # it is attached; make traffic
+    for row in run.rows():                   # it has ended
+        print(row.outttl, row.responder, row.latency)
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import ctypes
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Iterator, NamedTuple, Sequence, Tuple
+
+from lab import NETNS, Capture, CommandFailed, Host, Lab, end, wait_until
+
+ELFPROBE = Path(__file__).resolve().parent.parent / 'elfprobe.py'
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+CLONE_NEWNET = 0x40000000  # linux/sched.h
+
+ICMP, TCP, UDP, ICMPV6 = 1, 6, 17, 58
+ECHO_TYPES = {ICMP: 8, ICMPV6: 128}
+CHECKSUM_AT = {ICMP: 2, TCP: 16, UDP: 6, ICMPV6: 2}
+TIME_EXCEEDED_TYPES = {ICMP: 11, ICMPV6: 3}
+
+# Filters for captures. A probe's TTL is below those that systems begin with, but for multicast.
+PROBES = '((ip and ip[8] <= 32 and ip[16] < 224) or (ip6 and ip6[7] <= 32 and ip6[24] != 255))'
+TIME_EXCEEDED = '(icmp[0] == 11 or icmp6[0] == 3)'
+
+Flow = Tuple[str, int, int, int]  # dest, sport, dport, protocol
+
+
+class Row(NamedTuple):
+    """A row of the CSV: its first fifteen columns, which are always there."""
+
+    recvcpu: int
+    seq: int
+    origseq: int
+    latency: int
+    sendtime: int
+    recvtime: int
+    dest: str
+    responder: str
+    outttl: int
+    recvttl: int
+    sport: int
+    dport: int
+    protocol: int
+    outipid: int
+    inipid: int
+
+    @property
+    def is_answered(self) -> bool:
+        return self.recvtime != -1
+
+    @property
+    def flow(self) -> Flow:
+        return self.dest, self.sport, self.dport, self.protocol
+
+
+class Summary(NamedTuple):
+    """What the log says at the end of a run."""
+
+    probes: int
+    replies: int
+    unanswered: int
+
+
+class Run:
+    """An elfprobe that is attached, or has ended. Files it writes are read in its working directory."""
+
+    def __init__(self, process: subprocess.Popen[str], cwd: Path, stderr: IO[bytes]) -> None:
+        self.process = process
+        self.cwd = cwd
+        self._stderr = stderr
+        self._final: str | None = None
+
+    @property
+    def log(self) -> str:
+        """What it has said so far."""
+        if self._final is not None:
+            return self._final
+        size = os.fstat(self._stderr.fileno()).st_size
+        return os.pread(self._stderr.fileno(), size, 0).decode()  # seek() would move its end, too
+
+    def finish(self) -> None:
+        """Keep the log when the file goes."""
+        self._final = self.log
+
+    @property
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    @property
+    def summary(self) -> Summary:
+        """CommandFailed before its end."""
+        found = re.findall(r'(\d+) probes, (\d+) replies, (\d+) unanswered', self.log)
+        if not found:
+            raise CommandFailed(f'no summary of elfprobe:\n{self.log}')
+        return Summary(*map(int, found[-1]))
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """The BPF program's counters at the end of a run with -d."""
+        found: dict[str, int] = ast.literal_eval(re.findall(r'counters: (\{.*\})', self.log)[-1])
+        return found
+
+    def rows(self, filebase: str = 'elf') -> list[Row]:
+        """The rows written so far."""
+        return read_rows(self.cwd / f'{filebase}.csv')
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal, wait for the end, return the exit status. It may have ended before."""
+        if self.is_running:
+            self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self, timeout: float = 20) -> int:
+        """Wait for the end and return the exit status; CommandFailed after `timeout` seconds."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise CommandFailed(f'elfprobe does not end:\n{self.log}') from None
+
+
+@contextmanager
+def elfprobe(lab: Lab, *arguments: str, cwd: Path, host: Host | None = None,
+             via: Sequence[str] | None = None) -> Iterator[Run]:
+    """elfprobe, on the first device of the client or another host, from the moment it is attached.
+
+    `via` is the command that enters the namespace (default: ip netns exec). At exit it is stopped, if
+    it still runs; CommandFailed when it then exits other than 0, or when it has never been attached.
+    """
+    host = host or lab.client
+    with tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(
+            [*(via or host.command()), sys.executable, str(ELFPROBE), '-i', host.device, *arguments],
+            cwd=cwd, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, text=True,
+            start_new_session=True)
+        run = Run(process, cwd, stderr)
+        try:
+            wait_until(lambda: 'probing on' in run.log or not run.is_running, 30, 'elfprobe is attached')
+            if 'probing on' not in run.log:
+                raise CommandFailed(f'elfprobe: exit status {process.returncode}\n{run.log}')
+            yield run
+            if run.is_running and run.stop():
+                raise CommandFailed(f'elfprobe: exit status {process.returncode}\n{run.log}')
+        finally:
+            end(process)
+            run.finish()
+
+
+@contextmanager
+def inside(host: Host) -> Iterator[None]:
+    """Sockets that this thread makes meanwhile belong to the host's namespace."""
+
+    def enter(namespace: IO[bytes]) -> None:
+        if LIBC.setns(namespace.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f'setns: {os.strerror(ctypes.get_errno())}')
+
+    with open('/proc/thread-self/ns/net', 'rb') as here, open(NETNS / host.name, 'rb') as there:
+        enter(there)
+        try:
+            yield
+        finally:
+            enter(here)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The whole lines of a CSV file, which may be growing."""
+    text = path.read_text(encoding='ascii')
+    header, *lines = csv.reader(text[: text.rfind('\n') + 1].splitlines())
+    columns = Row._fields
+    if tuple(header[: len(columns)]) != columns:
+        raise ValueError(f'{path}: header {header}')
+    strings = 'dest', 'responder'
+    return [Row(*(value if column in strings else int(value)  # type: ignore[arg-type]
+                  for column, value in zip(columns, line))) for line in lines]
+
+
+class Packet(NamedTuple):
+    """An IPv4 or IPv6 packet, as captured or as quoted, perhaps cut short."""
+
+    time: int  # ns of CLOCK_REALTIME; 0: quoted
+    version: int
+    source: str
+    dest: str
+    ttl: int
+    tos: int  # DSCP and ECN
+    ip_id: int  # IPv6: low 16 bits of the flow label, as in the rows
+    label: int  # IPv6's flow label
+    protocol: int
+    header: bytes  # of IP
+    segment: bytes  # what follows it
+
+    def _number(self, code: str, offset: int) -> int:
+        number: int = struct.unpack_from(code, self.segment, offset)[0]
+        return number
+
+    @property
+    def sport(self) -> int:
+        """Source port, or the echo identifier."""
+        return self._number('!H', 4 if self.protocol in ECHO_TYPES else 0)
+
+    @property
+    def dport(self) -> int:
+        return 0 if self.protocol in ECHO_TYPES else self._number('!H', 2)
+
+    @property
+    def flow(self) -> Flow:
+        return self.dest, self.sport, self.dport, self.protocol
+
+    @property
+    def sequence(self) -> int:
+        """TCP sequence number, ICMP echo sequence, UDP checksum: what rows have as origseq."""
+        return self._number('!I', 4) if self.protocol == TCP else self._number('!H', 6)
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What a router surely quotes of it, and some of the payload, where checksums are unfinished."""
+        return self.flow + (self.ip_id, self.segment[:28])
+
+    @property
+    def l4_length(self) -> int:
+        """Bytes of the header behind the IP header."""
+        return (self.segment[12] >> 4) * 4 if self.protocol == TCP else 8
+
+    @property
+    def payload(self) -> bytes:
+        return self.segment[self.l4_length:]
+
+    @property
+    def is_time_exceeded(self) -> bool:
+        return TIME_EXCEEDED_TYPES.get(self.protocol) == self.segment[0]
+
+    @property
+    def quote(self) -> Packet:
+        """The packet that this ICMP error is about."""
+        return parse_packet(self.segment[8:])
+
+    @property
+    def has_valid_header_checksum(self) -> bool:
+        """IPv6 has none, which is as valid."""
+        return self.version == 6 or ones_sum(self.header) == 0xFFFF
+
+    @property
+    def pseudo_header(self) -> bytes:
+        if self.protocol == ICMP:
+            return b''
+        addresses = self.header[12:20] if self.version == 4 else self.header[8:40]
+        return addresses + struct.pack('!II', len(self.segment), self.protocol)
+
+    @property
+    def has_valid_checksum(self) -> bool:
+        """Whether the checksum behind the IP header is finished and right."""
+        return ones_sum(self.pseudo_header + self.segment) == 0xFFFF
+
+    @property
+    def has_unfinished_checksum(self) -> bool:
+        """Whether it is what a device expects that is to finish it, which veth never does."""
+        at = CHECKSUM_AT[self.protocol]
+        return self.segment[at : at + 2] == struct.pack('!H', ones_sum(self.pseudo_header))
+
+
+def parse_packet(data: bytes, at: int = 0) -> Packet:
+    """An IP packet without its link layer, captured at a time."""
+    if data[0] >> 4 == 4:
+        tos, length, ip_id, ttl, protocol = struct.unpack_from('!xBHH2xBB', data)
+        label, offset, addresses, family = 0, (data[0] & 15) * 4, (data[12:16], data[16:20]), socket.AF_INET
+    else:
+        first, length, protocol, ttl = struct.unpack_from('!IHBB', data)
+        tos, label, offset, family = first >> 20 & 0xFF, first & 0xFFFFF, 40, socket.AF_INET6
+        ip_id, addresses = label & 0xFFFF, (data[8:24], data[24:40])
+        length += offset
+    source, dest = (socket.inet_ntop(family, address) for address in addresses)
+    return Packet(at, data[0] >> 4, source, dest, ttl, tos, ip_id, label, protocol, data[:offset],
+                  data[offset:length])
+
+
+def ip_packets(capture: Capture) -> list[Packet]:
+    """The IP packets among a capture's frames, in order."""
+    return [parse_packet(frame[14:], at) for at, frame in capture.packets()
+            if frame[12:14] in (b'\x08\x00', b'\x86\xdd')]
+
+
+def ones_sum(data: bytes) -> int:
+    """One's complement sum in 16 bits; 0xFFFF over data that includes its valid checksum."""
+    total: int = sum(struct.unpack(f'!{(len(data) + 1) // 2}H', data + b'\0' * (len(data) % 2)))
+    while total > 0xFFFF:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total
+
+
+def realtime_offset() -> int:
+    """What to add to CLOCK_MONOTONIC, as in the rows, for CLOCK_REALTIME, as in captures, in ns."""
+    before = time.monotonic_ns()
+    realtime = time.time_ns()
+    return realtime - (before + time.monotonic_ns()) // 2

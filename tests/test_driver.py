@@ -1,0 +1,690 @@
+"""elfprobe.py without root, BPF and network: arguments, addresses, names of processes, rows, files, text."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import re
+import socket
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, Iterator, Sequence
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import elfprobe
+from elfprobe import Config, Failure, OutputFile, Process
+
+SCRIPT = Path(elfprobe.__file__)
+LIMITED_WRITES = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import elfprobe
+file = elfprobe.OutputFile('elf.csv')
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    for line in sys.argv[2:]:
+        file.write_lines(line.replace('/', '\\n'))
+except elfprobe.Failure as failure:
+    print(failure)
+"""
+
+
+def run_python(*arguments: str, **kw: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=30, **kw)
+
+
+# Arguments
+
+GOOD = {  # arguments in addition to -i eth0 and an address: what they change
+    '': {},
+    '-I pass': {'ingress': 'pass'},
+    '-I drop': {},
+    '--ingress pass': {'ingress': 'pass'},
+    '-l': {'logfile': True},
+    '--logfile': {'logfile': True},
+    '-f out/run.5': {'filebase': 'out/run.5'},
+    '--filebase other': {'filebase': 'other'},
+    '-d': {'debug': True},
+    '--debug': {'debug': True},
+    '-p 0': {'probeint': 0},
+    '-p 1000': {'probeint': 1000},
+    '--probeint 25': {'probeint': 25},
+    '-P 1': {'pids': (1,)},
+    '-P 4194304 --pid 17 -P 17': {'pids': (4194304, 17, 17)},
+    '-a ping': {'apps': ('ping',)},
+    '-a ping --app Iperf3': {'apps': ('ping', 'Iperf3')},
+    '-r g': {'rate_global': True},
+    '-r global': {'rate_global': True},
+    '-r h': {},
+    '-r perhop': {},
+    '--ratetype global': {'rate_global': True},
+    '-i eth1': {'interface': 'eth1'},
+    '--interface eth1': {'interface': 'eth1'},
+    '-T': {'notrunc': True},
+    '--notrunc': {'notrunc': True},
+    '-e ethernet': {},
+    '--encapsulation ethernet': {},
+    '-H other.c': {'hooks': 'other.c'},
+    '--hooks other.c': {'hooks': 'other.c'},
+    '-q': {'quiet': True, 'logfile': True},
+    '--quiet': {'quiet': True, 'logfile': True},
+    '--duration 2.5': {'duration': 2.5},
+    '--max-rate 1': {'max_rate': 1},
+    '--max-rate 1000000': {'max_rate': 1000000},
+    '-dlT -Ipass -p5': {'debug': True, 'logfile': True, 'notrunc': True, 'ingress': 'pass', 'probeint': 5},
+    '--probeint=5 --app=a': {'probeint': 5, 'apps': ('a',)},
+}
+DEFAULTS = dict(
+    interface='eth0', addresses=('192.0.2.1',), apps=(), pids=(), ingress='drop', logfile=False,
+    filebase='elf', debug=False, probeint=10, rate_global=False, notrunc=False,
+    hooks=str(SCRIPT.with_name('elfhooks.c')), quiet=False, duration=None, max_rate=50000)
+
+
+@pytest.mark.parametrize('line, changes', GOOD.items(), ids=GOOD)
+def test_options(line: str, changes: dict[str, Any]) -> None:
+    config = elfprobe.parse_arguments(['-i', 'eth0', *line.split(), '192.0.2.1'])
+    assert {name: getattr(config, name) for name in DEFAULTS} == {**DEFAULTS, **changes}
+
+
+@pytest.mark.parametrize('line', [
+    '-i eth0 -T a b c', 'a b c -i eth0 -T', 'a -i eth0 b -T c', '-T a -i eth0 b c', '-T -i eth0 -- a b c'])
+def test_addresses_before_between_and_behind_options(line: str) -> None:
+    config = elfprobe.parse_arguments(line.split())
+    assert (config.addresses, config.interface, config.notrunc) == (('a', 'b', 'c'), 'eth0', True)
+
+
+@pytest.mark.parametrize('line', ['-a ping', '-P 1', 'example.net', '@hosts'])
+def test_one_kind_of_interest_is_enough(line: str) -> None:
+    assert elfprobe.parse_arguments(['-i', 'eth0', *line.split()]).interface == 'eth0'
+
+
+PIDS, INTERVAL, RATE, SECONDS = '1 to 4194304', 'milliseconds, 0 to 1000', '1 to 1000000', 'seconds above 0'
+BAD: list[tuple[list[str], Sequence[str]]] = [  # arguments; what the message must name
+    (['-p', '1001'], ['-p/--probeint', "'1001'", INTERVAL]),
+    (['-p', '-1'], ['-p/--probeint', "'-1'", INTERVAL]),
+    (['-p', '1.5'], ['-p/--probeint', "'1.5'", INTERVAL]),
+    (['-p', 'fast'], ['-p/--probeint', "'fast'", INTERVAL]),
+    (['-p', ''], ['-p/--probeint', "''", INTERVAL]),
+    (['-p', '1e2'], ['-p/--probeint', "'1e2'", INTERVAL]),
+    (['-p', '\u0661'], ['-p/--probeint', INTERVAL]),
+    (['-p', '9' * 5000], ['-p/--probeint', INTERVAL]),
+    (['-p'], ['-p/--probeint', 'expected one argument']),
+    (['-P', '0'], ['-P/--pid', "'0'", PIDS]),
+    (['-P', '-4'], ['-P/--pid', "'-4'", PIDS]),
+    (['-P', '4194305'], ['-P/--pid', "'4194305'", PIDS]),
+    (['-P', 'ping'], ['-P/--pid', "'ping'", PIDS]),
+    (['-a', ''], ['-a/--app', 'empty']),
+    (['-a', ' '], ['-a/--app', 'empty']),
+    (['-i', ''], ['-i/--interface', 'empty']),
+    (['-f', ''], ['-f/--filebase', 'empty']),
+    (['-I', 'maybe'], ['-I/--ingress', "'maybe'", 'pass', 'drop']),
+    (['-r', 'p'], ['-r/--ratetype', "'p'", 'g, global, h, perhop']),
+    (['-r', 'Global'], ['-r/--ratetype', "'Global'", 'g, global, h, perhop']),
+    (['-e', 'gre'], ['-e/--encapsulation', "'gre'", 'ethernet', 'ipinip', 'ip6inip']),
+    (['--duration', '0'], ['--duration', "'0'", SECONDS]),
+    (['--duration', '-1'], ['--duration', "'-1'", SECONDS]),
+    (['--duration', 'nan'], ['--duration', "'nan'", SECONDS]),
+    (['--duration', 'inf'], ['--duration', "'inf'", SECONDS]),
+    (['--duration', 'long'], ['--duration', "'long'", SECONDS]),
+    (['--max-rate', '0'], ['--max-rate', "'0'", RATE]),
+    (['--max-rate', '1000001'], ['--max-rate', "'1000001'", RATE]),
+    (['--max-rate', 'all'], ['--max-rate', "'all'", RATE]),
+    (['--unknown'], ['--unknown']),
+    (['--debu'], ['--debu']),
+    (['-l=yes'], ['-l']),
+    ([''], ['address', 'empty']),
+]
+
+
+def assert_refuses(arguments: list[str], status: int, named: Sequence[str],
+                   capsys: pytest.CaptureFixture[str], directory: Path) -> None:
+    """One line on standard error, nothing on the other, this exit status, and no file."""
+    os.chdir(directory)
+    assert elfprobe.main(arguments) == status
+    out, err = capsys.readouterr()
+    assert out == ''
+    assert re.fullmatch(r'elfprobe\.py: [^\n]+\n', err), err
+    assert [word for word in named if word not in err] == [], err
+    assert list(directory.iterdir()) == []
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Iterator[Path]:
+    """An empty folder, which the test may make its working directory."""
+    here = Path.cwd()
+    yield tmp_path
+    os.chdir(here)
+
+
+@pytest.mark.parametrize('arguments, named', BAD, ids=[' '.join(arguments)[:30] for arguments, _ in BAD])
+def test_bad_values(arguments: list[str], named: Sequence[str], capsys: pytest.CaptureFixture[str],
+                    empty: Path) -> None:
+    assert_refuses(['-i', 'eth0', '192.0.2.1', *arguments], 2, named, capsys, empty)
+
+
+@pytest.mark.parametrize('arguments, named', [
+    (['192.0.2.1'], ['-i/--interface']), ([], ['-i/--interface']),
+    (['-i', 'eth0'], ['nothing to probe', '-a', '-P', 'address']),
+], ids=['no interface', 'nothing at all', 'no interest'])
+def test_what_is_required(arguments: list[str], named: Sequence[str], capsys: pytest.CaptureFixture[str],
+                          empty: Path) -> None:
+    assert_refuses(arguments, 2, named, capsys, empty)
+
+
+def test_not_root(capsys: pytest.CaptureFixture[str], empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elfprobe, 'MISSING', {})
+    monkeypatch.setattr(os, 'geteuid', lambda: 1000)
+    assert_refuses(['-i', 'eth0', '192.0.2.1'], 1, ['root', 'sudo'], capsys, empty)
+
+
+OPTIONS = '''
+-h --help -I --ingress -l --logfile -f --filebase -d --debug -p --probeint -P --pid -a --app -r --ratetype
+-i --interface -T --notrunc -e --encapsulation -H --hooks -q --quiet --duration --max-rate --version
+'''
+
+
+@pytest.mark.parametrize('option', ['-h', '--help'])
+def test_help(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        elfprobe.main([option])
+    assert raised.value.code == 0
+    out, err = capsys.readouterr()
+    assert err == ''
+    words = ' '.join(out.split())
+    assert [option for option in OPTIONS.split() if not re.search(rf'[ ,]{option}[ ,]', words)] == []
+    for text in ('sudo python3 elfprobe.py -i INTERFACE', 'examples:', 'address', '@FILE', '(default: 10)',
+                 'ms, 0 to 1000'):
+        assert text in words
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        elfprobe.main(['--version'])
+    assert raised.value.code == 0
+    out = capsys.readouterr().out
+    for text in f'elfprobe {elfprobe.VERSION}', os.uname().release, 'BCC', 'pyroute2':
+        assert text in out
+
+
+# The script itself
+
+def test_script_refuses(empty: Path) -> None:
+    done = run_python(str(SCRIPT), '-i', 'eth0', '-p', '1001', '192.0.2.1', cwd=empty)
+    assert (done.returncode, done.stdout, done.stderr.count('\n')) == (2, '', 1)
+    assert 'Traceback' not in done.stderr
+    assert list(empty.iterdir()) == []
+
+
+WITHOUT = '''
+import sys
+sys.path.insert(0, {folder!r})
+sys.modules.update(dict.fromkeys({absent}))  # an import of them fails
+import elfprobe
+elfprobe.MISSING = {{name: elfprobe.MISSING[name] for name in {absent}}}  # whatever else is missing here
+sys.exit(elfprobe.main(sys.argv[1:]))
+'''
+PACKAGES = {'bcc': 'python3-bpfcc', 'pyroute2': 'python3-pyroute2', 'psutil': 'python3-psutil'}
+
+
+@pytest.mark.parametrize('absent', [['bcc'], ['pyroute2'], ['psutil'], [*PACKAGES]], ids=' '.join)
+def test_missing_packages(absent: list[str], empty: Path) -> None:
+    """Where some are, -h and --version still work, and a run says what to install."""
+    code = WITHOUT.format(absent=absent, folder=str(SCRIPT.parent))
+    done = run_python('-c', code, '-i', 'eth0', '192.0.2.1', cwd=empty)
+    assert (done.returncode, done.stdout, done.stderr.count('\n')) == (1, '', 1), done.stderr
+    for name, package in PACKAGES.items():
+        assert (package in done.stderr) == (name in absent)
+    assert 'apt install' in done.stderr
+    for option in '-h', '--version':
+        assert run_python('-c', code, option).returncode == 0
+    assert list(empty.iterdir()) == []
+
+
+def test_import_without_site_packages(empty: Path) -> None:
+    """No package but Python's own."""
+    done = run_python('-I', '-S', str(SCRIPT), '-i', 'eth0', '192.0.2.1', cwd=empty)
+    assert (done.returncode, done.stdout, done.stderr.count('\n')) == (1, '', 1), done.stderr
+    assert [package for package in PACKAGES.values() if package not in done.stderr] == []
+
+
+# Addresses
+
+V4, V6 = bytes(10) + b'\xff\xff', bytes.fromhex('20010db8')
+ADDRESSES = {  # text: packed, how it is written in rows, whether packets to it leave the host
+    '192.0.2.1': (V4 + bytes([192, 0, 2, 1]), '192.0.2.1', True),
+    '10.255.0.1': (V4 + bytes([10, 255, 0, 1]), '10.255.0.1', True),
+    '::ffff:192.0.2.1': (V4 + bytes([192, 0, 2, 1]), '192.0.2.1', True),
+    '2001:db8::1': (V6 + bytes(11) + b'\1', '2001:db8::1', True),
+    '2001:0DB8:0:0:0:0:0:1': (V6 + bytes(11) + b'\1', '2001:db8::1', True),
+    'fe80::1%eth0': (b'\xfe\x80' + bytes(13) + b'\1', 'fe80::1', True),
+    '127.0.0.1': (V4 + bytes([127, 0, 0, 1]), '127.0.0.1', False),
+    '127.9.9.9': (V4 + bytes([127, 9, 9, 9]), '127.9.9.9', False),
+    '::ffff:127.0.0.1': (V4 + bytes([127, 0, 0, 1]), '127.0.0.1', False),
+    '0.0.0.0': (V4 + bytes(4), '0.0.0.0', False),
+    '::1': (bytes(15) + b'\1', '::1', False),
+    '::': (bytes(16), '::', False),
+}
+
+
+@pytest.mark.parametrize('text', ADDRESSES)
+def test_address(text: str) -> None:
+    packed, written, remote = ADDRESSES[text]
+    assert elfprobe.pack_address(text) == packed
+    assert elfprobe.address_text(packed) == written
+    assert elfprobe.is_remote(packed) == remote
+
+
+@pytest.mark.parametrize('text', [
+    '', 'example.net', '192.0.2', '192.0.2.256', '2001:db8::g', '192.0.2.1/24', '@hosts'])
+def test_no_address(text: str) -> None:
+    with pytest.raises(ValueError):
+        elfprobe.pack_address(text)
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """What resolves, and to what; addresses resolve to themselves. The test fills it."""
+    known: dict[str, list[str]] = {}
+
+    def getaddrinfo(host: str, port: object, *_: Any, **__: Any) -> list[tuple[Any, ...]]:
+        try:
+            addresses = known.get(host) or [host.split('%')[0] and host]
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, '', (address, 0))
+                    for address in addresses if elfprobe.pack_address(address)]
+        except ValueError:
+            raise socket.gaierror(socket.EAI_NONAME, 'Name or service not known') from None
+
+    monkeypatch.setattr(socket, 'getaddrinfo', getaddrinfo)
+    return known
+
+
+def texts(packed: Any) -> list[str]:
+    return sorted(elfprobe.address_text(address) for address in packed)
+
+
+def test_a_name_stands_for_all_its_addresses(names: dict[str, list[str]]) -> None:
+    names['example.net'] = ['192.0.2.1', '192.0.2.2', '192.0.2.1', '2001:db8::1']
+    assert texts(elfprobe.resolve('example.net')) == ['192.0.2.1', '192.0.2.2', '2001:db8::1']
+    found = elfprobe.resolve_all(['example.net', '192.0.2.1', '2001:db8::2'])
+    assert texts(found) == ['192.0.2.1', '192.0.2.2', '2001:db8::1', '2001:db8::2']
+    assert found[elfprobe.pack_address('192.0.2.1')] == 'example.net'
+
+
+@pytest.mark.parametrize('name', ['localhost', '127.0.0.1', '::1', '0.0.0.0', 'half.example'])
+def test_what_never_leaves_the_host_is_refused(names: dict[str, list[str]], name: str) -> None:
+    names.update({'localhost': ['127.0.0.1', '::1'], 'half.example': ['192.0.2.1', '127.0.0.1']})
+    with pytest.raises(Failure, match=f"'{name}'.* never leaves this host") as raised:
+        elfprobe.resolve_all(['192.0.2.9', name])
+    assert raised.value.status == 1
+
+
+@pytest.mark.parametrize('name', ['no.such.example', '192.0.2.256', '2001:db8::g'])
+def test_names_that_do_not_resolve(names: dict[str, list[str]], name: str) -> None:
+    with pytest.raises(Failure, match=f"'{name}'.*Name or service not known") as raised:
+        elfprobe.resolve_all([name])
+    assert raised.value.status == 1
+
+
+@pytest.mark.parametrize('name', ['x' * 64 + '.example', 'a..example', '\udcff.example', 'a\0b'])
+def test_what_cannot_be_a_host_name(name: str) -> None:
+    with pytest.raises(Failure, match='^address '):
+        elfprobe.resolve(name)
+
+
+def test_address_file(names: dict[str, list[str]], tmp_path: Path) -> None:
+    names['example.net'] = ['2001:db8::1', '192.0.2.1']
+    hosts = tmp_path / 'hosts'
+    hosts.write_bytes(b'# mine\n\n  192.0.2.7  # the first\r\nexample.net\n\t\n2001:db8::5')
+    assert [name for name, _ in elfprobe.read_address_file(str(hosts))] == [
+        '192.0.2.7', 'example.net', '2001:db8::5']
+    assert texts(elfprobe.resolve_all([f'@{hosts}', '192.0.2.8'])) == [
+        '192.0.2.1', '192.0.2.7', '192.0.2.8', '2001:db8::1', '2001:db8::5']
+
+
+@pytest.mark.parametrize('content, reason', [
+    (None, 'No such file'), (b'', 'no address'), (b'\n# none\n', 'no address'),
+    (b'\xff\xfe1\0', 'not a text file')], ids=['missing', 'empty', 'comments', 'binary'])
+def test_bad_address_files(content: bytes | None, reason: str, tmp_path: Path) -> None:
+    hosts = tmp_path / 'hosts'
+    if content is not None:
+        hosts.write_bytes(content)
+    with pytest.raises(Failure, match=f"address file '{hosts}': .*{reason}"):
+        elfprobe.resolve_all([f'@{hosts}'])
+
+
+def test_bad_line_in_an_address_file(names: dict[str, list[str]], tmp_path: Path) -> None:
+    hosts = tmp_path / 'hosts'
+    hosts.write_text('192.0.2.1\nno.such.example\n')
+    with pytest.raises(Failure, match='no.such.example'):
+        elfprobe.resolve_all([f'@{hosts}'])
+
+
+# Processes
+
+PROGRAMS = {  # process name, executable, command line: all names that it goes by
+    'a program': (('ping', '/usr/bin/ping', 'ping -c1 host'), {'ping'}),
+    'with capitals': (('Xorg', '/usr/lib/xorg/Xorg', '/usr/lib/xorg/Xorg :0'), {'xorg'}),
+    'renamed': (('worker', '/opt/bin/server', 'worker 1'), {'worker', 'server'}),
+    'a name longer than 15 characters': (
+        ('gnome-remote-de', '/usr/libexec/gnome-remote-desktop', 'gnome-remote-desktop'),
+        {'gnome-remote-de', 'gnome-remote-desktop'}),
+    'of another user': (('sshd', '', ''), {'sshd'}),
+    'of another user, with a command line': (('tool', '', '/opt/tool-1.2/Tool --fast'), {'tool'}),
+    'nothing known': (('', '', ''), set()),
+    'a script': (('python3', '/usr/bin/python3.11', 'python3 /opt/SpeedTest.py --secure'),
+                 {'python3', 'python3.11', 'speedtest', 'speedtest.py'}),
+    'a script without extension': (('speedtest', '/usr/bin/python3', '/usr/bin/python3 /bin/speedtest'),
+                                   {'speedtest', 'python3'}),
+    'a script with options before it': (('python3', '/usr/bin/python3', 'python3 -u -OO app.py -v x.py'),
+                                        {'python3', 'app', 'app.py'}),
+    'a script behind an option with a value': (('python3', '/usr/bin/python3', 'python3 -W ignore app.py'),
+                                               {'python3', 'app', 'app.py'}),
+    'a module': (('python3', '/usr/bin/python3', 'python3 -m speedtest'), {'python3', 'speedtest'}),
+    'a module with options': (('python3', '/usr/bin/python3', 'python3 -u -m speedtest --bytes'),
+                              {'python3', 'speedtest'}),
+    'node': (('node', '/usr/bin/node', 'node server.js'), {'node', 'server', 'server.js'}),
+    'bash': (('run.sh', '/usr/bin/bash', '/bin/bash ./run.sh'), {'run.sh', 'bash', 'run'}),
+    'perl': (('perl', '/usr/bin/perl5.36', 'perl /x/get.pl x'), {'perl', 'perl5.36', 'get', 'get.pl'}),
+    'an interpreter alone': (('bash', '/usr/bin/bash', '-bash'), {'bash'}),
+    'an interpreter with code': (('sh', '/usr/bin/dash', 'sh -c true/speedtest'), {'sh', 'dash'}),
+    'no interpreter, though it looks like one': (('shell', '/usr/bin/shell', 'shell script'), {'shell'}),
+}
+
+
+@pytest.mark.parametrize('process, wanted', PROGRAMS.values(), ids=PROGRAMS)
+def test_names_of_a_process(process: tuple[str, str, str], wanted: set[str]) -> None:
+    name, exe, command = process
+    assert elfprobe.process_names(Process(1, 0, name, exe, tuple(command.split()))) == wanted
+
+
+def process(pid: int, ppid: int, name: str, command: str = '') -> Process:
+    return Process(pid, ppid, name, f'/usr/bin/{name}', tuple(command.split()))
+
+
+PROCESSES = [
+    process(1, 0, 'init'), process(40, 1, 'bash'), process(41, 40, 'ping'), process(42, 40, 'Browser'),
+    process(30, 42, 'renderer'), process(31, 30, 'helper'), process(50, 1, 'python3', 'python3 -m browser'),
+    process(60, 1, 'ping'), process(70, 70, 'odd'),
+]
+CHOICES = {  # names, process IDs: whose flows are of interest
+    'a name': ((['ping'], []), {41: 'ping', 60: 'ping'}),
+    'case does not matter': ((['PING'], []), {41: 'ping', 60: 'ping'}),
+    'children and their children': (
+        (['browser'], []), {42: 'Browser', 30: 'renderer', 31: 'helper', 50: 'python3'}),
+    'a process': (([], [30]), {30: 'renderer', 31: 'helper'}),
+    'a process of a name and its child': ((['helper'], [30, 60]), {30: 'renderer', 31: 'helper', 60: 'ping'}),
+    'its own parent': ((['odd'], [70]), {70: 'odd'}),
+    'a part of a name': ((['brows', 'rowser', 'p'], []), {}),
+    'no such process': (([], [99]), {}),
+    'nothing': (([], []), {}),
+    'everything': (([], [1]), {process.pid: process.name for process in PROCESSES if process.pid != 70}),
+}
+
+
+@pytest.mark.parametrize('interest, chosen', CHOICES.values(), ids=CHOICES)
+def test_choice_of_processes(interest: tuple[list[str], list[int]], chosen: dict[int, str]) -> None:
+    assert elfprobe.choose_processes(iter(PROCESSES), *interest) == chosen
+    assert elfprobe.choose_processes(reversed(PROCESSES), *interest) == chosen
+
+
+# Layouts and rows
+
+class Address(ctypes.Structure):
+    _fields_ = [('word', ctypes.c_uint32 * 4)]
+
+
+class Inner(ctypes.Structure):
+    _fields_ = [('big', ctypes.c_uint64), ('small', ctypes.c_uint8), ('unused', ctypes.c_uint8 * 2)]
+
+
+class Outer(ctypes.Structure):
+    _fields_ = [('byte', ctypes.c_uint8), ('inner', Inner), ('half', ctypes.c_uint16), ('address', Address),
+                ('__pad_4', ctypes.c_char * 3), ('bytes', ctypes.c_uint8 * 3), ('last', ctypes.c_uint16)]
+
+
+def test_struct_format() -> None:
+    layout, found = elfprobe.struct_format(Outer)
+    assert found == ['byte', 'big', 'small', 'half', 'address', 'bytes', 'last']
+    assert struct.calcsize(layout) == ctypes.sizeof(Outer)
+    inner, words = Inner(2**63 + 2, 3, (0xEE, 0xEE)), Address((5, 6, 7, 8))
+    outer = Outer(1, inner, 0x1234, words, b'\xee' * 3, (9, 10, 11), 0xFFFF)
+    address = struct.pack('=4I', 5, 6, 7, 8)
+    assert struct.unpack(layout, bytes(outer)) == (1, 2**63 + 2, 3, 0x1234, address, b'\t\n\v', 0xFFFF)
+
+
+PROBE: dict[str, Any] = dict(seq=7, origseq=4294967295, sendtime=1000000000001, outttl=3, outipid=65535,
+                             app=b'tool\0\0', pid=77)
+KEY: dict[str, Any] = dict(dest=elfprobe.pack_address('198.51.100.9'), sport=socket.htons(40112),
+                           dport=socket.htons(443), ident=99, protocol=6)
+REPLY: dict[str, Any] = dict(recvcpu=5, recvtime=1000000250001, responder=elfprobe.pack_address('192.0.2.1'),
+                             recvttl=62, inipid=0)
+VERSION_6: dict[str, Any] = dict(app=bytes(16), pid=0, dest=elfprobe.pack_address('2001:db8::9'),
+                                 responder=elfprobe.pack_address('2001:db8:1::1'), protocol=17)
+ROWS = {
+    'answered': (
+        {**PROBE, **REPLY, **KEY},
+        '5,7,4294967295,250000,1000000000001,1000000250001,198.51.100.9,192.0.2.1,3,62,40112,443,6,65535,0,tool,77\n'),
+    'answered, IPv6': (
+        {**PROBE, **REPLY, **KEY, **VERSION_6},
+        '5,7,4294967295,250000,1000000000001,1000000250001,2001:db8::9,2001:db8:1::1,3,62,40112,443,17,65535,0,,\n'),
+    'unanswered': (
+        {**PROBE, **KEY},
+        '0,7,4294967295,-1,1000000000001,-1,198.51.100.9,,3,-1,40112,443,6,65535,-1,tool,77\n'),
+    'unanswered, IPv6': (
+        {**KEY, **PROBE, 'dest': VERSION_6['dest']},
+        '0,7,4294967295,-1,1000000000001,-1,2001:db8::9,,3,-1,40112,443,6,65535,-1,tool,77\n'),
+}
+
+
+@pytest.mark.parametrize('values, row', ROWS.values(), ids=ROWS)
+def test_rows(values: dict[str, Any], row: str) -> None:
+    assert elfprobe.rows_of(list(values))(tuple(values.values())) == row
+    backwards = dict(reversed(list(values.items())))
+    assert elfprobe.rows_of(list(backwards))(tuple(backwards.values())) == row
+    assert row.count(',') == len(elfprobe.COLUMNS) - 1
+
+
+def test_columns() -> None:
+    assert elfprobe.COLUMNS[:15] == (
+        'recvcpu', 'seq', 'origseq', 'latency', 'sendtime', 'recvtime', 'dest', 'responder', 'outttl',
+        'recvttl', 'sport', 'dport', 'protocol', 'outipid', 'inipid')
+    assert elfprobe.COLUMNS[15:] == ('app', 'pid')
+
+
+@pytest.mark.parametrize('comm, field', {
+    b'speedtest\0\0\0\0\0\0\0': 'speedtest',
+    b'kworker/0:1-eve\0': 'kworker/0:1-eve',
+    bytes(16): '',
+    b'a,b\0old\0': '"a,b"',
+    b'say "hi"\0': '"say ""hi"""',
+    b'two\nlines\r\0': 'two?lines?',
+    b'\xff\xfe\0': '\ufffd\ufffd',
+}.items())
+def test_app_as_a_field(comm: bytes, field: str) -> None:
+    assert elfprobe.app_text(comm) == field
+
+
+# Files
+
+def contents(directory: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in directory.iterdir()}
+
+
+@pytest.fixture
+def csv(tmp_path: Path) -> Callable[[], OutputFile]:
+    return lambda: OutputFile(str(tmp_path / 'elf.csv'))
+
+
+def test_output_files_are_never_overwritten(csv: Callable[[], OutputFile], tmp_path: Path) -> None:
+    for number, renamed in enumerate(['', 'elf.1.csv', 'elf.2.csv', 'elf.3.csv']):
+        file = csv()
+        assert file.renamed == (renamed and str(tmp_path / renamed))
+        file.write_lines(f'run {number}\n')
+        file.close(used=True)
+    assert contents(tmp_path) == {
+        'elf.1.csv': 'run 0\n', 'elf.2.csv': 'run 1\n', 'elf.3.csv': 'run 2\n', 'elf.csv': 'run 3\n'}
+
+
+def test_gaps_between_renamed_files_are_filled(csv: Callable[[], OutputFile], tmp_path: Path) -> None:
+    for name in 'elf.csv', 'elf.2.csv':
+        (tmp_path / name).write_text(name)
+    csv().close(used=True)
+    assert contents(tmp_path) == {'elf.csv': '', 'elf.1.csv': 'elf.csv', 'elf.2.csv': 'elf.2.csv'}
+
+
+def test_an_unused_file_leaves_everything_as_it_was(csv: Callable[[], OutputFile], tmp_path: Path) -> None:
+    csv().close(used=False)
+    assert contents(tmp_path) == {}
+    (tmp_path / 'elf.csv').write_text('old')
+    file = csv()
+    assert sorted(contents(tmp_path)) == ['elf.1.csv', 'elf.csv']
+    file.close(used=False)
+    assert contents(tmp_path) == {'elf.csv': 'old'}
+
+
+def test_a_link_is_renamed_not_followed(csv: Callable[[], OutputFile], tmp_path: Path) -> None:
+    (tmp_path / 'elf.csv').symlink_to(tmp_path / 'nowhere')
+    csv().close(used=True)
+    assert (tmp_path / 'elf.1.csv').is_symlink()
+    assert not (tmp_path / 'elf.csv').is_symlink()
+    assert not (tmp_path / 'nowhere').exists()
+
+
+def test_unwritable_output(tmp_path: Path) -> None:
+    path = tmp_path / 'missing' / 'elf.csv'
+    with pytest.raises(Failure, match=f"-f/--filebase.*'{path}': No such file or directory") as raised:
+        OutputFile(str(path))
+    assert raised.value.status == 1
+
+
+def test_what_was_renamed_comes_back_when_the_new_file_cannot_be_made(
+        csv: Callable[[], OutputFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> int:
+        raise PermissionError(13, 'Permission denied')
+
+    (tmp_path / 'elf.csv').write_text('old')
+    with monkeypatch.context() as patched:
+        patched.setattr(os, 'open', refuse)
+        with pytest.raises(Failure, match='Permission denied'):
+            csv()
+    assert contents(tmp_path) == {'elf.csv': 'old'}
+
+
+WRITES = {  # what is written, / for the end of a line, where 1000 bytes have room: what is kept
+    'all': (['a' * 498 + '/', 'b' * 500 + '/'], ['a' * 498, 'b' * 500]),
+    'the second line of a write is broken': (['head/', f'{"a" * 600}/{"b" * 600}/'], ['head', 'a' * 600]),
+    'the only line of a write is broken': (['head/', 'a' * 2000 + '/'], ['head']),
+    'the first of many lines is broken': (['head/', 'a' * 2000 + '/' + 'b/' * 9], ['head']),
+    'no room for a byte': (['a' * 999 + '/', 'b/'], ['a' * 999]),
+    'room for whole lines, exactly': (['a' * 499 + '/', 'b' * 499 + '/' + 'c/'], ['a' * 499, 'b' * 499]),
+    'a write begins with what fits': (['head/', 'a/' * 1000], ['head'] + ['a'] * 497),
+}
+
+
+@pytest.mark.parametrize('writes, kept', WRITES.values(), ids=WRITES)
+def test_only_whole_lines_where_the_disk_is_full(writes: list[str], kept: list[str], tmp_path: Path) -> None:
+    """The limit on a file's size gives what a full disk gives: a short write, then an error."""
+    done = run_python('-c', LIMITED_WRITES, str(SCRIPT.parent), *writes, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, '')
+    assert contents(tmp_path) == {'elf.csv': ''.join(line + '\n' for line in kept)}
+    assert ('cannot write' in done.stdout) == (len(''.join(writes)) > 1000)
+
+
+@pytest.mark.root
+def test_files_belong_to_the_user_who_called_sudo(
+        csv: Callable[[], OutputFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('SUDO_UID', '1234')
+    monkeypatch.setenv('SUDO_GID', '4321')
+    csv().close(used=True)
+    status = (tmp_path / 'elf.csv').stat()
+    assert (status.st_uid, status.st_gid) == (1234, 4321)
+
+
+def test_log_file(tmp_path: Path) -> None:
+    file = OutputFile(str(tmp_path / 'elf.log'))
+    handler = elfprobe.FileLog(file)
+    for message in 'first', 'odd name \udcff', 'last':
+        handler.emit(logging.LogRecord('elfprobe', logging.INFO, '', 0, message, None, None))
+    file.close(used=True)
+    lines = (tmp_path / 'elf.log').read_text().splitlines()
+    assert (len(lines), lines[0], lines[-1]) == (3, 'first', 'last')
+
+
+# The program's text
+
+HOOK_NAMES = {f'elf_v{version}_{what}' for version in (4, 6)
+              for what in ('icmp_beforesend', 'tcp_beforesend', 'udp_beforesend', 'afterrecv')}
+ONE_HOOK = 'static inline int elf_v4_tcp_beforesend(struct __sk_buff *ctx)\n{\n\treturn 0;\n}'
+HOOK_FILES = {
+    'the default': SCRIPT.with_name('elfhooks.c').read_text(),
+    'empty': '',
+    'one hook, no newline at its end': ONE_HOOK,
+    'another in a comment': f'/* no elf_v6_tcp_beforesend\n * here */\n// nor elf_v4_afterrecv\n{ONE_HOOK}\n',
+    'a macro over two lines': f'#define A \\\n\t1\n{ONE_HOOK}\n',
+}
+
+
+def located(text: str) -> Iterator[tuple[tuple[str, int], str]]:
+    """File, number and content of each line, as a compiler takes them."""
+    file, number = '', 0
+    for line in text.split('\n'):
+        directive = re.fullmatch(r'#line (\d+) "(.*)"', line)
+        if directive:
+            file, number = directive[2], int(directive[1])
+        else:
+            yield (file, number), line
+            number += 1
+
+
+@pytest.mark.parametrize('hooks', HOOK_FILES.values(), ids=HOOK_FILES)
+def test_program_text(hooks: str, tmp_path: Path) -> None:
+    path = tmp_path / 'my hooks.c'
+    path.write_text(hooks)
+    text = elfprobe.program_text(str(path))
+    program = SCRIPT.with_name('elfprobe.c')
+    lines = dict(located(text))
+    for source in program, path:
+        for number, line in enumerate(source.read_text().splitlines(), 1):
+            if line == '#include "elfhooks.c"':
+                assert not lines.get((str(source), number))
+            else:
+                assert lines[str(source), number] == line
+    declarations = text.index('static void elf_v6_afterrecv')
+    assert declarations < text.index(f'#line 1 "{path}"') < text.index('static inline int hook_beforesend')
+    defined = re.findall(r'(?:int|void) (elf_v\w+)\(struct \w+ \*ctx\)\s*\{', text)
+    assert sorted(defined) == sorted(HOOK_NAMES)
+    assert set(elfprobe.HOOKS) == HOOK_NAMES
+
+
+@pytest.mark.parametrize('content, reason', [
+    (None, 'No such file or directory'), (b'\xff\xfe\0', 'not a text file')], ids=['missing', 'binary'])
+def test_bad_hooks_file(content: bytes | None, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / 'hooks.c'
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(Failure, match=f"-H/--hooks.*'{path}': {reason}") as raised:
+        elfprobe.program_text(str(path))
+    assert raised.value.status == 1
+
+
+@pytest.mark.parametrize('changes, flags', [
+    ({}, dict(NOTRUNC='0', RATE_GLOBAL='0', INTERVAL_NS='10000000ULL', MAX_RATE='50000ULL')),
+    ({}, dict(INGRESS_DROP='1', DESTINATIONS_MAX='65536')),
+    (dict(notrunc=True), dict(NOTRUNC='1')),
+    (dict(rate_global=True), dict(RATE_GLOBAL='1')),
+    (dict(ingress='pass'), dict(INGRESS_DROP='0')),
+    (dict(probeint=0), dict(INTERVAL_NS='0ULL')),
+    (dict(probeint=1000), dict(INTERVAL_NS='1000000000ULL')),
+    (dict(max_rate=1), dict(MAX_RATE='1ULL')),
+])
+def test_build_flags(changes: dict[str, Any], flags: dict[str, str]) -> None:
+    built = Config('eth0', **changes).build_flags()
+    assert {name: built[name] for name in flags} == flags
+    waiting = int(built['IN_FLIGHT_MAX'])
+    assert waiting & (waiting - 1) == 0 and waiting >= 1024

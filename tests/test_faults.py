@@ -1,0 +1,752 @@
+"""What elfprobe does with bad input, beside what others own, and however it ends.
+
+Each test looks from outside, before and after: at what is attached to the interface, and at the files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
+
+import pytest
+
+from lab import Capture, Host, Lab, batch, end, run, wait_for_line, wait_until
+from runs import ELFPROBE, PROBES, Row, Run, Summary, elfprobe, ip_packets, read_rows
+
+root = pytest.mark.root
+
+ANYWHERE = '192.0.2.1'  # RFC 5737: nobody is there, and nobody need be
+OLD = 'what was there before\n'
+SECOND = 10**9  # ns
+SILENT_AFTER = 3 * SECOND  # from a kill to the last probe
+
+# Attaches somebody else's program: to XDP, native or generic, or to TC egress, where it drops mark 9.
+SOMEONES = """
+import socket, sys
+from bcc import BPF, lib
+from pyroute2 import IPRoute
+from elfprobe import kernel_headers
+where = sys.argv[1]
+kind, context, verdict = BPF.XDP, 'xdp_md', '2'
+if where == 'egress':
+    kind, context, verdict = BPF.SCHED_CLS, '__sk_buff', 'ctx->mark == 9 ? 2 : -1'
+with kernel_headers():
+    bpf = BPF(text='int someones(struct %s *ctx) { return %s; }' % (context, verdict))
+fd = bpf.load_func('someones', kind).fd
+if where == 'egress':
+    with IPRoute() as ipr:
+        ipr.tc('add-filter', 'bpf', socket.if_nametoindex('eth0'), handle=1, prio=1, protocol=3, fd=fd,
+               name='someones', parent=0xFFFFFFF3, direct_action=True, classid=1)
+else:
+    assert lib.bpf_attach_xdp(b'eth0', fd, {'generic': 2, 'native': 4}[where]) == 0
+"""
+
+# elfprobe, but for one function or method: it raises, or the process first gets a signal there.
+FAULTY = """
+import os, signal, sys
+from functools import reduce
+name, fault, _, program, *arguments = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(program))
+import elfprobe
+*owners, name = name.split('.')
+owner = reduce(getattr, owners, elfprobe)
+real = getattr(owner, name)
+def faulty(*args, **kw):
+    if not fault.startswith('SIG'):
+        raise {'Failure': elfprobe.Failure, 'RuntimeError': RuntimeError}[fault]('a test broke it')
+    os.kill(os.getpid(), signal.Signals[fault])
+    return real(*args, **kw)
+setattr(owner, name, faulty)
+sys.exit(elfprobe.main(arguments))
+"""
+
+# Accepts whatever comes, in either family, and forgets it.
+SINK = """
+import selectors, socket
+with socket.socket(socket.AF_INET6) as server, selectors.DefaultSelector() as selector:
+    server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    server.bind(('::', 9))
+    server.listen()
+    selector.register(server, selectors.EVENT_READ)
+    while True:
+        for key, _ in selector.select():
+            if key.fileobj is server:
+                selector.register(server.accept()[0], selectors.EVENT_READ)
+            elif not key.fileobj.recv(65536):
+                selector.unregister(key.fileobj)
+"""
+
+# Sends there without end, under a process name of its own if one is given.
+TALK = """
+import socket, sys, time
+if sys.argv[2:]:
+    open('/proc/self/comm', 'w').write(sys.argv[2])
+with socket.create_connection((sys.argv[1], 9)) as connection:
+    while True:
+        connection.sendall(b'x')
+        time.sleep(0.005)
+"""
+
+COMMAND = sys.executable, str(ELFPROBE)
+FAULTY_COMMAND = sys.executable, '-c', FAULTY  # then stage, fault, COMMAND
+
+
+# What there is to look at
+
+def attached(host: Host, device: str = 'eth0') -> dict[str, Any]:
+    """What is attached to a device of a host, whoever did that."""
+    link = run('ip', '-n', host.name, '-d', '-j', 'link', 'show', device).stdout
+    shown = {'qdisc': ['qdisc', 'show', 'dev', device],
+             'egress': ['filter', 'show', 'dev', device, 'egress'],
+             'ingress': ['filter', 'show', 'dev', device, 'ingress']}
+    return {'xdp': json.loads(link)[0].get('xdp'),
+            **{what: run('tc', '-n', host.name, *command).stdout for what, command in shown.items()}}
+
+
+def files(directory: Path) -> dict[str, tuple[int, str]]:
+    """Inode and text of the files in a directory, by name."""
+    return {path.name: (path.stat().st_ino, path.read_text(errors='replace'))
+            for path in directory.iterdir() if path.is_file()}
+
+
+def whole_rows(path: Path) -> list[Row]:
+    """The rows of a CSV: each line is whole, and only the first is a header."""
+    text = path.read_text(encoding='ascii')
+    assert text.endswith('\n')
+    header, *lines = text.splitlines()
+    assert header.split(',')[: len(Row._fields)] == list(Row._fields)
+    assert [line for line in lines if line == header or line.count(',') != header.count(',')] == []
+    return read_rows(path)
+
+
+def check_end(ended: Run) -> None:
+    """An orderly end has as many rows as its summary says."""
+    assert 'Traceback' not in ended.log
+    rows = whole_rows(ended.cwd / 'elf.csv')
+    answered = sum(row.is_answered for row in rows)
+    assert ended.summary == Summary(len(rows), answered, len(rows) - answered)
+
+
+def check_refused(ended: subprocess.CompletedProcess[str], status: int, words: Sequence[str]) -> str:
+    """One line on stderr has these words; returns what follows it, which only a compiler may say."""
+    assert ended.returncode == status, ended.stderr
+    assert ended.stdout == ''
+    assert 'Traceback' not in ended.stderr
+    line, _, more = ended.stderr.partition('\n')
+    assert [word for word in words if word not in line] == [], line
+    return more
+
+
+@contextmanager
+def undone(host: Host) -> Iterator[None]:
+    """Takes off the host's first device what a test has attached, and what a defect has left."""
+    try:
+        yield
+    finally:
+        run('tc', '-n', host.name, 'qdisc', 'del', 'dev', 'eth0', 'clsact', check=False)
+        for mode in 'xdpgeneric', 'xdpdrv':
+            run('ip', '-n', host.name, 'link', 'set', 'eth0', mode, 'off', check=False)
+
+
+@pytest.fixture(scope='module')
+def busy(lab4: Lab) -> Lab:
+    """The lab, whose client pings its server 300 times a second; the last router is silent."""
+    lab4.routers[3].run('nft', 'table ip silence { chain output { type filter hook output priority 0;'
+                        'icmp type time-exceeded drop; }; }')
+    for _ in range(3):  # at intervals below 10 ms ping would keep a CPU busy
+        lab4.client.popen('ping', '-nq', '-i0.01', lab4.server_address(4), stdout=subprocess.DEVNULL)
+    return lab4
+
+
+def has_rows(measuring: Run, number: int = 10) -> None:
+    wait_until(lambda: len(measuring.rows()) >= number, 10, f'{number} rows')
+
+
+# Bad input: usage, which elfprobe judges before it looks for packages, root or the interface
+
+USAGE = {
+    'no interface': ([ANYWHERE], ['-i/--interface', 'required']),
+    'empty interface': (['-i', '', ANYWHERE], ['-i/--interface', 'empty']),
+    'nothing to probe': (['-i', 'eth0'], ['nothing to probe', 'address', '-a', '-P']),
+    'empty address': (['-i', 'eth0', ''], ['address', 'empty']),
+    'empty name': (['-i', 'eth0', '-a', ''], ['-a/--app', 'empty']),
+    **{f'interval {text}': (['-i', 'eth0', '-p', text, ANYWHERE],
+                            ['-p/--probeint', f"'{text}'", 'whole', 'milliseconds', '0 to 1000'])
+       for text in ('1001', '-1', '2.5', 'ten', '')},
+    'rate type': (['-i', 'eth0', '-r', 'fast', ANYWHERE], ['-r/--ratetype', "'fast'", 'g, global, h']),
+    'ingress': (['-i', 'eth0', '-I', 'reject', ANYWHERE], ['-I/--ingress', "'reject'", 'pass', 'drop']),
+    'encapsulation': (['-i', 'eth0', '-e', 'ring', ANYWHERE], ['-e/--encapsulation', "'ring'", 'ethernet']),
+    'ipinip': (['-i', 'eth0', '-e', 'ipinip', ANYWHERE], ['-e/--encapsulation', "'ipinip'", 'ethernet']),
+    'process 0': (['-i', 'eth0', '-P', '0'], ['-P/--pid', "'0'", '1 to']),
+    'process name': (['-i', 'eth0', '-P', 'init'], ['-P/--pid', "'init'", 'number']),
+    **{f'duration {text}': (['-i', 'eth0', '--duration', text, ANYWHERE],
+                            ['--duration', f"'{text}'", 'seconds', 'above 0'])
+       for text in ('0', '-1', 'nan', 'inf', 'soon')},
+    'no rate': (['-i', 'eth0', '--max-rate', '0', ANYWHERE], ['--max-rate', "'0'", 'probes per second']),
+    'unknown option': (['-i', 'eth0', '--loud', ANYWHERE], ['--loud']),
+    'shortened option': (['-i', 'eth0', '--dur', '1', ANYWHERE], ['--dur']),
+    'no value': (['-i', 'eth0', ANYWHERE, '-p'], ['-p/--probeint']),
+}
+
+
+@pytest.mark.parametrize(('arguments', 'words'), USAGE.values(), ids=USAGE)
+def test_wrong_usage(tmp_path, arguments, words):
+    ended = run(sys.executable, '-S', str(ELFPROBE), *arguments, check=False, cwd=tmp_path)
+    assert check_refused(ended, 2, words) == ''
+    assert files(tmp_path) == {}
+
+
+def test_help_names_each_option():
+    shown = run(*COMMAND, '-h')
+    for option in ('-h, --help', '-I', '--ingress', '-l, --logfile', '-f', '--filebase', '-d, --debug', '-p',
+                   '--probeint', '-P', '--pid', '-a', '--app', '-r', '--ratetype', '-i', '--interface',
+                   '-T, --notrunc', '-e', '--encapsulation', '-H', '--hooks', '-q, --quiet', '--duration',
+                   '--max-rate', '--version', 'address', '@FILE', 'examples'):
+        assert option in shown.stdout
+    assert shown.stderr == ''
+
+
+def test_version_tells_what_it_runs_on():
+    shown = run(*COMMAND, '--version')
+    linux = re.escape(os.uname().release)
+    assert re.fullmatch(rf'elfprobe \d\S*: Linux {linux}, BCC \d\S*, pyroute2 \d.*\n', shown.stdout)
+    assert shown.stderr == ''
+
+
+def test_python_without_packages(tmp_path):
+    """A Python of the user's own, that is; -S and -I take away what this one has."""
+    ended = run(sys.executable, '-S', '-I', str(ELFPROBE), '-i', 'lo', ANYWHERE, check=False, cwd=tmp_path)
+    packages = ['python3-bpfcc', 'python3-pyroute2', 'python3-psutil']
+    assert check_refused(ended, 1, ['bcc', 'pyroute2', 'psutil', 'apt install', *packages]) == ''
+    assert files(tmp_path) == {}
+
+
+def test_without_root(tmp_path):
+    reach_checkout = '--inh-caps=+dac_read_search', '--ambient-caps=+dac_read_search'
+    nobody = 'setpriv', '--reuid=65534', '--regid=65534', '--clear-groups', *reach_checkout
+    become = nobody if os.geteuid() == 0 else ()
+    ended = run(*become, *COMMAND, '-i', 'lo', ANYWHERE, check=False, cwd=tmp_path)
+    assert check_refused(ended, 1, ['root', 'sudo']) == ''
+    assert files(tmp_path) == {}
+
+
+# Bad input: what only the machine can tell
+
+class Bad(NamedTuple):
+    """Arguments, words of the line that refuses them, words of the compiler's lines behind it.
+
+    `via` is a command in front, which changes what this elfprobe sees of the machine.
+    """
+
+    arguments: Sequence[str]
+    words: Sequence[str]
+    more: Sequence[str] = ()
+    via: Sequence[str] = ()
+
+
+def mounted(script: str) -> Sequence[str]:
+    """What a command sees after a shell script has mounted something, which nobody else sees."""
+    return 'unshare', '-m', 'sh', '-ec', script + '; exec "$@"', 'sh'
+
+
+def hook(expression: str) -> str:
+    return f'static inline int elf_v4_tcp_beforesend(struct __sk_buff *ctx)\n{{\n\treturn {expression};\n}}\n'
+
+
+OFFLINE = mounted('mount --bind resolv.conf /etc/resolv.conf')
+SEALED = mounted('mkdir sealed; mount -t tmpfs -o ro none sealed')
+FULL = mounted('mkdir full; mount -t tmpfs -o size=4k none full; head -c4096 /dev/zero >full/rest')
+INPUT = {
+    'elf.csv': OLD,
+    'elf.log': OLD,
+    'empty': '# nobody\n\n',
+    'hosts': '10.0.0.1\n10.0.0.256  # or was it 255?\n',
+    'bytes': '\udcff\udcfe\0',
+    'wrong.c': hook('nonsense'),
+    'unsafe.c': hook('*(int *)(long)ctx->data'),
+    'resolv.conf': 'nameserver 127.0.0.1\n',  # where nobody listens, which is known at once
+}
+BAD = {
+    'no such interface': Bad(['-i', 'eth7', ANYWHERE], ['-i/--interface', "'eth7'", 'lo', 'eth0', 'tun0']),
+    'interface is down': Bad(['-i', 'down0', ANYWHERE], ['-i/--interface', "'down0'", 'link set down0 up']),
+    'loopback': Bad(['-i', 'lo', ANYWHERE], ['-i/--interface', "'lo'", 'loopback']),
+    'no Ethernet': Bad(['-i', 'tun0', ANYWHERE], ['-i/--interface', "'tun0'", 'Ethernet']),
+    'no such process': Bad(['-P', '4194304'], ['-P/--pid', 'no process 4194304']),
+    'no such name': Bad(['no.such.invalid'], ["address 'no.such.invalid'", 'resolve'], via=OFFLINE),
+    'no name at all': Bad(['no..name'], ["address 'no..name'", 'resolve'], via=OFFLINE),
+    'malformed address': Bad(['10.0.0.256'], ["address '10.0.0.256'", 'resolve'], via=OFFLINE),
+    'own address': Bad(['::1'], ["address '::1'", 'never leaves this host']),
+    'no @FILE': Bad(['@nowhere'], ["'nowhere'", 'No such file']),
+    'empty @FILE': Bad(['@empty'], ["'empty'", 'no address']),
+    'bad line in @FILE': Bad(['@hosts'], ["'10.0.0.256'", 'resolve', 'line 2 of hosts'], via=OFFLINE),
+    '@FILE of bytes': Bad(['@bytes'], ["'bytes'", 'not a text file']),
+    'no hooks': Bad(['-H', 'nowhere.c', ANYWHERE], ['-H/--hooks', "'nowhere.c'", 'No such file']),
+    'hooks are a directory': Bad(['-H', '/proc', ANYWHERE], ['-H/--hooks', "'/proc'", 'Is a directory']),
+    'hooks of bytes': Bad(['-H', 'bytes', ANYWHERE], ['-H/--hooks', "'bytes'", 'not a text file']),
+    'hooks do not compile': Bad(['-H', 'wrong.c', ANYWHERE], ["'wrong.c'", 'compile'],
+                                ['wrong.c:3:9: error:', "identifier 'nonsense'", 'return nonsense;']),
+    'hooks do not load': Bad(['-H', 'unsafe.c', ANYWHERE], ['elf_probe', 'kernel'],
+                             ['invalid access to packet']),
+    'no such directory': Bad(['-f', 'nowhere/elf', ANYWHERE],
+                             ['-f/--filebase', "'nowhere/elf.csv'", 'No such file']),
+    'read-only': Bad(['-f', 'sealed/elf', ANYWHERE],
+                     ['-f/--filebase', "'sealed/elf.csv'", 'Read-only'], via=SEALED),
+    'log is in use': Bad(['-l', ANYWHERE], ['-f/--filebase', "'elf.log'", 'busy'],
+                         via=mounted('mount --bind elf.log elf.log')),
+    'disk is full': Bad(['-f', 'full/elf', ANYWHERE], ["'full/elf.csv'", 'No space'], via=FULL),
+    'no temporary file': Bad([ANYWHERE], ['temporary'], via=['prlimit', '--fsize=0']),
+    'no capability': Bad([ANYWHERE], ['not permitted'], via=['setpriv', '--bounding-set=-sys_admin,-bpf']),
+    'quiet': Bad(['-q', '-i', 'eth7', ANYWHERE], ['-i/--interface', "'eth7'"]),
+}
+
+
+@pytest.fixture(scope='module')
+def odd_devices(lab4: Lab) -> Iterator[Lab]:
+    """The lab, with devices in the client that are down or have no Ethernet header."""
+    batch(lab4.client.name, ['link add down0 type veth peer down1', 'tuntap add tun0 mode tun',
+                             'link set tun0 up'])
+    yield lab4
+    batch(lab4.client.name, ['link del down0', 'link del tun0'])
+
+
+@root
+@pytest.mark.parametrize('bad', BAD.values(), ids=BAD)
+def test_bad_input(odd_devices, tmp_path, bad):
+    client = odd_devices.client
+    for name, text in INPUT.items():
+        (tmp_path / name).write_text(text, errors='surrogateescape')
+    before = attached(client), files(tmp_path)
+    with undone(client):
+        ended = client.run(*bad.via, *COMMAND, '-i', 'eth0', *bad.arguments, check=False, cwd=tmp_path)
+        more = check_refused(ended, 1, bad.words)
+        assert [word for word in bad.more if word not in more] == [], more
+        assert bad.more or not more
+        assert (attached(client), files(tmp_path)) == before
+
+
+# What others own
+
+@contextmanager
+def hole(host: Host) -> Iterator[None]:
+    """Another device, into which packets vanish."""
+    batch(host.name, ['link add hole0 type veth peer hole1', 'link set hole0 up'])
+    try:
+        yield
+    finally:
+        batch(host.name, ['link del hole0'])
+
+
+def someones(host: Host, where: str) -> None:
+    """Attach a program of somebody else's to the host's first device."""
+    host.run(sys.executable, '-c', SOMEONES, where, cwd=ELFPROBE.parent)
+
+
+def u32(direction: str, match: str, *then: str) -> str:
+    """A command of tc's that adds somebody else's filter."""
+    return f'filter add dev eth0 {direction} prio 20 protocol ip u32 match ip {match} {" ".join(then)}'
+
+
+def tc(host: Host, *commands: str) -> None:
+    run('tc', '-n', host.name, '-batch', '-', input='\n'.join(commands) + '\n')
+
+
+@root
+@pytest.mark.parametrize('mode', ['native', 'generic'])
+def test_xdp_program_of_others_stays(lab4, tmp_path, mode):
+    with undone(lab4.client):
+        someones(lab4.client, mode)
+        before = attached(lab4.client)
+        ended = lab4.client.run(*COMMAND, '-i', 'eth0', ANYWHERE, check=False, cwd=tmp_path)
+        assert check_refused(ended, 1, ['-i/--interface', "'eth0'", 'someones']) == ''
+        assert attached(lab4.client) == before
+        assert before['xdp']
+    assert files(tmp_path) == {}
+
+
+@root
+def test_xdp_program_is_not_taken_away(lab4, tmp_path):
+    client = lab4.client
+    before = attached(client)
+    with elfprobe(lab4, ANYWHERE, cwd=tmp_path):
+        ours = attached(client)['xdp']
+        for mode in 'xdpgeneric', 'xdpdrv':
+            client.run('ip', 'link', 'set', 'eth0', mode, 'off', check=False)
+        assert attached(client)['xdp'] == ours
+    assert attached(client) == before
+
+
+def have_effect(lab: Lab) -> list[bool]:
+    """Of the filters in the next test, whether each takes away the packets that it is to take."""
+    pings = ['-m9', lab.server_address(4)], [lab.hop(4, 1)], [lab.hop(4, 2)]
+    return [lab.client.run('ping', '-nqc1', '-W0.2', *ping, check=False).returncode != 0 for ping in pings]
+
+
+@root
+def test_filters_of_others_stay_in_effect(busy, tmp_path):
+    client = busy.client
+    away = 'action', 'mirred', 'egress', 'redirect', 'dev', 'hole0'
+    with undone(client), hole(client):
+        assert have_effect(busy) == [False] * 3
+        tc(client, 'qdisc add dev eth0 clsact', u32('egress', f'dst {busy.hop(4, 1)}', *away),
+           u32('ingress', f'src {busy.hop(4, 2)}', *away))
+        someones(client, 'egress')
+        before = attached(client)
+        assert have_effect(busy) == [True] * 3
+        with elfprobe(busy, busy.server_address(4), cwd=tmp_path) as measuring:
+            has_rows(measuring)
+            during = attached(client)
+            assert have_effect(busy) == [True] * 3
+        assert during['ingress'] == before['ingress']
+        assert set(during['egress'].splitlines()) > set(before['egress'].splitlines())
+        assert attached(client) == before
+        assert have_effect(busy) == [True] * 3
+
+
+@root
+def test_empty_clsact_of_others_stays(lab4, tmp_path):
+    with undone(lab4.client):
+        tc(lab4.client, 'qdisc add dev eth0 clsact')
+        before = attached(lab4.client)
+        with elfprobe(lab4, ANYWHERE, cwd=tmp_path):
+            assert attached(lab4.client) != before
+        assert attached(lab4.client) == before
+
+
+@root
+@pytest.mark.parametrize('direction', ['egress', 'ingress'])
+def test_our_clsact_stays_for_who_came_to_use_it(lab4, tmp_path, direction):
+    before = attached(lab4.client)
+    with undone(lab4.client):
+        with elfprobe(lab4, ANYWHERE, cwd=tmp_path):
+            tc(lab4.client, u32(direction, f'dst {ANYWHERE}', 'classid', '1:1'))
+        after = attached(lab4.client)
+        assert 'clsact' in after.pop('qdisc')
+        assert 'u32' in after.pop(direction)
+        assert after.items() <= before.items()
+
+
+@root
+def test_one_elfprobe_for_each_interface(lab4, tmp_path):
+    client, router = lab4.client, lab4.routers[0]
+    with hole(client):
+        places = [(client, 'eth0'), (client, 'hole0'), (router, 'eth0')]
+        before = [attached(*place) for place in places]
+        with elfprobe(lab4, ANYWHERE, cwd=tmp_path) as first:
+            during, csv = attached(client), files(tmp_path)
+            ended = client.run(*COMMAND, '-i', 'eth0', ANYWHERE, check=False, cwd=tmp_path)
+            assert check_refused(ended, 1, ['-i/--interface', "'eth0'", 'elfprobe']) == ''
+            assert files(tmp_path) == csv
+            with elfprobe(lab4, '-i', 'hole0', '-f', 'two', ANYWHERE, cwd=tmp_path), \
+                    elfprobe(lab4, '-f', 'three', ANYWHERE, cwd=tmp_path, host=router):
+                assert first.is_running
+                assert [attached(*place) for place in places][0] == during
+        assert [attached(*place) for place in places] == before
+
+
+# Every ending
+
+@root
+@pytest.mark.parametrize('signals', ['SIGINT', 'SIGHUP', 'SIGINT SIGTERM', ''])
+def test_orderly_end(busy, tmp_path, signals):
+    """By signals, or after a while. (SIGTERM alone ends most of the other tests.)"""
+    before = attached(busy.client)
+    duration = () if signals else ('--duration', '1')
+    with undone(busy.client):
+        with elfprobe(busy, '-rg', '-p1', *duration, busy.server_address(4), cwd=tmp_path) as measuring:
+            has_rows(measuring, 50)
+            for name in signals.split():
+                measuring.process.send_signal(signal.Signals[name])
+            assert measuring.wait() == 0
+        assert attached(busy.client) == before
+    check_end(measuring)
+    assert 0 < measuring.summary.unanswered < measuring.summary.replies
+
+
+def check_silence(capture: Capture, since: int) -> None:
+    """Probes end soon after a time (CLOCK_REALTIME, ns), though packets that could carry some go on."""
+    wait_until(lambda: capture.packets()[-1][0] > since + SILENT_AFTER + SECOND // 2, 10, 'packets after it')
+    times = [packet.time for packet in ip_packets(capture) if packet.ttl <= 32]
+    assert times
+    assert max(times) < since + SILENT_AFTER
+
+
+@root
+def test_silence_after_sigkill(busy, tmp_path):
+    to_server = f'icmp and dst {busy.server_address(4)}'
+    with undone(busy.client), busy.routers[0].capture(filter=to_server) as capture:
+        with elfprobe(busy, '-rg', '-p1', busy.server_address(4), cwd=tmp_path) as measuring:
+            has_rows(measuring)
+            measuring.stop(signal.SIGKILL)
+        check_silence(capture, time.time_ns())
+    whole_rows(tmp_path / 'elf.csv')
+
+
+@root
+def test_silence_while_stopped(busy, tmp_path):
+    to_server = f'icmp and dst {busy.server_address(4)}'
+    before = attached(busy.client)
+    with undone(busy.client):
+        with elfprobe(busy, '-rg', '-p1', busy.server_address(4), cwd=tmp_path) as measuring:
+            has_rows(measuring)
+            with busy.routers[0].capture(filter=to_server) as capture:
+                wait_until(capture.packets, 10, 'packets')
+                measuring.process.send_signal(signal.SIGSTOP)
+                check_silence(capture, time.time_ns())
+            resumed = time.monotonic_ns()
+            measuring.process.send_signal(signal.SIGCONT)
+            wait_until(lambda: measuring.rows()[-1].sendtime > resumed, 10, 'a probe after SIGCONT')
+            assert measuring.stop() == 0
+        assert attached(busy.client) == before
+    check_end(measuring)
+
+
+@root
+@pytest.mark.parametrize(('killed', 'clsact'), [
+    ('at work', 'ours'),
+    ('at work', 'of others'),
+    ('in the start', 'ours'),
+])
+def test_next_start_clears_what_a_killed_one_left(busy, tmp_path, killed, clsact):
+    client = busy.client
+    with undone(client):
+        if clsact != 'ours':
+            tc(client, 'qdisc add dev eth0 clsact', u32('egress', f'dst {ANYWHERE}', 'classid', '1:1'))
+        before = attached(client)
+        if killed == 'in the start':
+            client.run(*FAULTY_COMMAND, 'tc_attachment', 'SIGKILL', *COMMAND, '-i', 'eth0', ANYWHERE,
+                       check=False, cwd=tmp_path)
+        else:
+            with elfprobe(busy, ANYWHERE, cwd=tmp_path) as first:
+                first.stop(signal.SIGKILL)
+        left = attached(client)
+        assert left['xdp'] is None  # the kernel itself saw to that
+        assert (left != before) == (killed == 'at work')
+        with elfprobe(busy, busy.server_address(4), cwd=tmp_path) as measuring:
+            has_rows(measuring)
+        assert attached(client) == before
+    check_end(measuring)
+    assert ('filter that a killed elfprobe left' in measuring.log) == (killed == 'at work')
+
+
+@root
+@pytest.mark.parametrize(('stage', 'fault'), [
+    ('find_device', 'RuntimeError'),
+    ('sole_user', 'Failure'),
+    ('load_program', 'RuntimeError'),
+    ('Results', 'Failure'),
+    ('Destinations', 'RuntimeError'),
+    ('link_xdp', 'RuntimeError'),
+    ('OutputFile', 'Failure'),
+    ('SocketOwners.followed', 'RuntimeError'),
+    ('tc_attachment', 'Failure'),
+    ('egress_filters', 'RuntimeError'),
+    ('pyroute2.IPRoute.tc', 'RuntimeError'),
+    ('OutputFile.write_lines', 'RuntimeError'),
+])
+def test_nothing_is_left_of_a_start_that_fails(lab4, tmp_path, stage, fault):
+    (tmp_path / 'elf.csv').write_text(OLD)
+    before = attached(lab4.client), files(tmp_path)
+    with undone(lab4.client):
+        ended = lab4.client.run(*FAULTY_COMMAND, stage, fault, *COMMAND, '-i', 'eth0', '-a', 'speedtest',
+                                ANYWHERE, check=False, cwd=tmp_path)
+        assert ended.returncode == 1
+        assert 'a test broke it' in ended.stderr.splitlines()[-1]
+        assert (attached(lab4.client), files(tmp_path)) == before
+
+
+@root
+@pytest.mark.parametrize(('stage', 'fault', 'status'), [
+    ('load_program', 'SIGTERM', 0),  # a signal in the start
+    ('ElfProbe._measure', 'RuntimeError', 1),
+    ('ElfProbe._summarise', 'Failure', 1),
+    ('Results.expire', 'RuntimeError', 1),
+])
+def test_interface_is_clean_after_a_fault_at_work(busy, tmp_path, stage, fault, status):
+    before = attached(busy.client)
+    with undone(busy.client):
+        ended = busy.client.run(*FAULTY_COMMAND, stage, fault, *COMMAND, '-i', 'eth0', '--duration', '0.1',
+                                busy.server_address(4), check=False, cwd=tmp_path)
+        assert ended.returncode == status, ended.stderr
+        assert attached(busy.client) == before
+    whole_rows(tmp_path / 'elf.csv')
+
+
+def pinging(make_lab: Callable[..., Lab]) -> Lab:
+    """A lab whose client's device nobody else needs."""
+    lab = make_lab(routers=1)
+    lab.client.popen('ping', '-nq', '-i0.01', lab.server_address(4), stdout=subprocess.DEVNULL,
+                     stderr=subprocess.DEVNULL)
+    return lab
+
+
+@root
+def test_interface_is_deleted(make_lab, tmp_path):
+    lab = pinging(make_lab)
+    with elfprobe(lab, lab.server_address(4), cwd=tmp_path) as measuring:
+        has_rows(measuring)
+        batch(lab.client.name, ['link del eth0'])
+        assert measuring.wait() == 1
+    assert measuring.log.splitlines()[-1] == "elfprobe.py: the interface 'eth0' is gone"
+    check_end(measuring)
+
+
+@root
+def test_interface_goes_down_and_up(make_lab, tmp_path):
+    lab = pinging(make_lab)
+    before = attached(lab.client)
+    with elfprobe(lab, lab.server_address(4), cwd=tmp_path) as measuring:
+        has_rows(measuring)
+        batch(lab.client.name, ['link set eth0 down'])
+        wait_until(lambda: 'down' in measuring.log, 3, 'elfprobe says that it is down')
+        batch(lab.client.name, ['link set eth0 up', f'route add default via {lab.hop(4, 1)}'])
+        has_rows(measuring, len(measuring.rows()) + 10)
+        assert measuring.stop() == 0
+    assert attached(lab.client) == before
+    check_end(measuring)
+
+
+@root
+@pytest.mark.parametrize(('place', 'commands'), [
+    ('client', ['link set eth0 down', 'link set eth0 name eth5', 'link set eth5 up']),
+    ('server', ['link set eth0 netns {server} name eth5']),
+])
+def test_interface_goes_elsewhere(make_lab, tmp_path, place, commands):
+    """It gets another name, or another namespace, where it is another administrator's."""
+    lab = pinging(make_lab)
+    with elfprobe(lab, lab.server_address(4), cwd=tmp_path) as measuring:
+        has_rows(measuring)
+        batch(lab.client.name, [command.format(server=lab.server.name) for command in commands])
+        assert measuring.stop() in (0, 1)
+    assert attached(getattr(lab, place), 'eth5')['xdp'] is None
+    check_end(measuring)
+
+
+@root
+def test_console_is_closed(busy, tmp_path):
+    before = attached(busy.client)
+    with ExitStack() as stack:
+        stack.enter_context(undone(busy.client))
+        process = busy.client.popen(*COMMAND, '-i', 'eth0', '-dl', busy.server_address(4), cwd=tmp_path,
+                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        stack.callback(end, process)
+        wait_for_line(process, 'probing on')
+        process.stderr.close()
+        measuring = Run(process, tmp_path, stack.enter_context(open(tmp_path / 'elf.log', 'rb')))
+        has_rows(measuring)
+        assert measuring.stop(signal.SIGHUP) == 0
+        assert attached(busy.client) == before
+        check_end(measuring)
+
+
+SMALL = 'mkdir small; mount -t tmpfs -o size=12k none small; "$@"; s=$?; cp small/elf.csv .; exit $s'
+DISKS = {
+    'full': ('small/elf', ['unshare', '-m', 'sh', '-c', SMALL, 'sh']),
+    'limited': ('elf', ['prlimit', '--fsize=9999']),
+}
+
+
+@root
+@pytest.mark.parametrize(('filebase', 'via'), DISKS.values(), ids=DISKS)
+def test_disk_is_full(busy, tmp_path, filebase, via):
+    before = attached(busy.client)
+    with undone(busy.client):
+        with elfprobe(busy, '-rg', '-p0', '-l', '-f', filebase, busy.server_address(4), cwd=tmp_path,
+                      via=busy.client.command(*via)) as measuring:
+            assert measuring.wait() == 1
+        assert attached(busy.client) == before
+    assert 'Traceback' not in measuring.log
+    complaints = [line for line in measuring.log.splitlines() if line.startswith('elfprobe.py: ')]
+    assert len(complaints) == 1
+    assert f"'{filebase}.csv'" in complaints[0]
+    assert len(whole_rows(tmp_path / 'elf.csv')) > 30
+
+
+# Files
+
+@root
+def test_existing_files_are_renamed_and_new_ones_are_the_users(busy, tmp_path):
+    for name, text in {'elf.csv': OLD, 'elf.1.csv': 'older\n', 'precious': 'to somebody\n'}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / 'elf.log').symlink_to('precious')
+    before = files(tmp_path)
+    sudo = busy.client.command('env', 'SUDO_UID=1234', 'SUDO_GID=2345')
+    with elfprobe(busy, '-l', busy.server_address(4), cwd=tmp_path, via=sudo) as measuring:
+        has_rows(measuring)
+    check_end(measuring)
+    after = files(tmp_path)
+    moved = {'elf.2.csv': 'elf.csv', 'elf.1.csv': 'elf.1.csv', 'elf.1.log': 'elf.log', 'precious': 'precious'}
+    assert {name: after.pop(name) for name in moved} == {name: before[old] for name, old in moved.items()}
+    assert sorted(after) == ['elf.csv', 'elf.log']
+    assert after['elf.log'][1] == measuring.log
+    for new, old in ('elf.2.csv', 'elf.csv'), ('elf.1.log', 'elf.log'):
+        assert re.search(rf'\b{old}\b.*\b{new}\b', measuring.log)
+    owners = {name: (path.stat().st_uid, path.stat().st_gid) for name in moved.keys() | after.keys()
+              for path in [tmp_path / name]}
+    assert owners == {**dict.fromkeys(moved, (0, 0)), **dict.fromkeys(after, (1234, 2345))}
+
+
+@root
+def test_quiet_and_debug(busy, tmp_path):
+    """By its own name, as people call it, too."""
+    ended = busy.client.run(str(ELFPROBE), '-qd', '-i', 'eth0', '--duration', '0.3', busy.server_address(4),
+                            cwd=tmp_path)
+    assert ended.stdout == ended.stderr == ''
+    with open(tmp_path / 'elf.log', 'rb') as log:
+        measured = Run(subprocess.Popen(['true'], text=True), tmp_path, log)
+        check_end(measured)
+        assert measured.counters['probes'] == measured.summary.probes > 0
+        assert 'probing on eth0' in measured.log
+
+
+# Applications
+
+@root
+def test_flows_of_applications(lab4, tmp_path):
+    """Each program talks to an address of its own, all of them private; a bystander's is not probed."""
+    client: Host = lab4.client
+    python = sys.executable
+    for name in 'speedtest.py', 'bystander.py':
+        (tmp_path / name).write_text(TALK)
+    shutil.copy(str(shutil.which('iperf3')), tmp_path / 'SpeedTest')
+    (tmp_path / 'other').symlink_to('SpeedTest')  # the process's name is then this
+    programs = {
+        'fd00:e1f:5::65': (python, '-u', 'speedtest.py'),
+        '10.0.5.102': (str(tmp_path / 'other'), '-t60', '-b1M', '-l1K', '-c'),
+        '10.0.5.103': ('sh', '-c', 'sh -c \'"$@" & wait\' sh "$@" & wait', 'sh', python, 'bystander.py'),
+        '10.0.5.104': (python, 'bystander.py'),
+        '10.0.5.105': (python, '-c', TALK),
+    }
+    bystander = '10.0.5.104'
+    for address in programs:
+        batch(lab4.server.name, [f'address add {address} dev eth0'])
+    lab4.server.popen(python, '-c', SINK)
+    wait_until(lambda: lab4.server.listens(9), 10, 'the sink listens')
+
+    def start(address: str, *more: str) -> subprocess.Popen[str]:
+        return client.popen(*programs[address], address, *more, cwd=tmp_path, stdout=subprocess.DEVNULL)
+
+    with ExitStack() as stack:
+        stack.enter_context(lab4.iperf3_server())
+        capture = stack.enter_context(lab4.routers[0].capture(filter=PROBES))
+        shell = start('10.0.5.103')
+        started = [shell, start(bystander), start('10.0.5.102')]
+        with elfprobe(lab4, '-a', 'sPeedTest', '-P', str(shell.pid), cwd=tmp_path) as measuring:
+            started += [start('fd00:e1f:5::65'), start('10.0.5.105', 'SPEEDTEST')]  # later than elfprobe
+            for process in started:
+                stack.callback(end, process)
+            wanted = programs.keys() - {bystander}
+            wait_until(lambda: {row.dest for row in measuring.rows()} >= wanted, 10, f'rows of {wanted}')
+    check_end(measuring)
+    assert {row.dest for row in measuring.rows()} == wanted
+    assert {packet.dest for packet in ip_packets(capture)} == wanted
+    named = [f'{process.pid})' in measuring.log for process in started]
+    assert named == [process.args[-1] != bystander for process in started]

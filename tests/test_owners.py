@@ -1,0 +1,872 @@
+"""Flows by process: whose packets are probed, and whose name their rows have.
+
+    client: speedtest ---+
+            other -------+-- r1 - r2 - r3 - r4 -- server, port 7: echo, UDP and TCP
+            sh - other --+
+
+The programs are Python under many names; what one does is a line of code in the words of TALK. Each has a
+port of its own, by which its rows are found. All talk to the same server and port, so that nothing but whose
+a packet is tells of interest or not. With `-p 0` each packet of interest has its row.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import Any, Callable, Iterator, NamedTuple
+
+import psutil
+import pytest
+
+from lab import NETNS, CommandFailed, Host, Lab, end, run, wait_until
+from runs import PROBES, TCP, UDP, Run, elfprobe, ip_packets
+
+INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, linux/proc_ns.h: its inode number, always
+pytestmark = [pytest.mark.root, pytest.mark.skipif(
+    os.stat('/proc/self/ns/pid').st_ino != INITIAL_PID_NAMESPACE, reason='in a PID namespace of its own')]
+
+SECONDS = float(os.environ.get('ELFPROBE_TESTS_SECONDS', 10))  # beside somebody else's flows
+VERSIONS = 4, 6
+SHORT_FLOWS = 500
+ENOUGH = 20  # packets of each program, at least
+MANY = ','.join(f'10.0.5.{number}' for number in range(2, 10))  # addresses of the server
+PORTS = count(20000)
+PEER_OFFSET = 5000  # to the port of the one who connects, from that of the program that listens
+
+PYTHON = os.path.realpath(sys.executable)
+LONG = 'network-throughput-measurement'  # the kernel keeps 15 characters of it
+SAME_BEGINNING = 'network-throughout-the-building'
+FIFTEEN = 'exactly-fifteen'
+NAMES = ('speedtest', 'SPEEDtest', 'speedtest2', 'speedtes', 'other', LONG, LONG[:15], SAME_BEGINNING,
+         FIFTEEN, FIFTEEN + '-and-more')
+ODD_NAMES = {  # -> as in the CSV
+    'comma,quote"': 'comma,quote"', '"': '"', 'a\nb\tc\r': 'a?b?c?', '\udcff\udcfe': '\ufffd\ufffd',
+    'm\xfcnchen': 'm\xfcnchen', '\x85': '?', 'a\u2028b': 'a?b', ' ': ' ',
+}  # fmt: skip
+ATTACHED = 'cgroup_sock', 'raw_tracepoint'  # what kinds of programs are, beside those of the interface
+
+# Sends back whatever comes, from the address that it came to.
+ECHO = """
+import selectors, socket
+with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as udp, selectors.DefaultSelector() as selector, \\
+        socket.create_server(('', 7), family=socket.AF_INET6, dualstack_ipv6=True, backlog=100) as tcp:
+    udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+    udp.bind(('', 7))
+    selector.register(udp, selectors.EVENT_READ)
+    selector.register(tcp, selectors.EVENT_READ)
+    while True:
+        for key, _ in selector.select():
+            if key.fileobj is tcp:
+                selector.register(tcp.accept()[0], selectors.EVENT_READ)
+            elif key.fileobj is udp:
+                data, arrived_at, _, sender = udp.recvmsg(9000, 100)
+                udp.sendmsg([data], arrived_at, 0, sender)
+            else:
+                try:
+                    data = key.fileobj.recv(9000)
+                    key.fileobj.sendall(data)
+                except OSError:
+                    data = b''
+                if not data:
+                    selector.unregister(key.fileobj)
+                    key.fileobj.close()
+"""
+
+# talk.py. Files PORT.pids get who has had the socket, PORT.sent, at the end, how many packets were sent.
+TALK = """
+import ctypes, os, socket, struct, threading, time
+PORT, SERVERS, FOLDER = int(os.environ['PORT']), os.environ['SERVERS'].split(','), os.environ['FOLDER']
+SERVER_PORT = int(os.environ.get('SERVER_PORT', 7))
+FAMILY, ICMP, TYPE = (socket.AF_INET6, 58, 128) if ':' in SERVERS[0] else (socket.AF_INET, 1, 8)
+ECHO_REQUEST = struct.pack('!BBHHH', TYPE, 0, 0xFFFF - 0x800 - PORT, PORT, 0)
+
+def note(kind, number):
+    with open('%s/%d.%s' % (FOLDER, PORT, kind), 'a') as file:
+        file.write('%d\\n' % number)
+
+def note_pid():
+    note('pids', int(os.readlink('/proc/self')))  # as outside of a PID namespace
+
+def exists(name):
+    return os.path.exists(os.path.join(FOLDER, name))
+
+class Flow:
+    def __init__(self, sock, to=(None,)):
+        self.sock, self.to, self.sent = sock, to, 0
+        sock.settimeout(1)
+        self.exchange()
+        note_pid()
+
+    def exchange(self):
+        data = ECHO_REQUEST if self.sock.proto == ICMP else bytes(100)
+        for server in self.to:
+            self.sent += 1
+            try:
+                self.sock.sendto(data, server) if server else self.sock.send(data)
+                self.sock.recv(9000)
+            except socket.timeout:
+                pass
+
+def bound(kind, protocol=0):
+    sock = socket.socket(FAMILY, kind, protocol)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if kind != socket.SOCK_RAW:
+        sock.bind(('', PORT))
+    return sock
+
+def connected(sock):
+    sock.connect((SERVERS[0], SERVER_PORT))
+    return Flow(sock)
+
+def tcp(): return connected(bound(socket.SOCK_STREAM))
+def udp(): return connected(bound(socket.SOCK_DGRAM))
+def ping(): return connected(bound(socket.SOCK_DGRAM, ICMP))
+def raw_ping(): return connected(bound(socket.SOCK_RAW, ICMP))
+def sendto(): return Flow(bound(socket.SOCK_DGRAM), [(server, SERVER_PORT) for server in SERVERS])
+
+def listening():
+    sock = bound(socket.SOCK_STREAM)
+    sock.listen()
+    note_pid()
+    return sock
+
+def go():
+    while not exists('go'):
+        time.sleep(0.005)
+
+def talk(flow):
+    go()
+    while flow.sent < ENOUGH or not exists('stop'):
+        flow.exchange()
+        time.sleep(0.005)
+    note('sent', flow.sent)
+
+def answer(listener):
+    connection, sent = listener.accept()[0], 0
+    note_pid()
+    while True:
+        data = connection.recv(9000)
+        if not data:
+            return note('sent', sent)
+        connection.send(data)
+        sent += 1
+
+def fork():
+    if os.fork():
+        os.wait()
+        os._exit(0)
+    if exists('%d.pids' % PORT):  # and so the socket
+        note_pid()
+
+def daemon():
+    parent = os.getpid()
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    while os.getppid() == parent:
+        time.sleep(0.005)
+
+def thread(function):
+    started = threading.Thread(target=function)
+    started.start()
+    started.join()
+
+def outlive(function):
+    threading.Thread(target=lambda: [time.sleep(0.01), function()]).start()
+    ctypes.CDLL(None).syscall({'x86_64': 60}.get(os.uname().machine, 93))  # exit, of this thread only
+
+def name(text):
+    with open('/proc/thread-self/comm', 'wb', 0) as file:
+        file.write(os.fsencode(text))
+
+def execute(program, code='talk(udp())'):
+    os.execv(program, [program, '-c', 'from talk import *; ' + code])
+
+def handed(what):
+    number = os.dup(getattr(what, 'sock', what).fileno())
+    os.set_inheritable(number, True)
+    return ('talk(Flow(%s))' if isinstance(what, Flow) else 'answer(%s)') % f'socket.socket(fileno={number})'
+""".replace('ENOUGH', str(ENOUGH))
+
+# Prints the ports of flows of 20 to 30 ms each, every other one a child's.
+FLOWS = """
+import os, socket, sys, time
+for number in range(int(sys.argv[2])):
+    if number % 2 and os.fork():
+        os.wait()
+        continue
+    start = time.monotonic()
+    with socket.create_connection((sys.argv[1], 7)) as connection:
+        while time.monotonic() < start + 0.02 + number % 11 / 1000:
+            connection.sendall(bytes(100))
+            connection.recv(9000)
+            time.sleep(0.004)
+        print(connection.getsockname()[1], flush=True)
+    if number % 2:
+        os._exit(0)
+"""
+
+# elfprobe, but for one function or method, which raises; load_program only where it is to tell owners.
+FAULTY = """
+import builtins, os, sys
+from functools import reduce
+name, error, _, program, *arguments = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(program))
+import elfprobe
+*owners, last = name.split('.')
+owner = reduce(getattr, owners, elfprobe)
+real = getattr(owner, last)
+def faulty(*args, **kw):
+    if name == 'load_program' and not kw:
+        return real(*args)
+    raise {**vars(builtins), **vars(elfprobe)}[error]('a test took it away')
+setattr(owner, last, faulty)
+sys.exit(elfprobe.main(arguments))
+"""
+
+# elfprobe, but each process that it begins to follow has just ended.
+TOO_LATE = """
+import os, sys
+sys.path.insert(0, os.path.dirname(sys.argv[2]))
+import elfprobe, psutil
+real = elfprobe.SocketOwners._adopt
+def adopt(self, pid, *args):
+    with elfprobe.contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        process.kill()
+        process.wait()
+    real(self, pid, *args)
+elfprobe.SocketOwners._adopt = adopt
+sys.exit(elfprobe.main(sys.argv[3:]))
+"""
+
+
+class Row(NamedTuple):
+    """What is looked at here in a row of the CSV."""
+
+    dest: str
+    sport: int
+    protocol: int
+    app: str
+    pid: str
+
+
+def read_rows(elf: Run) -> list[Row]:
+    """The rows so far; the last line may be half written."""
+    text = (elf.cwd / 'elf.csv').read_bytes().decode()
+    header, *lines = csv.reader(io.StringIO(text[: text.rfind('\n') + 1], newline=''), strict=True)
+    assert header[15:17] == ['app', 'pid']
+    assert {len(line) for line in lines} <= {len(header)}
+    dest, sport, protocol = (header.index(name) for name in Row._fields[:3])
+    return [Row(line[dest], int(line[sport]), int(line[protocol]), *line[15:17]) for line in lines]
+
+
+def wait_for_rows(elf: Run, number: int = ENOUGH, **values: object) -> None:
+    """Until there are so many rows with these values."""
+    wait_until(lambda: sum(values.items() <= row._asdict().items() for row in read_rows(elf)) >= number,
+               10, f'{number} rows with {values}')
+
+
+# Programs
+
+@pytest.fixture(scope='module')
+def net(lab4: Lab) -> Lab:
+    serve(lab4)
+    return lab4
+
+
+def serve(lab: Lab) -> None:
+    """Have the server of a lab answer, at many addresses."""
+    for address in MANY.split(',')[1:]:
+        lab.server.run('ip', 'address', 'add', f'{address}/24', 'dev', lab.server.device)
+    lab.client.run('sysctl', '-qw', 'net.ipv4.ping_group_range=0 2147483647')
+    lab.server.popen(PYTHON, '-c', ECHO)
+    wait_until(lambda: lab.server.listens(7), 10, 'the server listens')
+
+
+@pytest.fixture(scope='module')
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with Python under many names, and scripts."""
+    folder = tmp_path_factory.mktemp('programs')
+    for sub in 'copies', 'odd', 'scripts':
+        (folder / sub).mkdir()
+    for name in NAMES:
+        (folder / name).symlink_to(PYTHON)
+    for name in ODD_NAMES:
+        (folder / 'odd' / name).symlink_to(PYTHON)
+    for name in LONG, SAME_BEGINNING, 'speedtest':
+        shutil.copy(PYTHON, folder / 'copies' / name)
+    (folder / 'link').symlink_to('copies/speedtest')
+    (folder / 'talk.py').write_text(TALK)
+    script = 'from talk import *; talk(udp())\n'
+    for name, text in {
+        'speedtest.py': f'#!{PYTHON}\n{script}',
+        'speedtest': f'#!/usr/bin/env python3\n{script}',
+        'speedtest.sh': '"$@"\n:\n',
+        'other.py': script,
+    }.items():
+        (folder / 'scripts' / name).write_text(text)
+        (folder / 'scripts' / name).chmod(0o755)
+    return folder
+
+
+class Program:
+    """A program in the lab, by what it has noted so far."""
+
+    def __init__(self, folder: Path, port: int, process: subprocess.Popen[str] | None = None) -> None:
+        self.port = port
+        self._process = process
+        self._folder = folder
+
+    def _notes(self, kind: str) -> list[int]:
+        path = self._folder / f'{self.port}.{kind}'
+        text = path.read_text() if path.exists() else ''
+        return [int(line) for line in text[: text.rfind('\n') + 1].splitlines()]
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that have had its socket, if it is open."""
+        return self._notes('pids')
+
+    @property
+    def sent(self) -> int:
+        """Packets it has sent, all in all; 0 before it ends."""
+        return sum(self._notes('sent'))
+
+    @property
+    def process(self) -> subprocess.Popen[str]:
+        assert self._process
+        return self._process
+
+
+class Stage:
+    """Programs in a lab, and the folder for their notes."""
+
+    def __init__(self, lab: Lab, programs: Path, folder: Path) -> None:
+        folder.mkdir()
+        self._lab, self._programs, self._folder = lab, programs, folder
+
+    def command(self, *cmd: str, **variables: object) -> tuple[str, ...]:
+        """A command with the surroundings that a program needs."""
+        path = f'{self._programs}:{self._programs}/scripts'
+        return ('env', '-C', str(self._programs), f'FOLDER={self._folder}', f'PYTHONPATH={path}',
+                *(f'{name}={value}' for name, value in variables.items()), *cmd)
+
+    def talk(self, name: str, code: str = 'talk(udp())', version: int = 4, port: int = 0) -> Program:
+        """Start a program by itself, and see it open its socket."""
+        port = port or next(PORTS)
+        command = self.command(*name.split(), '-c', f'from talk import *; {code}', PORT=port,
+                               SERVERS=self._lab.server_address(version))
+        program = Program(self._folder, port, self._lab.client.popen(*command))
+        self.wait_for('pids', program)
+        return program
+
+    def shell(self, host: Host | None = None) -> subprocess.Popen[str]:
+        host = host or self._lab.client
+        return host.popen(*self.command('sh'), stdin=subprocess.PIPE, errors='surrogateescape')
+
+    def start(self, shell: subprocess.Popen[str], port: int, command: str, code: str,
+              **variables: object) -> Program:
+        """Have a shell start a program."""
+        words = [f'{name}={value}' for name, value in {'PORT': port, **variables}.items()] + [command]
+        if code:
+            words += ['-c', shlex.quote(f'from talk import *; {code}')]
+        assert shell.stdin
+        shell.stdin.write(' '.join([*words, '&\n']))
+        shell.stdin.flush()
+        return Program(self._folder, port)
+
+    def wait_for(self, kind: str, *programs: Program) -> None:
+        """Until all have noted this."""
+        waiting = list(programs)
+
+        def noted() -> bool:
+            waiting[:] = [program for program in waiting if not getattr(program, kind)]
+            return not waiting
+
+        try:
+            wait_until(noted, 20, '')
+        except TimeoutError:
+            ports = [program.port for program in waiting]
+            raise CommandFailed(f'programs with ports {ports} have noted no {kind}') from None
+
+    def go(self) -> None:
+        """From now on programs send again and again."""
+        (self._folder / 'go').touch()
+
+    def finish(self, *programs: Program) -> None:
+        """Have all come to their end."""
+        (self._folder / 'stop').touch()
+        self.wait_for('sent', *programs)
+
+
+@pytest.fixture
+def stage(net: Lab, programs: Path, tmp_path: Path) -> Iterator[Stage]:
+    yield Stage(net, programs, tmp_path / 'stage')
+    net.client.end_processes()
+
+
+# Many of them at once
+
+class Case(NamedTuple):
+    """A program, and what its rows must say."""
+
+    command: str
+    code: str = ''  # for -c, where the command is not a script
+    app: str | None = None  # None: not one row
+    late: bool = False  # of interest by what only the driver sees, so the first packets may have no row
+    older: bool = False  # than elfprobe, and so is its socket
+    outside: bool = False  # not a child of the shell that is of interest
+    peer: str = ''  # it listens, and is connected `before` or `after` elfprobe is there
+    servers: str = ''
+
+
+class Outcome(NamedTuple):
+    program: Program
+    rows: list[Row]
+
+
+def perform(lab: Lab, programs: Path, folder: Path, cases: dict[str, Case],
+            arguments: Callable[[int, dict[str, Program]], list[str]]) -> dict[str, Outcome]:
+    """Run elfprobe beside programs of all cases. `arguments` makes its command line of the PID of the shell
+    that is of interest, and of the programs that are older."""
+    stage = Stage(lab, programs, folder / 'stage')
+    inner, outer, remote = stage.shell(), stage.shell(), stage.shell(lab.server)
+    started: dict[str, Program] = {}
+
+    def start(older: bool) -> None:
+        for name, case in cases.items():
+            if case.older == older:
+                port = next(PORTS)
+                started[name] = stage.start(outer if case.outside else inner, port, case.command, case.code,
+                                            SERVERS=case.servers or lab.server_address(VERSIONS[port % 2]))
+        stage.wait_for('pids', *started.values())
+
+    def connect(when: str) -> None:
+        peers = []
+        for port in [started[name].port for name, case in cases.items() if case.peer == when]:
+            peers.append(stage.start(remote, port + PEER_OFFSET, PYTHON, 'talk(tcp())', SERVER_PORT=port,
+                                     SERVERS=lab.client_address(VERSIONS[port % 2])))
+        stage.wait_for('pids', *peers)
+
+    def all_have_rows() -> bool:
+        ports = [row.sport for row in read_rows(elf)]
+        wanted = [started[name].port for name, case in cases.items() if case.app is not None]
+        return all(ports.count(port) >= ENOUGH for port in wanted)
+
+    try:
+        start(older=True)
+        connect('before')
+        with elfprobe(lab, '-p', '0', *arguments(inner.pid, started), cwd=folder) as elf:
+            stage.go()
+            start(older=False)
+            connect('after')
+            with suppress(TimeoutError):  # the tests say which of them have none
+                wait_until(all_have_rows, 10, 'rows of all that are of interest')
+            stage.finish(*started.values())
+    finally:
+        end(remote)
+        lab.client.end_processes()
+    rows = read_rows(elf)
+    assert {row.sport for row in rows} <= {program.port for program in started.values()}
+    return {name: Outcome(program, [row for row in rows if row.sport == program.port])
+            for name, program in started.items()}
+
+
+def check(case: Case, program: Program, rows: list[Row]) -> None:
+    assert program.sent >= ENOUGH
+    if case.app is None:
+        assert rows == []
+        return
+    assert len(rows) >= ENOUGH
+    assert {row.app for row in rows} == {case.app}
+    assert {int(row.pid) for row in rows} <= set(program.pids)
+    assert case.late or case.older or len(rows) >= program.sent
+    assert not case.servers or {row.dest for row in rows} == set(case.servers.split(','))
+
+
+TALKING = 'talk(udp())'
+NAMED = {  # with -a SpeedTest -a LONG -a FIFTEEN
+    'command name': Case('./speedtest', TALKING, 'speedtest'),
+    'capitals': Case('./SPEEDtest', TALKING, 'SPEEDtest'),
+    'more': Case('./speedtest2', TALKING),
+    'less': Case('./speedtes', TALKING),
+    'long name': Case(f'./{LONG}', TALKING, LONG[:15], late=True),
+    'long name of a file': Case(f'copies/{LONG}', TALKING, LONG[:15], late=True),
+    'same beginning': Case(f'./{SAME_BEGINNING}', TALKING),
+    'same beginning of a file': Case(f'copies/{SAME_BEGINNING}', TALKING),
+    'nothing but the beginning': Case(f'./{LONG[:15]}', TALKING),
+    'fifteen characters': Case(f'./{FIFTEEN}', TALKING, FIFTEEN, late=True),
+    'fifteen characters and more': Case(f'./{FIFTEEN}-and-more', TALKING),
+    'link to an executable': Case('./link', TALKING, 'link', late=True),
+    'script': Case('./other scripts/speedtest.py', app='other', late=True),
+    'script without extension': Case('python3 scripts/speedtest', app='python3', late=True),
+    'script after an option': Case('python3 -u scripts/speedtest.py', app='python3', late=True),
+    'script after a word': Case('python3 -W ignore scripts/speedtest.py', app='python3', late=True),
+    'script of a shell': Case('sh -e scripts/speedtest.sh ./other', TALKING, 'other', late=True),
+    'module': Case('python3 -m speedtest', app='python3', late=True),
+    'shebang': Case('scripts/speedtest.py', app='speedtest.py', late=True),
+    'shebang with env': Case('scripts/speedtest', app='python3'),
+    'argument': Case('python3 scripts/other.py scripts/speedtest.py speedtest'),
+    'word in a shell': Case("sh -c 'sleep 0.2; \"$@\"; : scripts/speedtest' sh ./other", TALKING),
+    'PID namespace': Case('unshare --pid --fork ./speedtest', TALKING, 'speedtest'),
+    'renamed to it': Case('./other', 'name("SpeedTest"); talk(udp())', 'SpeedTest'),
+    'renamed from it': Case('./speedtest', 'name("worker"); talk(udp())', 'worker'),
+    'thread of this name': Case('./other', 'thread(lambda: [name("speedtest"), talk(udp())])'),
+    'thread of another name': Case('./speedtest', 'thread(lambda: [name("x"), talk(udp())])', 'speedtest'),
+    'forked': Case('./speedtest', 'fork(); talk(udp())', 'speedtest'),
+    'forked worker': Case('./speedtest', 'flow = tcp(); fork(); talk(flow)', 'speedtest'),
+    'child that is another program': Case('./speedtest', 'fork(); execute("./other")', 'other'),
+    'socket brought along': Case('./other', 'execute("./speedtest", handed(udp()))', 'speedtest', late=True),
+    'socket of the parent': Case('./other', 'flow = tcp(); fork(); execute("./speedtest", handed(flow))',
+                                 'speedtest', late=True),
+    'sendto': Case('./speedtest', 'talk(sendto())', 'speedtest', servers=MANY),
+    'ping': Case('./speedtest', 'talk(ping())', 'speedtest'),
+    'raw ping': Case('./speedtest', 'talk(raw_ping())', 'speedtest'),
+    'accepted': Case('./speedtest', 'answer(listening())', 'speedtest', peer='after'),
+    'accepted by a worker': Case('./speedtest', 'sock = listening(); fork(); answer(sock)', 'speedtest',
+                                 peer='after'),
+    'accepted, listener brought along': Case('./other', 'execute("./speedtest", handed(listening()))',
+                                             'speedtest', late=True, peer='after'),
+    'accepted by another': Case('./other', 'answer(listening())', peer='after'),
+    'older TCP': Case('./speedtest', 'talk(tcp())', 'speedtest', older=True),
+    'older UDP': Case('./speedtest', 'talk(udp())', 'speedtest', older=True),
+    'older sendto': Case('./speedtest', 'talk(sendto())', 'speedtest', older=True, servers=MANY),
+    'older ping': Case('./speedtest', 'talk(ping())', 'speedtest', older=True),
+    'older raw ping': Case('./speedtest', 'talk(raw_ping())', 'speedtest', older=True),
+    'older thread': Case('./speedtest', 'thread(lambda: talk(tcp()))', 'speedtest', older=True),
+    'older worker': Case('./speedtest', 'flow = tcp(); fork(); talk(flow)', 'speedtest', older=True),
+    'older long name': Case(f'copies/{LONG}', 'talk(tcp())', LONG[:15], older=True),
+    'older same beginning': Case(f'copies/{SAME_BEGINNING}', 'talk(tcp())', older=True),
+    'older script': Case('scripts/speedtest.py', app='speedtest.py', older=True),
+    'older other': Case('./other', 'talk(tcp())', older=True),
+    'older socket brought along': Case('./other', 'flow = udp(); go(); execute("./speedtest", handed(flow))',
+                                       'speedtest', older=True),
+    'older one of the parent': Case('./other', 'flow = tcp(); fork(); execute("./speedtest", handed(flow))',
+                                    'speedtest', older=True),
+    'older accepted': Case('./speedtest', 'answer(listening())', 'speedtest', older=True, peer='before'),
+    'accepted by older': Case('./speedtest', 'answer(listening())', 'speedtest', older=True, peer='after'),
+}
+
+DESCENDANTS = {  # with -P of a shell, the parent of all but those outside, and of `itself`
+    'itself': Case('./other', 'talk(tcp())', 'other', older=True, outside=True),
+    'somebody else': Case('./other', TALKING, outside=True),
+    'somebody else older': Case('./other', 'talk(tcp())', older=True, outside=True),
+    'child': Case('./other', TALKING, 'other'),
+    'older child': Case('./other', 'talk(tcp())', 'other', older=True),
+    'grandchild': Case('./other', 'fork(); fork(); talk(udp())', 'other'),
+    'older grandchild': Case('./other', 'fork(); fork(); talk(tcp())', 'other', older=True),
+    'later grandchild': Case('./other', 'udp(); go(); fork(); talk(tcp())', 'other', older=True),
+    'later program': Case('./other', 'udp(); go(); fork(); execute("./speedtest")', 'speedtest', older=True),
+    'worker': Case('./other', 'flow = tcp(); fork(); talk(flow)', 'other'),
+    'later worker': Case('./other', 'flow = udp(); go(); fork(); talk(flow)', 'other', older=True),
+    'thread': Case('./other', 'thread(lambda: talk(udp()))', 'other'),
+    'thread that outlives the first': Case('./other', 'outlive(lambda: talk(udp()))', 'other'),
+    'forked by a thread': Case('./other', 'thread(lambda: [fork(), talk(udp())])', 'other'),
+    'executed by a thread': Case('./other', 'thread(lambda: execute("./speedtest"))', 'speedtest'),
+    'executed': Case('./other', 'execute("./speedtest")', 'speedtest'),
+    'socket brought along': Case('./other', 'execute("./speedtest", handed(udp()))', 'other', late=True),
+    'shell that executes': Case("sh -c 'sleep 0.05; exec \"$@\"' sh ./other", TALKING, 'other'),
+    'subshell': Case("sh -c '(\"$@\" &)' sh ./other", TALKING, 'other'),
+    'session': Case('setsid ./other', TALKING, 'other'),
+    'daemon': Case('./other', 'daemon(); talk(udp())', 'other'),
+    'daemon of a daemon': Case('./other', 'daemon(); daemon(); execute("./speedtest")', 'speedtest'),
+    'accepted': Case('./other', 'answer(listening())', 'other', peer='after'),
+    'accepted by older': Case('./other', 'answer(listening())', 'other', older=True, peer='after'),
+    'older accepted by a worker': Case('./other', 'sock = listening(); fork(); answer(sock)', 'other',
+                                       older=True, peer='before'),
+    **{f'named {name!a}': Case(shlex.quote(f'odd/{name}'), TALKING, app) for name, app in ODD_NAMES.items()},
+    **{f'renamed {name!a}': Case('./other', f'name({name!a}); talk(udp())', app)
+       for name, app in ODD_NAMES.items()},
+}
+
+
+@pytest.fixture(scope='module')
+def by_name(net: Lab, programs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    return perform(net, programs, tmp_path_factory.mktemp('by_name'), NAMED,
+                   lambda shell, older: ['-a', 'SpeedTest', '-a', LONG, '-a', FIFTEEN])
+
+
+@pytest.fixture(scope='module')
+def by_pid(net: Lab, programs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    return perform(net, programs, tmp_path_factory.mktemp('by_pid'), DESCENDANTS,
+                   lambda shell, older: ['-P', str(shell), '-P', str(older['itself'].pids[0])])
+
+
+@pytest.mark.parametrize('name', NAMED)
+def test_by_name(by_name, name):
+    check(NAMED[name], *by_name[name])
+
+
+@pytest.mark.parametrize('name', DESCENDANTS)
+def test_by_pid(by_pid, name):
+    check(DESCENDANTS[name], *by_pid[name])
+
+
+# Beside others
+
+def test_only_its_flows(net, stage, tmp_path):
+    """Two programs with the same kinds of flows, to the same ports: all rows and probes are one's."""
+    flows = {(name, net.server_address(version), protocol): stage.talk(
+        f'./{name}', f'talk({code})', version) for name in ('speedtest', 'other') for version in VERSIONS
+        for protocol, code in ((TCP, 'tcp()'), (UDP, 'udp()'))}
+    stage.go()
+    with net.routers[0].capture(filter=PROBES) as seen, elfprobe(net, '-a', 'speedtest', cwd=tmp_path) as elf:
+        time.sleep(SECONDS)
+        stage.finish(*flows.values())
+    rows = read_rows(elf)
+    assert set(rows) == {Row(dest, program.port, protocol, name, str(program.process.pid))
+                         for (name, dest, protocol), program in flows.items() if name == 'speedtest'}
+    assert sorted(row[:3] for row in rows) == sorted((p.dest, p.sport, p.protocol) for p in ip_packets(seen))
+    assert min(program.sent for program in flows.values()) > 10 * SECONDS
+
+
+def test_short_flows(net, programs, tmp_path):
+    """Each of hundreds, of a program that is started later, has a row."""
+    command = str(programs / 'speedtest'), '-c', FLOWS, net.server_address(4), str(SHORT_FLOWS)
+    with elfprobe(net, '-a', 'speedtest', '-r', 'g', '-p', '1', cwd=tmp_path) as elf:
+        ports = set(map(int, net.client.run(*command, timeout=60).stdout.split()))
+    assert len(ports) == SHORT_FLOWS
+    assert {row.sport for row in read_rows(elf)} == ports
+
+
+def test_other_network_namespace(net, stage, programs, tmp_path, make_lab):
+    """The same program with the same addresses and port, in another network."""
+    elsewhere = make_lab(routers=len(net.routers))
+    serve(elsewhere)
+    other_stage = Stage(elsewhere, programs, tmp_path / 'elsewhere')
+    with elfprobe(net, '-a', 'speedtest', '-p', '0', cwd=tmp_path) as elf:
+        there = other_stage.talk('./speedtest')
+        here = stage.talk('./speedtest', port=there.port)
+        for each in other_stage, stage:
+            each.go()
+        wait_for_rows(elf)
+        other_stage.finish(there)
+        stage.finish(here)
+    assert {row.pid for row in read_rows(elf)} == {str(here.process.pid)}
+
+
+def with_pid(pid: int, start: Callable[[], Program]) -> Program:
+    """Start a program again and again until it has this PID, which nobody has."""
+    for _ in range(100):
+        Path('/proc/sys/kernel/ns_last_pid').write_text(str(pid - 1))
+        program = start()
+        if program.process.pid == pid:
+            return program
+        end(program.process)
+    raise CommandFailed(f'no program gets PID {pid}')
+
+
+def test_reused_pid(net, stage, tmp_path):
+    """Programs with the PIDs of those that were of interest, by PID and by name, are not."""
+    stage.go()
+    by_pid = stage.talk('./other')
+    with elfprobe(net, '-P', str(by_pid.process.pid), '-a', 'speedtest', '-p', '0', cwd=tmp_path) as elf:
+        by_name = stage.talk('./speedtest')
+        for program in by_pid, by_name:
+            wait_for_rows(elf, sport=program.port, pid=str(program.process.pid))
+        stage.finish(by_pid, by_name)
+        for program in by_pid, by_name:
+            program.process.wait(10)
+            stage.finish(with_pid(program.process.pid, lambda: stage.talk('./other')))
+    assert {row.sport for row in read_rows(elf)} == {by_pid.port, by_name.port}
+
+
+def test_reused_pid_of_short_program(net, stage, tmp_path):
+    """The driver comes to look at a program that has ended already: its PID is free all the same."""
+    path = tmp_path / f'short-{os.getpid()}'  # nobody else's, since those of this name are killed
+    path.symlink_to(PYTHON)
+    via = *net.client.command(), sys.executable, '-c', TOO_LATE
+    with elfprobe(net, '-a', path.name, '-p', '0', cwd=tmp_path, via=via) as elf:
+        short = net.client.popen(str(path), '-c', 'import time; time.sleep(60)')
+        wait_until(lambda: short.poll() and f'({short.pid})' in elf.log, 10, 'it was of interest')
+        stage.go()
+        stage.finish(with_pid(short.pid, lambda: stage.talk('./other')))
+    assert read_rows(elf) == []
+
+
+# Columns
+
+def test_addresses_only(net, stage, tmp_path):
+    """Nobody asks for processes, so none is named."""
+    with elfprobe(net, '-p', '0', net.server_address(4), cwd=tmp_path) as elf:
+        stage.go()
+        program = stage.talk('./speedtest')
+        wait_for_rows(elf, sport=program.port)
+        stage.finish(program)
+    assert {row[3:] for row in read_rows(elf)} == {('', '')}
+    assert (tmp_path / 'elf.csv').read_text().splitlines()[0].endswith(',outipid,inipid,app,pid')
+
+
+def test_addresses_and_names(net, stage, tmp_path):
+    """Whoever sends to the address has rows; those of interest are named, however late that is seen."""
+    with elfprobe(net, '-a', 'speedtest', '-p', '0', net.server_address(4), cwd=tmp_path) as elf:
+        elf.process.send_signal(signal.SIGSTOP)
+        named, executable, child, nobody = map(
+            stage.talk, ('./speedtest', './link', 'sh scripts/speedtest.sh ./other', './other'))
+        elf.process.send_signal(signal.SIGCONT)
+        stage.go()
+        for program, app in (named, 'speedtest'), (executable, 'link'), (child, 'other'), (nobody, ''):
+            wait_for_rows(elf, sport=program.port, app=app, pid=str(program.pids[0]) if app else '')
+        stage.finish(named, executable, child, nobody)
+    owners = {(row.sport, row.app) for row in read_rows(elf)}
+    assert owners <= {(named.port, 'speedtest'), (executable.port, ''), (executable.port, 'link'),
+                      (child.port, ''), (child.port, 'other'), (nobody.port, '')}
+
+
+# Where it runs
+
+def cgroup_mount() -> str:
+    """Where cgroup version 2 is mounted."""
+    return next(found.mountpoint for found in psutil.disk_partitions(all=True) if found.fstype == 'cgroup2')
+
+
+@pytest.fixture
+def own_cgroup() -> Iterator[Path]:
+    """A new cgroup, which must be empty at the end."""
+    path = Path(cgroup_mount(), f'elf-{os.getpid()}')
+    path.mkdir()
+    yield path
+    path.rmdir()
+
+
+def is_polling(elf: Run, missing: str = '') -> bool:
+    """Whether it says, once, that it only looks at connections, and what is missing."""
+    lines = [line for line in elf.log.splitlines() if 'instead' in line]
+    assert len(lines) <= 1
+    assert all(missing in line for line in lines)
+    return bool(lines)
+
+
+@pytest.mark.parametrize('enter, unshare, polling', [
+    ('nsenter', '', False),  # with /sys as it is outside, which ip replaces
+    ('nsenter', '--cgroup', False),
+    ('ip', '--mount', False),
+    ('ip', '--mount --cgroup', True),  # where sockets of other cgroups cannot be had
+])
+def test_namespaces(net, stage, tmp_path, own_cgroup, enter, unshare, polling):
+    """From a cgroup to which nobody else belongs, with or without namespaces, in which nothing is mounted."""
+    script = 'echo $$ > $0/cgroup.procs; exec "$@"'
+    if unshare:
+        unmount = 'umount --all --lazy --types cgroup2; ' if '--mount' in unshare else ''
+        script = f'echo $$ > $0/cgroup.procs; exec unshare {unshare} sh -c \'{unmount}exec "$@"\' sh "$@"'
+    namespace = net.client.command() if enter == 'ip' else ('nsenter', f'--net={NETNS / net.client.name}')
+    via = 'sh', '-c', script, str(own_cgroup), *namespace
+    with elfprobe(net, '-a', 'speedtest', '-p', '0', cwd=tmp_path, via=via) as elf:
+        stage.go()
+        program = stage.talk('./speedtest')
+        wait_for_rows(elf, sport=program.port)
+        stage.finish(program)
+    assert is_polling(elf, 'cgroup') == polling
+    if not polling:
+        assert [row[3:] for row in read_rows(elf)] == [('speedtest', str(program.pids[0]))] * program.sent
+
+
+@pytest.mark.parametrize('name, error, missing', [
+    ('SocketOwners._attach_to_cgroup', 'Unsupported', 'a test took it away'),
+    ('open_cgroup_root', 'OSError', 'cgroup version 2'),
+    ('load_program', 'Failure', 'Linux 5.9'),
+])
+def test_fallback(net, stage, tmp_path, name, error, missing):
+    """Without the kernel's help, connections are looked for."""
+    via = *net.client.command(), sys.executable, '-c', FAULTY, name, error
+    older = stage.talk('./speedtest', 'talk(tcp())')
+    with elfprobe(net, '-a', 'speedtest', '-p', '0', cwd=tmp_path, via=via) as elf:
+        stage.go()
+        younger = stage.talk('./speedtest', 'talk(tcp())', version=6)
+        for program in older, younger:
+            wait_for_rows(elf, sport=program.port, app='', pid='')
+        stage.finish(older, younger)
+    assert is_polling(elf, missing)
+
+
+def test_pid_namespace(net, stage, tmp_path):
+    """PIDs are not the kernel's there: connections are looked for, of those processes that can be seen."""
+    program = stage.command('./speedtest', '-c', 'from talk import *; talk(tcp())', PORT=next(PORTS),
+                            SERVERS=net.server_address(4))
+    stage.go()
+    via = *net.client.command(), 'unshare', '--pid', '--fork', '--mount-proc', 'sh', '-c', \
+        f'{shlex.join(program)} & exec "$@"', 'sh'
+    with elfprobe(net, '-a', 'speedtest', '-p', '0', cwd=tmp_path, via=via) as elf:
+        wait_for_rows(elf, protocol=TCP)
+        (inside,) = psutil.Process(elf.process.pid).children()
+        inside.terminate()
+        assert elf.wait() == 0
+    assert is_polling(elf, 'PID namespace')
+
+
+# What is left
+
+def ours() -> set[tuple[str, int]]:
+    """Programs of all elfprobes for cgroups and tracepoints, and links to them."""
+    def objects(*what: str) -> list[dict[str, Any]]:
+        def listed() -> str | None:
+            ended = run('bpftool', '-j', *what, check=False)
+            return None if ended.returncode else ended.stdout  # it fails where one comes or goes meanwhile
+
+        found: list[dict[str, Any]] = json.loads(wait_until(listed, 10, f'bpftool lists {what}'))
+        return found
+
+    programs = {found['id'] for found in objects('prog')
+                if found['type'] in ATTACHED and found.get('name', '').startswith('elf_')}
+    for cgroup in objects('cgroup', 'tree', cgroup_mount()):
+        programs |= {found['id'] for found in cgroup['programs'] if found['name'].startswith('elf_')}
+    links = {found['id'] for found in objects('link') if found['prog_id'] in programs}
+    return {('prog_id', number) for number in programs} | {('link_id', number) for number in links}
+
+
+def held(pid: int) -> set[tuple[str, int]]:
+    """The programs and links that a process has a descriptor of."""
+    found: set[tuple[str, int]] = set()
+    with suppress(OSError):
+        for path in Path(f'/proc/{pid}/fdinfo').iterdir():
+            with suppress(OSError):
+                pairs = re.findall(r'^(prog_id|link_id):\s*(\d+)', path.read_text(), re.MULTILINE)
+                found |= {(kind, int(number)) for kind, number in pairs}
+    return found
+
+
+@contextmanager
+def nothing_left() -> Iterator[None]:
+    """At exit there is nothing new of ours that stays without a process."""
+    def left() -> set[tuple[str, int]]:
+        return ours().difference(*map(held, psutil.pids()))
+
+    before = left()
+    yield
+    wait_until(lambda: left() <= before, 10, 'nothing of ours is attached without a process')
+
+
+@pytest.mark.needs('bpftool')
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_left(net, tmp_path, number):
+    with nothing_left(), elfprobe(net, '-a', 'speedtest', cwd=tmp_path) as elf:
+        during = held(elf.process.pid) & ours()
+        kinds = Counter(kind for kind, _ in during)
+        assert kinds['prog_id'] == kinds['link_id'] >= 4
+        assert elf.stop(number) == (-number if number == signal.SIGKILL else 0)
+        assert not held(elf.process.pid)
+        wait_until(lambda: not during & ours(), 10, 'all is gone')
+
+
+@pytest.mark.needs('bpftool')
+@pytest.mark.parametrize('name', ['SocketOwners._adopt_running', 'tc_attachment'])
+def test_nothing_is_left_by_errors(net, tmp_path, name):
+    via = *net.client.command(), sys.executable, '-c', FAULTY, name, 'RuntimeError'
+    with nothing_left(), pytest.raises(CommandFailed, match='a test took it away'), \
+            elfprobe(net, '-a', 'speedtest', cwd=tmp_path, via=via):
+        pass

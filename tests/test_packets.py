@@ -1,0 +1,1432 @@
+"""Packets through the programs of elfprobe.c: declared, run, and compared with what must come of them.
+
+    CLIENT -- packet ---------> elf_egress: of interest? due? fit? --> clone --> elf_probe --> in_flight
+    ROUTER -- time exceeded --> elf_ingress: of a probe in flight? --> dropped or passed, and a row
+    SERVER -- anything -------> elf_ingress: passed, and the path's length learnt
+
+Nothing goes over a network here: see progtest.py. What a network adds is for the tests in the lab.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import random
+import socket
+import struct
+import time
+from contextlib import ExitStack
+from typing import Any, Callable, Dict, Iterator
+
+import pytest
+
+pytest.importorskip('scapy')
+pytest.importorskip('bcc')
+pytest.importorskip('pyroute2')
+
+from scapy.layers.inet import ICMP, IP, TCP, UDP, IPOption_NOP, IPOption_RR
+from scapy.layers.inet6 import (
+    ICMPv6DestUnreach,
+    ICMPv6EchoReply,
+    ICMPv6EchoRequest,
+    ICMPv6ND_NA,
+    ICMPv6ND_NS,
+    ICMPv6ND_RA,
+    ICMPv6PacketTooBig,
+    ICMPv6ParamProblem,
+    ICMPv6TimeExceeded,
+    IPv6,
+    IPv6ExtHdrFragment,
+    IPv6ExtHdrHopByHop,
+)
+from scapy.layers.l2 import ARP, Dot1Q, Ether
+from scapy.packet import Packet, Raw
+
+from lab import run
+from progtest import (
+    TC_ACT_SHOT,
+    TC_ACT_UNSPEC,
+    XDP_DROP,
+    XDP_PASS,
+    Flight,
+    Programs,
+    SkBuff,
+    elfprobe,
+    own_namespace,
+)
+
+pytestmark = [pytest.mark.root, pytest.mark.filterwarnings('ignore:not a bytes object')]  # BCC's own
+
+Load = Callable[..., Programs]
+PerVersion = Dict[int, Packet]  # by IP version
+
+MS, SECOND = 10**6, 10**9  # ns
+NEVER = 1 << 62  # a time that does not come
+TTL = 7  # that probes are sent with, where the test says so
+SEQ = 70000  # number of such a probe
+MAX_HOPS = 32
+CLIENT = {4: '192.0.2.1', 6: '2001:db8:1::1'}
+NAT = {4: '192.0.2.200', 6: '2001:db8:1::200'}
+SERVER = {4: '198.51.100.80', 6: '2001:db8:2::80'}
+ROUTER = {4: '203.0.113.7', 6: '2001:db8:7::7'}
+BOTH_VERSIONS = pytest.mark.parametrize('version', [4, 6])
+TRIMMED_OR_NOT = pytest.mark.parametrize('notrunc', [False, True], ids=['trimmed', 'notrunc'])
+
+
+# Packets: how they are declared
+
+RECORD_ROUTE = [IPOption_RR(length=11, pointer=4, routers=['0.0.0.0', '0.0.0.0']), IPOption_NOP()]
+TIMESTAMPS = [('NOP', None), ('NOP', None), ('Timestamp', (0x01020304, 0x05060708))]
+SACK = [('NOP', None), ('NOP', None), ('SAck', (1, 2, 3, 4))]
+TTL_FIELD = {4: 'ttl', 6: 'hlim'}
+
+
+def ip(version: int, **fields: Any) -> Packet:
+    """An IP header from the client to the server, but for these fields; `ttl` is either version's."""
+    fields = {'src': CLIENT[version], 'dst': SERVER[version], 'ttl': 64, **fields}
+    fields[TTL_FIELD[version]] = fields.pop('ttl')
+    if version == 4:
+        return IP(**{'id': 0x1234, 'flags': 'DF', **fields})
+    return IPv6(**{'fl': 0xA4321, **fields})
+
+
+def segment(**fields: Any) -> Packet:
+    return TCP(**{**dict(sport=40112, dport=443, seq=0x80001000, ack=0x70002000, flags='A'), **fields})
+
+
+def datagram(**fields: Any) -> Packet:
+    return UDP(**{**dict(sport=40113, dport=4433), **fields})
+
+
+def echo(version: int, **fields: Any) -> Packet:
+    fields = {'id': 0x4142, 'seq': 0x4344, **fields}
+    return ICMP(type=8, **fields) if version == 4 else ICMPv6EchoRequest(**fields)
+
+
+def data(length: int) -> Packet:
+    return Raw((bytes(range(1, 256)) * (length // 255 + 1))[:length])
+
+
+def is_echo(packet: Packet) -> bool:
+    return ICMP in packet or ICMPv6EchoRequest in packet
+
+
+def frame(*layers: Packet) -> Packet:
+    """Layers in Ethernet, with all lengths and checksums filled in."""
+    packet = Ether(src='02:00:00:00:00:01', dst='02:00:00:00:00:02')
+    for layer in layers:
+        packet /= layer
+    return Ether(bytes(packet))
+
+
+def altered(packet: Packet, ttl: int | None = None, **fields: Any) -> Packet:
+    """An IP packet with other fields in its header."""
+    packet = packet.copy()
+    if ttl is not None:
+        fields[TTL_FIELD[version_of(packet)]] = ttl
+    for name, value in fields.items():
+        setattr(packet, name, value)
+    return packet
+
+
+def version_of(packet: Packet) -> int:
+    return 4 if IP in packet else 6
+
+
+def transport(packet: Packet) -> Packet:
+    return packet.payload.payload
+
+
+def finished(packet: Packet) -> Packet:
+    """The packet with lengths and checksums filled in anew."""
+    packet = layer = packet.payload.copy()
+    while layer:
+        for name in {'len', 'plen', 'chksum', 'cksum'} & set(layer.fields):
+            layer.delfieldval(name)
+        layer = layer.payload
+    return frame(packet)
+
+
+def pseudo_sum(packet: Packet) -> int:
+    """The checksum of a packet that leaves it to its device: the sum of the pseudo header only."""
+    family = {4: socket.AF_INET, 6: socket.AF_INET6}[version_of(packet)]
+    header = packet.payload
+    words = socket.inet_pton(family, header.src) + socket.inet_pton(family, header.dst)
+    words += struct.pack('!II', len(header.payload), header.proto if IP in packet else header.nh)
+    return sum(struct.unpack(f'!{len(words) // 2}H', words)) % 0xFFFF or 0xFFFF
+
+
+def unfinished(packet: Packet) -> Packet:
+    packet = packet.copy()
+    transport(packet).chksum = pseudo_sum(packet)
+    return packet
+
+
+def without_checksum(packet: Packet) -> Packet:
+    packet = packet.copy()
+    transport(packet).chksum = 0
+    return packet
+
+
+def checksum(packet: Packet) -> int:
+    layer = transport(packet)
+    return layer.chksum if 'chksum' in layer.fields else layer.cksum
+
+
+def is_unfinished(packet: Packet) -> bool:
+    return not is_echo(packet) and checksum(packet) == pseudo_sum(packet)
+
+
+def flight_of(probe: Packet, **known: int) -> Flight:
+    """The record of a probe whose checksum is finished: how a quote tells it, and what is known of it."""
+    header, layer = probe.payload, transport(probe)
+    outipid = header.id if IP in probe else header.fl & 0xFFFF
+    known = dict(outttl=getattr(header, TTL_FIELD[version_of(probe)]), outipid=outipid, **known)
+    if TCP in probe:
+        return Flight(header.dst, layer.sport, layer.dport, layer.seq, 6, **known)
+    if UDP in probe:
+        return Flight(header.dst, layer.sport, layer.dport, layer.len << 16 | layer.chksum, 17, **known)
+    return Flight(header.dst, layer.id, 0, layer.seq, 1 if IP in probe else 58, **known)
+
+
+def assert_same(got: bytes, wanted: Packet) -> None:
+    if got != bytes(wanted):
+        assert Ether(got).show(dump=True) == Ether(bytes(wanted)).show(dump=True)
+        assert got == bytes(wanted)
+
+
+# Programs: compiled once for all tests that want them so
+
+
+@pytest.fixture(scope='module', autouse=True)
+def namespace() -> Iterator[None]:
+    with own_namespace():
+        yield
+
+
+@pytest.fixture(scope='module')
+def load() -> Iterator[Load]:
+    """Gives programs of a configuration, their maps empty but for the heartbeat."""
+    loaded: dict[str, Programs] = {}
+    with ExitStack() as stack:
+
+        def load(**config: Any) -> Programs:
+            key = repr(sorted(config.items()))
+            if key not in loaded:
+                loaded[key] = stack.enter_context(Programs(**{'max_rate': 10000, 'probeint': 0, **config}))
+            loaded[key].clear()
+            return loaded[key]
+
+        yield load
+
+
+FLAGS = list(itertools.product([False, True], repeat=3))
+# Every combination of the flags with every interval; every pair of one of these with the other two.
+BUILDS = [
+    (*flags, probeint, (1, 50000)[(i + j) % 2], (sum(flags) + j) % 2 == 1)
+    for i, flags in enumerate(FLAGS)
+    for j, probeint in enumerate([0, 10, 1000])
+]
+
+
+@pytest.mark.parametrize('notrunc, rate_global, drop, probeint, max_rate, by_owner', BUILDS)
+def test_all_builds_load_and_give_no_warning(
+        notrunc: bool, rate_global: bool, drop: bool, probeint: int, max_rate: int, by_owner: bool,
+        caplog: pytest.LogCaptureFixture) -> None:
+    config = dict(notrunc=notrunc, rate_global=rate_global, ingress='drop' if drop else 'pass',
+                  probeint=probeint, max_rate=max_rate, apps=('ping',) if by_owner else ())
+    with caplog.at_level(logging.DEBUG, 'elfprobe'), Programs(by_owner, **config) as programs:
+        assert {b'elf_egress', b'elf_probe', b'elf_ingress'} <= set(programs.bpf.funcs)
+    assert not caplog.messages
+
+
+# elf_probe: what it makes of a clone
+
+NETWORKS = {
+    'IPv4': ip(4, tos=0xB8),
+    'IPv4 with options': ip(4, id=0xFFFE, ttl=255, flags=0, options=RECORD_ROUTE),
+    'IPv6': ip(6, tc=0xB8),
+}
+CARRIERS: dict[str, list[Packet]] = {
+    'TCP pure ACK': [segment()],
+    'TCP pure ACK with timestamps': [segment(options=TIMESTAMPS)],
+    'TCP pure ACK with 36 bytes of options': [segment(options=SACK + [('NOP', None)] * 2 + TIMESTAMPS[2:])],
+    'TCP pure ACK, sequence number about to wrap': [segment(seq=3)],
+    'TCP with 1 byte': [segment(), data(1)],
+    'TCP with timestamps and 1400 bytes': [segment(options=TIMESTAMPS), data(1400)],
+    'TCP with PSH, URG, ECE and CWR': [segment(flags='PAUEC', urgptr=7), data(13)],
+    'TCP pure ACK with URG, ECE and CWR': [segment(flags='AUEC', urgptr=7)],
+    **{f'UDP with {length} bytes': [datagram(), data(length)] for length in (0, 1, 2, 3, 500, 1301)},
+    **{f'ICMP echo with {length} bytes': [data(length)] for length in (0, 1, 2, 3, 56)},
+}
+
+
+def carriers() -> Iterator[Any]:
+    """CARRIERS over NETWORKS, with each kind of checksum that such a packet may have."""
+    for network, header in NETWORKS.items():
+        version = header.version
+        for carrier, layers in CARRIERS.items():
+            if carrier.startswith('ICMP'):
+                yield pytest.param(frame(header, echo(version), *layers), id=f'{network}, {carrier}')
+                continue
+            packet = frame(header, *layers)
+            yield pytest.param(packet, id=f'{network}, {carrier}')
+            yield pytest.param(unfinished(packet), id=f'{network}, {carrier}, unfinished')
+            if UDP in packet and version == 4:
+                yield pytest.param(without_checksum(packet), id=f'{network}, {carrier}, no checksum')
+
+
+EVERY_CARRIER = pytest.mark.parametrize('sent', list(carriers()))
+
+
+def probe_of(sent: Packet, came: Packet, trimmed: bool) -> Packet:
+    """What the probe that came of this packet must be; what is the probe's own choice as it came."""
+    wanted, chosen = altered(sent.payload, ttl=TTL), transport(came)
+    if not trimmed:
+        if IP in wanted:
+            del wanted.chksum
+        return frame(wanted)
+    layer = wanted.payload
+    own_size = len(bytes(layer)) - 8
+    layer.remove_payload()
+    if TCP in sent:
+        layer.seq, layer.flags, layer.urgptr = chosen.seq, 'A', 0
+    else:
+        # What balances the checksum; never of the size that the echo request's own data have.
+        layer.add_payload(bytes(chosen)[8:10] + bytes(2 if is_echo(sent) and own_size == 2 else 0))
+    if is_echo(sent):
+        layer.seq = chosen.seq
+        if 'data' in layer.fields:
+            layer.data = b''
+    wanted = finished(Ether() / wanted)
+    return unfinished(wanted) if is_unfinished(sent) else wanted
+
+
+@TRIMMED_OR_NOT
+@EVERY_CARRIER
+def test_probe(load: Load, sent: Packet, notrunc: bool) -> None:
+    programs = load(notrunc=notrunc)
+    programs.set_claim(seq=SEQ, ttl=TTL)
+    before = time.monotonic_ns()
+    verdict, out = programs.run('elf_probe', sent)
+    after = time.monotonic_ns()
+    assert verdict == TC_ACT_UNSPEC
+    # A TCP probe that keeps nothing of the packet must have a number of its own.
+    trimmed = not notrunc or (TCP in sent and not transport(sent).payload)
+    probe = Ether(out)
+    assert_same(out, probe_of(sent, probe, trimmed))
+
+    own, ours = transport(sent), transport(probe)
+    if TCP in sent and trimmed:
+        assert 1 <= (own.seq - ours.seq) % 2**32 <= 2048
+    if is_echo(sent):
+        assert checksum(probe) == checksum(sent)
+
+    [flight] = programs.in_flight()
+    assert before <= flight.sendtime <= after
+    origseq = own.chksum if UDP in sent else own.seq
+    as_seen = probe if checksum(probe) == 0 or not is_unfinished(probe) else finished(probe)
+    assert flight == flight_of(as_seen, seq=SEQ, origseq=origseq, sendtime=flight.sendtime)
+    assert not programs.counters()
+
+
+@pytest.mark.parametrize('layers, count', [
+    pytest.param([segment()], 2048, id='TCP'), pytest.param([datagram(), data(20)], 65535, id='UDP'),
+    pytest.param([echo(4), data(20)], 65536, id='ICMP')])
+@pytest.mark.parametrize('first', [0, 1000, 2**32 - 1000])
+def test_numbers_of_probes_in_a_row_differ(load: Load, layers: list[Packet], count: int, first: int) -> None:
+    """Over a stretch that wraps: both ends, and many between."""
+    programs, sent = load(), bytes(frame(ip(4), *layers))
+    offsets = {*range(20), *range(count - 20, count), *random.Random(count).sample(range(count), 400)}
+    seqs = sorted((first + offset) % 2**32 for offset in offsets)
+    for seq in seqs:
+        programs.set_claim(seq=seq, ttl=1)
+        assert programs.run('elf_probe', sent).verdict == TC_ACT_UNSPEC
+    flights = programs.in_flight()
+    assert sorted(flight.seq for flight in flights) == seqs
+    if TCP in layers[0]:
+        assert {(flight.origseq - flight.ident) % 2**32 for flight in flights} <= {*range(1, 2049)}
+
+
+@BOTH_VERSIONS
+@pytest.mark.parametrize('seq', [0, 65534, 65535, 65536, 2**32 - 1])
+def test_numbers_that_wrap(load: Load, version: int, seq: int) -> None:
+    programs = load()
+    programs.set_claim(seq=seq, ttl=TTL)
+    for layers in [segment()], [datagram(), data(9)], [echo(version), data(9)]:
+        sent = frame(ip(version), *layers)
+        out = programs.run('elf_probe', sent).frame
+        assert_same(out, probe_of(sent, Ether(out), trimmed=True))
+        assert checksum(Ether(out)) != 0  # which would mean none
+
+
+@BOTH_VERSIONS
+def test_checksum_that_comes_out_as_zero(load: Load, version: int) -> None:
+    """What the device makes of an unfinished one is then sent as 0xffff (RFC 768)."""
+    programs = load(notrunc=True)
+    balance = checksum(frame(ip(version), datagram(), Raw(bytes(2)))).to_bytes(2, 'big')
+    programs.run('elf_probe', unfinished(frame(ip(version), datagram(), Raw(balance))))
+    [flight] = programs.in_flight()
+    assert flight.ident == 10 << 16 | 0xFFFF
+
+
+@BOTH_VERSIONS
+@pytest.mark.parametrize('layers', [[segment(options=TIMESTAMPS)], [datagram()]], ids=['TCP', 'UDP'])
+def test_notrunc_keeps_the_first_segment_of_a_packet_yet_to_be_segmented(
+        load: Load, version: int, layers: list[Packet]) -> None:
+    programs = load(notrunc=True)
+    programs.set_claim(seq=SEQ, ttl=TTL)
+    sent = unfinished(frame(ip(version), *layers, data(1000)))
+    verdict, out = programs.run('elf_probe', sent, SkBuff(gso_size=99, gso_segs=11))
+    assert verdict == TC_ACT_UNSPEC
+    assert_same(out, unfinished(frame(ip(version, ttl=TTL), *layers, data(99))))
+
+
+PAIRS = {  # the packets of two probes, and whether both can be in flight at once
+    'TCP, trimmed, same number': (False, [segment()], [segment()], False),
+    'TCP, same packet again': (True, [segment(), data(5)], [segment(), data(5)], False),
+    'TCP, another packet': (True, [segment(), data(5)], [segment(seq=5), data(5)], True),
+    'TCP, another port': (False, [segment()], [segment(sport=1)], True),
+    'UDP, trimmed, same number': (False, [datagram(), data(5)], [datagram(), data(9)], False),
+    'UDP, same packet again': (True, [datagram(), data(5)], [datagram(), data(5)], False),
+    'UDP, other data': (True, [datagram(), data(5)], [datagram(), Raw(b'other')], True),
+    'UDP, other length': (True, [datagram(), data(5)], [datagram(), data(6)], True),
+    'ICMP, trimmed, same number': (False, [echo(4)], [echo(4, seq=1)], False),
+    'ICMP, same packet again': (True, [echo(4)], [echo(4)], False),
+    'ICMP, another packet': (True, [echo(4)], [echo(4, seq=1)], True),
+}
+HEAD = bytes(range(32))  # the part of UDP's data that tells unfinished packets apart
+HEADS = Raw(HEAD), Raw(HEAD[::-1]), Raw(HEAD + b'x'), Raw(HEAD + b'y')
+PAIRS_UNFINISHED = {
+    'UDP, same packet again': (True, [datagram(), data(40)], [datagram(), data(40)], False),
+    'UDP, other data in the head': (True, [datagram(), HEADS[0]], [datagram(), HEADS[1]], True),
+    'UDP, other data behind the head': (True, [datagram(), HEADS[2]], [datagram(), HEADS[3]], False),
+    'UDP, trimmed, same number': (False, [datagram(), data(5)], [datagram(), data(9)], False),
+}
+
+
+@pytest.mark.parametrize('notrunc, one, other, both, finish', [
+    *(pytest.param(*row, finished, id=name) for name, row in PAIRS.items()),
+    *(pytest.param(*row, unfinished, id=f'{name}, unfinished') for name, row in PAIRS_UNFINISHED.items())])
+def test_probes_that_cannot_be_told_apart_are_not_sent(
+        load: Load, notrunc: bool, one: list[Packet], other: list[Packet], both: bool,
+        finish: Callable[[Packet], Packet]) -> None:
+    programs = load(notrunc=notrunc)
+    programs.set_claim(seq=SEQ, ttl=TTL)
+    assert programs.run('elf_probe', finish(frame(ip(4), *one))).verdict == TC_ACT_UNSPEC
+    flights = programs.in_flight()
+    verdict = programs.run('elf_probe', finish(frame(ip(4), *other))).verdict
+    assert verdict == (TC_ACT_UNSPEC if both else TC_ACT_SHOT)
+    assert programs.counters() == ({} if both else {'key_busy': 1})
+    assert len(programs.in_flight()) == 1 + both
+    assert set(flights) <= set(programs.in_flight())
+
+
+def test_no_room_in_flight(load: Load) -> None:
+    programs = load(max_rate=1)
+    room = programs.bpf['in_flight'].max_entries
+    for seq in range(room + 1):
+        programs.set_claim(seq=seq, ttl=TTL)
+        verdict = programs.run('elf_probe', frame(ip(4), datagram())).verdict
+        assert verdict == (TC_ACT_UNSPEC if seq < room else TC_ACT_SHOT)
+    assert programs.counters() == {'in_flight_full': 1}
+    assert len(programs.in_flight()) == room
+
+
+# elf_egress: which packets carry a probe
+
+UNFIT = {  # description: the packet, by version; None: nothing is counted, it is none of our business
+    'SYN': segment(flags='S', ack=0),
+    'SYN, ACK': segment(flags='SA'),
+    'FIN, ACK': segment(flags='FA'),
+    'FIN, PSH, ACK with data': segment(flags='FPA') / data(10),
+    'RST': segment(flags='R'),
+    'RST, ACK': segment(flags='RA'),
+    'no ACK': segment(flags='') / data(10),
+    'PSH alone': segment(flags='P') / data(10),
+    'nothing behind the IP header': {4: ip(4, proto=6), 6: ip(6, nh=6)},
+    'TCP header cut': Raw(bytes(segment())[:19]),
+    'TCP options cut': Raw(bytes(segment(options=TIMESTAMPS))[:31]),
+    'TCP header of 16 bytes': segment(dataofs=4),
+    'UDP header cut': Raw(bytes(datagram())[:7]),
+    'echo reply': {4: ICMP(type=0), 6: ICMPv6EchoReply()},
+    'port unreachable': {4: ICMP(type=3, code=3) / data(28), 6: ICMPv6DestUnreach(code=4) / data(48)},
+    'time exceeded': {4: ICMP(type=11) / data(28), 6: ICMPv6TimeExceeded() / data(48)},
+    'neighbour solicitation': {6: ICMPv6ND_NS(tgt=SERVER[6])},
+    'neighbour advertisement': {6: ICMPv6ND_NA(tgt=SERVER[6])},
+    "the other version's echo": {4: ICMPv6EchoRequest(), 6: ICMP(type=8)},
+    'first fragment': {4: ip(4, flags='MF') / datagram() / data(8), 6: IPv6ExtHdrFragment(m=1) / datagram()},
+    'later fragment': {
+        4: ip(4, flags=0, frag=2, proto=17) / data(8), 6: IPv6ExtHdrFragment(offset=2) / data(8)},
+    'behind a hop-by-hop header': {6: IPv6ExtHdrHopByHop() / segment()},
+    'SCTP': {4: ip(4, proto=132) / data(20), 6: ip(6, nh=132) / data(20)},
+    'GRE': {4: ip(4, proto=47) / data(20), 6: ip(6, nh=47) / data(20)},
+}
+# Headers that were cut have lost their number.
+for unfit, protocol in ('TCP header cut', 6), ('TCP options cut', 6), ('UDP header cut', 17):
+    UNFIT[unfit] = {4: ip(4, proto=protocol) / UNFIT[unfit], 6: ip(6, nh=protocol) / UNFIT[unfit]}
+
+
+def in_versions(table: dict[str, Any]) -> Iterator[Any]:
+    """A table's packets in each version that they are made for, with a header where they have none yet."""
+    for description, entry in table.items():
+        packets = entry if isinstance(entry, dict) else {4: entry, 6: entry}
+        for version, layers in packets.items():
+            packet = layers if IP in layers or IPv6 in layers else ip(version) / layers
+            yield pytest.param(version, packet, id=f'IPv{version}, {description}')
+
+
+@pytest.mark.parametrize('version, packet', in_versions(UNFIT))
+def test_unfit_carriers(load: Load, version: int, packet: Packet) -> None:
+    programs = load()
+    programs.follow(SERVER[version], length=9)
+    with programs.attached() as send:
+        assert send(frame(packet)) == []
+    assert programs.counters() == {'carrier_unfit': 1}
+    assert programs.in_flight() == []
+
+
+FIT = {
+    'TCP': segment(),
+    'TCP with data': segment(flags='PA') / data(100),
+    'UDP': datagram() / data(9),
+    'ICMP': {4: echo(4) / data(9), 6: echo(6) / data(9)},
+    'options': {4: ip(4, options=RECORD_ROUTE) / segment()},
+}
+
+
+@pytest.mark.parametrize('version, packet', in_versions(FIT))
+def test_fit_carrier(load: Load, version: int, packet: Packet) -> None:
+    programs = load()
+    programs.follow(SERVER[version], length=9, turn=TTL - 1, seq=SEQ)
+    sent = frame(packet)
+    with programs.attached() as send:
+        [out] = send(sent)
+    assert_same(out, probe_of(sent, Ether(out), trimmed=True))
+    assert programs.counters() == {'probes': 1}
+    [flight] = programs.in_flight()
+    assert (flight.outttl, flight.seq) == (TTL, SEQ)
+
+
+OTHER_PACKETS = {
+    'to somebody else': frame(ip(4, dst=ROUTER[4]) / segment()),
+    'from the destination': frame(ip(4, src=SERVER[4], dst=CLIENT[4]) / segment()),
+    'to somebody else, IPv6': frame(ip(6, dst=ROUTER[6]) / segment()),
+    'its v4-mapped address': frame(ip(6, dst='::ffff:198.51.100.81') / segment()),
+    'ARP': frame(ARP(psrc=CLIENT[4], pdst=SERVER[4])),
+    'with a VLAN tag': frame(Dot1Q(vlan=5) / ip(4) / segment()),
+    'of a wrong version': frame(IP(version=6, src=CLIENT[4], dst=SERVER[4]) / segment()),
+    'of a wrong header length': frame(IP(ihl=4, src=CLIENT[4], dst=SERVER[4]) / segment()),
+}
+
+
+@pytest.mark.parametrize('packet', list(OTHER_PACKETS.values()), ids=list(OTHER_PACKETS))
+def test_packets_of_no_interest(load: Load, packet: Packet) -> None:
+    programs = load()
+    for version in 4, 6:
+        programs.follow(SERVER[version], length=9)
+    with programs.attached() as send:
+        assert send(packet) == []
+    assert programs.counters() == {}
+    assert programs.in_flight() == []
+
+
+@BOTH_VERSIONS
+@pytest.mark.parametrize('ttl, counter', [
+    (1, 'carrier_low_ttl'), (TTL, 'carrier_low_ttl'), (MAX_HOPS, 'carrier_low_ttl'), (MAX_HOPS + 1, 'probes'),
+    (64, 'probes'), (255, 'probes')])
+def test_somebodys_traceroute_carries_no_probe(load: Load, version: int, ttl: int, counter: str) -> None:
+    programs = load()
+    programs.follow(SERVER[version], length=9)
+    with programs.attached() as send:
+        assert len(send(frame(ip(version, ttl=ttl), datagram()))) == (counter == 'probes')
+    assert programs.counters() == {counter: 1}
+
+
+@pytest.mark.parametrize('seconds, counter', [(-1, 'driver_silent'), (None, 'driver_silent'), (10, 'probes')])
+def test_no_probe_without_the_drivers_heartbeat(load: Load, seconds: int | None, counter: str) -> None:
+    programs = load()
+    programs.follow(SERVER[4], length=9)
+    programs.set_alive_until(0 if seconds is None else time.monotonic_ns() + seconds * SECOND)
+    with programs.attached() as send:
+        assert len(send(frame(ip(4), segment()))) == (counter == 'probes')
+    assert programs.counters() == {counter: 1}
+
+
+def test_not_due(load: Load) -> None:
+    programs = load()
+    programs.follow(SERVER[4], length=9, next_due=NEVER)
+    with programs.attached() as send:
+        assert send(frame(ip(4), segment())) == []
+        assert send(frame(ip(4), segment(flags='S'))) == []
+    assert programs.counters() == {}
+
+
+@pytest.mark.parametrize('due', [0, NEVER], ids=['with a probe', 'without'])
+def test_packet_keeps_what_the_kernel_knows_of_it(load: Load, due: int) -> None:
+    programs = load()
+    programs.follow(SERVER[4], length=9, next_due=due)
+    context = SkBuff(mark=0xABC, priority=6, tstamp=12345)
+    context.cb[:] = [1, 2, 3, 4, 5]
+    packet = bytes(unfinished(frame(ip(4), segment(), data(1000))))
+    with programs.attached():
+        assert programs.run('elf_egress', packet, context) == (TC_ACT_UNSPEC, packet)
+    assert programs.counters() == ({} if due else {'probes': 1})
+    assert (context.mark, context.priority, context.tstamp) == (0xABC, 6, 12345)
+    assert context.cb[:] == [1, 2, 3, 4, 5]
+
+
+def test_clone_that_does_not_come_through(load: Load) -> None:
+    """A filter before ours has taken it, say: here ours is not even attached."""
+    programs = load(probeint=1000)
+    programs.follow(SERVER[4], length=9)
+    packet = bytes(frame(ip(4), segment()))
+    assert programs.run('elf_egress', packet) == (TC_ACT_UNSPEC, packet)
+    assert programs.counters() == {'clone_lost': 1}
+    assert programs.in_flight() == []
+    with programs.attached() as send:  # the next packet is taken for what it is
+        assert len(send(packet)) == 1
+        assert programs.counters() == {'clone_lost': 1, 'probes': 1}
+
+
+def test_probe_that_the_queue_drops(load: Load) -> None:
+    programs = load()
+    programs.follow(SERVER[4], length=9)
+    with programs.attached() as send:
+        run('tc', 'qdisc', 'add', 'dev', 'lo', 'root', 'pfifo', 'limit', '0')
+        try:
+            assert send(frame(ip(4), segment())) == []
+        finally:
+            run('tc', 'qdisc', 'del', 'dev', 'lo', 'root')
+        assert programs.counters() == {'send_failed': 1}
+        assert programs.in_flight() == []
+        assert programs.path(SERVER[4]).hops[1].unanswered == 0
+
+
+# elf_ingress: replies
+
+TIME_EXCEEDED = {4: ICMP(type=11), 6: ICMPv6TimeExceeded()}
+PROTOCOLS = pytest.mark.parametrize('protocol', ['TCP', 'UDP', 'ICMP'])
+PROBES = {
+    'TCP': lambda version: frame(ip(version, ttl=TTL), segment(options=TIMESTAMPS)),
+    'UDP': lambda version: frame(ip(version, ttl=TTL), datagram(), data(2)),
+    'ICMP': lambda version: frame(ip(version, ttl=TTL), echo(version), data(2)),
+}
+KNOWN = dict(seq=SEQ, origseq=0xFEDCBA98, sendtime=123)
+
+
+def from_router(version: int, *layers: Any) -> Packet:
+    return frame(ip(version, src=ROUTER[version], dst=CLIENT[version], ttl=61), *layers)
+
+
+def time_exceeded(version: int, quote: Any) -> Packet:
+    return from_router(version, TIME_EXCEEDED[version].copy(), Raw(bytes(quote)))
+
+
+def flipped(packet: bytes, offset: int) -> bytes:
+    return packet[:offset] + bytes([packet[offset] ^ 1]) + packet[offset + 1 :]
+
+
+def least(quote: Packet) -> bytes:
+    return bytes(quote)[: len(quote) - len(quote.payload) + 8]
+
+
+def with_options(quote: Packet) -> Packet:
+    if IP not in quote:
+        return quote
+    options = finished(Ether() / ip(4, options=RECORD_ROUTE, proto=quote.proto) / bytes(quote.payload))
+    return altered(options.payload, id=quote.id, ttl=1)
+
+
+def extended(quote: Packet) -> bytes:
+    """Padded to 128 bytes, an MPLS label stack behind (RFC 4950)."""
+    return bytes(quote).ljust(128, b'\0') + bytes.fromhex('2000 0000 0008 0101 0001 01ff')
+
+
+QUOTES: dict[str, Callable[[Packet], Any]] = {
+    'all of it': bytes,
+    'no more than every router quotes': least,
+    'with TTL 0': lambda quote: altered(quote, ttl=0),
+    'with TTL 5': lambda quote: altered(quote, ttl=5),
+    'before its source was translated': lambda quote: altered(quote, src=NAT[version_of(quote)]),
+    'with IP options': with_options,
+    'with a bad IP checksum': lambda quote: altered(quote, chksum=1) if IP in quote else quote,
+    'with another DSCP': lambda quote: altered(quote, **{'tos' if IP in quote else 'tc': 4}),
+    'with extensions behind': extended,
+}
+EVERY_QUOTE = pytest.mark.parametrize('quote', list(QUOTES.values()), ids=list(QUOTES))
+
+
+def row_of(flight: Flight, row: dict[str, str], version: int, inipid: int) -> dict[str, str]:
+    """What this row must be, of a reply by the router to this probe. What varies is as the row says."""
+    assert int(row['recvcpu']) in range(os.cpu_count() or 1)
+    assert flight.sendtime < int(row['recvtime']) < time.monotonic_ns()
+    values: dict[str, object] = dict(
+        recvcpu=row['recvcpu'], seq=flight.seq, origseq=flight.origseq, sendtime=flight.sendtime,
+        recvtime=row['recvtime'], latency=int(row['recvtime']) - flight.sendtime, dest=flight.dest,
+        responder=ROUTER[version], outttl=flight.outttl, recvttl=61, sport=flight.sport, dport=flight.dport,
+        protocol=flight.protocol, outipid=flight.outipid, inipid=inipid, app='', pid='')
+    return {name: str(values[name]) for name in elfprobe.COLUMNS}
+
+
+@pytest.mark.parametrize('ingress, verdict', [('drop', XDP_DROP), ('pass', XDP_PASS)], ids=['drop', 'pass'])
+@BOTH_VERSIONS
+@PROTOCOLS
+@EVERY_QUOTE
+def test_reply(load: Load, version: int, protocol: str, quote: Callable[[Packet], Any], ingress: str,
+               verdict: int) -> None:
+    programs = load(ingress=ingress)
+    probe = PROBES[protocol](version)
+    flight = flight_of(probe, **KNOWN)
+    bystander = flight._replace(sport=1)
+    programs.put_in_flight(flight)
+    programs.put_in_flight(bystander)
+    reply = bytes(time_exceeded(version, quote(probe.payload)))
+
+    assert programs.run('elf_ingress', reply) == (verdict, reply)
+    assert programs.in_flight() == [bystander]
+    [row] = programs.rows()
+    assert row == row_of(flight, row, version, flight.outipid)
+    assert programs.counters() == {'replies': 1}
+
+    # A second copy answers nothing.
+    assert programs.run('elf_ingress', reply) == (XDP_PASS, reply)
+    assert programs.in_flight() == [bystander]
+    assert programs.rows() == []
+    assert programs.counters() == {'replies': 1, 'not_ours': 1}
+
+
+@TRIMMED_OR_NOT
+@EVERY_CARRIER
+def test_reply_finds_the_probe_that_was_made(load: Load, sent: Packet, notrunc: bool) -> None:
+    """As quoted by a router behind a device that finishes checksums, and behind one that does not."""
+    programs, version = load(notrunc=notrunc), version_of(sent)
+    programs.set_claim(seq=SEQ, ttl=TTL)
+    probe = Ether(programs.run('elf_probe', sent).frame)
+    [flight] = programs.in_flight()
+    on_the_wire = finished(probe) if is_unfinished(probe) else probe
+    for quote in bytes(probe.payload), bytes(on_the_wire.payload), least(on_the_wire.payload):
+        assert programs.run('elf_ingress', time_exceeded(version, quote)).verdict == XDP_DROP
+        assert programs.in_flight() == []
+        [row] = programs.rows()
+        assert row == row_of(flight, row, version, flight.outipid)
+        programs.put_in_flight(flight)
+
+
+@BOTH_VERSIONS
+@TRIMMED_OR_NOT
+def test_quote_of_an_unfinished_probe_must_tell_it(load: Load, version: int, notrunc: bool) -> None:
+    """All have the same checksum: what tells them apart is in the first 32 bytes of data."""
+    programs = load(notrunc=notrunc)
+    programs.set_claim(seq=SEQ, ttl=TTL)
+    probe = programs.run('elf_probe', unfinished(frame(ip(version), datagram(), data(40)))).frame
+    quote = bytes(Ether(probe).payload)
+    needed = len(ip(version)) + 8 + (32 if notrunc else 2)
+    for near_miss in quote[: needed - 1], flipped(quote, needed - 1):
+        assert programs.run('elf_ingress', time_exceeded(version, near_miss)).verdict == XDP_PASS
+    assert programs.run('elf_ingress', time_exceeded(version, quote[:needed])).verdict == XDP_DROP
+    assert len(programs.rows()) == 1
+
+
+@BOTH_VERSIONS
+@PROTOCOLS
+def test_each_byte_that_tells_a_probe_counts(load: Load, version: int, protocol: str) -> None:
+    programs, probe = load(), PROBES[protocol](version)
+    quote, behind = bytes(probe.payload), len(ip(version))
+    destination = range(16, 20) if version == 4 else range(24, 40)
+    # Not an echo request's code and checksum.
+    first_bytes = [0, 4, 5, 6, 7] if protocol == 'ICMP' else range(8)
+    for offset in [*destination, *(behind + i for i in first_bytes)]:
+        assert_passes(programs, flight_of(probe, **KNOWN), time_exceeded(version, flipped(quote, offset)))
+
+
+MISQUOTES: dict[str, Callable[[Packet], Any]] = {
+    'another protocol': lambda quote: altered(quote, **{'proto' if IP in quote else 'nh': 132}),
+    'TCP for UDP, UDP for TCP': lambda quote: altered(
+        quote, **{'proto' if IP in quote else 'nh': 6 if UDP in quote else 17}),
+    'one byte too few': lambda quote: least(quote)[:-1],
+    'the IP header only': lambda quote: bytes(quote)[: len(quote) - len(quote.payload)],
+    'nothing': lambda quote: b'',
+    'IP header cut': lambda quote: bytes(quote)[:19],
+    'IP version 5': lambda quote: altered(quote, version=5),
+    'IP version of the other': lambda quote: altered(quote, version=10 - version_of(quote)),
+    'IP header of 16 bytes': lambda quote: altered(quote, ihl=4) if IP in quote else b'',
+    'IP header of 60 bytes': lambda quote: altered(quote, ihl=15) if IP in quote else b'',
+    'shifted by 4 bytes': lambda quote: bytes(4) + bytes(quote),
+}
+
+
+@BOTH_VERSIONS
+@PROTOCOLS
+@pytest.mark.parametrize('quote', list(MISQUOTES.values()), ids=list(MISQUOTES))
+def test_misquotes(load: Load, version: int, protocol: str, quote: Callable[[Packet], Any]) -> None:
+    probe = PROBES[protocol](version)
+    assert_passes(load(), flight_of(probe, **KNOWN), time_exceeded(version, quote(probe.payload)))
+
+
+def assert_passes(programs: Programs, flight: Flight, packet: Any) -> None:
+    """This packet passes, unchanged, and answers no probe, not even this one."""
+    programs.put_in_flight(flight)
+    assert programs.run('elf_ingress', packet) == (XDP_PASS, bytes(packet))
+    assert programs.in_flight() == [flight]
+    assert programs.rows() == []
+    assert set(programs.counters()) <= {'not_ours'}
+
+
+WHOLE = {  # what is no time exceeded in transit, and may quote the probe all the same
+    'fragment reassembly time exceeded': {4: ICMP(type=11, code=1), 6: ICMPv6TimeExceeded(code=1)},
+    'network unreachable': {4: ICMP(type=3, code=0), 6: ICMPv6DestUnreach(code=0)},
+    'host unreachable': {4: ICMP(type=3, code=1), 6: ICMPv6DestUnreach(code=3)},
+    'port unreachable': {4: ICMP(type=3, code=3), 6: ICMPv6DestUnreach(code=4)},
+    'packet too big': {4: ICMP(type=3, code=4, nexthopmtu=1280), 6: ICMPv6PacketTooBig(mtu=1280)},
+    'parameter problem': {4: ICMP(type=12), 6: ICMPv6ParamProblem()},
+    'redirect': {4: ICMP(type=5, gw=ROUTER[4])},
+    'echo reply': {4: ICMP(type=0), 6: ICMPv6EchoReply()},
+    'echo request': {4: ICMP(type=8), 6: ICMPv6EchoRequest()},
+    'neighbour solicitation': {6: ICMPv6ND_NS(tgt=CLIENT[6])},
+    'neighbour advertisement': {6: ICMPv6ND_NA(tgt=ROUTER[6])},
+    'router advertisement': {6: ICMPv6ND_RA()},
+    "the other version's time exceeded": {4: ICMPv6TimeExceeded(), 6: ICMP(type=11)},
+    'UDP': {4: datagram(), 6: datagram()},
+    'TCP': {4: segment(), 6: segment()},
+}
+
+
+@pytest.mark.parametrize('version, layer', [
+    pytest.param(version, layer, id=f'IPv{version}, {name}')
+    for name, layers in WHOLE.items() for version, layer in layers.items()])
+def test_everything_else_passes(load: Load, version: int, layer: Packet) -> None:
+    probe = PROBES['TCP'](version)
+    packet = from_router(version, layer.copy(), Raw(bytes(probe.payload)))
+    assert_passes(load(), flight_of(probe, **KNOWN), packet)
+
+
+@BOTH_VERSIONS
+@PROTOCOLS
+def test_fragments_tagged_and_cut_replies_pass(load: Load, version: int, protocol: str) -> None:
+    programs, probe = load(), PROBES[protocol](version)
+    flight = flight_of(probe, **KNOWN)
+    reply = time_exceeded(version, least(probe.payload))
+    for length in range(14, len(reply)):
+        assert_passes(programs, flight, bytes(reply)[:length])
+    assert_passes(programs, flight, Ether(type=0x8100) / Dot1Q() / reply.payload)
+    assert_passes(programs, flight, Ether(type=0x0806) / bytes(reply.payload))
+    if version == 4:
+        assert_passes(programs, flight, Ether() / altered(reply.payload, flags='MF'))
+        assert_passes(programs, flight, Ether() / altered(reply.payload, flags=0, frag=1))
+    else:
+        message = bytes(transport(reply))
+        for m, offset in (1, 0), (0, 1), (0, 0):
+            fragment = IPv6ExtHdrFragment(nh=58, m=m, offset=offset)
+            assert_passes(programs, flight, from_router(6, fragment, Raw(message)))
+    assert programs.run('elf_ingress', reply).verdict == XDP_DROP
+
+
+@pytest.mark.parametrize('fields', [
+    dict(options=RECORD_ROUTE), dict(tos=0xC0, flags=0, id=0), dict(ttl=1), dict(ttl=255)])
+def test_headers_of_replies(load: Load, fields: dict[str, Any]) -> None:
+    programs, probe = load(), PROBES['UDP'](4)
+    programs.put_in_flight(flight_of(probe, **KNOWN))
+    header = ip(4, **{**dict(src=ROUTER[4], dst=CLIENT[4]), **fields})
+    reply = frame(header, TIME_EXCEEDED[4].copy(), Raw(bytes(probe.payload)))
+    assert programs.run('elf_ingress', reply).verdict == XDP_DROP
+    [row] = programs.rows()
+    assert row['recvttl'] == str(header.ttl)
+
+
+@BOTH_VERSIONS
+@PROTOCOLS
+def test_rows_of_unanswered_probes(load: Load, version: int, protocol: str) -> None:
+    programs, probe = load(), PROBES[protocol](version)
+    old = flight_of(probe, **{**KNOWN, 'sendtime': 4999})
+    new = old._replace(ident=old.ident + 1, sendtime=5000)
+    for flight in old, new:
+        programs.put_in_flight(flight)
+    wanted = [0, SEQ, old.origseq, -1, 4999, -1, SERVER[version], '', TTL, -1, old.sport, old.dport,
+              old.protocol, old.outipid, -1, '', '']
+    assert programs.expired(5000) == [dict(zip(elfprobe.COLUMNS, map(str, wanted)))]
+    assert programs.in_flight() == [new]
+
+
+def test_result_ring_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reply is dropped and its probe no longer in flight all the same."""
+    monkeypatch.setattr(elfprobe, 'RESULTS_PAGES', 1)
+    probe = PROBES['ICMP'](4)
+    with Programs(max_rate=1) as programs:
+        for _ in range(60):
+            programs.put_in_flight(flight_of(probe, **KNOWN))
+            assert programs.run('elf_ingress', time_exceeded(4, probe.payload)).verdict == XDP_DROP
+            assert programs.in_flight() == []
+        rows, lost = len(programs.rows()), programs.counters()['results_lost']
+        assert rows > 0 and lost > 0 and rows + lost == 60
+        assert programs.counters()['replies'] == 60
+
+
+# elf_ingress: what packets of the destination teach
+
+
+@BOTH_VERSIONS
+@pytest.mark.parametrize('ttl, length', [
+    (64, 1), (63, 2), (60, 5), (33, 32), (128, 1), (120, 9), (97, 32), (255, 1), (250, 6), (224, 32),
+    (32, 1), (30, 3), (1, 32), (96, 33), (65, 33), (129, 33)])
+def test_ttl_tells_the_length_of_the_path(load: Load, version: int, ttl: int, length: int) -> None:
+    """Systems begin with 32, 64, 128 or 255; what is farther than MAX_HOPS is out of reach."""
+    programs = load()
+    programs.follow(SERVER[version], horizon=4, responsive=3, next_due=NEVER)
+    packet = frame(ip(version, src=SERVER[version], dst=CLIENT[version], ttl=ttl), segment())
+    assert programs.run('elf_ingress', packet) == (XDP_PASS, bytes(packet))
+    path = programs.path(SERVER[version])
+    assert (path.length, path.reverse, path.responsive) == (length, length, min(3, length - 1))
+    assert path.next_due < NEVER
+    assert programs.counters() == {}
+
+
+LESSONS = {  # the TTLs of packets in a row, and the length that they leave behind; at first it is 5
+    'the same': ([60], 5),
+    'shorter': ([61], 4),
+    'longer, once': ([58], 5),
+    'longer, 15 times': ([58] * 15, 5),
+    'longer, 17 times': ([58] * 17, 7),
+    'longer, but not in a row': ([58] * 15 + [60] + [58] * 15, 5),
+    'longer, and shorter between': ([58] * 15 + [61] + [58] * 15, 4),
+    'longer, 17 times, shorter at last': ([58] * 17 + [60], 5),
+    'much longer': ([96] * 17, 33),
+}
+
+
+@pytest.mark.parametrize('ttls, length', LESSONS.values(), ids=LESSONS)
+def test_shorter_is_believed_at_once_longer_after_a_while(load: Load, ttls: list[int], length: int) -> None:
+    programs = load()
+    programs.follow(SERVER[4])
+    for ttl in [60, *ttls]:
+        programs.run('elf_ingress', frame(ip(4, src=SERVER[4], dst=CLIENT[4], ttl=ttl), segment()))
+    assert programs.path(SERVER[4]).length == length
+
+
+def test_others_teach_nothing(load: Load) -> None:
+    programs = load()
+    programs.follow(SERVER[4])
+    own = frame(ip(4), segment())
+    for packet in own, from_router(4, segment()), time_exceeded(4, own.payload):
+        programs.run('elf_ingress', packet)
+    assert programs.path(SERVER[4]).length == 0
+
+
+ANSWERS: dict[str, tuple[str, PerVersion]] = {
+    'port unreachable': ('UDP', {4: ICMP(type=3, code=3), 6: ICMPv6DestUnreach(code=4)}),
+    'administratively prohibited': ('TCP', {4: ICMP(type=3, code=13), 6: ICMPv6DestUnreach(code=1)}),
+}
+
+
+@BOTH_VERSIONS
+@pytest.mark.parametrize('protocol, answer', ANSWERS.values(), ids=ANSWERS)
+@pytest.mark.parametrize('before, after', [(0, TTL), (TTL + 2, TTL), (TTL, TTL), (TTL - 1, TTL - 1)])
+def test_destination_that_answers_a_probe_is_nearer_than_was_thought(
+        load: Load, version: int, protocol: str, answer: PerVersion, before: int, after: int) -> None:
+    programs, probe = load(), PROBES[protocol](version)
+    flight = flight_of(probe, **KNOWN)
+    programs.put_in_flight(flight)
+    programs.follow(SERVER[version], length=before, reverse=9, responsive=TTL)
+    source = ip(version, src=SERVER[version], dst=CLIENT[version], ttl=56)
+    packet = frame(source, answer[version].copy(), Raw(bytes(probe.payload)))
+    assert programs.run('elf_ingress', packet) == (XDP_PASS, bytes(packet))
+    assert programs.in_flight() == [flight]
+    path = programs.path(SERVER[version])
+    assert (path.length, path.responsive) == (after, TTL - 1)
+    assert programs.counters() == {'reached': 1}
+
+
+@BOTH_VERSIONS
+@pytest.mark.parametrize('length', [0, 2, 4, 56])
+def test_echo_replies_to_a_packet_and_its_probe(load: Load, version: int, length: int) -> None:
+    """The packet's may have the number of a probe that waits for a silent router: only their sizes differ."""
+    programs = load()
+    programs.follow(SERVER[version], length=9, reverse=9)
+    programs.set_claim(seq=SEQ, ttl=TTL)
+    probe = Ether(programs.run('elf_probe', frame(ip(version), echo(version), data(length))).frame)
+    known = dict(id=0x4142, seq=transport(probe).seq)
+    echo_reply = {4: ICMP(type=0, **known), 6: ICMPv6EchoReply(**known)}[version]
+    source = ip(version, src=SERVER[version], dst=CLIENT[version], ttl=56)
+    own, ours = (frame(source, echo_reply, data(size)) for size in (length, len(transport(probe)) - 8))
+    programs.run('elf_ingress', own)
+    assert (programs.path(SERVER[version]).length, programs.counters()) == (9, {})
+    programs.run('elf_ingress', ours)
+    assert (programs.path(SERVER[version]).length, programs.counters()) == (TTL, {'reached': 1})
+
+
+@BOTH_VERSIONS
+@TRIMMED_OR_NOT
+def test_echo_reply_to_a_probe(load: Load, version: int, notrunc: bool) -> None:
+    """With the payload kept, probe and packet have one number, and the reply is most likely the packet's."""
+    programs = load(notrunc=notrunc)
+    programs.put_in_flight(flight_of(PROBES['ICMP'](version), **KNOWN, kept=0 if notrunc else 2))
+    programs.follow(SERVER[version], length=9, reverse=9)
+    echo_reply = {4: ICMP(type=0, id=0x4142, seq=0x4344), 6: ICMPv6EchoReply(id=0x4142, seq=0x4344)}
+    source = ip(version, src=SERVER[version], dst=CLIENT[version], ttl=56)
+    packet = frame(source, echo_reply[version], data(0 if notrunc else 2))
+    assert programs.run('elf_ingress', packet) == (XDP_PASS, bytes(packet))
+    assert programs.counters() == ({} if notrunc else {'reached': 1})
+    assert programs.path(SERVER[version]).length == (9 if notrunc else TTL)
+
+
+# Scheduling: which hop is next, and how long it then rests
+
+Hops = Dict[int, Dict[str, int]]
+PER_HOP, GLOBAL, EVERY_PACKET = dict(probeint=1000), dict(probeint=1000, rate_global=True), dict(probeint=0)
+RESTING = dict(due=NEVER)
+TURNS: dict[str, tuple[dict[str, Any], dict[str, int], Hops, list[int]]] = {
+    # configuration, path, hops; TTLs of the probes that so many packets in a row and a few more carry
+    'each hop once in an interval': (PER_HOP, dict(length=5), {}, [1, 2, 3, 4]),
+    'one probe in an interval': (GLOBAL, dict(length=5), {}, [1]),
+    'one probe in an interval, of the next hop': (GLOBAL, dict(length=5, turn=2), {}, [3]),
+    'no interval': (EVERY_PACKET, dict(length=4), {}, [1, 2, 3] * 3),
+    'no interval, global': (dict(EVERY_PACKET, rate_global=True), dict(length=4), {}, [1, 2, 3] * 3),
+    'in the middle of a round': (PER_HOP, dict(length=5, turn=2), {}, [3, 4, 1, 2]),
+    'after a path became shorter': (PER_HOP, dict(length=5, turn=9), {}, [1, 2, 3, 4]),
+    'a hop that rests': (PER_HOP, dict(length=5), {2: RESTING}, [1, 3, 4]),
+    'all hops rest': (PER_HOP, dict(length=3), {1: RESTING, 2: RESTING}, []),
+    'nothing before the destination': (PER_HOP, dict(length=1), {}, []),
+    'one hop': (EVERY_PACKET, dict(length=2), {}, [1, 1, 1]),
+    'a long path': (PER_HOP, dict(length=32), {}, [*range(1, 32)]),
+    'a path longer than can be probed': (PER_HOP, dict(length=33), {}, [*range(1, 33)]),
+    'one hop beyond, once': (PER_HOP, dict(length=4, explore=1), {}, [4, 1, 2, 3]),
+    'one hop beyond, once, no interval': (
+        EVERY_PACKET, dict(length=4, explore=1), {}, [4, 1, 2, 3, 1, 2, 3]),
+    'one hop beyond, now and then': (PER_HOP, dict(length=4, seq=19999), {}, [4, 1, 2, 3]),
+    'nothing beyond what can be probed': (
+        PER_HOP, dict(length=33, explore=1, turn=31), {}, [32, *range(1, 32)]),
+    'length unknown, nothing tried': (PER_HOP, {}, {}, [1]),
+    'length unknown, some hops known': (PER_HOP, dict(horizon=3), {}, [1, 2, 3]),
+    'length unknown, no hop left': (PER_HOP, dict(horizon=32, turn=30), {}, [31, 32, *range(1, 31)]),
+}
+
+
+@pytest.mark.parametrize('config, path, hops, ttls', TURNS.values(), ids=TURNS)
+def test_turns(load: Load, config: dict[str, Any], path: dict[str, int], hops: Hops, ttls: list[int]) -> None:
+    programs = load(**config)
+    programs.follow(SERVER[4], hops, **path)
+    packet = frame(ip(4), segment())
+    more = 0 if config.get('probeint') == 0 else 5
+    with programs.attached() as send:
+        came = [Ether(probe)[IP].ttl for _ in range(len(ttls) + more) for probe in send(packet)]
+    assert came == ttls
+    flights = sorted(programs.in_flight(), key=lambda flight: flight.sendtime)
+    assert [flight.outttl for flight in flights] == ttls
+    assert [flight.seq for flight in flights] == [path.get('seq', 0) + i for i in range(len(ttls))]
+    assert programs.counters() == ({'probes': len(ttls)} if ttls else {})
+    if more:  # the others were not even looked at
+        assert programs.path(SERVER[4]).next_due > time.monotonic_ns()
+
+
+def test_next_probe_is_due_when_the_interval_is_over(load: Load) -> None:
+    packet = frame(ip(4), segment())
+    for config in dict(probeint=10), dict(probeint=10, rate_global=True):
+        programs = load(**config)
+        programs.follow(SERVER[4], length=2)
+        with programs.attached() as send:
+            assert len(send(packet)) == 1
+            [flight] = programs.in_flight()
+            if 'rate_global' in config:
+                assert programs.path(SERVER[4]).next_due == flight.sendtime + 10 * MS
+            while len(programs.in_flight()) < 2:
+                send(packet)
+        later = max(flight.sendtime for flight in programs.in_flight()) - flight.sendtime
+        assert 10 * MS <= later < 60 * MS
+
+
+RESTS = {  # responsive, hop, unanswered with this probe: how long the hop rests, at 10 ms
+    'a hop that answers': ((4, 2, 1), 10 * MS),
+    'a router, 8 lost': ((4, 2, 8), 10 * MS),
+    'a router, 9 lost': ((4, 2, 9), 10 * MS),
+    'a router, 10 lost': ((4, 2, 10), 20 * MS),
+    'a router, 14 lost': ((4, 2, 14), 320 * MS),
+    'a silent router': ((4, 2, 19), 10 * SECOND),
+    'a router silent for long': ((4, 2, 10**6), 10 * SECOND),
+    'the last router, 5 lost': ((4, 4, 5), 10 * MS),
+    'the last router, 6 lost': ((4, 4, 6), SECOND),
+    'behind it, 2 lost': ((4, 5, 2), 10 * MS),
+    'behind it, 3 lost': ((4, 5, 3), SECOND),
+    'behind it, 4 lost': ((4, 5, 4), 4 * SECOND),
+    'behind it, 7 lost': ((4, 5, 7), 256 * SECOND),
+    'behind it, many lost': ((4, 5, 10**6), 256 * SECOND),
+    'farther behind, 2 lost': ((4, 7, 2), 10 * MS),
+    'farther behind, 3 lost': ((4, 7, 3), 16 * SECOND),
+    'far behind, 3 lost': ((4, 20, 3), 256 * SECOND),
+    'nothing ever answered, 2 lost': ((0, 1, 2), 10 * MS),
+    'nothing ever answered, 3 lost': ((0, 1, 3), SECOND),
+}
+
+
+@pytest.mark.parametrize('where, rest', RESTS.values(), ids=RESTS)
+def test_rests(load: Load, where: tuple[int, int, int], rest: int) -> None:
+    responsive, number, unanswered = where
+    programs = load(probeint=10)
+    programs.follow(SERVER[4], {number: dict(unanswered=unanswered - 1, since=1)}, length=25, turn=number - 1,
+                    responsive=responsive)
+    with programs.attached() as send:
+        assert len(send(frame(ip(4), segment()))) == 1
+    [flight] = programs.in_flight()
+    path = programs.path(SERVER[4])
+    assert path.hops[number].due - flight.sendtime == rest
+    gone = rest == SECOND and number == responsive
+    assert path.responsive == responsive - gone
+    assert path.hops[number].unanswered == (3 if gone else unanswered)
+
+
+@pytest.mark.parametrize('latency, waited, rest', [
+    (160, 100, 10), (160, 200, 10), (160, 400, 640), (0, 20, 640)])
+def test_late_is_not_silent(load: Load, latency: int, waited: int, rest: int) -> None:
+    """A hop with a latency of 160 ms may be as late as 200 ms and a few intervals; without, not at all."""
+    programs = load(probeint=10)
+    hop = dict(unanswered=14, since=time.monotonic_ns() - waited * MS, rtt=latency * 1000)
+    programs.follow(SERVER[4], {2: hop}, length=9, turn=1, responsive=4)
+    with programs.attached() as send:
+        assert len(send(frame(ip(4), segment()))) == 1
+    [flight] = programs.in_flight()
+    assert programs.path(SERVER[4]).hops[2].due - flight.sendtime == rest * MS
+
+
+STEPS = {  # horizon, responsive, and for how many ms it has been silent: the next horizon
+    'not for long': ((3, 2, 400), 3),
+    'long enough': ((3, 2, 600), 4),
+    'longer behind a silent one': ((3, 1, 900), 3),
+    'behind a silent one': ((3, 1, 1100), 4),
+    'longer still behind two': ((3, 0, 1900), 3),
+    'behind two silent ones': ((3, 0, 2100), 4),
+    'no farther': ((32, 31, 60000), 32),
+}
+
+
+@pytest.mark.parametrize('where, horizon', STEPS.values(), ids=STEPS)
+def test_steps_while_the_length_is_unknown(load: Load, where: tuple[int, int, int], horizon: int) -> None:
+    farthest, responsive, silent = where
+    programs = load()
+    hop = dict(unanswered=1, since=time.monotonic_ns() - silent * MS)
+    programs.follow(SERVER[4], {farthest: hop}, horizon=farthest, responsive=responsive, turn=farthest)
+    with programs.attached() as send:
+        [probe] = send(frame(ip(4), segment()))
+    assert programs.path(SERVER[4]).horizon == horizon
+    assert Ether(probe)[IP].ttl == (horizon if horizon > farthest else 1)
+
+
+REPLIES: dict[str, tuple[dict[str, int], tuple[int, int], dict[str, int]]] = {
+    # the path before; TTLs of a probe and its reply; the path afterwards
+    'length unknown, the farthest': (dict(horizon=3, responsive=2), (3, 62), dict(horizon=4, responsive=3)),
+    'length unknown, a nearer one': (dict(horizon=3, responsive=2), (2, 63), dict(horizon=3, responsive=2)),
+    'length unknown, the last possible': (dict(horizon=32), (32, 30), dict(horizon=32, responsive=32)),
+    'a router before the last': (dict(length=9, responsive=8), (3, 62), dict(length=9, responsive=8)),
+    'first answer of that far': (dict(length=9, responsive=3), (5, 60), dict(length=9, responsive=5)),
+    'farther than the path was thought to be long': (
+        dict(length=5, last_router=4), (5, 60), dict(length=6, explore=1, responsive=5, last_router=0)),
+    'last router, one nearer than the destination': (
+        dict(length=5, reverse=5), (4, 61), dict(length=5, explore=0, last_router=4)),
+    'last router, as far as the destination': (
+        dict(length=5, reverse=5), (4, 60), dict(length=5, explore=1, last_router=5)),
+    'last router, as far as before': (
+        dict(length=5, reverse=5, last_router=5), (4, 60), dict(length=5, explore=0, last_router=5)),
+}
+
+
+@pytest.mark.parametrize('before, ttls, after', REPLIES.values(), ids=REPLIES)
+def test_replies_teach(load: Load, before: dict[str, int], ttls: tuple[int, int],
+                       after: dict[str, int]) -> None:
+    programs = load(probeint=10)
+    outttl, recvttl = ttls
+    now = time.monotonic_ns()
+    hop = dict(unanswered=2, due=NEVER, since=1)
+    programs.follow(SERVER[4], {outttl: hop}, **before, next_due=NEVER)
+    probe = frame(ip(4, ttl=outttl), segment())
+    programs.put_in_flight(flight_of(probe, sendtime=now - 5 * MS))
+    reply = time_exceeded(4, probe.payload)
+    reply = frame(altered(reply.payload, ttl=recvttl))
+    assert programs.run('elf_ingress', reply).verdict == XDP_DROP
+    path = programs.path(SERVER[4])
+    assert {name: getattr(path, name) for name in after} == after
+    hop = path.hops[outttl]
+    [row] = programs.rows()
+    received = int(row['recvtime'])
+    assert (hop.unanswered, hop.since) == (0, received)
+    assert hop.rtt == pytest.approx(int(row['latency']) / 1000, abs=1)
+    assert hop.due == path.next_due == received + 10 * MS
+
+
+def test_replies_do_not_hasten_the_next_of_all_probes(load: Load) -> None:
+    programs = load(probeint=1000, rate_global=True)
+    programs.follow(SERVER[4], length=9, last_sent=time.monotonic_ns(), next_due=NEVER)
+    probe = frame(ip(4, ttl=3), segment())
+    programs.put_in_flight(flight_of(probe))
+    assert programs.run('elf_ingress', time_exceeded(4, probe.payload)).verdict == XDP_DROP
+    path = programs.path(SERVER[4])
+    assert path.next_due == path.last_sent + SECOND
+
+
+def test_hops_behind_one_that_answers_again_are_tried_again(load: Load) -> None:
+    programs = load(probeint=10)
+    silent = dict(unanswered=9, due=NEVER, since=1)
+    programs.follow(SERVER[4], {4: silent, 5: silent, 6: silent}, length=9, responsive=3)
+    probe = frame(ip(4, ttl=4), segment())
+    programs.put_in_flight(flight_of(probe))
+    programs.run('elf_ingress', time_exceeded(4, probe.payload))
+    hops = programs.path(SERVER[4]).hops
+    assert [hop.due < NEVER for hop in hops[4:7]] == [True, True, False]
+    assert [hop.unanswered for hop in hops[4:7]] == [0, 2, 9]
+
+
+def test_reply_for_a_destination_no_longer_of_interest(load: Load) -> None:
+    programs, probe = load(), PROBES['TCP'](4)
+    programs.put_in_flight(flight_of(probe, **KNOWN))
+    assert programs.run('elf_ingress', time_exceeded(4, probe.payload)).verdict == XDP_DROP
+    assert len(programs.rows()) == 1
+
+
+def test_most_probes_per_second(load: Load) -> None:
+    """Over all destinations; what was over the budget is not lost, but tried again by the next packet."""
+    programs = load(max_rate=1)
+    for version in 4, 6:
+        programs.follow(SERVER[version], length=9)
+    with programs.attached() as send:
+        assert [len(send(frame(ip(version), segment()))) for version in (4, 4, 6)] == [1, 0, 0]
+    assert programs.counters() == {'probes': 1, 'over_max_rate': 2}
+    assert [programs.path(SERVER[version]).turn for version in (4, 6)] == [1, 0]
+
+
+def test_most_probes_at_once(load: Load) -> None:
+    """A hundredth of a second's worth; then one by one, as the rate allows."""
+    programs, seconds = load(max_rate=1000), 0.1
+    addresses = [f'198.51.100.{i}' for i in range(1, 101)]
+    packets = [bytes(frame(ip(4, dst=address), segment())) for address in addresses]
+    for address in addresses:
+        programs.follow(address, length=33)
+    with programs.attached() as send:
+        start = time.monotonic()
+        for packet in itertools.cycle(packets):
+            send(packet)
+            elapsed = time.monotonic() - start
+            if elapsed > seconds:
+                break
+    count = programs.counters()
+    assert count['over_max_rate'] > 0
+    assert 1000 * seconds * 0.8 < count['probes'] <= 1000 * (elapsed + 0.01)
+
+
+# Packets that nobody would send
+
+
+def answers(packet: bytes) -> tuple[bytes, int, bytes] | None:
+    """Whose probe a packet answers, by the RFCs and by hand: destination, protocol, and 8 bytes; None: none.
+    For echo requests those are without type, code and checksum, which do not tell them."""
+    version = {0x0800: 4, 0x86DD: 6}.get(int.from_bytes(packet[12:14], 'big'))
+    time_exceeded_is, icmp_is, echo_is = {4: (11, 1, 8), 6: (3, 58, 128)}.get(version or 0, (0, 0, 0))
+
+    def header(of: bytes) -> tuple[int, int, bytes, bool] | None:
+        """Length, protocol, destination, and whether it is whole."""
+        if version == 4 and len(of) >= 20 and of[0] >> 4 == 4 and 20 <= of[0] % 16 * 4 <= len(of):
+            return of[0] % 16 * 4, of[9], of[16:20], (of[6] & 0x3F, of[7]) == (0, 0)
+        if version == 6 and len(of) >= 40 and of[0] >> 4 == 6:
+            return 40, of[6], of[24:40], True
+        return None
+
+    outer = header(packet[14:])
+    message = packet[14 + outer[0] :] if outer else b''
+    if not outer or outer[1] != icmp_is or not outer[3]:
+        return None
+    if len(message) < 8 or message[:2] != bytes([time_exceeded_is, 0]):
+        return None
+    inner = header(message[8:])
+    quoted = message[8 + inner[0] :][:8] if inner else b''
+    if not inner or len(quoted) < 8:
+        return None
+    if inner[1] == icmp_is:
+        return (inner[2], inner[1], quoted[4:]) if quoted[0] == echo_is else None
+    return (inner[2], inner[1], quoted) if inner[1] in (6, 17) else None
+
+
+def mutated(chance: random.Random, packet: bytes) -> bytes:
+    """With up to four bytes changed, most of them where headers are, and the end cut off now and then."""
+    changed = bytearray(packet)
+    for _ in range(chance.randint(1, 4)):
+        changed[chance.randrange(min(len(changed), chance.choice([54, 120])))] = chance.choice(
+            [0, 1, 4, 6, 17, 58, 0x45, 0x46, 0x4F, 0x60, 0xFF, chance.randrange(256)])
+    return bytes(changed[: chance.choice([len(changed)] * 4 + [chance.randint(14, len(changed))])])
+
+
+MUTATIONS = 5000
+
+
+@BOTH_VERSIONS
+@PROTOCOLS
+def test_mutated_replies(load: Load, version: int, protocol: str) -> None:
+    programs, probe = load(), PROBES[protocol](version)
+    flight = flight_of(probe, **KNOWN)
+    chance = random.Random(f'{version} {protocol}')
+    reply = bytes(time_exceeded(version, probe.payload))
+    wanted = answers(reply)
+    assert wanted
+    programs.put_in_flight(flight)
+    matches = 0
+    for number in range(MUTATIONS):
+        packet = mutated(chance, reply)
+        verdict, out = programs.run('elf_ingress', packet)
+        assert out == packet
+        match = answers(packet) == wanted
+        assert verdict == (XDP_DROP if match else XDP_PASS), (number, packet.hex())
+        if match:
+            assert programs.in_flight() == []
+            programs.put_in_flight(flight)
+            matches += 1
+    assert len(programs.rows()) == matches
+    assert MUTATIONS / 20 < matches < MUTATIONS * 19 / 20  # else this test would show little
+    assert programs.in_flight() == [flight]
+
+
+@TRIMMED_OR_NOT
+@BOTH_VERSIONS
+@PROTOCOLS
+def test_mutated_packets_leave_unchanged(load: Load, version: int, protocol: str, notrunc: bool) -> None:
+    """And nothing but what may carry a probe becomes one."""
+    programs, probes = load(notrunc=notrunc), 0
+    chance = random.Random(f'{version} {protocol} {notrunc}')
+    sent = bytes(frame(altered(PROBES[protocol](version).payload, ttl=64)))
+    with programs.attached() as send:
+        for number in range(MUTATIONS // 10):
+            programs.clear()
+            programs.follow(SERVER[version], length=9)
+            packet = mutated(chance, sent)
+            try:
+                came = send(packet)
+            except OSError:  # newer kernels run no program on what is shorter than its IP header
+                continue
+            assert len(came) == len(programs.in_flight()) <= 1, (number, packet.hex())
+            for probe in came:
+                probes += 1
+                assert Ether(probe).payload.dst == SERVER[version]
+                if TCP in Ether(probe):
+                    assert not set('SFR') & set(str(Ether(probe)[TCP].flags))
+    assert probes > MUTATIONS / 100  # else this test would show little
+
+
+# Hooks
+
+COUNTING_HOOKS = """\
+BPF_ARRAY(calls, u64, 8);
+
+static inline int count(int which)
+{
+	calls.increment(which);
+	return 0;
+}
+
+static inline int elf_v4_icmp_beforesend(struct __sk_buff *ctx) { return count(0); }
+static inline int elf_v4_tcp_beforesend(struct __sk_buff *ctx) { return count(1); }
+static inline int elf_v4_udp_beforesend(struct __sk_buff *ctx) { return count(2); }
+static inline int elf_v6_icmp_beforesend(struct __sk_buff *ctx) { return count(3); }
+static inline int elf_v6_tcp_beforesend(struct __sk_buff *ctx) { return count(4); }
+static inline int elf_v6_udp_beforesend(struct __sk_buff *ctx) { return count(5); }
+static inline void elf_v4_afterrecv(struct xdp_md *ctx) { count(6); }
+static inline void elf_v6_afterrecv(struct xdp_md *ctx) { count(7); }
+"""
+
+SEEING_HOOKS = """\
+struct seen {
+	u32 length;
+	u8 ttl;
+};
+
+BPF_QUEUE(probes, struct seen, 16);
+
+int elf_v4_udp_beforesend(struct __sk_buff *ctx)
+{
+	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
+	struct iphdr *ip = data + sizeof(struct ethhdr);
+	struct seen seen = { .length = ctx->len };
+
+	if ((void *)(ip + 1) > data_end)
+		return -1;
+	seen.ttl = ip->ttl;
+	probes.push(&seen, 0);
+	return 0;
+}
+"""
+
+DROPPING_HOOKS = '''\
+static inline int elf_v4_tcp_beforesend(struct __sk_buff *ctx)
+{
+	return -1;
+}
+'''
+BROKEN_HOOKS = DROPPING_HOOKS.replace('-1', 'nothing')
+HOOKS_THAT_MENTION_ANOTHER = '/* elf_v6_udp_beforesend is left out. */\n' + DROPPING_HOOKS
+
+
+@pytest.fixture
+def hooked(tmp_path: Any) -> Iterator[Callable[[str], Programs]]:
+    """Loads programs with these hooks compiled in."""
+    with ExitStack() as stack:
+
+        def hooked(text: str) -> Programs:
+            (tmp_path / 'hooks.c').write_text(text)
+            config = dict(hooks=str(tmp_path / 'hooks.c'), max_rate=100, probeint=0)
+            programs = stack.enter_context(Programs(**config))
+            programs.clear()
+            return programs
+
+        yield hooked
+
+
+Hooked = Callable[[str], Programs]
+
+
+def test_each_hook_is_called_for_its_packets(hooked: Hooked) -> None:
+    programs = hooked(COUNTING_HOOKS)
+    programs.set_claim(seq=SEQ, ttl=TTL)
+    calls = []
+    for version in 4, 6:
+        layers = [echo(version)], [segment()], [datagram()]
+        probes = [programs.run('elf_probe', frame(ip(version), *layer)).frame for layer in layers]
+        calls += [1, 1, 1]
+        assert [count.value for count in programs.bpf['calls'].values()][:6] == calls + [0] * (6 - len(calls))
+        for probe in probes:
+            for _ in range(2):  # the second answers nothing: no hook
+                programs.run('elf_ingress', time_exceeded(version, bytes(probe)[14:]))
+    assert [count.value for count in programs.bpf['calls'].values()] == [1] * 6 + [3, 3]
+
+
+def test_hook_sees_the_complete_probe_and_others_are_not_needed(hooked: Hooked) -> None:
+    programs = hooked(SEEING_HOOKS)
+    for version in 4, 6:
+        programs.follow(SERVER[version], length=9)
+    with programs.attached() as send:
+        probes = [send(frame(ip(version), datagram(), data(500))) for version in (4, 6)]
+    assert [len(probe) for probe in probes] == [1, 1]
+    seen = programs.bpf['probes'].pop()
+    assert (seen.length, seen.ttl) == (len(probes[0][0]), 1)
+    with pytest.raises(KeyError):
+        programs.bpf['probes'].pop()
+
+
+def test_hook_drops_a_probe_and_only_the_probe(hooked: Hooked) -> None:
+    programs = hooked(DROPPING_HOOKS)
+    programs.follow(SERVER[4], length=9)
+    with programs.attached() as send:
+        assert send(frame(ip(4), segment())) == []
+        assert programs.counters() == {'hook_dropped': 1}
+        assert programs.in_flight() == []
+        assert len(send(frame(ip(4), datagram()))) == 1
+    assert programs.counters() == {'hook_dropped': 1, 'probes': 1}
+
+
+def test_hooks_that_do_not_compile(tmp_path: Any) -> None:
+    path = tmp_path / 'broken hooks.c'
+    path.write_text(BROKEN_HOOKS)
+    with pytest.raises(elfprobe.Failure) as raised:
+        Programs(hooks=str(path))
+    assert f"{path}:3:9: error: use of undeclared identifier 'nothing'" in str(raised.value)
+    assert raised.value.status == 1
+
+
+def test_hook_that_is_only_mentioned(hooked: Hooked) -> None:
+    programs = hooked(HOOKS_THAT_MENTION_ANOTHER)
+    programs.follow(SERVER[6], length=9)
+    with programs.attached() as send:
+        assert len(send(frame(ip(6), datagram()))) == 1

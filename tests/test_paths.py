@@ -1,0 +1,641 @@
+"""elfprobe on paths of real routers: what leaves, what comes back, what the rows make of it.
+
+    client - r1 - r2 - r3 - r4 - server        a probe with TTL k ends at lab.hop(version, k)
+
+Both families are measured in each run. A packet that tcpdump has seen is the truth; rows are compared
+with it one by one, in both directions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import time
+from bisect import bisect
+from collections import Counter, defaultdict
+from contextlib import ExitStack, contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+import pytest
+
+from lab import NETNS, ROUTER_SYSCTLS, CommandFailed, Host, Lab, address, attach, batch, end, wait_until
+from runs import (
+    ECHO_TYPES,
+    ICMP,
+    ICMPV6,
+    PROBES,
+    TCP,
+    TIME_EXCEEDED,
+    UDP,
+    Packet,
+    Row,
+    Run,
+    elfprobe,
+    inside,
+    ip_packets,
+    realtime_offset,
+)
+
+pytestmark = pytest.mark.root
+
+VERSIONS = 4, 6
+HOPS = 1, 2, 3, 4
+MS = 1_000_000  # ns
+CLOCKS_AGREE = 10 * MS  # between two readings around the same event; microseconds, but for a busy machine
+TCP_PSH, TCP_ACK = 0x08, 0x10
+MSS = {4: 1500 - 20 - 32, 6: 1500 - 40 - 32}  # with the timestamp option
+EXPLORE_EVERY = 20000  # one probe in so many looks whether the path has become longer
+SEQ_BACK = 2048  # how far below its packet's TCP sequence number a probe's may be
+TOS = 0x48  # a DSCP that nobody uses by default
+UPLOAD, DOWNLOAD, STREAM = 5210, 5220, 5230  # ports; the version is added
+
+
+# Traffic
+
+def both(lab: Lab) -> list[str]:
+    return [lab.server_address(version) for version in VERSIONS]
+
+
+def client(lab: Lab, *cmd: str) -> subprocess.Popen[str]:
+    return lab.client.popen(*cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def ping(lab: Lab, version: int, *options: str) -> subprocess.Popen[str]:
+    return client(lab, 'ping', '-nq', *options, lab.server_address(version))
+
+
+def iperf3(lab: Lab, version: int, port: int, *options: str) -> subprocess.Popen[str]:
+    return client(lab, 'iperf3', '-p', str(port), *options, '-c', lab.server_address(version))
+
+
+def output(process: subprocess.Popen[str]) -> str:
+    """What a command said until its end."""
+    said: str = process.communicate(timeout=30)[0]
+    if process.returncode:
+        raise CommandFailed(f'{process.args!r}: exit status {process.returncode}\n{said}')
+    return said
+
+
+@contextmanager
+def pinging(lab: Lab, *options: str) -> Iterator[None]:
+    """Pings of both families, all the time."""
+    with ExitStack() as stack:
+        for version in VERSIONS:
+            stack.callback(end, ping(lab, version, *options))
+        yield
+
+
+def udp_socket(host: Host, version: int, port: int = 0) -> socket.socket:
+    family, level, tos, recvttl = {
+        4: (socket.AF_INET, socket.IPPROTO_IP, socket.IP_TOS, 12),  # IP_RECVTTL, linux/in.h
+        6: (socket.AF_INET6, socket.IPPROTO_IPV6, socket.IPV6_TCLASS, socket.IPV6_RECVHOPLIMIT),
+    }[version]
+    with inside(host):
+        udp = socket.socket(family, socket.SOCK_DGRAM)
+    udp.setsockopt(level, tos, TOS)
+    udp.setsockopt(level, recvttl, 1)
+    udp.bind(('', port))
+    return udp
+
+
+def numbered(number: int) -> bytes:
+    return b'%05d' % number + bytes(number * 37 % 1400)
+
+
+def stream(lab: Lab, version: int, count: int = 300) -> list[tuple[bytes, int]]:
+    """Send numbered UDP packets; what arrives at the server, in that order: payload and TTL."""
+    port = STREAM + version
+    arrived: list[tuple[bytes, int]] = []
+    with udp_socket(lab.client, version) as sender, udp_socket(lab.server, version, port) as receiver:
+        sender.connect((lab.server_address(version), port))
+        receiver.setblocking(False)
+
+        def receive() -> bool:
+            try:
+                while True:
+                    payload, ((_, _, ttl),), *_ = receiver.recvmsg(2000, 100)
+                    arrived.append((payload, int.from_bytes(ttl, 'little')))
+            except BlockingIOError:
+                return len(arrived) >= number
+
+        for number in range(1, count + 1):
+            sender.send(numbered(number))
+            if number % 10 == 0:
+                wait_until(receive, 5, f'{number} packets have arrived')
+    return arrived
+
+
+@contextmanager
+def dropping(host: Host, rules: str) -> Iterator[None]:
+    """nft rules for what the host itself sends."""
+    chain = 'type filter hook output priority 0;'
+    host.run('nft', '-f', '-', input=f'table inet elf {{ chain output {{ {chain} {rules}; }}; }}')
+    try:
+        yield
+    finally:
+        host.run('nft', 'delete', 'table', 'inet', 'elf')
+
+
+# Rows and packets
+
+class Measured(NamedTuple):
+    """A run with a probe for every packet of three protocols, and what was seen at r1 meanwhile."""
+
+    truncated: bool
+    offload: bool
+    rows: list[Row]
+    carriers: list[Packet]  # the applications' own packets
+    probes: list[Packet]
+    replies: list[Packet]
+    offset: int  # CLOCK_REALTIME - CLOCK_MONOTONIC, ns
+    streams: dict[int, list[tuple[bytes, int]]]
+    pings: dict[int, str]
+
+    def cell(self, version: int, protocol: int, packets: list) -> list:
+        """Those of a list of rows or packets that belong to a family and protocol."""
+        dest = address(version, 5, 2)
+        return [packet for packet in packets if packet.dest == dest and packet.protocol == protocol]
+
+
+@pytest.fixture(scope='module', params=list(product(('truncated', 'whole'), ('offload', 'finished'))),
+                ids='-'.join)
+def measured(lab4: Lab, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    truncated, offload = request.param[0] == 'truncated', request.param[1] == 'offload'
+    both_ends = ' or '.join(f'(host {server} and not src {server})' for server in both(lab4))
+    options = ['-p', '0', *([] if truncated else ['-T'])]
+    ports = [port + version for port in (UPLOAD, DOWNLOAD) for version in VERSIONS]
+    seen_at_r1 = dict(filter=f'{both_ends} or {TIME_EXCEEDED}', snaplen=2000)  # of GSO packets not all
+    bulk = ['-t', '1', '-b', '4M', '-l', '3000', '-S', str(TOS)]
+    lab4.set_checksum_offload(offload)
+    try:
+        with lab4.iperf3_server(*ports), \
+                lab4.routers[0].capture(**seen_at_r1) as seen, \
+                elfprobe(lab4, *options, *both(lab4), cwd=tmp_path_factory.mktemp('measured')) as run:
+            for version in VERSIONS:  # from then on the path's length is known
+                output(ping(lab4, version, '-c1'))
+            pings = {version: ping(lab4, version, '-c200', '-i.005', '-Q', str(TOS)) for version in VERSIONS}
+            bulks = [iperf3(lab4, version, UPLOAD + version, *bulk) for version in VERSIONS]
+            bulks += [iperf3(lab4, version, DOWNLOAD + version, '-R', *bulk) for version in VERSIONS]
+            streams = {version: stream(lab4, version) for version in VERSIONS}
+            for process in bulks:
+                output(process)
+            said = {version: output(pings[version]) for version in VERSIONS}
+            assert run.stop() == 0
+    finally:
+        lab4.set_checksum_offload(True)
+    packets = ip_packets(seen)
+    replies = [packet for packet in packets if packet.is_time_exceeded]
+    carriers = [packet for packet in packets if not packet.is_time_exceeded and packet.ttl > 32]
+    probes = [packet for packet in packets if not packet.is_time_exceeded and packet.ttl <= 32]
+    return Measured(truncated, offload, run.rows(), carriers, probes, replies, realtime_offset(), streams,
+                    said)
+
+
+CELLS = pytest.mark.parametrize('version, protocol', [
+    (4, ICMP), (4, TCP), (4, UDP),
+    (6, ICMPV6), (6, TCP), (6, UDP),
+])  # fmt: skip
+
+
+def pairs(rows: list[Row], probes: list[Packet], offset: int) -> list[tuple[Row, Packet]]:
+    """Each row with the captured probe that it stands for: same identity, same order, same time."""
+    sent, seen = defaultdict(list), defaultdict(list)
+    for row in rows:
+        sent[row.flow + (row.outttl, row.outipid)].append(row)
+    for probe in probes:
+        seen[probe.flow + (probe.ttl, probe.ip_id)].append(probe)
+    assert {key: len(some) for key, some in sent.items()} == {key: len(some) for key, some in seen.items()}
+    found = []
+    for key, some in sent.items():
+        found += zip(sorted(some, key=lambda row: row.sendtime), sorted(seen[key]))
+    wrong = [(row, probe) for row, probe in found if abs(row.sendtime + offset - probe.time) > CLOCKS_AGREE]
+    assert not wrong
+    return found
+
+
+def blanked(data: bytes, *ranges: tuple[int, int]) -> bytes:
+    for start, stop in ranges:
+        data = data[:start] + bytes(stop - start) + data[stop:]
+    return data
+
+
+def comparable(probe: Packet, truncated: bool) -> tuple[bytes, bytes]:
+    """IP header and the rest, without what tells a probe from its packet and other probes."""
+    header = blanked(probe.header, *{4: ((2, 4), (8, 9), (10, 12)), 6: ((4, 6), (7, 8))}[probe.version])
+    segment = probe.segment
+    if probe.protocol == TCP:
+        segment = blanked(segment, (4, 8), (16, 18))
+    elif truncated:
+        segment = blanked(segment, (4 if probe.protocol == UDP else 6, 10))
+    if probe.protocol == TCP and not truncated:
+        # The kernel keeps PSH for the last of the segments it makes, which it does after the probe.
+        segment = segment[:13] + bytes([segment[13] & ~TCP_PSH]) + segment[14:]
+    return header, segment
+
+
+def expected(carrier: Packet, truncated: bool) -> tuple[bytes, bytes]:
+    """What is comparable of a probe that rides on this packet."""
+    segment = carrier.segment
+    if carrier.protocol != TCP:
+        segment = segment[:8] + bytes(2) if truncated else segment
+    elif truncated or not carrier.payload:
+        segment = segment[:13] + bytes([TCP_ACK]) + segment[14 : carrier.l4_length]
+    else:
+        segment = segment[: carrier.l4_length + MSS[carrier.version]]
+    return comparable(carrier._replace(segment=segment), truncated)
+
+
+@CELLS
+def test_rows_name_the_right_hop(lab4, measured, version, protocol):
+    rows = measured.cell(version, protocol, measured.rows)
+    answered = [row for row in rows if row.is_answered]
+    probes = measured.cell(version, protocol, measured.probes)
+    assert len(probes) >= 100
+    assert len(answered) >= 0.97 * len(probes)
+    assert {row.outttl for row in answered} == set(HOPS)
+    for row in answered:
+        assert row.responder == lab4.hop(version, row.outttl)
+        assert row.recvttl == 65 - row.outttl
+        assert row.latency == row.recvtime - row.sendtime > 0
+        assert row.inipid == row.outipid
+        assert row.recvcpu in range(os.cpu_count())
+    nothing = dict(recvcpu=0, latency=-1, recvtime=-1, responder='', recvttl=-1, inipid=-1)
+    assert all(row.is_answered or row == row._replace(**nothing) for row in rows)
+
+
+@CELLS
+def test_rows_agree_with_the_packets(measured, version, protocol):
+    """One row for each probe seen; for each answer in the rows one time exceeded that quotes the probe."""
+    rows = measured.cell(version, protocol, measured.rows)
+    quoting = defaultdict(list)
+    for reply in measured.replies:
+        quoting[reply.quote.identity].append(reply)
+    answered = [(row, probe) for row, probe in pairs(rows, measured.cell(version, protocol, measured.probes),
+                                                     measured.offset) if row.is_answered]
+    for row, probe in answered:
+        (reply,) = quoting[probe.identity]
+        assert (row.responder, row.recvttl, row.inipid) == (reply.source, reply.ttl, reply.quote.ip_id)
+        assert abs(row.recvtime + measured.offset - reply.time) < CLOCKS_AGREE
+
+
+@CELLS
+def test_probes_are_copies(measured, version, protocol):
+    """Of a packet that the row tells: fields that choose the path or satisfy firewalls are as there."""
+    cell, truncated = measured.cell, measured.truncated
+    carriers = defaultdict(list)
+    for carrier in cell(version, protocol, measured.carriers):
+        carriers[carrier.flow + (carrier.ip_id, carrier.sequence)].append(carrier)
+    for row, probe in pairs(cell(version, protocol, measured.rows), cell(version, protocol, measured.probes),
+                            measured.offset):
+        origin = carriers[row.flow + (row.outipid, row.origseq)]
+        assert comparable(probe, truncated) in [expected(carrier, truncated) for carrier in origin]
+        if protocol == TCP:
+            back = (row.origseq - probe.sequence) % 2**32
+            assert back == 0 if probe.payload else 1 <= back <= SEQ_BACK
+    # Nothing of this was true for want of such packets.
+    assert TOS in {probe.tos for probe in cell(version, protocol, measured.probes)}
+    if version == 6:
+        assert all(probe.label for probe in cell(version, protocol, measured.probes))
+    if protocol == TCP:
+        lengths = [len(carrier.payload) for some in carriers.values() for carrier in some]
+        assert lengths.count(0) > 10
+        assert sum(length > (MSS[version] if measured.offload else 0) for length in lengths) > 10
+
+
+@CELLS
+def test_probes_are_valid(measured, version, protocol):
+    finished = measured.offload is False or protocol in ECHO_TYPES
+    for probe in measured.cell(version, protocol, measured.probes):
+        assert probe.has_valid_header_checksum
+        assert probe.has_valid_checksum if finished else probe.has_unfinished_checksum
+        assert protocol != UDP or probe.segment[4:6] == len(probe.segment).to_bytes(2, 'big')
+
+
+@pytest.mark.parametrize('version', VERSIONS)
+def test_application_packets_arrive_as_sent(measured, version):
+    """Once each, in order, with the TTL of packets that passed four routers."""
+    assert measured.streams[version] == [(numbered(number), 60) for number in range(1, 301)]
+    assert re.search('200 packets transmitted, 200 received, 0% packet loss', measured.pings[version])
+
+
+@pytest.mark.parametrize('version', VERSIONS)
+def test_interval_0_probes_every_packet(measured, version):
+    for protocol in (ICMP, UDP) if version == 4 else (ICMPV6, UDP):
+        assert len(measured.cell(version, protocol, measured.rows)) > 0.99 * len(
+            measured.cell(version, protocol, measured.carriers))
+
+
+def test_every_probe_and_answer_has_its_row(measured):
+    assert len(measured.rows) == len(measured.probes)
+    assert sum(row.is_answered for row in measured.rows) == len(measured.replies)
+    for dest in {row.dest for row in measured.rows}:
+        numbers = [row.seq for row in measured.rows if row.dest == dest]
+        assert len(numbers) == len(set(numbers))
+
+
+# The stack beside it
+
+def time_exceeded_received(host: Host) -> list[int]:
+    """How many the stack has seen: IPv4's, IPv6's."""
+    counters = json.loads(host.run('nstat', '-asj').stdout)['kernel']
+    return [counters.get(name, 0) for name in ('IcmpInTimeExcds', 'Icmp6InTimeExcds')]
+
+
+@pytest.mark.parametrize('ingress', ['drop', 'pass'])
+def test_others_are_left_alone(lab4, tmp_path, ingress):
+    """Neighbour discovery, ping, traceroute work; with `pass` only the stack gets answers to probes."""
+    methods, neighbours = ('-U', '-I', '-T'), (lab4.client, lab4.routers[0])
+    before = time_exceeded_received(lab4.client)
+    with pinging(lab4, '-i.005'), elfprobe(lab4, '-I', ingress, *both(lab4), cwd=tmp_path) as run:
+        wait_until(lambda: len(run.rows()) > 100, 10, '100 rows')
+        for host in neighbours:
+            host.run('ip', 'neigh', 'flush', 'all')
+        for version in VERSIONS:
+            # ping counts errors as answers, which is what pass is there for.
+            received = '20 received, ' if ingress == 'drop' else ' received, .*errors, '
+            assert re.search(received + '0% packet loss', output(ping(lab4, version, '-c20', '-i.005')))
+            for method in methods:
+                server = lab4.server_address(version)
+                lines = output(client(lab4, 'traceroute', '-n', '-q1', method, server)).splitlines()
+                hops = [*(lab4.hop(version, ttl) for ttl in HOPS), server]
+                assert [line.split()[1] for line in lines[1:]] == hops
+        for host in neighbours:
+            known = host.run('ip', 'neigh', 'show', 'dev', 'eth0').stdout
+            assert all(any(line.startswith(net) and 'lladdr' in line for line in known.splitlines())
+                       for net in ('10.0.1.', 'fd00:e1f:1:'))
+    passed = [now - then for now, then in zip(time_exceeded_received(lab4.client), before)]
+    answered = Counter(row.dest for row in run.rows() if row.is_answered)
+    ours = [answered[dest] if ingress == 'pass' else 0 for dest in both(lab4)]
+    assert passed == [count + len(methods) * len(HOPS) for count in ours]
+
+
+# When probes are sent, and where to
+
+def by_dest(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows of each destination in the order in which their probes left."""
+    dests: dict[str, list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row.sendtime):
+        dests[row.dest].append(row)
+    return dests
+
+
+def gaps(rows: list[Row]) -> list[int]:
+    """Times between the probes of rows in order of sendtime, ns."""
+    return [later.sendtime - row.sendtime for row, later in zip(rows, rows[1:])]
+
+
+@contextmanager
+def measuring(lab: Lab, *options: str, cwd: Path) -> Iterator[Run]:
+    """elfprobe with the server as destination, which no probe reaches; no row is wrong or missing."""
+    with lab.server.capture(filter=PROBES) as reached, elfprobe(lab, *options, *both(lab), cwd=cwd) as run:
+        yield run
+    versions = dict(zip(both(lab), VERSIONS))
+    rows = run.rows()
+    assert len(reached.packets()) <= len(rows) // EXPLORE_EVERY
+    answered = sum(row.is_answered for row in rows)
+    assert run.summary == (len(rows), answered, len(rows) - answered)
+    assert all(row.responder == lab.hop(versions[row.dest], row.outttl) for row in rows if row.is_answered)
+    for some in by_dest(rows).values():
+        assert len(some) == len({row.seq for row in some})
+
+
+def flood(lab: Lab, seconds: int) -> None:
+    """Thousands of packets a second to each of the server's addresses: IPv4 UDP, IPv6 ICMP."""
+    udp = '-u', '-b', '40M', '-l', '1000', '--pacing-timer', '200', '-t', str(seconds)
+    with lab.iperf3_server():
+        for process in iperf3(lab, 4, 5201, *udp), ping(lab, 6, '-f', '-w', str(seconds)):
+            output(process)
+
+
+def test_global_rate(lab4, tmp_path):
+    """One probe to a destination per interval, the hops in turn; 100 a second, while packets come."""
+    with lab4.client.capture(filter=f'not {PROBES}', snaplen=100) as seen, \
+            measuring(lab4, '-r', 'g', '-p', '10', cwd=tmp_path) as run:
+        flood(lab4, 2)
+    packets, offset = ip_packets(seen), realtime_offset()
+    for rows in by_dest(run.rows()).values():
+        assert min(gaps(rows)) >= 10 * MS
+        settled = rows[20:-20]
+        times = [packet.time - offset for packet in packets if packet.dest == rows[0].dest]
+        nexts = [times[bisect(times, row.sendtime + 10 * MS)] for row in settled]  # may carry the next probe
+        waits = [following - row.sendtime - 10 * MS for row, following in zip(settled, nexts)]
+        rate = 1e9 * (len(settled) - 1) / (sum(gaps(settled)) - sum(waits[:-1]))
+        assert 95 <= rate <= 101
+        assert all(later.outttl == row.outttl % 4 + 1 for row, later in zip(settled, settled[1:]))
+
+
+def test_rate_per_hop(lab4, tmp_path):
+    """One probe to each hop of a destination per interval, all hops alike."""
+    with measuring(lab4, '-r', 'h', '-p', '20', cwd=tmp_path) as run:
+        flood(lab4, 2)
+    for rows in by_dest(run.rows()).values():
+        hops = [[row for row in rows if row.outttl == ttl] for ttl in HOPS]
+        assert min(min(gaps(hop)) for hop in hops) >= 20 * MS
+        counts = [len(hop) for hop in hops]
+        assert min(counts) >= 60
+        assert max(counts) - min(counts) <= 5
+
+
+def test_max_rate(lab4, tmp_path):
+    """Never more than that in a second, all destinations together; nearly that many when all packets may."""
+    with measuring(lab4, '-p', '0', '--max-rate', '200', cwd=tmp_path) as run:
+        flood(lab4, 3)
+    times = sorted(row.sendtime for row in run.rows())
+    assert len(times) > 400
+    # Against the time of a window of one second, how much too early the probe after the 200th left, ns.
+    early = [time + 1000 * MS - later for time, later in zip(times, times[200:])]
+    assert max(early) < 0
+    assert len(by_dest(run.rows())) == 2
+
+
+def test_parallel_flows(lab4, tmp_path):
+    """As fast as it goes, from several CPUs to one destination: every number once, every row right."""
+    cpus = sorted(os.sched_getaffinity(0))
+    with lab4.iperf3_server(5201, 5202), measuring(lab4, '-p', '0', cwd=tmp_path) as run:
+        for process in [iperf3(lab4, 4, 5201, '-P4', '-t1', '-A', str(cpus[0])),
+                        iperf3(lab4, 4, 5202, '-P4', '-t1', '-A', str(cpus[-1]))]:
+            output(process)
+    rows = run.rows()
+    assert len({row.sport for row in rows}) >= 8
+    assert len({row.recvcpu for row in rows}) == len({cpus[0], cpus[-1]})
+    assert len(rows) > 1000
+
+
+# Paths that are not as they seem, or do not stay so
+
+def latest(rows: list[Row], since: int = 0) -> dict[tuple[str, int], str]:
+    """Who has answered for each destination and TTL last, to probes sent since then."""
+    return {(row.dest, row.outttl): row.responder for row in rows if row.is_answered and row.sendtime > since}
+
+
+def test_silent_router(lab4, tmp_path):
+    """r2 says nothing for a while: it is asked ever less, the others as before; it comes back by itself."""
+    rules = 'icmp type time-exceeded drop; icmpv6 type time-exceeded drop'
+
+    def answers(ttl: int, since: int) -> int:
+        """At the destination that has fewer."""
+        found = Counter(row.dest for row in run.rows() if row.outttl == ttl and row.recvtime > since)
+        return min(found[dest] for dest in both(lab4))
+
+    with measuring(lab4, '-p', '10', cwd=tmp_path) as run, pinging(lab4, '-i.002'):
+        wait_until(lambda: answers(2, 0) > 20, 10, 'r2 answers')
+        with dropping(lab4.routers[1], rules):
+            silent = time.monotonic_ns()
+            wait_until(lambda: answers(1, silent) > 120, 20, 'hop 1 goes on')
+            heard = time.monotonic_ns()
+        wait_until(lambda: answers(2, heard) > 20, 10, 'hop 2 comes back')
+    for rows in by_dest(run.rows()).values():
+        during = [row for row in rows if silent < row.sendtime < heard]
+        counts = [sum(row.outttl == ttl for row in during) for ttl in HOPS]
+        second = [row for row in during if row.outttl == 2]
+        rests = gaps(second)
+        assert not any(row.is_answered for row in second)
+        assert all(row.is_answered for row in during if row.outttl != 2)
+        assert counts[1] < 25 < 100 < min(counts[0], *counts[2:])
+        assert rests[-4:] == sorted(rests[-4:])
+        assert rests[-1] > 200 * MS
+
+
+def parallel_pings(lab: Lab, version: int) -> None:
+    """Probes are numbered across flows, and so reach a number before any ping does."""
+    for process in [ping(lab, version, '-c300', '-i.002') for _ in range(3)]:
+        output(process)
+
+
+def refused_packets(lab: Lab, version: int) -> None:
+    """UDP that the server answers with port unreachable."""
+    with udp_socket(lab.client, version) as udp:
+        udp.settimeout(5)
+        udp.connect((lab.server_address(version), 7))
+        for number in range(300):
+            udp.send(numbered(number))
+            with pytest.raises(ConnectionRefusedError):
+                udp.recv(1)
+
+
+def single_bytes(lab: Lab, version: int) -> None:
+    """TCP whose sequence numbers grow as slowly as those of probes do."""
+    family = socket.AF_INET if version == 4 else socket.AF_INET6
+    with inside(lab.server):
+        listener = socket.create_server((lab.server_address(version), 7), family=family)
+    with inside(lab.client):
+        sender = socket.socket(family)
+    with listener, sender:
+        sender.connect(listener.getsockname())
+        sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with listener.accept()[0] as receiver:
+            for _ in range(300):
+                sender.send(b'x')
+                receiver.recv(1)
+
+
+@pytest.mark.parametrize('traffic, options', [
+    (parallel_pings, []), (refused_packets, []), (refused_packets, ['-T']), (single_bytes, []),
+])  # fmt: skip
+def test_probes_in_flight_are_not_in_the_way(make_lab, tmp_path, traffic, options):
+    """While probes wait for a router that says nothing, what is sent and answered is not taken for them."""
+    lab = make_lab(routers=4)
+    lab.server.run('sysctl', '-eqw', *ROUTER_SYSCTLS)  # no limits on ICMP
+    rules = 'icmp type time-exceeded drop; icmpv6 type time-exceeded drop'
+    with dropping(lab.routers[1], rules), elfprobe(lab, '-p', '0', *options, *both(lab), cwd=tmp_path) as run:
+        for version in VERSIONS:
+            traffic(lab, version)
+    answered = Counter((row.dest, row.outttl) for row in run.rows() if row.is_answered)
+    assert min(answered[dest, ttl] for dest in both(lab) for ttl in (1, 3, 4)) > 50
+    assert 'reached their destination' not in run.log
+    assert 'not measured' not in run.log
+
+
+def test_unknown_length(lab4, tmp_path):
+    """One-way UDP to a server that says nothing: hops are found in turn, few probes go on to the server.
+
+    Those have their rows after five seconds, while it runs.
+    """
+    rules = 'icmp type destination-unreachable drop; icmpv6 type destination-unreachable drop'
+    with ExitStack() as stack:
+        stack.enter_context(dropping(lab4.server, rules))
+        senders = [stack.enter_context(udp_socket(lab4.client, version)) for version in VERSIONS]
+        reached = stack.enter_context(lab4.server.capture(filter=PROBES))
+        run = stack.enter_context(elfprobe(lab4, '-p', '50', *both(lab4), cwd=tmp_path))
+
+        def unanswered() -> set[str]:
+            for sender, server in zip(senders, both(lab4)):
+                sender.sendto(bytes(100), (server, 7))
+            return {row.dest for row in run.rows() if not row.is_answered}
+
+        wait_until(lambda: len(unanswered()) == 2, 10, 'unanswered probes become rows')
+        now = time.monotonic_ns()
+        early = run.rows()
+        assert run.is_running
+    late = [now - row.sendtime for row in early if not row.is_answered]
+    assert min(late) > 5000 * MS
+    assert max(late) < 6500 * MS
+    rows = run.rows()
+    for version, dest in zip(VERSIONS, both(lab4)):
+        some = by_dest(rows)[dest]
+        assert {row.outttl: row.responder for row in some if row.is_answered} == {
+            ttl: lab4.hop(version, ttl) for ttl in HOPS}
+        counts = Counter(row.outttl for row in some)
+        assert min(counts[ttl] for ttl in HOPS) > 50
+        firsts = [next(row for row in some if row.outttl == ttl) for ttl in (*HOPS, 5)]
+        assert all(row.recvtime < further.sendtime for row, further in zip(firsts, firsts[1:]))
+    beyond = [row for row in rows if row.outttl > 4]
+    assert len(reached.packets()) == len(beyond) <= 40
+
+
+def test_path_changes(make_lab, tmp_path):
+    """A way around r2, both ways, one way, back: rows follow, and few probes reach the server.
+
+                  +------- link 250 -------+
+        client - r1 -------- r2 --------- r3 - r4 - server
+    """
+    lab = make_lab(routers=4)
+    r1, _, r3, _ = lab.routers
+    batch(r1.name, [f'link add around index 91 type veth peer around index 92 netns {r3.name}',
+                    *attach('around', 250, 1)])
+    batch(r3.name, attach('around', 250, 2))
+    # Which of its addresses a router answers from is up to the kernel, for IPv6.
+    sides = [(250, 1, 1), (250, 2, 3)]
+    sides += [side for router in HOPS for side in ((router, 2, router), (router + 1, 1, router))]
+    routers = {address(version, link, side): router for version in VERSIONS for link, side, router in sides}
+    ways = {'straight': ((2, 2), (3, 1)), 'around': ((250, 2), (250, 1))}  # from r1 there, from r3 back
+
+    def route(there: str, back: str) -> None:
+        for version, bits in (4, 24), (6, 64):
+            for router, link, via in (r1, 5, ways[there][0]), (r3, 1, ways[back][1]):
+                batch(router.name, [f'route replace {address(version, link, 0)}/{bits} '
+                                    f'via {address(version, *via)}'])
+
+    def wait_for(there: str) -> None:
+        """Until each hop of this way, and no other, has answered to probes sent from now on."""
+        since = time.monotonic_ns()
+        hops = {'straight': (1, 2, 3, 4), 'around': (1, 3, 4)}[there]
+        wanted = {(dest, ttl): router for dest in both(lab) for ttl, router in enumerate(hops, 1)}
+        wait_until(lambda: wanted == {
+            hop: routers[responder] for hop, responder in latest(run.rows(), since).items()
+        }, 10, f'routers by destination and TTL: {wanted}')
+
+    changes = [('around', 'around'), ('straight', 'straight'), ('straight', 'around'),
+               ('around', 'straight'), ('straight', 'straight')]
+    with lab.server.capture(filter=PROBES) as reached, elfprobe(lab, *both(lab), cwd=tmp_path) as run, \
+            pinging(lab, '-i.005'):
+        wait_for('straight')
+        assert not reached.packets()
+        for there, back in changes:
+            route(there, back)
+            wait_for(there)
+            wait_for(there)  # and stays so
+    assert len(reached.packets()) <= 4 * len(changes) * len(VERSIONS)
+
+
+def test_nsenter(lab4, tmp_path):
+    """Into the namespace by another way, which keeps /sys as it is outside."""
+    enter = 'nsenter', f'--net={NETNS / lab4.client.name}'
+    with elfprobe(lab4, *both(lab4), cwd=tmp_path, via=enter) as run, pinging(lab4, '-i.005'):
+        wait_until(lambda: len(latest(run.rows())) == 8, 10, 'rows of all hops of both destinations')
+    assert run.process.returncode == 0
