@@ -625,6 +625,14 @@ static inline __u64 max64(__u64 a, __u64 b)
 	return a > b ? a : b;
 }
 
+/* The hop of this number, 0 where there is none. No compiler may take the check for another one made
+ * before: not every verifier sees the same in it. */
+static inline struct hop *hop_at(struct path *path, __u64 nr)
+{
+	asm volatile("" : "+r"(nr));
+	return nr > MAX_HOPS ? 0 : &path->hops[nr];
+}
+
 /* How long the hop rests after the probe that is about to be sent to it, ns. A silent router
  * rests ever longer, since each probe costs it and us something. Beyond the last hop that
  * answers there may be the destination, which a probe must not reach: rests there grow fast, the
@@ -662,8 +670,8 @@ static inline __u32 farthest_hop(struct path *path, __u64 now)
 	if (horizon == 0) {
 		path->horizon = 1;
 	} else if (horizon < MAX_HOPS) {
-		hop = &path->hops[horizon];
-		if (hop->unanswered &&
+		hop = hop_at(path, horizon);
+		if (hop && hop->unanswered &&
 		    now - hop->since > STEP_WAIT << min64((__u32)(horizon - 1 - path->responsive), SILENT_BEYOND_SHIFT))
 			path->horizon = horizon + 1;
 	}
@@ -697,9 +705,9 @@ static inline int claim_probe(struct path *path, struct claim *claim, __u64 now)
 		if (i < farthest) {
 			path->turn = path->turn < farthest ? path->turn + 1 : 1;
 			nr = READ_ONCE(path->turn); /* or else the verifier follows every hop's number apart */
-			if (nr > MAX_HOPS)
+			hop = hop_at(path, nr);
+			if (!hop)
 				goto unlock;
-			hop = &path->hops[nr];
 			if (hop->due <= now)
 				goto found;
 			earliest = min64(earliest, hop->due);
@@ -741,9 +749,9 @@ static inline void settle_claim(struct path *path, const struct claim *claim, in
 	int zero = 0;
 
 	schedule = schedules.lookup(&zero);
-	if (!schedule || claim->ttl > MAX_HOPS)
+	hop = hop_at(path, claim->ttl);
+	if (!schedule || !hop)
 		return;
-	hop = &path->hops[claim->ttl];
 	bpf_spin_lock(&schedule->lock);
 	if (!sent) {
 		if (hop->unanswered)
@@ -816,9 +824,10 @@ static inline void learn_hop(struct path *path, const struct probe *probe, __u32
 	int zero = 0, silent;
 
 	schedule = schedules.lookup(&zero);
-	if (!schedule || nr == 0 || nr > MAX_HOPS)
+	hop = hop_at(path, nr);
+	beyond = hop_at(path, next);
+	if (!schedule || !hop)
 		return;
-	hop = &path->hops[nr];
 	bpf_spin_lock(&schedule->lock);
 	silent = nr >= path->responsive && hop->unanswered > GRACE_BEYOND;
 	hop->unanswered = 0;
@@ -828,9 +837,8 @@ static inline void learn_hop(struct path *path, const struct probe *probe, __u32
 	reschedule(path, hop->due);
 	if (nr > path->responsive)
 		path->responsive = nr;
-	if (silent && nr < MAX_HOPS) {
+	if (silent && beyond) {
 		/* The way is open again: do not let the hops behind this one sleep on. */
-		beyond = &path->hops[next];
 		beyond->due = min64(beyond->due, now + HOP_INTERVAL);
 		beyond->unanswered = min64(beyond->unanswered, GRACE_BEYOND);
 	}

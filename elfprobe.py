@@ -93,7 +93,12 @@ FSCONFIG_CMD_CREATE = 6  # linux/mount.h
 XDP_FLAGS_UPDATE_IF_NOEXIST = 1  # linux/if_link.h
 XDP_FLAGS_SKB_MODE = 2
 XDP_FLAGS_DRV_MODE = 4
-XDP_MODES = {"xdp": "native", "xdpgeneric": "generic"}  # as ip link and pyroute2 say, and as people do
+IFLA_XDP_ATTACHED, IFLA_XDP_PROG_ID = 2, 4  # linux/if_link.h
+# As the kernel, ip link and pyroute2 say, and as people do.
+XDP_MODES = {1: "native", "xdp": "native", 2: "generic", "xdpgeneric": "generic"}
+# Deletions as linux/rtnetlink.h and linux/netlink.h have them: pyroute2 before 0.6 adds a flag to
+# its own that the kernel does not take.
+RTM_DELQDISC, RTM_DELTFILTER, NLM_F_REQUEST, NLM_F_ACK = 37, 45, 1, 4
 CLSACT_EGRESS = 0xFFFFFFF3  # TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_EGRESS), linux/pkt_sched.h
 ETH_P_ALL = 0x0003
 
@@ -932,7 +937,8 @@ def load_program(config: Config, by_owner: bool = False, warnings: bool = False)
     kinds: dict[str, tuple[Any, ...]] = {"elf_egress": sched_cls}
     kinds.update(elf_probe=sched_cls, elf_ingress=(bcc.BPF.XDP,))
     if by_owner:
-        kinds["elf_sock_create"] = (bcc.BPF.CGROUP_SOCK, None, BPF_CGROUP_INET_SOCK_CREATE)
+        # Without an attach type, which older BCC cannot pass on, the kernel takes it for sock_create's.
+        kinds["elf_sock_create"] = (bcc.BPF.CGROUP_SOCK,)
         kinds.update(elf_exec=tracepoint, elf_fork=tracepoint, elf_exit=tracepoint)
     for name, kind in kinds.items():
         try:
@@ -1034,11 +1040,24 @@ class XdpAttached(NamedTuple):
 def attached_xdp(ipr: Any, device: Device) -> XdpAttached | None:
     """The XDP program on the device, None where there is none."""
     xdp = ipr.get_links(device.ifindex)[0].get_attr("IFLA_XDP")
-    attrs = dict(xdp["attrs"]) if xdp else {}
-    if not attrs.get("IFLA_XDP_ATTACHED"):
-        return None
-    mode = str(attrs["IFLA_XDP_ATTACHED"])
-    return XdpAttached(XDP_MODES.get(mode, mode), attrs.get("IFLA_XDP_PROG_ID", 0))
+    if isinstance(xdp, str):  # pyroute2 before 0.7 leaves it as it is, in hexadecimal
+        attrs = unpack_attributes(bytes.fromhex(xdp.replace(":", "")))
+        mode: Any = attrs.get(IFLA_XDP_ATTACHED)
+        prog_id = attrs.get(IFLA_XDP_PROG_ID, 0)
+    else:
+        attrs = dict(xdp["attrs"]) if xdp else {}
+        mode, prog_id = attrs.get("IFLA_XDP_ATTACHED"), attrs.get("IFLA_XDP_PROG_ID", 0)
+    return XdpAttached(XDP_MODES.get(mode, str(mode)), prog_id) if mode else None
+
+
+def unpack_attributes(raw: bytes) -> dict[Any, int]:
+    """Netlink attributes that hold numbers (struct nlattr, linux/netlink.h): type -> value."""
+    found: dict[Any, int] = {}
+    while len(raw) >= 4:
+        size, kind = struct.unpack_from("=HH", raw)
+        found[kind] = int.from_bytes(raw[4:size], sys.byteorder)
+        raw = raw[max((size + 3) & ~3, 4) :]
+    return found
 
 
 def set_xdp(device: Device, fd: int, flags: int) -> None:
@@ -1137,8 +1156,8 @@ def has_clsact(ipr: Any, device: Device) -> bool:
 
 def remove_filter(ipr: Any, device: Device, ours: TcFilter) -> None:
     ipr.tc(
-        "del-filter", "bpf", device.ifindex, handle=ours.handle, prio=ours.prio,
-        protocol=ours.protocol, parent=CLSACT_EGRESS,
+        (RTM_DELTFILTER, NLM_F_REQUEST | NLM_F_ACK), "bpf", device.ifindex,
+        handle=ours.handle, prio=ours.prio, protocol=ours.protocol, parent=CLSACT_EGRESS,
     )  # fmt: skip
 
 
@@ -1146,7 +1165,7 @@ def remove_clsact(ipr: Any, device: Device) -> None:
     """Removes the clsact qdisc that we added, unless somebody has come to use it."""
     ingress = CLSACT_EGRESS - 1
     if has_clsact(ipr, device) and not (egress_filters(ipr, device) or egress_filters(ipr, device, ingress)):
-        ipr.tc("del", "clsact", device.ifindex)
+        ipr.tc((RTM_DELQDISC, NLM_F_REQUEST | NLM_F_ACK), "clsact", device.ifindex)
 
 
 @contextlib.contextmanager
@@ -1330,7 +1349,8 @@ class Results:
     def expire(self, sent_before: int) -> str:
         """Rows of the probes still in flight that left before this time (CLOCK_MONOTONIC, ns)."""
         rows = []
-        for key, probe in list(self._in_flight.items_lookup_batch()):
+        everything = getattr(self._in_flight, "items_lookup_batch", self._in_flight.items)  # BCC 0.19
+        for key, probe in list(everything()):
             fields = self._unanswered.unpack(bytes(probe) + bytes(key))
             if fields[self._sendtime] >= sent_before:
                 continue
