@@ -102,19 +102,20 @@ RTM_DELQDISC, RTM_DELTFILTER, NLM_F_REQUEST, NLM_F_ACK = 37, 45, 1, 4
 CLSACT_EGRESS = 0xFFFFFFF3  # TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_EGRESS), linux/pkt_sched.h
 ETH_P_ALL = 0x0003
 
-# What runs a script named on its command line: name, without its version -> the options behind which
-# there is code in the place of a script, and those behind which a word comes that is none.
-SHELL = (("-c",), ("-o", "-O", "+o", "+O"))
-INTERPRETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "python": (("-c",), ("-W", "-X")),
-    "perl": (("-e", "-E"), ("-I",)),
-    "ruby": (("-e",), ("-I", "-r")),
-    "node": (("-e", "-p", "--eval", "--print"), ("-r", "--require")),
-    "nodejs": (("-e", "-p", "--eval", "--print"), ("-r", "--require")),
-    "php": (("-r",), ("-c", "-d")),
-    "lua": (("-e",), ("-l",)),
-    "tclsh": ((), ()),
-    "Rscript": (("-e",), ()),
+# What runs a script named on its command line: name, without its version -> which options have code
+# behind them in the place of a script, and which a word that is none.
+SHELL = (r"-\w*c", ("-o", "-O", "+o", "+O", "--rcfile", "--init-file"))
+NODE = (r"-pe?|-e|--eval|--print", ("-r", "--require", "--import", "--loader"))
+INTERPRETERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "python": (r"-\w*c", ("-W", "-X")),
+    "perl": (r"-\w*[eE]", ("-I",)),
+    "ruby": (r"-\w*e", ("-I", "-r")),
+    "node": NODE,
+    "nodejs": NODE,
+    "php": (r"-r", ("-c", "-d")),
+    "lua": (r"-e", ("-l",)),
+    "tclsh": (r"-", ("-encoding",)),
+    "Rscript": (r"-e", ()),
     **dict.fromkeys(("sh", "bash", "dash", "zsh", "ksh"), SHELL),
 }
 
@@ -428,7 +429,7 @@ def script_of(program: str, cmdline: tuple[str, ...]) -> str:
     for word in words:
         if not word.startswith(("-", "+")):
             return word
-        if word in options_with_code:
+        if re.fullmatch(options_with_code, word):
             return ""
         if word in options_with_value:
             next(words, "")
