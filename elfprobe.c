@@ -1414,7 +1414,7 @@ static inline int flow_is_well(struct __sk_buff *skb, struct hdr_cursor *nh, con
 	if (!progress)
 		return 1;
 	if (!tp->packets_out || progress->acked != tp->snd_una || !progress->since) {
-		if (progress->stalled)
+		if (progress->stalled && !path->left_alone)
 			tell_of_flow(pkt, tcp, FLOW_MOVES);
 		progress->stalled = 0;
 		progress->acked = tp->snd_una;

@@ -1,4 +1,7 @@
-"""elfprobe.py without root, BPF and network: arguments, addresses, names of processes, rows, files, text."""
+"""elfprobe.py without root, BPF and network: arguments, addresses, names of processes, rows, files, text.
+
+The device is one that is nowhere, so that a run ends even where something should have ended it before.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ def run_python(*arguments: str, **kw: Any) -> subprocess.CompletedProcess[str]:
 
 # Arguments
 
-GOOD = {  # arguments in addition to -i eth0 and an address: what they change
+GOOD = {  # arguments in addition to -i none0 and an address: what they change
     '': {},
     '-I pass': {'ingress': 'pass'},
     '-I drop': {},
@@ -81,27 +84,28 @@ GOOD = {  # arguments in addition to -i eth0 and an address: what they change
     '--probeint=5 --app=a': {'probeint': 5, 'apps': ('a',)},
 }
 DEFAULTS = dict(
-    interface='eth0', addresses=('192.0.2.1',), apps=(), pids=(), ingress='drop', logfile=False,
+    interface='none0', addresses=('192.0.2.1',), apps=(), pids=(), ingress='drop', logfile=False,
     filebase='elf', debug=False, probeint=10, rate_global=False, notrunc=False,
     hooks=str(SCRIPT.with_name('elfhooks.c')), quiet=False, duration=None, max_rate=50000)
 
 
 @pytest.mark.parametrize('line, changes', GOOD.items(), ids=GOOD)
 def test_options(line: str, changes: dict[str, Any]) -> None:
-    config = elfprobe.parse_arguments(['-i', 'eth0', *line.split(), '192.0.2.1'])
+    config = elfprobe.parse_arguments(['-i', 'none0', *line.split(), '192.0.2.1'])
     assert {name: getattr(config, name) for name in DEFAULTS} == {**DEFAULTS, **changes}
 
 
 @pytest.mark.parametrize('line', [
-    '-i eth0 -T a b c', 'a b c -i eth0 -T', 'a -i eth0 b -T c', '-T a -i eth0 b c', '-T -i eth0 -- a b c'])
+    '-i none0 -T a b c', 'a b c -i none0 -T', 'a -i none0 b -T c', '-T a -i none0 b c',
+    '-T -i none0 -- a b c'])
 def test_addresses_before_between_and_behind_options(line: str) -> None:
     config = elfprobe.parse_arguments(line.split())
-    assert (config.addresses, config.interface, config.notrunc) == (('a', 'b', 'c'), 'eth0', True)
+    assert (config.addresses, config.interface, config.notrunc) == (('a', 'b', 'c'), 'none0', True)
 
 
 @pytest.mark.parametrize('line', ['-a ping', '-P 1', 'example.net', '@hosts'])
 def test_one_kind_of_interest_is_enough(line: str) -> None:
-    assert elfprobe.parse_arguments(['-i', 'eth0', *line.split()]).interface == 'eth0'
+    assert elfprobe.parse_arguments(['-i', 'none0', *line.split()]).interface == 'none0'
 
 
 PIDS, INTERVAL, RATE, SECONDS = '1 to 4194304', 'milliseconds, 0 to 1000', '1 to 1000000', 'seconds above 0'
@@ -165,12 +169,12 @@ def empty(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize('arguments, named', BAD, ids=[' '.join(arguments)[:30] for arguments, _ in BAD])
 def test_bad_values(arguments: list[str], named: Sequence[str], capsys: pytest.CaptureFixture[str],
                     empty: Path) -> None:
-    assert_refuses(['-i', 'eth0', '192.0.2.1', *arguments], 2, named, capsys, empty)
+    assert_refuses(['-i', 'none0', '192.0.2.1', *arguments], 2, named, capsys, empty)
 
 
 @pytest.mark.parametrize('arguments, named', [
     (['192.0.2.1'], ['-i/--interface']), ([], ['-i/--interface']),
-    (['-i', 'eth0'], ['nothing to probe', '-a', '-P', 'address']),
+    (['-i', 'none0'], ['nothing to probe', '-a', '-P', 'address']),
 ], ids=['no interface', 'nothing at all', 'no interest'])
 def test_what_is_required(arguments: list[str], named: Sequence[str], capsys: pytest.CaptureFixture[str],
                           empty: Path) -> None:
@@ -180,7 +184,7 @@ def test_what_is_required(arguments: list[str], named: Sequence[str], capsys: py
 def test_not_root(capsys: pytest.CaptureFixture[str], empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elfprobe, 'MISSING', {})
     monkeypatch.setattr(os, 'geteuid', lambda: 1000)
-    assert_refuses(['-i', 'eth0', '192.0.2.1'], 1, ['root', 'sudo'], capsys, empty)
+    assert_refuses(['-i', 'none0', '192.0.2.1'], 1, ['root', 'sudo'], capsys, empty)
 
 
 OPTIONS = '''
@@ -215,7 +219,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 # The script itself
 
 def test_script_refuses(empty: Path) -> None:
-    done = run_python(str(SCRIPT), '-i', 'eth0', '-p', '1001', '192.0.2.1', cwd=empty)
+    done = run_python(str(SCRIPT), '-i', 'none0', '-p', '1001', '192.0.2.1', cwd=empty)
     assert (done.returncode, done.stdout, done.stderr.count('\n')) == (2, '', 1)
     assert 'Traceback' not in done.stderr
     assert list(empty.iterdir()) == []
@@ -236,7 +240,7 @@ PACKAGES = {'bcc': 'python3-bpfcc', 'pyroute2': 'python3-pyroute2', 'psutil': 'p
 def test_missing_packages(absent: list[str], empty: Path) -> None:
     """Where some are, -h and --version still work, and a run says what to install."""
     code = WITHOUT.format(absent=absent, folder=str(SCRIPT.parent))
-    done = run_python('-c', code, '-i', 'eth0', '192.0.2.1', cwd=empty)
+    done = run_python('-c', code, '-i', 'none0', '192.0.2.1', cwd=empty)
     assert (done.returncode, done.stdout, done.stderr.count('\n')) == (1, '', 1), done.stderr
     for name, package in PACKAGES.items():
         assert (package in done.stderr) == (name in absent)
@@ -248,7 +252,7 @@ def test_missing_packages(absent: list[str], empty: Path) -> None:
 
 def test_import_without_site_packages(empty: Path) -> None:
     """No package but Python's own."""
-    done = run_python('-I', '-S', str(SCRIPT), '-i', 'eth0', '192.0.2.1', cwd=empty)
+    done = run_python('-I', '-S', str(SCRIPT), '-i', 'none0', '192.0.2.1', cwd=empty)
     assert (done.returncode, done.stdout, done.stderr.count('\n')) == (1, '', 1), done.stderr
     assert [package for package in PACKAGES.values() if package not in done.stderr] == []
 
@@ -681,10 +685,10 @@ def test_bad_hooks_file(content: bytes | None, reason: str, tmp_path: Path) -> N
     (dict(ingress='pass'), dict(INGRESS_DROP='0')),
     (dict(probeint=0), dict(INTERVAL_NS='0ULL')),
     (dict(probeint=1000), dict(INTERVAL_NS='1000000000ULL')),
-    (dict(max_rate=1), dict(MAX_RATE='1ULL')),
+    (dict(max_rate=1), dict(MAX_RATE='1ULL', IN_FLIGHT_MAX='1024')),
 ])
 def test_build_flags(changes: dict[str, Any], flags: dict[str, str]) -> None:
-    built = Config('eth0', **changes).build_flags()
+    built = Config('none0', **changes).build_flags()
     assert {name: built[name] for name in flags} == flags
     waiting = int(built['IN_FLIGHT_MAX'])
     assert waiting & (waiting - 1) == 0 and waiting >= 1024
