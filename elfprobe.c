@@ -818,16 +818,19 @@ static inline void learn_length(struct path *path, __u32 ttl)
 /* The hop at which the probe ended has answered, with a packet that arrived with this TTL. */
 static inline void learn_hop(struct path *path, const struct probe *probe, __u32 ttl, __u64 now)
 {
-	__u32 nr = probe->outttl, next = nr + 1;
+	__u64 nr = probe->outttl, next;
 	struct schedule *schedule;
 	struct hop *hop, *beyond;
 	int zero = 0, silent;
 
 	schedule = schedules.lookup(&zero);
-	hop = hop_at(path, nr);
-	beyond = hop_at(path, next);
-	if (!schedule || !hop)
+	if (!schedule || nr == 0)
 		return;
+	asm volatile("" : "+r"(nr)); /* one check for both bounds, on a copy, tells the verifier nothing */
+	if (nr > MAX_HOPS)
+		return;
+	next = nr + 1;
+	hop = &path->hops[nr];
 	bpf_spin_lock(&schedule->lock);
 	silent = nr >= path->responsive && hop->unanswered > GRACE_BEYOND;
 	hop->unanswered = 0;
@@ -837,8 +840,9 @@ static inline void learn_hop(struct path *path, const struct probe *probe, __u32
 	reschedule(path, hop->due);
 	if (nr > path->responsive)
 		path->responsive = nr;
-	if (silent && beyond) {
+	if (silent && nr < MAX_HOPS) {
 		/* The way is open again: do not let the hops behind this one sleep on. */
+		beyond = &path->hops[next];
 		beyond->due = min64(beyond->due, now + HOP_INTERVAL);
 		beyond->unanswered = min64(beyond->unanswered, GRACE_BEYOND);
 	}
@@ -1140,15 +1144,21 @@ static inline struct app_name current_app(void)
 /* What -a makes of a command name, without regard to (ASCII) case. 0: nothing. */
 static inline __u32 interest_in_app(const struct app_name *app)
 {
-	struct app_name lower = *app;
+	__u64 word[sizeof(*app) / 8], low, from_a, above_z;
 	__u32 i, *exact;
 
 	if (!BY_APP)
 		return 0;
+	__builtin_memcpy(word, app, sizeof(*app));
+	/* Eight at a time and without a branch: sixteen branches are 2^16 paths to verifiers before Linux 6.8. */
 #pragma unroll
-	for (i = 0; i < sizeof(lower.text); i++)
-		lower.text[i] |= (__u8)(lower.text[i] - 'A') < 26 ? 0x20 : 0;
-	exact = apps.lookup(&lower);
+	for (i = 0; i < sizeof(*app) / 8; i++) {
+		low = word[i] & 0x7f7f7f7f7f7f7f7fULL;
+		from_a = low + 0x3f3f3f3f3f3f3f3fULL;  /* the highest bit of each byte: 'A' or beyond */
+		above_z = low + 0x2525252525252525ULL; /* beyond 'Z' */
+		word[i] |= ((from_a ^ above_z) & ~word[i] & 0x8080808080808080ULL) >> 2;
+	}
+	exact = apps.lookup((struct app_name *)word);
 	if (!exact)
 		return 0;
 	return *exact ? OF_INTEREST : UNDECIDED;
