@@ -75,17 +75,25 @@
  * that are older by up to the receiver's window; this is below the smallest windows in use. */
 #define TCP_SEQ_BACK 2048
 
-/* Probes without an answer, in a row, before a hop counts as silent. */
-#define GRACE_ROUTER 8 /* a hop behind it answers, so it is a router for certain */
-#define GRACE_LAST 5   /* the farthest hop that answers: it may have become the destination */
-#define GRACE_BEYOND 2 /* beyond that one */
-#define SILENT_ROUTER_MAX (10 * NSEC_PER_SEC) /* longest rest of a silent router */
-#define SILENT_BEYOND_SHIFT 8                 /* longest rest beyond: 2^8 s */
+/* A silent hop rests before each probe that asks whether it still is: ever longer, up to this. */
+#define REST_ROUTER_MAX (10 * NSEC_PER_SEC)  /* it is a router for certain */
+#define REST_BEYOND_MAX (256 * NSEC_PER_SEC) /* it may be the destination */
+#define REST_ANSWERED (100 * NSEC_PER_MSEC)  /* the first rest of one that may be, but has answered before */
+#define REST_UNHEARD NSEC_PER_SEC            /* and of one that has not */
+#define REST_SHIFT 3                         /* each rest is 2^3 times the one before */
+/* Probes without an answer, in a row, before a router counts as silent. */
+#define GRACE_ROUTER 8
+/* Hops whose silence began within this time of each other fell silent together. */
+#define TOGETHER NSEC_PER_SEC
 
-/* While the destination has not been heard: how long a hop is waited for before the next is tried. */
+/* While the destination has not been heard: how long a hop is waited for before the next is tried;
+ * four times as long for each one before it that was silent. */
 #define STEP_WAIT (500 * NSEC_PER_MSEC)
+#define STEP_SHIFT_MAX 8
 /* Packets in a row that must say so before a path is believed to have become longer. */
 #define LONGER_AFTER 16
+/* The last router's distance is of no matter: a probe itself has told how far the destination is. */
+#define NOT_ASKED 255
 /* One probe in so many is sent one hop farther than the path is thought to be long. */
 #define EXPLORE_EVERY 20000
 
@@ -221,13 +229,16 @@ struct hop {
 	__u64 due;        /* not to be probed before */
 	__u64 since;      /* when the first of the unanswered probes left, or the last reply came */
 	__u32 rtt;        /* latency of the last reply, us; 0: never answered */
-	__u32 unanswered; /* probes sent since the last reply */
+	__u16 unanswered; /* probes sent since the last reply */
+	__u8 rests;       /* taken since then */
+	__u8 resting;     /* the last of them is not over, or the probe behind it has yet to be sent */
 };
 
 /* A destination of interest and what is known of the way there. Written under schedule.lock. */
 struct path {
 	__u64 next_due;   /* no probe before; the one field that packets between probes read */
 	__u64 last_sent;  /* when the last probe left */
+	__u64 far_reply;  /* when the farthest hop that answers did so last */
 	__u32 seq;        /* of the next probe */
 	__u8 length;      /* TTL that reaches the destination; 0: not known yet */
 	__u8 reverse;     /* what the TTL of its packets says that to be */
@@ -237,7 +248,7 @@ struct path {
 	__u8 longer;      /* packets in a row that say that the way has become longer */
 	__u8 explore;     /* probe one hop beyond, once */
 	__u8 left_alone;  /* no more probes: flows there stalled under them */
-	__u8 last_router; /* distance of the last router, by the TTL of its replies */
+	__u8 last_router; /* distance of the last router, by the TTL of its replies; or NOT_ASKED */
 	struct hop hops[MAX_HOPS + 1];
 };
 
@@ -633,47 +644,67 @@ static inline struct hop *hop_at(struct path *path, __u64 nr)
 	return nr > MAX_HOPS ? 0 : &path->hops[nr];
 }
 
-/* How long the hop rests after the probe that is about to be sent to it, ns. A silent router
- * rests ever longer, since each probe costs it and us something. Beyond the last hop that
- * answers there may be the destination, which a probe must not reach: rests there grow fast, the
- * faster the farther. Replies that are merely late do not make a hop silent. */
-static inline __u64 rest_of_hop(struct path *path, __u32 nr, struct hop *hop, __u64 now)
+/* Does a hop behind this one answer, and has it done so since this one fell silent? */
+static inline int is_router(const struct path *path, __u32 nr, const struct hop *hop)
 {
-	__u32 grace = nr < path->responsive    ? GRACE_ROUTER
-		      : nr == path->responsive ? GRACE_LAST
-					       : GRACE_BEYOND;
-	__u64 late = hop->rtt ? hop->rtt * 1250ULL + grace * PATIENCE : 0;
-	__u32 over;
+	return nr < path->responsive && path->far_reply > hop->since;
+}
 
-	if (hop->unanswered <= grace || now - hop->since <= late)
-		return HOP_INTERVAL;
-	over = hop->unanswered - grace - 1;
-	if (nr < path->responsive)
-		return min64(PATIENCE << min64(over, 16), SILENT_ROUTER_MAX);
-	if (nr == path->responsive) {
-		path->responsive--;
-		hop->unanswered = GRACE_BEYOND + 1;
-		over = 0;
+/* Are the hop's replies overdue? One that may have become the destination is not asked again before
+ * the last reply is there, or late. Replies that are late end its rest (learn_hop()). */
+static inline int is_silent(const struct path *path, __u32 nr, const struct hop *hop, __u64 now)
+{
+	__u64 rtt = hop->rtt * 1000ULL, silent = now - hop->since;
+
+	if (is_router(path, nr, hop))
+		return hop->unanswered > GRACE_ROUTER && (!rtt || silent > rtt + rtt / 4 + GRACE_ROUTER * PATIENCE);
+	return hop->unanswered && silent > 2 * rtt + min64(PATIENCE, 4 * NSEC_PER_MSEC);
+}
+
+/* How long a silent hop rests, ns. Routers, since each probe costs them and us something. What may be
+ * the destination, since no probe must reach that: the longer the farther it is behind what answers. */
+static inline __u64 rest_of_hop(const struct path *path, __u32 nr, const struct hop *hop)
+{
+	__u32 beyond;
+
+	if (is_router(path, nr, hop))
+		return min64(PATIENCE << min64(hop->rests, 16), REST_ROUTER_MAX);
+	beyond = nr > path->responsive ? nr - path->responsive - 1 : 0;
+	return min64((hop->rtt ? REST_ANSWERED : REST_UNHEARD) << min64(REST_SHIFT * (hop->rests + beyond), 12),
+		     REST_BEYOND_MAX);
+}
+
+/* Ends the rests of hops farther than nr that fell silent after a time, or not long before. */
+static inline void wake_hops(struct path *path, __u32 nr, __u64 fell, __u64 now)
+{
+	struct hop *hop;
+	__u32 i;
+
+#pragma unroll
+	for (i = 1; i <= MAX_HOPS; i++) {
+		hop = &path->hops[i];
+		if (i > nr && hop->resting && hop->since + TOGETHER > fell) {
+			hop->due = min64(hop->due, now + HOP_INTERVAL);
+			hop->rests = 0;
+		}
 	}
-	return NSEC_PER_SEC << min64(2 * (over + nr - path->responsive - 1), SILENT_BEYOND_SHIFT);
 }
 
 /* Farthest hop to probe: short of the destination, or, while its distance is not known, step by
  * step from the first hop on, each waited for the longer the more before it were silent. */
 static inline __u32 farthest_hop(struct path *path, __u64 now)
 {
-	__u32 horizon = path->horizon;
 	struct hop *hop;
 
 	if (path->length)
 		return path->length - 1;
-	if (horizon == 0) {
-		path->horizon = 1;
-	} else if (horizon < MAX_HOPS) {
-		hop = hop_at(path, horizon);
+	if (path->horizon <= path->responsive && path->responsive < MAX_HOPS) {
+		path->horizon = path->responsive + 1;
+	} else if (path->horizon < MAX_HOPS) {
+		hop = hop_at(path, path->horizon);
 		if (hop && hop->unanswered &&
-		    now - hop->since > STEP_WAIT << min64((__u32)(horizon - 1 - path->responsive), SILENT_BEYOND_SHIFT))
-			path->horizon = horizon + 1;
+		    now - hop->since > STEP_WAIT << min64(2 * (__u32)(path->horizon - 1 - path->responsive), STEP_SHIFT_MAX))
+			path->horizon++;
 	}
 	return path->horizon;
 }
@@ -697,8 +728,11 @@ static inline int claim_probe(struct path *path, struct claim *claim, __u64 now)
 	farthest = farthest_hop(path, now);
 	if (path->length && path->length <= MAX_HOPS &&
 	    (path->explore || path->seq % EXPLORE_EVERY == EXPLORE_EVERY - 1)) {
-		path->turn = farthest;
-		farthest = path->length;
+		hop = hop_at(path, path->length);
+		if (hop && hop->due <= now) {
+			path->turn = farthest;
+			farthest = path->length;
+		}
 	}
 #pragma unroll
 	for (i = 0; i < MAX_HOPS; i++) {
@@ -716,6 +750,15 @@ static inline int claim_probe(struct path *path, struct claim *claim, __u64 now)
 	path->next_due = max64(earliest, RATE_GLOBAL ? path->last_sent + INTERVAL_NS : 0);
 	goto unlock;
 found:
+	if (is_silent(path, nr, hop, now) && !hop->resting) {
+		if (nr == path->responsive)
+			path->responsive--;
+		hop->due = now + rest_of_hop(path, nr, hop);
+		hop->resting = 1;
+		if (hop->rests < 16)
+			hop->rests++;
+		goto unlock; /* the next packet may carry a probe to another hop */
+	}
 	if (schedule->budget > now + BUDGET_BURST) {
 		path->turn = nr - 1;
 		err = -2;
@@ -724,9 +767,12 @@ found:
 	schedule->budget = max64(schedule->budget, now) + BUDGET_COST;
 	if (path->length && nr == path->length)
 		path->explore = 0;
-	if (hop->unanswered++ == 0)
+	hop->resting = 0;
+	if (hop->unanswered == 0)
 		hop->since = now;
-	hop->due = now + rest_of_hop(path, nr, hop, now);
+	if (hop->unanswered < 0xffff)
+		hop->unanswered++;
+	hop->due = now + HOP_INTERVAL;
 	path->next_due = RATE_GLOBAL ? now + INTERVAL_NS : 0;
 	path->last_sent = now;
 	claim->seq = path->seq++;
@@ -780,7 +826,7 @@ static inline __u32 ttl_distance(__u32 ttl)
 {
 	__u32 initial = ttl <= 32 ? 32 : ttl <= 64 ? 64 : ttl <= 128 ? 128 : 255;
 
-	return min64(initial - ttl + 1, MAX_HOPS + 1);
+	return initial - ttl + 1;
 }
 
 /* A packet of the destination came with this TTL. Ways that seem shorter are believed at once,
@@ -806,10 +852,11 @@ static inline void learn_length(struct path *path, __u32 ttl)
 	} else {
 		path->longer = 0;
 		path->reverse = distance;
-		path->length = distance;
+		path->length = distance > MAX_HOPS ? 0 : distance; /* or the TTL began as none of those values */
 		path->last_router = 0;
 		if (path->responsive >= distance)
 			path->responsive = distance - 1;
+		wake_hops(path, path->responsive, 0, now);
 		reschedule(path, now);
 	}
 	bpf_spin_unlock(&schedule->lock);
@@ -818,48 +865,50 @@ static inline void learn_length(struct path *path, __u32 ttl)
 /* The hop at which the probe ended has answered, with a packet that arrived with this TTL. */
 static inline void learn_hop(struct path *path, const struct probe *probe, __u32 ttl, __u64 now)
 {
-	__u64 nr = probe->outttl, next;
+	__u64 nr = probe->outttl;
 	struct schedule *schedule;
-	struct hop *hop, *beyond;
-	int zero = 0, silent;
+	struct hop *hop, *next;
+	int zero = 0;
 
 	schedule = schedules.lookup(&zero);
 	if (!schedule || nr == 0)
 		return;
-	asm volatile("" : "+r"(nr)); /* one check for both bounds, on a copy, tells the verifier nothing */
-	if (nr > MAX_HOPS)
+	hop = hop_at(path, nr);
+	next = hop_at(path, nr + 1);
+	if (!hop)
 		return;
-	next = nr + 1;
-	hop = &path->hops[nr];
 	bpf_spin_lock(&schedule->lock);
-	silent = nr >= path->responsive && hop->unanswered > GRACE_BEYOND;
+	if (hop->rests || !hop->rtt)
+		wake_hops(path, nr, hop->since, now); /* the way there is open again: not for this hop alone */
 	hop->unanswered = 0;
+	hop->rests = 0;
+	hop->resting = 0;
 	hop->since = now;
 	hop->rtt = (now - probe->sendtime) / 1000 + 1;
 	hop->due = min64(hop->due, now + HOP_INTERVAL);
 	reschedule(path, hop->due);
-	if (nr > path->responsive)
+	if (nr >= path->responsive) {
 		path->responsive = nr;
-	if (silent && nr < MAX_HOPS) {
-		/* The way is open again: do not let the hops behind this one sleep on. */
-		beyond = &path->hops[next];
-		beyond->due = min64(beyond->due, now + HOP_INTERVAL);
-		beyond->unanswered = min64(beyond->unanswered, GRACE_BEYOND);
+		path->far_reply = now;
 	}
 	if (!path->length) {
 		if (nr >= path->horizon && nr < MAX_HOPS)
-			path->horizon = next;
+			path->horizon = nr + 1;
 	} else if (nr >= path->length) {
-		path->length = next;
+		path->length = nr + 1;
 		path->explore = 1;
 		path->last_router = 0;
-	} else if (next == path->length) {
+	} else if (nr + 1 == path->length) {
 		/* Seen from here, the last router is one hop nearer than the destination. Where it
 		 * is not, the way there may be longer than the way back: look one hop farther, once. */
 		ttl = ttl_distance(ttl);
-		if (ttl != path->last_router && ttl + 1 != path->reverse)
+		if (path->last_router != NOT_ASKED && ttl != path->last_router && ttl + 1 != path->reverse)
 			path->explore = 1;
 		path->last_router = ttl;
+	}
+	if (path->explore && next) {
+		next->due = now; /* even if it rests */
+		next->resting = 1;
 	}
 	bpf_spin_unlock(&schedule->lock);
 }
@@ -868,14 +917,21 @@ static inline void learn_hop(struct path *path, const struct probe *probe, __u32
 static inline void learn_reached(struct path *path, __u32 ttl)
 {
 	struct schedule *schedule;
+	struct hop *last;
 	int zero = 0;
 
 	schedule = schedules.lookup(&zero);
 	if (!schedule)
 		return;
 	bpf_spin_lock(&schedule->lock);
-	if (ttl && (!path->length || ttl < path->length))
+	if (ttl && (!path->length || ttl <= path->length)) {
 		path->length = ttl;
+		path->last_router = 0;
+		path->explore = 0;
+		last = hop_at(path, ttl - 1);
+		if (last && last->rtt && !last->unanswered)
+			path->last_router = NOT_ASKED;
+	}
 	if (ttl && path->responsive >= ttl)
 		path->responsive = ttl - 1;
 	bpf_spin_unlock(&schedule->lock);

@@ -41,7 +41,7 @@ class Options(ctypes.Structure):
     """struct bpf_test_run_opts of libbpf, bpf/bpf.h; what is 0 is left to the kernel."""
 
     _fields_ = [
-        ('sz', ctypes.c_size_t), ('data_in', ctypes.c_void_p), ('data_out', ctypes.c_void_p),
+        ('sz', ctypes.c_size_t), ('data_in', ctypes.c_char_p), ('data_out', ctypes.c_void_p),
         ('data_size_in', ctypes.c_uint32), ('data_size_out', ctypes.c_uint32),
         ('ctx_in', ctypes.c_void_p), ('ctx_out', ctypes.c_void_p),
         ('ctx_size_in', ctypes.c_uint32), ('ctx_size_out', ctypes.c_uint32),
@@ -107,6 +107,8 @@ class Programs:
     def __init__(self, by_owner: bool = False, **config: Any) -> None:
         self.bpf = elfprobe.load_program(elfprobe.Config('none', **config), by_owner, warnings=True)
         self._results = elfprobe.Results(self.bpf)
+        self._programs = {name.decode(): function.fd for name, function in self.bpf.funcs.items()}
+        self._out = ctypes.create_string_buffer(FRAME_MAX)
         self._stack = ExitStack()
         self._stack.callback(self.bpf.cleanup)
 
@@ -121,17 +123,16 @@ class Programs:
 
     def run(self, name: str, frame: Any, context: SkBuff | None = None) -> Outcome:
         """One program on a packet; `context` is read and written. OSError where the kernel refuses."""
-        data = ctypes.create_string_buffer(bytes(frame), len(frame))
-        out = ctypes.create_string_buffer(FRAME_MAX)
-        options = Options(sz=ctypes.sizeof(Options), data_in=ctypes.addressof(data), data_size_in=len(data),
-                          data_out=ctypes.addressof(out), data_size_out=FRAME_MAX)
+        data, out = bytes(frame), ctypes.addressof(self._out)
+        options = Options(sz=ctypes.sizeof(Options), data_in=data, data_size_in=len(data), data_out=out,
+                          data_size_out=FRAME_MAX)
         if context is not None:
             options.ctx_in = options.ctx_out = ctypes.addressof(context)
             options.ctx_size_in = options.ctx_size_out = ctypes.sizeof(context)
-        program = self.bpf.funcs[name.encode()].fd
+        program = self._programs[name]
         if bcc.lib.bpf_prog_test_run_opts(program, ctypes.byref(options)) < 0:
             raise OSError(ctypes.get_errno(), f'{name} was not run')
-        return Outcome(ctypes.c_int32(options.retval).value, out.raw[: options.data_size_out])
+        return Outcome(ctypes.c_int32(options.retval).value, ctypes.string_at(out, options.data_size_out))
 
     @contextmanager
     def attached(self) -> Iterator[Callable[[Any], list[bytes]]]:
