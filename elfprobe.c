@@ -57,6 +57,9 @@
 #ifndef IN_FLIGHT_MAX
 #error "IN_FLIGHT_MAX: most probes waiting for their reply at once"
 #endif
+#ifndef TICK_NS
+#error "TICK_NS: of the coarse clock, ns; 0 where the kernel has none for programs (before Linux 5.11)"
+#endif
 #ifndef RESULTS_PAGES
 #error "RESULTS_PAGES: size of the result ring, pages, a power of two"
 #endif
@@ -248,8 +251,20 @@ struct path {
 	__u8 longer;      /* packets in a row that say that the way has become longer */
 	__u8 explore;     /* probe one hop beyond, once */
 	__u8 left_alone;  /* no more probes: flows there stalled under them */
+	__u8 of_flows;    /* of interest only for the flows of processes of interest */
 	__u8 last_router; /* distance of the last router, by the TTL of its replies; or NOT_ASKED */
 	struct hop hops[MAX_HOPS + 1];
+};
+
+/* Where an address that is in paths or in peers has its mark, so that for most others one look into
+ * an array says that they are in neither. Marks stay when addresses go, and are shared: they say
+ * where to look, not what is there. */
+#define MARK_LINES 16384
+#define MARKS_PER_LINE 64
+enum { IN_PATHS = 1, IN_PEERS = 2 };
+
+struct mark_line {
+	__u8 marks[MARKS_PER_LINE];
 };
 
 /* Is a process of interest? Most have no entry: no. The other answers: */
@@ -356,6 +371,7 @@ struct sum_buffer {
 BPF_F_TABLE("hash", struct address, struct path, paths, DESTINATIONS_MAX, BPF_F_NO_PREALLOC);
 BPF_TABLE("lru_hash", struct address, struct path, peers, PEERS_MAX);
 BPF_ARRAY(blank_path, struct path, 1); /* never written: what a new peer starts from */
+BPF_ARRAY(marks, struct mark_line, MARK_LINES);
 BPF_HASH(in_flight, struct probe_key, struct probe, IN_FLIGHT_MAX);
 BPF_TABLE("lru_hash", struct udp_unfinished, __u32, unfinished, IN_FLIGHT_MAX);
 BPF_ARRAY(schedules, struct schedule, 1);
@@ -617,6 +633,15 @@ static inline int hook_beforesend(struct __sk_buff *skb, __u32 version, __u32 pr
 	if (protocol == IPPROTO_UDP)
 		return version == 4 ? elf_v4_udp_beforesend(skb) : elf_v6_udp_beforesend(skb);
 	return version == 4 ? elf_v4_icmp_beforesend(skb) : elf_v6_icmp_beforesend(skb);
+}
+
+static __u64 (*ktime_get_coarse_ns)(void) = (void *)160; /* not every BCC declares it */
+
+/* Is it not yet due, for certain? By a clock that is late by a tick, or more after idling, but costs a
+ * tenth of what the exact one does. */
+static inline int is_far_from_due(const struct path *path)
+{
+	return TICK_NS && ktime_get_coarse_ns() + TICK_NS < path->next_due;
 }
 
 /* ---- Scheduling: when a probe is due, and to which hop ------------------------------------ */
@@ -1379,30 +1404,43 @@ static inline struct owner *packet_owner(struct __sk_buff *skb)
 	return owner && is_of_interest(owner) ? owner : 0;
 }
 
-/* What is known of the way to a destination of interest, by itself or for a process's flows; 0: of none. */
-static inline struct path *known_path(struct address *dest)
+/* Where the address has its mark. The driver does the same: mark_of() in elfprobe.py. */
+static inline __u8 *mark_of(const struct address *a)
 {
-	struct path *path = paths.lookup(dest);
+	__u32 hash = (a->word[0] ^ a->word[1] ^ a->word[2] ^ a->word[3]) * 0x9e3779b1;
+	__u32 nr = hash >> 18; /* of MARK_LINES */
+	struct mark_line *line = marks.lookup(&nr);
 
-	return path || !BY_OWNER ? path : peers.lookup(dest);
+	return line ? &line->marks[(hash >> 12) % MARKS_PER_LINE] : 0;
 }
 
-/* The same for the destination of a packet with this owner; a flow of interest makes its destination one. */
-static inline struct path *path_of_flow(struct address *dest, struct owner *owner)
+/* What is known of the way to a destination of interest, by itself or for a process's flows; 0: of none. */
+static inline struct path *known_path(struct address *dest, const __u8 *mark)
 {
-	struct path *path = paths.lookup(dest), *blank;
+	struct path *path = 0;
+
+	if (*mark & IN_PATHS)
+		path = paths.lookup(dest);
+	if (BY_OWNER && !path && *mark & IN_PEERS)
+		path = peers.lookup(dest);
+	return path;
+}
+
+/* A flow of interest makes its destination one. */
+static inline struct path *new_peer(struct address *dest, __u8 *mark)
+{
+	struct path *path;
 	int zero = 0;
 
-	if (path || !owner)
-		return path;
+	path = blank_path.lookup(&zero);
+	if (!path)
+		return 0;
+	*mark |= IN_PEERS; /* the driver writes no marks any more when packets come */
+	peers.update(dest, path);
 	path = peers.lookup(dest);
 	if (path)
-		return path;
-	blank = blank_path.lookup(&zero);
-	if (!blank)
-		return 0;
-	peers.update(dest, blank);
-	return peers.lookup(dest);
+		path->of_flows = 1;
+	return path;
 }
 
 /* ---- TC egress ---------------------------------------------------------------------------- */
@@ -1537,6 +1575,7 @@ int elf_egress(struct __sk_buff *skb)
 	struct path *path;
 	int zero = 0;
 	__u64 now, *alive;
+	__u8 *mark;
 
 	claim = claims.lookup(&zero);
 	if (!claim)
@@ -1549,8 +1588,17 @@ int elf_egress(struct __sk_buff *skb)
 	}
 	if (parse_frame(&nh, &pkt) < 0)
 		return TC_ACT_UNSPEC;
+	mark = mark_of(&pkt.daddr);
+	if (!mark)
+		return TC_ACT_UNSPEC;
+	path = known_path(&pkt.daddr, mark);
+	if (path && is_far_from_due(path))
+		return TC_ACT_UNSPEC;
 	owner = packet_owner(skb);
-	path = path_of_flow(&pkt.daddr, owner);
+	if (!owner && (!path || path->of_flows))
+		return TC_ACT_UNSPEC;
+	if (!path)
+		path = new_peer(&pkt.daddr, mark);
 	if (!path)
 		return TC_ACT_UNSPEC;
 	now = bpf_ktime_get_ns();
@@ -1613,6 +1661,7 @@ static inline int receive_reply(struct xdp_md *ctx, struct hdr_cursor *nh, const
 	struct packet quote = {};
 	struct probe *probe;
 	struct path *path;
+	__u8 *mark;
 
 	if ((outer->version == 4 ? parse_iphdr(nh, &quote) : parse_ip6hdr(nh, &quote)) < 0)
 		return 0;
@@ -1628,7 +1677,8 @@ static inline int receive_reply(struct xdp_md *ctx, struct hdr_cursor *nh, const
 	result.reply.recvcpu = bpf_get_smp_processor_id();
 	result.reply.inipid = quote.ip_id;
 	result.reply.recvttl = outer->ttl;
-	path = known_path(&result.key.dest);
+	mark = mark_of(&result.key.dest);
+	path = mark ? known_path(&result.key.dest, mark) : 0;
 	if (path)
 		learn_hop(path, &result.probe, outer->ttl, now);
 	if (outer->version == 4)
@@ -1683,6 +1733,7 @@ int elf_ingress(struct xdp_md *ctx)
 	struct packet pkt = {};
 	struct icmphdr *icmp;
 	struct path *path;
+	__u8 *mark;
 
 	if (parse_frame(&nh, &pkt) < 0)
 		return XDP_PASS;
@@ -1694,7 +1745,10 @@ int elf_ingress(struct xdp_md *ctx)
 		COUNT(not_ours);
 		return XDP_PASS;
 	}
-	path = known_path(&pkt.saddr);
+	mark = mark_of(&pkt.saddr);
+	if (!mark || !*mark)
+		return XDP_PASS;
+	path = known_path(&pkt.saddr, mark);
 	if (!path)
 		return XDP_PASS;
 	if (is_icmp(&pkt) && !pkt.fragment)

@@ -78,6 +78,7 @@ DESTINATIONS_MAX = 65536
 PEERS_MAX = 16384  # destinations of processes' flows
 RESULTS_PAGES = 1024  # of the result ring: 4 MiB hold what 50 ms at 800,000 rows a second bring
 
+CLOCK_MONOTONIC_COARSE = 6  # linux/time.h
 ARPHRD_ETHER = 1  # linux/if_arp.h
 ARPHRD_LOOPBACK = 772
 IFF_UP = 1  # linux/if.h
@@ -164,8 +165,8 @@ class Config:
     def by_process(self) -> bool:
         return bool(self.apps or self.pids)
 
-    def build_flags(self, by_owner: bool = False) -> dict[str, str]:
-        """The -D flags of elfprobe.c."""
+    def build_flags(self, by_owner: bool = False, tick: int = 0) -> dict[str, str]:
+        """The -D flags of elfprobe.c; tick of the coarse clock in ns."""
         waiting = self.max_rate * (UNANSWERED_AFTER + 1)
         return {
             "NOTRUNC": str(int(self.notrunc)),
@@ -173,6 +174,7 @@ class Config:
             "INTERVAL_NS": f"{self.probeint * 1000000}ULL",
             "MAX_RATE": f"{self.max_rate}ULL",
             "INGRESS_DROP": str(int(self.ingress == "drop")),
+            "TICK_NS": f"{tick}ULL",
             "BY_OWNER": str(int(by_owner)),
             "BY_APP": str(int(by_owner and bool(self.apps))),
             "DESTINATIONS_MAX": str(DESTINATIONS_MAX),
@@ -474,22 +476,38 @@ def connected_addresses(chosen: dict[int, str]) -> dict[bytes, str]:
     return found
 
 
+def mark_of(packed: bytes) -> int:
+    """Which of all marks an address has: mark_of() of elfprobe.c."""
+    first, second, third, fourth = struct.unpack("=4I", packed)
+    return ((first ^ second ^ third ^ fourth) * 0x9E3779B1 & 0xFFFFFFFF) >> 12
+
+
 class Destinations:
-    """The kernel's table of destinations of interest."""
+    """The kernel's table of destinations of interest, with their marks."""
+
+    IN_PATHS = 1  # as in elfprobe.c
 
     def __init__(self, bpf: Any) -> None:
         self._paths = bpf["paths"]
+        self._marks = bpf["marks"]
+        self._lines: dict[int, Any] = {}  # what of the marks is not empty
         self._full = False
 
-    def add(self, packed: bytes) -> bool:
-        """False where there is no room; the first time that is logged."""
+    def add(self, packed: bytes, path: Any = None) -> bool:
+        """Makes an address one of interest, with nothing known of the way there or this struct path.
+        False where there is no room; the first time that is logged."""
         try:
-            self._paths[self._paths.Key.from_buffer_copy(packed)] = self._paths.Leaf()
+            self._paths[self._paths.Key.from_buffer_copy(packed)] = path or self._paths.Leaf()
         except Exception as err:  # BCC raises a bare Exception where the table is full
             if not self._full:
                 log.warning("no room for more destinations (%s): %s is left out", err, address_text(packed))
             self._full = True
             return False
+        number, place = divmod(mark_of(packed), len(self._marks.Leaf().marks))
+        line = self._lines.setdefault(number, self._marks.Leaf())
+        if not line.marks[place]:
+            line.marks[place] = self.IN_PATHS
+            self._marks[self._marks.Key(number)] = line
         return True
 
     def remove(self, packed: bytes) -> None:
@@ -916,10 +934,13 @@ def program_text(hooks_file: str) -> str:
     return "\n".join(line for piece in pieces for line in piece)
 
 
-def load_program(config: Config, by_owner: bool = False, warnings: bool = False) -> Any:
+def load_program(
+    config: Config, by_owner: bool = False, warnings: bool = False, coarse_clock: bool = True
+) -> Any:
     """Compiles and loads elfprobe.c; gives BCC's object, its programs in .funcs. Raises Failure."""
     text = program_text(config.hooks)
-    flags = [f"-D{name}={value}" for name, value in config.build_flags(by_owner).items()]
+    tick = round(time.clock_getres(CLOCK_MONOTONIC_COARSE) * 1e9) if coarse_clock else 0
+    flags = [f"-D{name}={value}" for name, value in config.build_flags(by_owner, tick).items()]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"] if warnings else ["-w"]
     messages: list[str] = []
     try:
@@ -946,6 +967,9 @@ def load_program(config: Config, by_owner: bool = False, warnings: bool = False)
             with captured_stderr(messages):
                 bpf.load_func(name, *kind)
         except Exception as err:
+            if coarse_clock and "#160" in messages[-1]:  # bpf_ktime_get_coarse_ns()
+                bpf.cleanup()
+                return load_program(config, by_owner, warnings, coarse_clock=False)
             detail = "\n".join(messages[-1].strip().splitlines()[-40 if config.debug else -3 :])
             kernel = f"the kernel (Linux {os.uname().release})"
             raise Failure(f"{kernel} does not take {name}: {err}\n{detail}") from err

@@ -107,6 +107,7 @@ class Programs:
     def __init__(self, by_owner: bool = False, **config: Any) -> None:
         self.bpf = elfprobe.load_program(elfprobe.Config('none', **config), by_owner, warnings=True)
         self._results = elfprobe.Results(self.bpf)
+        self._destinations = elfprobe.Destinations(self.bpf)
         self._programs = {name.decode(): function.fd for name, function in self.bpf.funcs.items()}
         self._out = ctypes.create_string_buffer(FRAME_MAX)
         self._stack = ExitStack()
@@ -176,12 +177,11 @@ class Programs:
 
     def follow(self, address: str, hops: dict[int, dict[str, int]] | None = None, **fields: int) -> None:
         """Makes an address one of interest, with this known of the way there; `hops` by number."""
-        table = self.bpf['paths']
-        path = table.Leaf(**fields)
+        path = self.bpf['paths'].Leaf(**fields)
         for number, known in (hops or {}).items():
             for name, value in known.items():
                 setattr(path.hops[number], name, value)
-        table[table.Key.from_buffer_copy(elfprobe.pack_address(address))] = path
+        assert self._destinations.add(elfprobe.pack_address(address), path)
 
     def path(self, address: str) -> Any:
         """struct path of an address."""
