@@ -1169,13 +1169,20 @@ def remove_clsact(ipr: Any, device: Device) -> None:
         ipr.tc((RTM_DELQDISC, NLM_F_REQUEST | NLM_F_ACK), "clsact", device.ifindex)
 
 
+def remove_ours(ipr: Any, device: Device, ours: TcFilter) -> None:
+    """Removes our filter, and the clsact qdisc if that is ours, too. Without the filter it is not any
+    more: who removed our qdisc took the filter away with it, and what is there now is theirs."""
+    if ours in egress_filters(ipr, device):
+        remove_filter(ipr, device, ours)
+        if ours.name == FILTER_NAME_QDISC_OURS:
+            remove_clsact(ipr, device)
+
+
 @contextlib.contextmanager
 def tc_attachment(ipr: Any, device: Device, fd: int) -> Iterator[None]:
     """Attaches to TC egress, as early among the filters that are there as can be. Raises Failure."""
     for stale in [found for found in egress_filters(ipr, device) if found.name.startswith(FILTER_NAME)]:
-        remove_filter(ipr, device, stale)
-        if stale.name == FILTER_NAME_QDISC_OURS:
-            remove_clsact(ipr, device)
+        remove_ours(ipr, device, stale)
         log.warning("a TC filter that a killed elfprobe left on %s is removed", device.name)
     with contextlib.ExitStack() as stack:
         name = FILTER_NAME
@@ -1191,7 +1198,7 @@ def tc_attachment(ipr: Any, device: Device, fd: int) -> Iterator[None]:
         if prio > 1:
             log.info("filters of others come first on TC egress: what they take is not seen")
         ours = TcFilter("bpf", prio, ETH_P_ALL, 1, name)
-        stack.callback(quietly_gone, remove_filter, ipr, device, ours)
+        stack.callback(quietly_gone, remove_ours, ipr, device, ours)
         try:
             ipr.tc(
                 "add-filter", "bpf", device.ifindex, handle=ours.handle, prio=ours.prio, fd=fd, name=name,
@@ -1199,6 +1206,8 @@ def tc_attachment(ipr: Any, device: Device, fd: int) -> Iterator[None]:
             )  # fmt: skip
         except pyroute2.NetlinkError as err:
             raise Failure(f"'{device.name}' takes no TC filter: {err}") from err
+        stack.pop_all()  # from here on the filter tells whose the qdisc is
+        stack.callback(quietly_gone, remove_ours, ipr, device, ours)
         yield
 
 

@@ -5,6 +5,7 @@ Each test looks from outside, before and after: at what is attached to the inter
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -15,12 +16,12 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import pytest
 
 from lab import Capture, Host, Lab, batch, end, run, wait_for_line, wait_until
-from runs import ELFPROBE, PROBES, Row, Run, Summary, elfprobe, ip_packets, read_rows
+from runs import ELFPROBE, PROBES, TCP, UDP, Row, Run, Summary, elfprobe, ip_packets, read_rows
 
 root = pytest.mark.root
 
@@ -28,6 +29,8 @@ ANYWHERE = '192.0.2.1'  # RFC 5737: nobody is there, and nobody need be
 OLD = 'what was there before\n'
 SECOND = 10**9  # ns
 SILENT_AFTER = 3 * SECOND  # from a kill to the last probe
+PINGS = 20
+SMALL_MTU = 1300
 
 # Attaches somebody else's program: to XDP, native or generic, or to TC egress, where it drops mark 9.
 SOMEONES = """
@@ -48,6 +51,45 @@ if where == 'egress':
                name='someones', parent=0xFFFFFFF3, direct_action=True, classid=1)
 else:
     assert lib.bpf_attach_xdp(b'eth0', fd, {'generic': 2, 'native': 4}[where]) == 0
+"""
+
+# Attaches somebody else's programs, which count IPv6 echo requests as they leave, or the replies as they
+# come: by tcx, for as long as this runs, or as TC filters of some priorities. For each line on stdin it
+# prints the counts of each program: of packets, and of those that leave without a socket: copies.
+COUNTING = """
+import ctypes, os, socket, sys
+from bcc import BPF, lib
+from pyroute2 import IPRoute
+from elfprobe import kernel_headers
+COUNT = '''
+int count%d(struct __sk_buff *ctx)
+{
+    int egress = %d, at = %d;
+
+    if (load_half(ctx, 12) == 0x86dd && load_byte(ctx, 20) == 58 && load_byte(ctx, 21) > 32 &&
+        load_byte(ctx, 54) == (egress ? 128 : 129))
+        seen.increment(2 * at + (egress && !ctx->sk));
+    return -1;
+}
+'''
+places = [place.split() for place in sys.argv[1:]]
+text = 'BPF_ARRAY(seen, u64, 16);' + ''.join(
+    COUNT % (at, place[1] == 'egress', at) for at, place in enumerate(places))
+with kernel_headers():
+    bpf = BPF(text=text)
+index = socket.if_nametoindex('eth0')
+for at, (kind, direction, *prio) in enumerate(places):
+    fd = bpf.load_func('count%d' % at, BPF.SCHED_CLS).fd
+    if kind == 'tcx':
+        if lib.bpf_link_create(fd, index, {'egress': 47, 'ingress': 46}[direction], None) < 0:
+            sys.exit(os.strerror(ctypes.get_errno()))
+    else:
+        with IPRoute() as ipr:
+            ipr.tc('add-filter', 'bpf', index, handle=2, prio=int(*prio), protocol=3, fd=fd, name='counting',
+                   parent=0xFFFFFFF3 if direction == 'egress' else 0xFFFFFFF2, direct_action=True, classid=1)
+print('attached', flush=True)
+for line in sys.stdin:
+    print(*[bpf['seen'][ctypes.c_int(at)].value for at in range(2 * len(places))], flush=True)
 """
 
 # elfprobe, but for one function or method: it raises, or the process first gets a signal there.
@@ -83,6 +125,7 @@ with socket.socket(socket.AF_INET6) as server, selectors.DefaultSelector() as se
                 selector.register(server.accept()[0], selectors.EVENT_READ)
             elif not key.fileobj.recv(65536):
                 selector.unregister(key.fileobj)
+                key.fileobj.close()
 """
 
 # Sends there without end, under a process name of its own if one is given.
@@ -94,6 +137,40 @@ with socket.create_connection((sys.argv[1], 9)) as connection:
     while True:
         connection.sendall(b'x')
         time.sleep(0.005)
+"""
+
+# Answers each UDP packet with its length.
+UDP_ECHO = """
+import socket
+with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as server:
+    server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    server.bind(('::', 9))
+    while True:
+        data, client = server.recvfrom(65536)
+        server.sendto(b'%d' % len(data), client)
+"""
+
+# Sends more than a packet there, after what makes it known how far it is, until all has come through.
+SEND_MUCH = """
+import socket, sys
+protocol, address = sys.argv[1:]
+if protocol == 'tcp':
+    with socket.create_connection((address, 9)) as connection:
+        connection.sendall(bytes(3000000))
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1) == b''
+else:
+    with socket.socket(socket.AF_INET6 if ':' in address else socket.AF_INET, socket.SOCK_DGRAM) as udp:
+        udp.settimeout(0.02)
+        udp.connect((address, 9))
+        for size in [100] * 20 + [1400] * 20:
+            answer = b''
+            while answer != b'%d' % size:
+                try:
+                    udp.send(bytes(size))
+                    answer = udp.recv(100)
+                except OSError:  # it was too large, or is lost
+                    pass
 """
 
 COMMAND = sys.executable, str(ELFPROBE)
@@ -165,6 +242,13 @@ def busy(lab4: Lab) -> Lab:
     for _ in range(3):  # at intervals below 10 ms ping would keep a CPU busy
         lab4.client.popen('ping', '-nq', '-i0.01', lab4.server_address(4), stdout=subprocess.DEVNULL)
     return lab4
+
+
+def start_sink(lab: Lab) -> None:
+    """The lab's server takes whatever comes to TCP port 9, from now on."""
+    if not lab.server.listens(9):
+        lab.server.popen(sys.executable, '-c', SINK)
+        wait_until(lambda: lab.server.listens(9), 10, 'the sink listens')
 
 
 def has_rows(measuring: Run, number: int = 10) -> None:
@@ -432,6 +516,101 @@ def test_our_clsact_stays_for_who_came_to_use_it(lab4, tmp_path, direction):
         assert 'clsact' in after.pop('qdisc')
         assert 'u32' in after.pop(direction)
         assert after.items() <= before.items()
+
+
+@root
+@pytest.mark.parametrize('theirs', ['empty', 'in use'])
+def test_clsact_that_others_put_in_the_place_of_ours_stays(lab4, tmp_path, theirs):
+    with undone(lab4.client):
+        with elfprobe(lab4, ANYWHERE, cwd=tmp_path):
+            tc(lab4.client, 'qdisc del dev eth0 clsact', 'qdisc add dev eth0 clsact')
+            if theirs == 'in use':
+                someones(lab4.client, 'egress')  # with our filter's priority and handle
+            during = attached(lab4.client)
+        assert 'clsact' in during['qdisc']
+        assert {**attached(lab4.client), 'xdp': None} == {**during, 'xdp': None}
+
+
+PROGRAMS = {  # place -> whether it is before our program on egress
+    'tcx': {'tcx egress': True, 'tcx ingress': False},
+    'filters': {'tc egress 1': True, 'tc egress 20': False, 'tc ingress 1': False, 'tc ingress 20': False},
+}
+
+
+@contextmanager
+def counting(host: Host, places: Iterable[str]) -> Iterator[Callable[[], list[int]]]:
+    """Somebody else's programs in these places of the host's first device. Gives what reads their counts."""
+    with host.popen(sys.executable, '-c', COUNTING, *places, cwd=ELFPROBE.parent, stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+
+        def counts() -> list[int]:
+            process.stdin.write('\n')
+            process.stdin.flush()
+            return [int(number) for number in process.stdout.readline().split()]
+
+        try:
+            if process.stdout.readline() != 'attached\n':
+                pytest.skip(f'no place for programs at {places}: {process.stderr.read()}')
+            yield counts
+        finally:
+            end(process)
+
+
+@root
+@pytest.mark.parametrize('since', ['before', 'during'])
+@pytest.mark.parametrize('places', PROGRAMS.values(), ids=PROGRAMS)
+def test_programs_of_others_see_each_packet_once(lab4, tmp_path, places, since):
+    """Those of the application, both ways. Those before our program see the clones as well."""
+    server = lab4.server_address(6)
+    without_us = [PINGS, 0] * len(places)
+    with ExitStack() as stack:
+        stack.enter_context(undone(lab4.client))
+
+        def attach() -> Callable[[], list[int]]:
+            return stack.enter_context(counting(lab4.client, places))
+
+        def seen() -> list[int]:
+            then = counts()
+            lab4.client.run('ping', '-nqi.005', f'-c{PINGS}', server)
+            return [after - before for before, after in zip(then, counts())]
+
+        if since == 'before':
+            tc(lab4.client, 'qdisc add dev eth0 clsact')
+            counts = attach()
+            assert seen() == without_us
+        with elfprobe(lab4, '-rg', '-p0', server, cwd=tmp_path) as measuring:
+            if since == 'during':
+                counts = attach()
+            with_us = seen()
+        assert seen() == without_us
+    check_end(measuring)
+    probes = len(measuring.rows())
+    assert probes > PINGS // 2
+    assert with_us == [count for is_before in places.values() for count in (PINGS, probes * is_before)]
+
+
+@root
+@pytest.mark.parametrize('options', [['-rg'], ['-rg', '-T']], ids=' '.join)
+def test_path_mtu_is_discovered_by_probed_flows(make_lab, tmp_path, options):
+    """Behind the first router is a link for small packets only, which it tells; -T makes probes as large."""
+    lab = make_lab(routers=2)
+    for router, device in zip(lab.routers, ('eth1', 'eth0')):
+        batch(router.name, [f'link set {device} mtu {SMALL_MTU}'])
+    start_sink(lab)
+    lab.server.popen(sys.executable, '-c', UDP_ECHO)
+    wait_until(lambda: lab.server.run('ss', '-Hlun', 'sport = :9').stdout, 10, 'UDP is answered')
+    servers = [lab.server_address(version) for version in (4, 6)]
+    with elfprobe(lab, *options, '-p0', *servers, cwd=tmp_path) as measuring:
+        for version, server in zip('46', servers):
+            for protocol in 'tcp', 'udp':
+                lab.client.run('ip', f'-{version}', 'route', 'flush', 'cache')
+                route = 'ip', f'-{version}', 'route', 'get', server
+                assert 'mtu' not in lab.client.run(*route).stdout
+                lab.client.run(sys.executable, '-c', SEND_MUCH, protocol, server, timeout=10)
+                assert f'mtu {SMALL_MTU}' in lab.client.run(*route).stdout
+    check_end(measuring)
+    answered = {(row.dest, row.protocol, row.outttl) for row in measuring.rows() if row.is_answered}
+    assert answered == set(itertools.product(servers, (TCP, UDP), (1, 2)))
 
 
 @root
@@ -728,8 +907,7 @@ def test_flows_of_applications(lab4, tmp_path):
     bystander = '10.0.5.104'
     for address in programs:
         batch(lab4.server.name, [f'address add {address} dev eth0'])
-    lab4.server.popen(python, '-c', SINK)
-    wait_until(lambda: lab4.server.listens(9), 10, 'the sink listens')
+    start_sink(lab4)
 
     def start(address: str, *more: str) -> subprocess.Popen[str]:
         return client.popen(*programs[address], address, *more, cwd=tmp_path, stdout=subprocess.DEVNULL)
