@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
@@ -31,6 +31,7 @@ SECOND = 10**9  # ns
 SILENT_AFTER = 3 * SECOND  # from a kill to the last probe
 PINGS = 20
 SMALL_MTU = 1300
+LOG_LIMIT = 2011  # bytes; lines about processes do not fill it exactly
 
 # Attaches somebody else's program: to XDP, native or generic, or to TC egress, where it drops mark 9.
 SOMEONES = """
@@ -173,6 +174,19 @@ else:
                     pass
 """
 
+# Says lines by elfprobe's console: numbered ones that nobody reads, then those that it gets.
+SAY = """
+import sys
+import elfprobe
+console = elfprobe.Console()
+for number in range(int(sys.argv[1])):
+    console.say(str(number).rjust(200))
+print('said', flush=True)
+for line in sys.stdin:
+    console.say(line.strip())
+console.end()
+"""
+
 COMMAND = sys.executable, str(ELFPROBE)
 FAULTY_COMMAND = sys.executable, '-c', FAULTY  # then stage, fault, COMMAND
 
@@ -279,6 +293,10 @@ USAGE = {
     'unknown option': (['-i', 'eth0', '--loud', ANYWHERE], ['--loud']),
     'shortened option': (['-i', 'eth0', '--dur', '1', ANYWHERE], ['--dur']),
     'no value': (['-i', 'eth0', ANYWHERE, '-p'], ['-p/--probeint']),
+    'lines of an interval': (['-i', 'eth0', '-p', '1\n0', ANYWHERE], ['-p/--probeint', "'1\\n0'"]),
+    'lines of a rate type': (['-i', 'eth0', '-r', 'g\r\nh', ANYWHERE], ['-r/--ratetype', "'g\\r\\nh'"]),
+    'lines of an option': (['-i', 'eth0', '--lo\nud', ANYWHERE], ['--lo\\nud']),
+    "a terminal's commands": (['-i', 'eth0', '-p', '\33[2J\x9b2J', ANYWHERE], ["'\\x1b[2J\\x9b2J'"]),
 }
 
 
@@ -389,6 +407,11 @@ BAD = {
     'disk is full': Bad(['-f', 'full/elf', ANYWHERE], ["'full/elf.csv'", 'No space'], via=FULL),
     'no temporary file': Bad([ANYWHERE], ['temporary'], via=['prlimit', '--fsize=0']),
     'no capability': Bad([ANYWHERE], ['not permitted'], via=['setpriv', '--bounding-set=-sys_admin,-bpf']),
+    'lines of an interface': Bad(['-i', 'eth\n0', ANYWHERE], ['-i/--interface', "'eth\\n0'"]),
+    'lines of a name': Bad(['no\nname'], ["address 'no\\nname'"], via=OFFLINE),
+    'lines of an @FILE': Bad(['@no\nfile'], ["'no\\nfile'", 'No such file']),
+    'lines of hooks': Bad(['-H', 'no\n.c', ANYWHERE], ['-H/--hooks', "'no\\n.c'", 'No such file']),
+    'lines of a directory': Bad(['-f', 'no\n/elf', ANYWHERE], ['-f/--filebase', "'no\\n/elf.csv'"]),
     'quiet': Bad(['-q', '-i', 'eth7', ANYWHERE], ['-i/--interface', "'eth7'"]),
 }
 
@@ -794,6 +817,24 @@ def test_interface_goes_down_and_up(make_lab, tmp_path):
 
 
 @root
+def test_address_is_removed_and_comes_back(make_lab, tmp_path):
+    lab = pinging(make_lab)
+    before, route = attached(lab.client), f'route add default via {lab.hop(4, 1)}'
+    address = f'{lab.client_address(4)}/24 dev eth0'
+    with elfprobe(lab, lab.server_address(4), cwd=tmp_path) as measuring:
+        has_rows(measuring)
+        batch(lab.client.name, [f'address del {address}'])
+        gone = lab.client.run('ip', 'route', 'get', lab.server_address(4), check=False)
+        assert 'unreachable' in gone.stderr
+        wait_until(lambda: time.monotonic_ns() - measuring.rows()[-1].sendtime > SECOND, 5, 'no more rows')
+        batch(lab.client.name, [f'address add {address}', route])
+        has_rows(measuring, len(measuring.rows()) + 10)
+        assert measuring.stop() == 0
+    assert attached(lab.client) == before
+    check_end(measuring)
+
+
+@root
 @pytest.mark.parametrize(('place', 'commands'), [
     ('client', ['link set eth0 down', 'link set eth0 name eth5', 'link set eth5 up']),
     ('server', ['link set eth0 netns {server} name eth5']),
@@ -824,6 +865,120 @@ def test_console_is_closed(busy, tmp_path):
         assert measuring.stop(signal.SIGHUP) == 0
         assert attached(busy.client) == before
         check_end(measuring)
+
+
+@contextmanager
+def logging_elfprobe(host: Host, *command: str, cwd: Path, **kw: Any) -> Iterator[Run]:
+    """An elfprobe with -l, whose log is read where its console cannot be; `kw` goes to Popen."""
+    with ExitStack() as stack:
+        process = host.popen(*command, cwd=cwd, **kw)
+        stack.callback(end, process)
+        path = cwd / 'elf.log'
+        wait_until(lambda: path.exists() and 'probing on' in path.read_text(), 10, 'elfprobe is attached')
+        yield Run(process, cwd, stack.enter_context(open(path, 'rb')))
+
+
+@root
+@pytest.mark.parametrize('closed', ['2>&-', '<&- >&- 2>&-'])
+def test_standard_streams_are_closed(busy, tmp_path, closed):
+    """What is opened instead must not be written to as if it were one of them."""
+    before = attached(busy.client)
+    shell = 'sh', '-c', f'exec "$@" {closed}', 'sh'
+    with undone(busy.client):
+        with logging_elfprobe(busy.client, *shell, *COMMAND, '-i', 'eth0', '-dl', busy.server_address(4),
+                              cwd=tmp_path) as measuring:
+            has_rows(measuring)
+            streams = [os.readlink(f'/proc/{measuring.process.pid}/fd/{number}') for number in (0, 1, 2)]
+            assert measuring.stop() == 0
+            check_end(measuring)
+        assert attached(busy.client) == before
+    assert streams[-closed.count('&'):] == ['/dev/null'] * closed.count('&')
+
+
+@contextmanager
+def unread_console(kind: str) -> Iterator[int]:
+    """A pipe or a terminal that takes no more, since nobody reads it."""
+    reader, console = os.pipe() if kind == 'pipe' else os.openpty()
+    try:
+        os.set_blocking(console, False)
+        with suppress(BlockingIOError):
+            while os.write(console, b'x' * 1024):
+                pass
+        with suppress(BlockingIOError):
+            while os.write(console, b'x'):
+                pass
+        os.set_blocking(console, True)
+        yield console
+        assert os.get_blocking(console)  # it is others' as well
+    finally:
+        os.close(reader)
+        os.close(console)
+
+
+@root
+@pytest.mark.parametrize('kind', ['pipe', 'terminal'])
+def test_console_is_not_read(busy, tmp_path, kind):
+    before = attached(busy.client)
+    with undone(busy.client), unread_console(kind) as console:
+        with logging_elfprobe(busy.client, *COMMAND, '-i', 'eth0', '-dl', busy.server_address(4),
+                              cwd=tmp_path, stderr=console) as measuring:
+            has_rows(measuring)
+            assert measuring.stop() == 0
+            check_end(measuring)
+        assert attached(busy.client) == before
+
+
+def test_refusal_is_not_read():
+    with unread_console('pipe') as console:
+        assert run(*COMMAND, check=False, stderr=console).returncode == 2
+
+
+def test_lines_left_out_on_the_console_are_counted():
+    number = 5000
+    with subprocess.Popen([sys.executable, '-c', SAY, str(number)], cwd=ELFPROBE.parent, text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          start_new_session=True) as process:
+        try:
+            assert process.stdout.readline() == 'said\n'
+            lines = [process.stderr.readline() for _ in range(1000)]  # so there is room for more
+            with process.stdin as more:
+                more.write('last\n')
+            lines += process.stderr.readlines()
+        finally:
+            end(process)
+    assert lines.pop() == 'last\n'
+    next_number = 0
+    for line in lines:
+        left_out = re.fullmatch(r'\((\d+) lines left out: .*\)\n', line)
+        assert left_out or int(line) == next_number
+        next_number += int(left_out[1]) if left_out else 1
+    assert len(lines) < next_number == number
+
+
+@root
+def test_log_is_full(busy, tmp_path):
+    """But the disk takes rows: the log has gone over its limit, by the names of many processes."""
+    before = attached(busy.client)
+    # The console is a file here, and must not have the limit.
+    limited = 'bash', '-c', f'exec prlimit --fsize={LOG_LIMIT} "$@" 2> >(cat >&2)', 'bash'
+    crowd = 'for i in $(seq 80); do sleep 60 & done; wait'
+    with ExitStack() as stack:
+        stack.enter_context(undone(busy.client))
+        shell = busy.client.popen('sh', '-c', crowd)
+        stack.callback(end, shell)
+        count = 'pgrep', '-c', '-P', str(shell.pid)
+        wait_until(lambda: run(*count, check=False).stdout == '80\n', 10, 'the crowd is there')
+        with elfprobe(busy, '-rg', '-p250', '-l', '-P', str(shell.pid), busy.server_address(4), cwd=tmp_path,
+                      via=busy.client.command(*limited)) as measuring:
+            has_rows(measuring, 3)
+            assert measuring.stop() == 0
+            wait_until(lambda: 'unanswered' in measuring.log, 5, 'cat has written everything')
+        assert attached(busy.client) == before
+    check_end(measuring)
+    log = (tmp_path / 'elf.log').read_text()
+    assert LOG_LIMIT - 100 < len(log) <= LOG_LIMIT < len(measuring.log)
+    assert measuring.log.startswith(log)
+    assert log.endswith('\n')
 
 
 SMALL = 'mkdir small; mount -t tmpfs -o size=12k none small; "$@"; s=$?; cp small/elf.csv .; exit $s'
