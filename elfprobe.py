@@ -82,6 +82,9 @@ RESULTS_PAGES = 1024  # of the result ring: 4 MiB hold what 50 ms at 800,000 row
 CONSOLE_LINES = 1000  # that may wait for a console which does not take them
 CONSOLE_PATIENCE = 1.0  # s that the end waits for it
 
+# linux/capability.h
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_NET_ADMIN, CAP_SYS_PTRACE = 1, 2, 12, 19
+CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 21, 38, 39
 ARPHRD_ETHER = 1  # linux/if_arp.h
 ARPHRD_LOOPBACK = 772
 IFF_UP = 1  # linux/if.h
@@ -1694,14 +1697,35 @@ def open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
 
 
-def require_machine() -> None:
-    """Raises Failure unless this is root on a machine with the packages."""
+def missing_capabilities(by_process: bool) -> list[str]:
+    """Names of those that this process needs and has not, nor one that includes it."""
+    needed = {
+        "cap_net_admin": (CAP_NET_ADMIN,),
+        "cap_bpf": (CAP_BPF, CAP_SYS_ADMIN),
+        "cap_perfmon": (CAP_PERFMON, CAP_SYS_ADMIN),
+    }
+    if by_process:
+        needed["cap_sys_ptrace"] = (CAP_SYS_PTRACE,)
+        needed["cap_dac_read_search"] = (CAP_DAC_READ_SEARCH, CAP_DAC_OVERRIDE)
+    effective = effective_capabilities()
+    return [name for name, any_of in needed.items() if not any(effective >> number & 1 for number in any_of)]
+
+
+def effective_capabilities() -> int:
+    """A bit for each, by its number."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        return next(int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
+
+
+def require_machine(config: Config) -> None:
+    """Raises Failure unless this is root, or as good as, on a machine with the packages."""
     if MISSING:
         absent, packages = " and ".join(MISSING), " ".join(MISSING.values())
         other = "" if sys.executable == "/usr/bin/python3" else ", and run it with /usr/bin/python3"
         raise Failure(f"{sys.executable} has no module {absent}: apt install {packages}{other}")
-    if os.geteuid() != 0:
-        raise Failure("must run as root: sudo python3 elfprobe.py ...")
+    missing = missing_capabilities(config.by_process)
+    if missing:
+        raise Failure(f"must run as root: sudo python3 elfprobe.py ... (missing: {', '.join(missing)})")
 
 
 def main(argv: list[str]) -> int:
@@ -1712,7 +1736,7 @@ def main(argv: list[str]) -> int:
     status = 0
     try:
         config = parse_arguments(argv)
-        require_machine()
+        require_machine(config)
         set_up_logging(config, console)
         stop = Stop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

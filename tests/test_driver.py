@@ -183,8 +183,8 @@ def test_what_is_required(arguments: list[str], named: Sequence[str], capfd: pyt
 
 def test_not_root(capfd: pytest.CaptureFixture[str], empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elfprobe, 'MISSING', {})
-    monkeypatch.setattr(os, 'geteuid', lambda: 1000)
-    assert_refuses(['-i', 'none0', '192.0.2.1'], 1, ['root', 'sudo'], capfd, empty)
+    monkeypatch.setattr(elfprobe, 'effective_capabilities', lambda: 0)
+    assert_refuses(['-i', 'none0', '192.0.2.1'], 1, ['root', 'sudo', 'cap_bpf'], capfd, empty)
 
 
 OPTIONS = '''

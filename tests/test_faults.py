@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ ANYWHERE = '192.0.2.1'  # RFC 5737: nobody is there, and nobody need be
 OLD = 'what was there before\n'
 SECOND = 10**9  # ns
 SILENT_AFTER = 3 * SECOND  # from a kill to the last probe
+NOBODY = 65534
 PINGS = 20
 SMALL_MTU = 1300
 LOG_LIMIT = 2011  # bytes; lines about processes do not fill it exactly
@@ -341,6 +343,77 @@ def test_without_root(tmp_path):
     assert files(tmp_path) == {}
 
 
+# Rights
+
+CAPABILITIES = {
+    'address': ['net_admin', 'bpf', 'perfmon'],
+    'process': ['net_admin', 'bpf', 'perfmon', 'sys_ptrace', 'dac_read_search'],
+}
+
+
+def as_nobody(*capabilities: str) -> Sequence[str]:
+    """What runs a command as a user that has these capabilities, and no others."""
+    these = ','.join(['-all', *(f'+{name}' for name in capabilities)])
+    return ('setpriv', f'--reuid={NOBODY}', f'--regid={NOBODY}', '--clear-groups',
+            *(f'--{kind}={these}' for kind in ('inh-caps', 'ambient-caps', 'bounding-set')))
+
+
+@pytest.fixture
+def nobodys(monkeypatch) -> Iterator[Path]:
+    """A directory of that user's, with an elfprobe that it can read."""
+    with tempfile.TemporaryDirectory(prefix='elf-') as directory:
+        for name in 'elfprobe.py', 'elfprobe.c', 'elfhooks.c':
+            shutil.copy(ELFPROBE.with_name(name), directory)
+        os.chown(directory, NOBODY, NOBODY)
+        monkeypatch.setattr('runs.ELFPROBE', Path(directory, 'elfprobe.py'))
+        yield Path(directory)
+
+
+@root
+@pytest.mark.parametrize(('interest', 'capabilities'), [
+    *CAPABILITIES.items(),
+    ('address', ['net_admin', 'sys_admin']),  # before Linux 5.8
+], ids=[*CAPABILITIES, 'older kernel'])
+def test_least_capabilities(lab4, nobodys, interest, capabilities):
+    """The process of interest is root's, and has its socket before elfprobe starts. (Before Linux 5.11
+    BPF maps count as locked memory.)"""
+    before = attached(lab4.client)
+    start_sink(lab4)
+    with ExitStack() as stack:
+        stack.enter_context(undone(lab4.client))
+        server = lab4.server_address(4)
+        talking = lab4.client.popen(sys.executable, '-c', TALK, server)
+        stack.callback(end, talking)
+        wait_until(lambda: lab4.client.run('ss', '-Htn', f'dst {server}').stdout, 10, 'the process talks')
+        of_interest = [server] if interest == 'address' else ['-P', str(talking.pid)]
+        outside = 'mount -t cgroup2 none /sys/fs/cgroup; ulimit -l unlimited 2>/dev/null || :'
+        via = lab4.client.command(*mounted(outside), *as_nobody(*capabilities))
+        with elfprobe(lab4, '-rg', *of_interest, cwd=nobodys, via=via) as measuring:
+            has_rows(measuring)
+            status = Path(f'/proc/{measuring.process.pid}/status').read_text()
+        assert attached(lab4.client) == before
+    assert re.search(rf'^Uid:\t{NOBODY}\t', status, re.MULTILINE)
+    check_end(measuring)
+    rows = measuring.rows()
+    assert {(row.dest, row.protocol, row.dport) for row in rows} == {(server, TCP, 9)}
+    assert {row.responder for row in rows if row.is_answered} <= {lab4.hop(4, ttl) for ttl in range(1, 5)}
+    assert any(row.is_answered for row in rows)
+    assert 'not to be had' not in measuring.log
+
+
+@root
+@pytest.mark.parametrize(('interest', 'missing'), [
+    (interest, name) for interest, names in CAPABILITIES.items() for name in names])
+def test_without_a_capability(nobodys, interest, missing):
+    rest = [name for name in CAPABILITIES[interest] if name != missing]
+    of_interest = [ANYWHERE] if interest == 'address' else ['-P', str(os.getpid())]
+    before = files(nobodys)
+    ended = run(*as_nobody(*rest), sys.executable, str(nobodys / 'elfprobe.py'), '-i', 'lo', *of_interest,
+                check=False, cwd=nobodys)
+    assert check_refused(ended, 1, ['root', 'sudo', f'(missing: cap_{missing})']) == ''
+    assert files(nobodys) == before
+
+
 # Bad input: what only the machine can tell
 
 class Bad(NamedTuple):
@@ -406,7 +479,7 @@ BAD = {
                          via=mounted('mount --bind elf.log elf.log')),
     'disk is full': Bad(['-f', 'full/elf', ANYWHERE], ["'full/elf.csv'", 'No space'], via=FULL),
     'no temporary file': Bad([ANYWHERE], ['temporary'], via=['prlimit', '--fsize=0']),
-    'no capability': Bad([ANYWHERE], ['not permitted'], via=['setpriv', '--bounding-set=-sys_admin,-bpf']),
+    'not permitted': Bad([ANYWHERE], ['no BPF map', 'not permitted'], via=['unshare', '-r']),
     'lines of an interface': Bad(['-i', 'eth\n0', ANYWHERE], ['-i/--interface', "'eth\\n0'"]),
     'lines of a name': Bad(['no\nname'], ["address 'no\\nname'"], via=OFFLINE),
     'lines of an @FILE': Bad(['@no\nfile'], ["'no\\nfile'", 'No such file']),
