@@ -33,6 +33,7 @@ import logging.handlers
 import os
 import queue
 import re
+import select
 import signal
 import socket
 import struct
@@ -41,6 +42,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 MISSING: dict[str, str] = {}  # module -> Debian's name of the package that has it
@@ -77,8 +79,13 @@ LINGER = 30.0  # s that a destination stays of interest after its last connectio
 DESTINATIONS_MAX = 65536
 PEERS_MAX = 16384  # destinations of processes' flows
 RESULTS_PAGES = 1024  # of the result ring: 4 MiB hold what 50 ms at 800,000 rows a second bring
+CONSOLE_LINES = 1000  # that may wait for a console which does not take them
+CONSOLE_PATIENCE = 1.0  # s that the end waits for it
 
 CLOCK_MONOTONIC_COARSE = 6  # linux/time.h
+# linux/capability.h
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_NET_ADMIN, CAP_SYS_PTRACE = 1, 2, 12, 19
+CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 21, 38, 39
 ARPHRD_ETHER = 1  # linux/if_arp.h
 ARPHRD_LOOPBACK = 772
 IFF_UP = 1  # linux/if.h
@@ -130,11 +137,17 @@ LOSSES = (
 log = logging.getLogger("elfprobe")
 
 
-class Failure(Exception):
-    """What ends the run, as the one line that the user gets. status: 2 for usage, 1 for the rest."""
+def printable(text: str) -> str:
+    """One line, with nothing in it that a terminal could take for a command."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
-    def __init__(self, message: str, status: int = 1) -> None:
-        super().__init__(message)
+
+class Failure(Exception):
+    """What ends the run, as the one line that the user gets, and the lines behind it of a compiler's.
+    status: 2 for usage, 1 for the rest."""
+
+    def __init__(self, message: str, status: int = 1, detail: str = "") -> None:
+        super().__init__(printable(message) + (f"\n{detail}" if detail else ""))
         self.status = status
 
 
@@ -710,7 +723,9 @@ class SocketOwners:
         possible: set[int] = set()
         for attempt in range(3):
             samples[samples.Key(0)] = samples.Leaf(parent=os.getpid())
-            child = os.fork()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of threads: the child does nothing that could meet a lock
+                child = os.fork()
             if child == 0:
                 os._exit(0)
             os.waitpid(child, 0)
@@ -893,8 +908,7 @@ def kernel_headers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def captured_stderr(captured: list[str]) -> Iterator[None]:
-    """Appends what is written to file descriptor 2 meanwhile, by C libraries too."""
-    sys.stderr.flush()
+    """Appends what C libraries write to file descriptor 2 meanwhile."""
     with tempfile.TemporaryFile() as file:
         saved = os.dup(2)
         os.dup2(file.fileno(), 2)
@@ -951,10 +965,11 @@ def load_program(
     except Exception as err:  # BCC raises a bare Exception
         said = messages[-1].strip()
         if re.search(r":\d+:\d+: (fatal )?error: ", said):
-            raise Failure(f"elfprobe.c with hooks '{config.hooks}' does not compile\n{said}") from err
+            message = f"elfprobe.c with hooks '{config.hooks}' does not compile"
+            raise Failure(message, detail=said) from err
         raise Failure(f"the kernel (Linux {os.uname().release}) makes no BPF map: {said}") from err
-    if messages[-1]:
-        log.warning("compiler: %s", messages[-1].strip())
+    for line in messages[-1].strip().splitlines():
+        log.warning("compiler: %s", line)
     sched_cls, tracepoint = (bcc.BPF.SCHED_CLS,), (bcc.BPF.RAW_TRACEPOINT,)
     kinds: dict[str, tuple[Any, ...]] = {"elf_egress": sched_cls}
     kinds.update(elf_probe=sched_cls, elf_ingress=(bcc.BPF.XDP,))
@@ -972,7 +987,7 @@ def load_program(
                 return load_program(config, by_owner, warnings, coarse_clock=False)
             detail = "\n".join(messages[-1].strip().splitlines()[-40 if config.debug else -3 :])
             kernel = f"the kernel (Linux {os.uname().release})"
-            raise Failure(f"{kernel} does not take {name}: {err}\n{detail}") from err
+            raise Failure(f"{kernel} does not take {name}: {err}", detail=detail) from err
     tail_calls = bpf["programs"]
     tail_calls[tail_calls.Key(0)] = tail_calls.Leaf(bpf.funcs[b"elf_probe"].fd)
     return bpf
@@ -1193,13 +1208,20 @@ def remove_clsact(ipr: Any, device: Device) -> None:
         ipr.tc((RTM_DELQDISC, NLM_F_REQUEST | NLM_F_ACK), "clsact", device.ifindex)
 
 
+def remove_ours(ipr: Any, device: Device, ours: TcFilter) -> None:
+    """Removes our filter, and the clsact qdisc if that is ours, too. Without the filter it is not any
+    more: who removed our qdisc took the filter away with it, and what is there now is theirs."""
+    if ours in egress_filters(ipr, device):
+        remove_filter(ipr, device, ours)
+        if ours.name == FILTER_NAME_QDISC_OURS:
+            remove_clsact(ipr, device)
+
+
 @contextlib.contextmanager
 def tc_attachment(ipr: Any, device: Device, fd: int) -> Iterator[None]:
     """Attaches to TC egress, as early among the filters that are there as can be. Raises Failure."""
     for stale in [found for found in egress_filters(ipr, device) if found.name.startswith(FILTER_NAME)]:
-        remove_filter(ipr, device, stale)
-        if stale.name == FILTER_NAME_QDISC_OURS:
-            remove_clsact(ipr, device)
+        remove_ours(ipr, device, stale)
         log.warning("a TC filter that a killed elfprobe left on %s is removed", device.name)
     with contextlib.ExitStack() as stack:
         name = FILTER_NAME
@@ -1215,7 +1237,7 @@ def tc_attachment(ipr: Any, device: Device, fd: int) -> Iterator[None]:
         if prio > 1:
             log.info("filters of others come first on TC egress: what they take is not seen")
         ours = TcFilter("bpf", prio, ETH_P_ALL, 1, name)
-        stack.callback(quietly_gone, remove_filter, ipr, device, ours)
+        stack.callback(quietly_gone, remove_ours, ipr, device, ours)
         try:
             ipr.tc(
                 "add-filter", "bpf", device.ifindex, handle=ours.handle, prio=ours.prio, fd=fd, name=name,
@@ -1223,6 +1245,8 @@ def tc_attachment(ipr: Any, device: Device, fd: int) -> Iterator[None]:
             )  # fmt: skip
         except pyroute2.NetlinkError as err:
             raise Failure(f"'{device.name}' takes no TC filter: {err}") from err
+        stack.pop_all()  # from here on the filter tells whose the qdisc is
+        stack.callback(quietly_gone, remove_ours, ipr, device, ours)
         yield
 
 
@@ -1511,7 +1535,8 @@ class ElfProbe:
             try:
                 return load_program(self._config, by_owner=True), True
             except Failure as failure:
-                log.debug("%s", failure)
+                for line in str(failure).splitlines():
+                    log.debug("%s", line)
         return load_program(self._config), False
 
     def _follow_processes(
@@ -1545,7 +1570,7 @@ class ElfProbe:
                 file = OutputFile(self._config.filebase + ".log")
                 stack.callback(lambda: file.close(used=csv.is_begun()))
                 handler = FileLog(file)
-                handler.setFormatter(log_format())
+                handler.setFormatter(LogFormat())
                 root.addHandler(handler)
                 stack.callback(root.removeHandler, handler)
                 for memory in early:
@@ -1623,40 +1648,120 @@ class ElfProbe:
         log.debug("counters: %s", count)
 
 
-def log_format() -> logging.Formatter:
-    return logging.Formatter("%(asctime)s.%(msecs)03d %(message)s", "%H:%M:%S")
+class LogFormat(logging.Formatter):
+    """A line for each message, whatever the names in it."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s.%(msecs)03d %(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
 
 
-def set_up_logging(config: Config) -> None:
+class Console(logging.Handler):
+    """Standard error, written to by a thread of its own: where it takes nothing (a pipe that nobody
+    reads, a stopped terminal), only that thread waits. Lines that do not fit behind it are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fd = os.dup(2)  # the number 2 is sometimes another file's: captured_stderr()
+        self._texts: queue.Queue[str | None] = queue.Queue(CONSOLE_LINES)
+        self._left_out = 0
+        self._thread = threading.Thread(target=self._write, daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(self.format(record))
+
+    def say(self, text: str) -> None:
+        """Has the lines written, when the console takes them."""
+        try:
+            if self._left_out:
+                self._texts.put_nowait(f"({self._left_out} lines left out: the console did not take them)")
+                self._left_out = 0
+            self._texts.put_nowait(text)
+        except queue.Full:
+            self._left_out += 1
+
+    def end(self) -> None:
+        """Waits until all is written, but not long for a console that takes nothing."""
+        with contextlib.suppress(queue.Full):
+            self._texts.put(None, timeout=CONSOLE_PATIENCE)
+            self._thread.join(CONSOLE_PATIENCE)
+
+    def _write(self) -> None:
+        for text in iter(self._texts.get, None):
+            data = (text + "\n").encode(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # it has been closed
+                while data:
+                    try:
+                        data = data[os.write(self._fd, data) :]
+                    except BlockingIOError:  # so somebody else has set it
+                        select.select((), (self._fd,), ())
+        os.close(self._fd)
+
+
+def set_up_logging(config: Config, console: Console) -> None:
     root = logging.getLogger()
     root.setLevel(logging.DEBUG if config.debug else logging.INFO)
     logging.getLogger("pyroute2").setLevel(logging.WARNING)
-    logging.raiseExceptions = False  # a closed console must not end a measurement
     if not config.quiet:
-        console = logging.StreamHandler()
-        console.setFormatter(log_format())
+        console.setFormatter(LogFormat())
         root.addHandler(console)
     if config.logfile:
         root.addHandler(logging.handlers.MemoryHandler(1 << 20, logging.CRITICAL + 1))
 
 
-def require_machine() -> None:
-    """Raises Failure unless this is root on a machine with the packages."""
+def open_standard_streams() -> None:
+    """Gives those that are closed a file, or else the next that is opened would take their place."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def missing_capabilities(by_process: bool) -> list[str]:
+    """Names of those that this process needs and has not, nor one that includes it."""
+    needed = {
+        "cap_net_admin": (CAP_NET_ADMIN,),
+        "cap_bpf": (CAP_BPF, CAP_SYS_ADMIN),
+        "cap_perfmon": (CAP_PERFMON, CAP_SYS_ADMIN),
+    }
+    if by_process:
+        needed["cap_sys_ptrace"] = (CAP_SYS_PTRACE,)
+        needed["cap_dac_read_search"] = (CAP_DAC_READ_SEARCH, CAP_DAC_OVERRIDE)
+    effective = effective_capabilities()
+    return [name for name, any_of in needed.items() if not any(effective >> number & 1 for number in any_of)]
+
+
+def effective_capabilities() -> int:
+    """A bit for each, by its number."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        return next(int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
+
+
+def require_machine(config: Config) -> None:
+    """Raises Failure unless this is root, or as good as, on a machine with the packages."""
     if MISSING:
         absent, packages = " and ".join(MISSING), " ".join(MISSING.values())
         other = "" if sys.executable == "/usr/bin/python3" else ", and run it with /usr/bin/python3"
         raise Failure(f"{sys.executable} has no module {absent}: apt install {packages}{other}")
-    if os.geteuid() != 0:
-        raise Failure("must run as root: sudo python3 elfprobe.py ...")
+    missing = missing_capabilities(config.by_process)
+    if missing:
+        raise Failure(f"must run as root: sudo python3 elfprobe.py ... (missing: {', '.join(missing)})")
 
 
 def main(argv: list[str]) -> int:
     """Exit status: 0 after a run, 2 for wrong usage, 1 for all else that went wrong."""
+    open_standard_streams()
     debug = "-d" in argv or "--debug" in argv
+    console = Console()
+    status = 0
     try:
         config = parse_arguments(argv)
-        require_machine()
-        set_up_logging(config)
+        require_machine(config)
+        set_up_logging(config, console)
         stop = Stop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):  # nohup
@@ -1668,12 +1773,13 @@ def main(argv: list[str]) -> int:
                 signal.signal(number, signal.SIG_IGN)  # all is undone: the exit status stands
     except Exception as err:
         if debug:
-            traceback.print_exc()
-        known = isinstance(err, Failure)
-        hint = "" if debug or known else f" ({type(err).__name__}; -d shows where)"
-        print(f"elfprobe.py: {err}{hint}", file=sys.stderr)
-        return err.status if isinstance(err, Failure) else 1
-    return 0
+            console.say(traceback.format_exc().rstrip())
+        message = str(err) if isinstance(err, Failure) else printable(str(err))
+        hint = "" if debug or isinstance(err, Failure) else f" ({type(err).__name__}; -d shows where)"
+        console.say(f"elfprobe.py: {message}{hint}")
+        status = err.status if isinstance(err, Failure) else 1
+    console.end()
+    return status
 
 
 if __name__ == "__main__":

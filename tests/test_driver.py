@@ -147,11 +147,11 @@ BAD: list[tuple[list[str], Sequence[str]]] = [  # arguments; what the message mu
 
 
 def assert_refuses(arguments: list[str], status: int, named: Sequence[str],
-                   capsys: pytest.CaptureFixture[str], directory: Path) -> None:
+                   capfd: pytest.CaptureFixture[str], directory: Path) -> None:
     """One line on standard error, nothing on the other, this exit status, and no file."""
     os.chdir(directory)
     assert elfprobe.main(arguments) == status
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert out == ''
     assert re.fullmatch(r'elfprobe\.py: [^\n]+\n', err), err
     assert [word for word in named if word not in err] == [], err
@@ -167,24 +167,24 @@ def empty(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize('arguments, named', BAD, ids=[' '.join(arguments)[:30] for arguments, _ in BAD])
-def test_bad_values(arguments: list[str], named: Sequence[str], capsys: pytest.CaptureFixture[str],
+def test_bad_values(arguments: list[str], named: Sequence[str], capfd: pytest.CaptureFixture[str],
                     empty: Path) -> None:
-    assert_refuses(['-i', 'none0', '192.0.2.1', *arguments], 2, named, capsys, empty)
+    assert_refuses(['-i', 'none0', '192.0.2.1', *arguments], 2, named, capfd, empty)
 
 
 @pytest.mark.parametrize('arguments, named', [
     (['192.0.2.1'], ['-i/--interface']), ([], ['-i/--interface']),
     (['-i', 'none0'], ['nothing to probe', '-a', '-P', 'address']),
 ], ids=['no interface', 'nothing at all', 'no interest'])
-def test_what_is_required(arguments: list[str], named: Sequence[str], capsys: pytest.CaptureFixture[str],
+def test_what_is_required(arguments: list[str], named: Sequence[str], capfd: pytest.CaptureFixture[str],
                           empty: Path) -> None:
-    assert_refuses(arguments, 2, named, capsys, empty)
+    assert_refuses(arguments, 2, named, capfd, empty)
 
 
-def test_not_root(capsys: pytest.CaptureFixture[str], empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_not_root(capfd: pytest.CaptureFixture[str], empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elfprobe, 'MISSING', {})
-    monkeypatch.setattr(os, 'geteuid', lambda: 1000)
-    assert_refuses(['-i', 'none0', '192.0.2.1'], 1, ['root', 'sudo'], capsys, empty)
+    monkeypatch.setattr(elfprobe, 'effective_capabilities', lambda: 0)
+    assert_refuses(['-i', 'none0', '192.0.2.1'], 1, ['root', 'sudo', 'cap_bpf'], capfd, empty)
 
 
 OPTIONS = '''
@@ -618,6 +618,12 @@ def test_log_file(tmp_path: Path) -> None:
     file.close(used=True)
     lines = (tmp_path / 'elf.log').read_text().splitlines()
     assert (len(lines), lines[0], lines[-1]) == (3, 'first', 'last')
+
+
+def test_a_message_is_a_line() -> None:
+    """Whatever the names in it: users choose those of their processes, root reads this in a terminal."""
+    record = logging.LogRecord('elfprobe', logging.INFO, '', 0, 'now %s', ('a\nb\33[2Jc\u202e',), None)
+    assert elfprobe.LogFormat().format(record)[12:] == r' now a\nb\x1b[2Jc\u202e'
 
 
 # The program's text

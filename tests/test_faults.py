@@ -5,6 +5,7 @@ Each test looks from outside, before and after: at what is attached to the inter
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -12,15 +13,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import pytest
 
 from lab import Capture, Host, Lab, batch, end, run, wait_for_line, wait_until
-from runs import ELFPROBE, PROBES, Row, Run, Summary, elfprobe, ip_packets, read_rows
+from runs import ELFPROBE, PROBES, TCP, UDP, Row, Run, Summary, elfprobe, ip_packets, read_rows
 
 root = pytest.mark.root
 
@@ -28,6 +30,10 @@ ANYWHERE = '192.0.2.1'  # RFC 5737: nobody is there, and nobody need be
 OLD = 'what was there before\n'
 SECOND = 10**9  # ns
 SILENT_AFTER = 3 * SECOND  # from a kill to the last probe
+NOBODY = 65534
+PINGS = 20
+SMALL_MTU = 1300
+LOG_LIMIT = 2011  # bytes; lines about processes do not fill it exactly
 
 # Attaches somebody else's program: to XDP, native or generic, or to TC egress, where it drops mark 9.
 SOMEONES = """
@@ -48,6 +54,45 @@ if where == 'egress':
                name='someones', parent=0xFFFFFFF3, direct_action=True, classid=1)
 else:
     assert lib.bpf_attach_xdp(b'eth0', fd, {'generic': 2, 'native': 4}[where]) == 0
+"""
+
+# Attaches somebody else's programs, which count IPv6 echo requests as they leave, or the replies as they
+# come: by tcx, for as long as this runs, or as TC filters of some priorities. For each line on stdin it
+# prints the counts of each program: of packets, and of those that leave without a socket: copies.
+COUNTING = """
+import ctypes, os, socket, sys
+from bcc import BPF, lib
+from pyroute2 import IPRoute
+from elfprobe import kernel_headers
+COUNT = '''
+int count%d(struct __sk_buff *ctx)
+{
+    int egress = %d, at = %d;
+
+    if (load_half(ctx, 12) == 0x86dd && load_byte(ctx, 20) == 58 && load_byte(ctx, 21) > 32 &&
+        load_byte(ctx, 54) == (egress ? 128 : 129))
+        seen.increment(2 * at + (egress && !ctx->sk));
+    return -1;
+}
+'''
+places = [place.split() for place in sys.argv[1:]]
+text = 'BPF_ARRAY(seen, u64, 16);' + ''.join(
+    COUNT % (at, place[1] == 'egress', at) for at, place in enumerate(places))
+with kernel_headers():
+    bpf = BPF(text=text)
+index = socket.if_nametoindex('eth0')
+for at, (kind, direction, *prio) in enumerate(places):
+    fd = bpf.load_func('count%d' % at, BPF.SCHED_CLS).fd
+    if kind == 'tcx':
+        if lib.bpf_link_create(fd, index, {'egress': 47, 'ingress': 46}[direction], None) < 0:
+            sys.exit(os.strerror(ctypes.get_errno()))
+    else:
+        with IPRoute() as ipr:
+            ipr.tc('add-filter', 'bpf', index, handle=2, prio=int(*prio), protocol=3, fd=fd, name='counting',
+                   parent=0xFFFFFFF3 if direction == 'egress' else 0xFFFFFFF2, direct_action=True, classid=1)
+print('attached', flush=True)
+for line in sys.stdin:
+    print(*[bpf['seen'][ctypes.c_int(at)].value for at in range(2 * len(places))], flush=True)
 """
 
 # elfprobe, but for one function or method: it raises, or the process first gets a signal there.
@@ -83,6 +128,7 @@ with socket.socket(socket.AF_INET6) as server, selectors.DefaultSelector() as se
                 selector.register(server.accept()[0], selectors.EVENT_READ)
             elif not key.fileobj.recv(65536):
                 selector.unregister(key.fileobj)
+                key.fileobj.close()
 """
 
 # Sends there without end, under a process name of its own if one is given.
@@ -94,6 +140,53 @@ with socket.create_connection((sys.argv[1], 9)) as connection:
     while True:
         connection.sendall(b'x')
         time.sleep(0.005)
+"""
+
+# Answers each UDP packet with its length.
+UDP_ECHO = """
+import socket
+with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as server:
+    server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    server.bind(('::', 9))
+    while True:
+        data, client = server.recvfrom(65536)
+        server.sendto(b'%d' % len(data), client)
+"""
+
+# Sends more than a packet there, after what makes it known how far it is, until all has come through.
+SEND_MUCH = """
+import socket, sys
+protocol, address = sys.argv[1:]
+if protocol == 'tcp':
+    with socket.create_connection((address, 9)) as connection:
+        connection.sendall(bytes(3000000))
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1) == b''
+else:
+    with socket.socket(socket.AF_INET6 if ':' in address else socket.AF_INET, socket.SOCK_DGRAM) as udp:
+        udp.settimeout(0.02)
+        udp.connect((address, 9))
+        for size in [100] * 20 + [1400] * 20:
+            answer = b''
+            while answer != b'%d' % size:
+                try:
+                    udp.send(bytes(size))
+                    answer = udp.recv(100)
+                except OSError:  # it was too large, or is lost
+                    pass
+"""
+
+# Says lines by elfprobe's console: numbered ones that nobody reads, then those that it gets.
+SAY = """
+import sys
+import elfprobe
+console = elfprobe.Console()
+for number in range(int(sys.argv[1])):
+    console.say(str(number).rjust(200))
+print('said', flush=True)
+for line in sys.stdin:
+    console.say(line.strip())
+console.end()
 """
 
 COMMAND = sys.executable, str(ELFPROBE)
@@ -167,6 +260,13 @@ def busy(lab4: Lab) -> Lab:
     return lab4
 
 
+def start_sink(lab: Lab) -> None:
+    """The lab's server takes whatever comes to TCP port 9, from now on."""
+    if not lab.server.listens(9):
+        lab.server.popen(sys.executable, '-c', SINK)
+        wait_until(lambda: lab.server.listens(9), 10, 'the sink listens')
+
+
 def has_rows(measuring: Run, number: int = 10) -> None:
     wait_until(lambda: len(measuring.rows()) >= number, 10, f'{number} rows')
 
@@ -195,6 +295,10 @@ USAGE = {
     'unknown option': (['-i', 'eth0', '--loud', ANYWHERE], ['--loud']),
     'shortened option': (['-i', 'eth0', '--dur', '1', ANYWHERE], ['--dur']),
     'no value': (['-i', 'eth0', ANYWHERE, '-p'], ['-p/--probeint']),
+    'lines of an interval': (['-i', 'eth0', '-p', '1\n0', ANYWHERE], ['-p/--probeint', "'1\\n0'"]),
+    'lines of a rate type': (['-i', 'eth0', '-r', 'g\r\nh', ANYWHERE], ['-r/--ratetype', "'g\\r\\nh'"]),
+    'lines of an option': (['-i', 'eth0', '--lo\nud', ANYWHERE], ['--lo\\nud']),
+    "a terminal's commands": (['-i', 'eth0', '-p', '\33[2J\x9b2J', ANYWHERE], ["'\\x1b[2J\\x9b2J'"]),
 }
 
 
@@ -237,6 +341,77 @@ def test_without_root(tmp_path):
     ended = run(*become, *COMMAND, '-i', 'lo', ANYWHERE, check=False, cwd=tmp_path)
     assert check_refused(ended, 1, ['root', 'sudo']) == ''
     assert files(tmp_path) == {}
+
+
+# Rights
+
+CAPABILITIES = {
+    'address': ['net_admin', 'bpf', 'perfmon'],
+    'process': ['net_admin', 'bpf', 'perfmon', 'sys_ptrace', 'dac_read_search'],
+}
+
+
+def as_nobody(*capabilities: str) -> Sequence[str]:
+    """What runs a command as a user that has these capabilities, and no others."""
+    these = ','.join(['-all', *(f'+{name}' for name in capabilities)])
+    return ('setpriv', f'--reuid={NOBODY}', f'--regid={NOBODY}', '--clear-groups',
+            *(f'--{kind}={these}' for kind in ('inh-caps', 'ambient-caps', 'bounding-set')))
+
+
+@pytest.fixture
+def nobodys(monkeypatch) -> Iterator[Path]:
+    """A directory of that user's, with an elfprobe that it can read."""
+    with tempfile.TemporaryDirectory(prefix='elf-') as directory:
+        for name in 'elfprobe.py', 'elfprobe.c', 'elfhooks.c':
+            shutil.copy(ELFPROBE.with_name(name), directory)
+        os.chown(directory, NOBODY, NOBODY)
+        monkeypatch.setattr('runs.ELFPROBE', Path(directory, 'elfprobe.py'))
+        yield Path(directory)
+
+
+@root
+@pytest.mark.parametrize(('interest', 'capabilities'), [
+    *CAPABILITIES.items(),
+    ('address', ['net_admin', 'sys_admin']),  # before Linux 5.8
+], ids=[*CAPABILITIES, 'older kernel'])
+def test_least_capabilities(lab4, nobodys, interest, capabilities):
+    """The process of interest is root's, and has its socket before elfprobe starts. (Before Linux 5.11
+    BPF maps count as locked memory.)"""
+    before = attached(lab4.client)
+    start_sink(lab4)
+    with ExitStack() as stack:
+        stack.enter_context(undone(lab4.client))
+        server = lab4.server_address(4)
+        talking = lab4.client.popen(sys.executable, '-c', TALK, server)
+        stack.callback(end, talking)
+        wait_until(lambda: lab4.client.run('ss', '-Htn', f'dst {server}').stdout, 10, 'the process talks')
+        of_interest = [server] if interest == 'address' else ['-P', str(talking.pid)]
+        outside = 'mount -t cgroup2 none /sys/fs/cgroup; ulimit -l unlimited 2>/dev/null || :'
+        via = lab4.client.command(*mounted(outside), *as_nobody(*capabilities))
+        with elfprobe(lab4, '-rg', *of_interest, cwd=nobodys, via=via) as measuring:
+            has_rows(measuring)
+            status = Path(f'/proc/{measuring.process.pid}/status').read_text()
+        assert attached(lab4.client) == before
+    assert re.search(rf'^Uid:\t{NOBODY}\t', status, re.MULTILINE)
+    check_end(measuring)
+    rows = measuring.rows()
+    assert {(row.dest, row.protocol, row.dport) for row in rows} == {(server, TCP, 9)}
+    assert {row.responder for row in rows if row.is_answered} <= {lab4.hop(4, ttl) for ttl in range(1, 5)}
+    assert any(row.is_answered for row in rows)
+    assert 'not to be had' not in measuring.log
+
+
+@root
+@pytest.mark.parametrize(('interest', 'missing'), [
+    (interest, name) for interest, names in CAPABILITIES.items() for name in names])
+def test_without_a_capability(nobodys, interest, missing):
+    rest = [name for name in CAPABILITIES[interest] if name != missing]
+    of_interest = [ANYWHERE] if interest == 'address' else ['-P', str(os.getpid())]
+    before = files(nobodys)
+    ended = run(*as_nobody(*rest), sys.executable, str(nobodys / 'elfprobe.py'), '-i', 'lo', *of_interest,
+                check=False, cwd=nobodys)
+    assert check_refused(ended, 1, ['root', 'sudo', f'(missing: cap_{missing})']) == ''
+    assert files(nobodys) == before
 
 
 # Bad input: what only the machine can tell
@@ -304,7 +479,12 @@ BAD = {
                          via=mounted('mount --bind elf.log elf.log')),
     'disk is full': Bad(['-f', 'full/elf', ANYWHERE], ["'full/elf.csv'", 'No space'], via=FULL),
     'no temporary file': Bad([ANYWHERE], ['temporary'], via=['prlimit', '--fsize=0']),
-    'no capability': Bad([ANYWHERE], ['not permitted'], via=['setpriv', '--bounding-set=-sys_admin,-bpf']),
+    'not permitted': Bad([ANYWHERE], ['no BPF map', 'not permitted'], via=['unshare', '-r']),
+    'lines of an interface': Bad(['-i', 'eth\n0', ANYWHERE], ['-i/--interface', "'eth\\n0'"]),
+    'lines of a name': Bad(['no\nname'], ["address 'no\\nname'"], via=OFFLINE),
+    'lines of an @FILE': Bad(['@no\nfile'], ["'no\\nfile'", 'No such file']),
+    'lines of hooks': Bad(['-H', 'no\n.c', ANYWHERE], ['-H/--hooks', "'no\\n.c'", 'No such file']),
+    'lines of a directory': Bad(['-f', 'no\n/elf', ANYWHERE], ['-f/--filebase', "'no\\n/elf.csv'"]),
     'quiet': Bad(['-q', '-i', 'eth7', ANYWHERE], ['-i/--interface', "'eth7'"]),
 }
 
@@ -432,6 +612,101 @@ def test_our_clsact_stays_for_who_came_to_use_it(lab4, tmp_path, direction):
         assert 'clsact' in after.pop('qdisc')
         assert 'u32' in after.pop(direction)
         assert after.items() <= before.items()
+
+
+@root
+@pytest.mark.parametrize('theirs', ['empty', 'in use'])
+def test_clsact_that_others_put_in_the_place_of_ours_stays(lab4, tmp_path, theirs):
+    with undone(lab4.client):
+        with elfprobe(lab4, ANYWHERE, cwd=tmp_path):
+            tc(lab4.client, 'qdisc del dev eth0 clsact', 'qdisc add dev eth0 clsact')
+            if theirs == 'in use':
+                someones(lab4.client, 'egress')  # with our filter's priority and handle
+            during = attached(lab4.client)
+        assert 'clsact' in during['qdisc']
+        assert {**attached(lab4.client), 'xdp': None} == {**during, 'xdp': None}
+
+
+PROGRAMS = {  # place -> whether it is before our program on egress
+    'tcx': {'tcx egress': True, 'tcx ingress': False},
+    'filters': {'tc egress 1': True, 'tc egress 20': False, 'tc ingress 1': False, 'tc ingress 20': False},
+}
+
+
+@contextmanager
+def counting(host: Host, places: Iterable[str]) -> Iterator[Callable[[], list[int]]]:
+    """Somebody else's programs in these places of the host's first device. Gives what reads their counts."""
+    with host.popen(sys.executable, '-c', COUNTING, *places, cwd=ELFPROBE.parent, stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+
+        def counts() -> list[int]:
+            process.stdin.write('\n')
+            process.stdin.flush()
+            return [int(number) for number in process.stdout.readline().split()]
+
+        try:
+            if process.stdout.readline() != 'attached\n':
+                pytest.skip(f'no place for programs at {places}: {process.stderr.read()}')
+            yield counts
+        finally:
+            end(process)
+
+
+@root
+@pytest.mark.parametrize('since', ['before', 'during'])
+@pytest.mark.parametrize('places', PROGRAMS.values(), ids=PROGRAMS)
+def test_programs_of_others_see_each_packet_once(lab4, tmp_path, places, since):
+    """Those of the application, both ways. Those before our program see the clones as well."""
+    server = lab4.server_address(6)
+    without_us = [PINGS, 0] * len(places)
+    with ExitStack() as stack:
+        stack.enter_context(undone(lab4.client))
+
+        def attach() -> Callable[[], list[int]]:
+            return stack.enter_context(counting(lab4.client, places))
+
+        def seen() -> list[int]:
+            then = counts()
+            lab4.client.run('ping', '-nqi.005', f'-c{PINGS}', server)
+            return [after - before for before, after in zip(then, counts())]
+
+        if since == 'before':
+            tc(lab4.client, 'qdisc add dev eth0 clsact')
+            counts = attach()
+            assert seen() == without_us
+        with elfprobe(lab4, '-rg', '-p0', server, cwd=tmp_path) as measuring:
+            if since == 'during':
+                counts = attach()
+            with_us = seen()
+        assert seen() == without_us
+    check_end(measuring)
+    probes = len(measuring.rows())
+    assert probes > PINGS // 2
+    assert with_us == [count for is_before in places.values() for count in (PINGS, probes * is_before)]
+
+
+@root
+@pytest.mark.parametrize('options', [['-rg'], ['-rg', '-T']], ids=' '.join)
+def test_path_mtu_is_discovered_by_probed_flows(make_lab, tmp_path, options):
+    """Behind the first router is a link for small packets only, which it tells; -T makes probes as large."""
+    lab = make_lab(routers=2)
+    for router, device in zip(lab.routers, ('eth1', 'eth0')):
+        batch(router.name, [f'link set {device} mtu {SMALL_MTU}'])
+    start_sink(lab)
+    lab.server.popen(sys.executable, '-c', UDP_ECHO)
+    wait_until(lambda: lab.server.run('ss', '-Hlun', 'sport = :9').stdout, 10, 'UDP is answered')
+    servers = [lab.server_address(version) for version in (4, 6)]
+    with elfprobe(lab, *options, '-p0', *servers, cwd=tmp_path) as measuring:
+        for version, server in zip('46', servers):
+            for protocol in 'tcp', 'udp':
+                lab.client.run('ip', f'-{version}', 'route', 'flush', 'cache')
+                route = 'ip', f'-{version}', 'route', 'get', server
+                assert 'mtu' not in lab.client.run(*route).stdout
+                lab.client.run(sys.executable, '-c', SEND_MUCH, protocol, server, timeout=10)
+                assert f'mtu {SMALL_MTU}' in lab.client.run(*route).stdout
+    check_end(measuring)
+    answered = {(row.dest, row.protocol, row.outttl) for row in measuring.rows() if row.is_answered}
+    assert answered == set(itertools.product(servers, (TCP, UDP), (1, 2)))
 
 
 @root
@@ -615,6 +890,24 @@ def test_interface_goes_down_and_up(make_lab, tmp_path):
 
 
 @root
+def test_address_is_removed_and_comes_back(make_lab, tmp_path):
+    lab = pinging(make_lab)
+    before, route = attached(lab.client), f'route add default via {lab.hop(4, 1)}'
+    address = f'{lab.client_address(4)}/24 dev eth0'
+    with elfprobe(lab, lab.server_address(4), cwd=tmp_path) as measuring:
+        has_rows(measuring)
+        batch(lab.client.name, [f'address del {address}'])
+        gone = lab.client.run('ip', 'route', 'get', lab.server_address(4), check=False)
+        assert 'unreachable' in gone.stderr
+        wait_until(lambda: time.monotonic_ns() - measuring.rows()[-1].sendtime > SECOND, 5, 'no more rows')
+        batch(lab.client.name, [f'address add {address}', route])
+        has_rows(measuring, len(measuring.rows()) + 10)
+        assert measuring.stop() == 0
+    assert attached(lab.client) == before
+    check_end(measuring)
+
+
+@root
 @pytest.mark.parametrize(('place', 'commands'), [
     ('client', ['link set eth0 down', 'link set eth0 name eth5', 'link set eth5 up']),
     ('server', ['link set eth0 netns {server} name eth5']),
@@ -645,6 +938,120 @@ def test_console_is_closed(busy, tmp_path):
         assert measuring.stop(signal.SIGHUP) == 0
         assert attached(busy.client) == before
         check_end(measuring)
+
+
+@contextmanager
+def logging_elfprobe(host: Host, *command: str, cwd: Path, **kw: Any) -> Iterator[Run]:
+    """An elfprobe with -l, whose log is read where its console cannot be; `kw` goes to Popen."""
+    with ExitStack() as stack:
+        process = host.popen(*command, cwd=cwd, **kw)
+        stack.callback(end, process)
+        path = cwd / 'elf.log'
+        wait_until(lambda: path.exists() and 'probing on' in path.read_text(), 10, 'elfprobe is attached')
+        yield Run(process, cwd, stack.enter_context(open(path, 'rb')))
+
+
+@root
+@pytest.mark.parametrize('closed', ['2>&-', '<&- >&- 2>&-'])
+def test_standard_streams_are_closed(busy, tmp_path, closed):
+    """What is opened instead must not be written to as if it were one of them."""
+    before = attached(busy.client)
+    shell = 'sh', '-c', f'exec "$@" {closed}', 'sh'
+    with undone(busy.client):
+        with logging_elfprobe(busy.client, *shell, *COMMAND, '-i', 'eth0', '-dl', busy.server_address(4),
+                              cwd=tmp_path) as measuring:
+            has_rows(measuring)
+            streams = [os.readlink(f'/proc/{measuring.process.pid}/fd/{number}') for number in (0, 1, 2)]
+            assert measuring.stop() == 0
+            check_end(measuring)
+        assert attached(busy.client) == before
+    assert streams[-closed.count('&'):] == ['/dev/null'] * closed.count('&')
+
+
+@contextmanager
+def unread_console(kind: str) -> Iterator[int]:
+    """A pipe or a terminal that takes no more, since nobody reads it."""
+    reader, console = os.pipe() if kind == 'pipe' else os.openpty()
+    try:
+        os.set_blocking(console, False)
+        with suppress(BlockingIOError):
+            while os.write(console, b'x' * 1024):
+                pass
+        with suppress(BlockingIOError):
+            while os.write(console, b'x'):
+                pass
+        os.set_blocking(console, True)
+        yield console
+        assert os.get_blocking(console)  # it is others' as well
+    finally:
+        os.close(reader)
+        os.close(console)
+
+
+@root
+@pytest.mark.parametrize('kind', ['pipe', 'terminal'])
+def test_console_is_not_read(busy, tmp_path, kind):
+    before = attached(busy.client)
+    with undone(busy.client), unread_console(kind) as console:
+        with logging_elfprobe(busy.client, *COMMAND, '-i', 'eth0', '-dl', busy.server_address(4),
+                              cwd=tmp_path, stderr=console) as measuring:
+            has_rows(measuring)
+            assert measuring.stop() == 0
+            check_end(measuring)
+        assert attached(busy.client) == before
+
+
+def test_refusal_is_not_read():
+    with unread_console('pipe') as console:
+        assert run(*COMMAND, check=False, stderr=console).returncode == 2
+
+
+def test_lines_left_out_on_the_console_are_counted():
+    number = 5000
+    with subprocess.Popen([sys.executable, '-c', SAY, str(number)], cwd=ELFPROBE.parent, text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          start_new_session=True) as process:
+        try:
+            assert process.stdout.readline() == 'said\n'
+            lines = [process.stderr.readline() for _ in range(1000)]  # so there is room for more
+            with process.stdin as more:
+                more.write('last\n')
+            lines += process.stderr.readlines()
+        finally:
+            end(process)
+    assert lines.pop() == 'last\n'
+    next_number = 0
+    for line in lines:
+        left_out = re.fullmatch(r'\((\d+) lines left out: .*\)\n', line)
+        assert left_out or int(line) == next_number
+        next_number += int(left_out[1]) if left_out else 1
+    assert len(lines) < next_number == number
+
+
+@root
+def test_log_is_full(busy, tmp_path):
+    """But the disk takes rows: the log has gone over its limit, by the names of many processes."""
+    before = attached(busy.client)
+    # The console is a file here, and must not have the limit.
+    limited = 'bash', '-c', f'exec prlimit --fsize={LOG_LIMIT} "$@" 2> >(cat >&2)', 'bash'
+    crowd = 'for i in $(seq 80); do sleep 60 & done; wait'
+    with ExitStack() as stack:
+        stack.enter_context(undone(busy.client))
+        shell = busy.client.popen('sh', '-c', crowd)
+        stack.callback(end, shell)
+        count = 'pgrep', '-c', '-P', str(shell.pid)
+        wait_until(lambda: run(*count, check=False).stdout == '80\n', 10, 'the crowd is there')
+        with elfprobe(busy, '-rg', '-p250', '-l', '-P', str(shell.pid), busy.server_address(4), cwd=tmp_path,
+                      via=busy.client.command(*limited)) as measuring:
+            has_rows(measuring, 3)
+            assert measuring.stop() == 0
+            wait_until(lambda: 'unanswered' in measuring.log, 5, 'cat has written everything')
+        assert attached(busy.client) == before
+    check_end(measuring)
+    log = (tmp_path / 'elf.log').read_text()
+    assert LOG_LIMIT - 100 < len(log) <= LOG_LIMIT < len(measuring.log)
+    assert measuring.log.startswith(log)
+    assert log.endswith('\n')
 
 
 SMALL = 'mkdir small; mount -t tmpfs -o size=12k none small; "$@"; s=$?; cp small/elf.csv .; exit $s'
@@ -728,8 +1135,7 @@ def test_flows_of_applications(lab4, tmp_path):
     bystander = '10.0.5.104'
     for address in programs:
         batch(lab4.server.name, [f'address add {address} dev eth0'])
-    lab4.server.popen(python, '-c', SINK)
-    wait_until(lambda: lab4.server.listens(9), 10, 'the sink listens')
+    start_sink(lab4)
 
     def start(address: str, *more: str) -> subprocess.Popen[str]:
         return client.popen(*programs[address], address, *more, cwd=tmp_path, stdout=subprocess.DEVNULL)
