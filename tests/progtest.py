@@ -122,21 +122,20 @@ class Programs:
     def run(self, name: str, frame: Any, context: SkBuff | None = None) -> Outcome:
         """One program on a packet; `context` is read and written. OSError where the kernel refuses."""
         out = ctypes.create_string_buffer(FRAME_MAX)
-        options = dict(data_out=ctypes.addressof(out), data_size_out=FRAME_MAX)
-        if context is not None:
-            options['ctx_in'] = options['ctx_out'] = ctypes.addressof(context)
-            options['ctx_size_in'] = options['ctx_size_out'] = ctypes.sizeof(context)
-        ran = self._test_run(name, frame, **options)
+        ran = self._test_run(name, frame, context, data_out=ctypes.addressof(out), data_size_out=FRAME_MAX)
         return Outcome(ctypes.c_int32(ran.retval).value, out.raw[: ran.data_size_out])
 
-    def duration(self, name: str, frame: Any, repeat: int) -> int:
+    def duration(self, name: str, frame: Any, repeat: int, context: SkBuff | None = None) -> int:
         """ns that a run of one program on a packet takes, the mean of so many in a row."""
-        return self._test_run(name, frame, repeat=repeat).duration
+        return self._test_run(name, frame, context, repeat=repeat).duration
 
-    def _test_run(self, name: str, frame: Any, **fields: int) -> Options:
+    def _test_run(self, name: str, frame: Any, context: SkBuff | None, **fields: int) -> Options:
         data = ctypes.create_string_buffer(bytes(frame), len(frame))
         options = Options(sz=ctypes.sizeof(Options), data_in=ctypes.addressof(data), data_size_in=len(data),
                           **fields)
+        if context is not None:
+            options.ctx_in = options.ctx_out = ctypes.addressof(context)
+            options.ctx_size_in = options.ctx_size_out = ctypes.sizeof(context)
         program = self.bpf.funcs[name.encode()].fd
         if bcc.lib.bpf_prog_test_run_opts(program, ctypes.byref(options)) < 0:
             raise OSError(ctypes.get_errno(), f'{name} was not run')

@@ -23,6 +23,7 @@ import socket
 import statistics
 import struct
 import tempfile
+import time
 from contextlib import ExitStack, contextmanager
 from ctypes import get_errno, string_at
 from functools import partial
@@ -31,12 +32,13 @@ from typing import Any, Callable, Iterator, NamedTuple
 
 import bcc
 import pyroute2
-from scapy.layers.inet import IP, TCP
+from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.l2 import Ether
+from scapy.packet import Packet
 
 from figures import Figure, Goal, at_most
 from lab import CommandFailed, Lab
-from progtest import Programs, elfprobe, own_namespace
+from progtest import Programs, SkBuff, elfprobe, own_namespace
 from runs import inside
 
 BENCH_C = str(Path(__file__).with_name('bench.c'))
@@ -81,17 +83,21 @@ def pinned() -> Iterator[None]:
         os.sched_setaffinity(0, former)
 
 
-def frame(source: str = CLIENT, dest: str = OTHER) -> bytes:
-    """A TCP segment without data."""
+DATAGRAM, SEGMENT = UDP(sport=40112, dport=443), TCP(sport=40112, dport=443, flags='A')
+
+
+def frame(source: str = CLIENT, dest: str = OTHER, layer: Packet = DATAGRAM) -> bytes:
+    """A packet without data."""
     ethernet = Ether(src='02:00:00:00:00:01', dst='02:00:00:00:00:02')
-    return bytes(ethernet / IP(src=source, dst=dest) / TCP(sport=40112, dport=443, flags='A'))
+    return bytes(ethernet / IP(src=source, dst=dest) / layer)
 
 
 # One packet, very often
 
 CASES: dict[str, tuple[str, bytes, Goal]] = {
     'leaves, not of interest': ('egress', frame(), at_most(20)),
-    'leaves, of interest, no probe due': ('egress', frame(dest=SERVER), at_most(50)),
+    'leaves, of interest, no probe due, UDP': ('egress', frame(dest=SERVER), at_most(50)),
+    'leaves, of interest, no probe due, TCP': ('egress', frame(CLIENT, SERVER, SEGMENT), at_most(50)),
     'arrives, not ICMP': ('ingress', frame(OTHER, CLIENT), at_most(15)),
     'arrives, from a destination of interest': ('ingress', frame(SERVER, CLIENT), at_most(40)),
 }
@@ -107,7 +113,9 @@ def by_test_run(quick: bool) -> Iterator[Figure]:
             for _ in range(rounds):
                 for name, (way, packet, _goal) in CASES.items():
                     programs.run(f'elf_{way}', packet)
-                    took = tuple(programs.duration(f'{program}_{way}', packet, repeat)
+                    # What TCP sends has the time with it.
+                    context = SkBuff(tstamp=time.monotonic_ns()) if name.endswith('TCP') else None
+                    took = tuple(programs.duration(f'{program}_{way}', packet, repeat, context)
                                  for program in ('empty', 'elf'))
                     shortest[name] = tuple(map(min, took, shortest.get(name, took)))
         for name, (_, _, goal) in CASES.items():
