@@ -1,13 +1,6 @@
-#!/usr/bin/python3
 """What elfprobe costs programs that are none of its business: time per socket() and close().
 
-$ sudo /usr/bin/python3 tests/bench/sockets.py
-socket() and close(), ns              without  with -a  difference  ratio
-UDP, one after the other                 4787     5137         350  1.073
-UDP, 10,000 a second                     5168     5468         300  1.058
-...
-
-Measured without and with in turn, ROUNDS times. Each figure is the least of those of all rounds: of the means
+Measured without and with -a in turn. Each figure is the least of those of all rounds: of the means
 of many batches, or, of sockets that are made at a steady rate, of a round's medians.
 """
 
@@ -16,18 +9,16 @@ from __future__ import annotations
 import ctypes
 import socket
 import statistics
-import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter_ns
-from typing import Callable
+from typing import Callable, Iterator
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lab import Lab, interrupt_on_signals  # noqa: E402
-from runs import elfprobe  # noqa: E402
+from figures import Figure
+from lab import Lab
+from runs import elfprobe
 
-ROUNDS = 10
 BATCHES, BATCH = 50, 400
 RATE, PACED = 10000, 5000  # sockets per second, sockets
 KINDS = {'UDP': socket.SOCK_DGRAM, 'TCP': socket.SOCK_STREAM}
@@ -60,23 +51,17 @@ def paced(kind: int) -> float:
 MEASURES: dict[str, Callable[[int], float]] = {'one after the other': unpaced, f'{RATE:,} a second': paced}
 
 
-def main() -> None:
-    interrupt_on_signals()
+def per_socket(quick: bool) -> Iterator[Figure]:
+    rounds = 2 if quick else 8
     least: dict[tuple[str, str, bool], float] = {}
     with tempfile.TemporaryDirectory(prefix='elf-') as folder, Lab(routers=1) as lab:
-        for number in range(2 * ROUNDS):
+        for number in range(2 * rounds):
             with ExitStack() as stack:
                 if number % 2:
                     stack.enter_context(elfprobe(lab, '-a', 'speedtest', cwd=Path(folder)))
                 for kind, how in ((kind, how) for kind in KINDS for how in MEASURES):
                     case = kind, how, bool(number % 2)
                     least[case] = min(MEASURES[how](KINDS[kind]), least.get(case, float('inf')))
-    print(f'{"socket() and close(), ns":36}  without  with -a  difference  ratio')
     for kind, how in ((kind, how) for kind in KINDS for how in MEASURES):
         without, beside = least[kind, how, False], least[kind, how, True]
-        figures = f'{without:8.0f} {beside:8.0f} {beside - without:11.0f} {beside / without:6.3f}'
-        print(f'{kind + ", " + how:36} {figures}')
-
-
-if __name__ == '__main__':
-    main()
+        yield Figure(f'socket() and close(), {kind}, {how}, -a', beside - without, 'ns', floor=without)
