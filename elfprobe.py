@@ -179,7 +179,7 @@ class Config:
         return bool(self.apps or self.pids)
 
     def build_flags(self, by_owner: bool = False, tick: int = 0) -> dict[str, str]:
-        """The -D flags of elfprobe.c; tick of the coarse clock in ns."""
+        """The -D flags of elfprobe.c; tick in ns, 0: not to be used."""
         waiting = self.max_rate * (UNANSWERED_AFTER + 1)
         return {
             "NOTRUNC": str(int(self.notrunc)),
@@ -949,11 +949,11 @@ def program_text(hooks_file: str) -> str:
 
 
 def load_program(
-    config: Config, by_owner: bool = False, warnings: bool = False, coarse_clock: bool = True
+    config: Config, by_owner: bool = False, warnings: bool = False, ticks: bool = True
 ) -> Any:
     """Compiles and loads elfprobe.c; gives BCC's object, its programs in .funcs. Raises Failure."""
     text = program_text(config.hooks)
-    tick = round(time.clock_getres(CLOCK_MONOTONIC_COARSE) * 1e9) if coarse_clock else 0
+    tick = round(time.clock_getres(CLOCK_MONOTONIC_COARSE) * 1e9) if ticks else 0
     flags = [f"-D{name}={value}" for name, value in config.build_flags(by_owner, tick).items()]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"] if warnings else ["-w"]
     messages: list[str] = []
@@ -982,9 +982,9 @@ def load_program(
             with captured_stderr(messages):
                 bpf.load_func(name, *kind)
         except Exception as err:
-            if coarse_clock and "#160" in messages[-1]:  # bpf_ktime_get_coarse_ns()
+            if ticks and "#118" in messages[-1]:  # bpf_jiffies64()
                 bpf.cleanup()
-                return load_program(config, by_owner, warnings, coarse_clock=False)
+                return load_program(config, by_owner, warnings, ticks=False)
             detail = "\n".join(messages[-1].strip().splitlines()[-40 if config.debug else -3 :])
             kernel = f"the kernel (Linux {os.uname().release})"
             raise Failure(f"{kernel} does not take {name}: {err}", detail=detail) from err
