@@ -1,44 +1,647 @@
-"""A flow in trouble is left alone."""
+"""What elfprobe must not do: to the application and its packets, to receivers, to firewalls on the way.
+
+    client - r1 - r2 - r3 - r4 - server        a probe with TTL k ends at lab.hop(version, k)
+
+Flows are of sockets of this process, in the namespaces of client and server. Where nothing else is said,
+each packet that may carries a probe. A flow in trouble is left alone.
+"""
 
 from __future__ import annotations
 
+import ast
+import json
+import re
+import socket
+import struct
 import subprocess
+import sys
 import time
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import product
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator, List, Sequence, Tuple
 
 import pytest
 
-from lab import Lab, wait_until
-from runs import Run, elfprobe
+from lab import Host, Lab, end, wait_for_line, wait_until
+from runs import (
+    ECHO_TYPES,
+    ELFPROBE,
+    ICMP,
+    ICMPV6,
+    PROBES,
+    TCP,
+    UDP,
+    Packet,
+    Run,
+    elfprobe,
+    inside,
+    ip_packets,
+    ones_sum,
+)
 
-BLOCK = """\
-table inet trouble {
-    chain forward {
-        type filter hook forward priority 0
-        tcp dport 5201 drop
-    }
+pytestmark = pytest.mark.root
+
+VERSIONS = 4, 6
+HOPS = 1, 2, 3, 4
+FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
+MSS = 1460  # of Ethernet, at most
+PORT, CLIENT_PORT = 7000, 7001  # the server's; the client's, where it is not the kernel's choice
+MIB = 1 << 20
+WINDOW = MIB // 8  # what is under way at once fits into the queue of a veth with XDP: 256 packets
+STALL = 3e9  # ns without an acknowledgement
+TCP_FIN, TCP_SYN, TCP_RST = 0x01, 0x02, 0x04
+
+TRUNCATED_AND_WHOLE = pytest.mark.parametrize('options', [[], ['-T']], ids=['truncated', 'whole'])
+
+# asm-generic/socket.h, linux/net_tstamp.h, linux/errqueue.h, which Python does not know
+SO_TIMESTAMPING = SCM_TIMESTAMPING = 37
+SO_COOKIE = 57
+TX_SOFTWARE, SOFTWARE, OPT_ID, OPT_TSONLY = 1 << 1, 1 << 4, 1 << 7, 1 << 11
+ERRORS = {4: (socket.IPPROTO_IP, 11), 6: (socket.IPPROTO_IPV6, 25)}  # IP_RECVERR, IPV6_RECVERR
+
+# Counts, on TC egress behind elfprobe, the UDP packets to a port by socket, mark, priority and whether it
+# is a probe, until its standard input ends.
+WITNESS = """
+import socket, sys
+from bcc import BPF
+from pyroute2 import IPRoute
+from elfprobe import kernel_headers
+with kernel_headers():
+    bpf = BPF(text='''
+struct kind { u64 cookie; u32 mark, priority; u64 is_probe; };
+BPF_HASH(seen, struct kind, u64);
+int witness(struct __sk_buff *skb)
+{
+	int v6 = skb->protocol == bpf_htons(0x86dd);
+	struct kind kind = { bpf_get_socket_cookie(skb), skb->mark, skb->priority };
+
+	if (load_byte(skb, v6 ? 20 : 23) != 17 || load_half(skb, v6 ? 56 : 36) != PORT)
+		return -1;
+	kind.is_probe = load_byte(skb, v6 ? 21 : 22) <= 32;
+	seen.increment(kind);
+	return -1;
+}''', cflags=['-DPORT=' + sys.argv[1]])
+filter = dict(kind='bpf', index=socket.if_nametoindex('eth0'), handle=1, prio=100, protocol=3,
+              parent=0xFFFFFFF3)
+with IPRoute() as ipr:
+    ipr.tc('add-filter', fd=bpf.load_func('witness', BPF.SCHED_CLS).fd, name='witness', direct_action=True,
+           **filter)
+    print('ready', file=sys.stderr, flush=True)
+    sys.stdin.read()
+    ipr.tc('del-filter', **filter)
+print([(kind.cookie, kind.mark, kind.priority, bool(kind.is_probe), count.value)
+       for kind, count in bpf['seen'].items()])
+"""
+
+BLOCK = """
+chain forward {
+    type filter hook forward priority 0
+    tcp dport 5201 drop
 }
 """
-STALL = 3e9  # ns without an acknowledgement
+STATEFUL = """
+counter invalid { }
+chain forward {
+    type filter hook forward priority 0
+    ct state invalid counter name invalid drop
+}
+"""
+MASQUERADE = """
+chain postrouting {
+    type nat hook postrouting priority 100
+    oifname eth1 masquerade
+}
+"""
+# By client port. Refused packets do not prolong a block.
+SUSPICIOUS = """
+set bad { type inet_service; flags dynamic,timeout; timeout 4s; size 1000; }
+counter refused { }
+chain forward {
+    type filter hook forward priority 0
+    ip ttl < 5 tcp dport 7000 add @bad { tcp sport }
+    ip6 hoplimit < 5 tcp dport 7000 add @bad { tcp sport }
+    tcp dport 7000 tcp sport @bad counter name refused drop
+}
+"""
+
+
+# Traffic
+
+def both(lab: Lab) -> list[str]:
+    return [lab.server_address(version) for version in VERSIONS]
+
+
+def numbered(number: int) -> bytes:
+    return b'%05d' % number + bytes(number * 37 % 1400)
 
 
 @contextmanager
-def blocked(lab: Lab) -> Iterator[None]:
-    """A firewall at hop 2 drops what the client sends."""
-    lab.routers[1].run('nft', '-f', '-', input=BLOCK)
+def udp_sockets(lab: Lab, version: int) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Of client and server, bound."""
+    with ExitStack() as stack:
+        pair = []
+        for host, port in (lab.client, CLIENT_PORT), (lab.server, PORT):
+            with inside(host):
+                pair.append(stack.enter_context(socket.socket(FAMILY[version], socket.SOCK_DGRAM)))
+            pair[-1].settimeout(5)
+            pair[-1].bind(('', port))
+        yield pair[0], pair[1]
+
+
+def send_udp(lab: Lab, version: int, sockets: tuple[socket.socket, socket.socket], count: int) -> None:
+    """Numbered packets, each once the last has arrived."""
+    sender, receiver = sockets
+    sender.connect((lab.server_address(version), PORT))
+    for number in range(count):
+        sender.send(numbered(number))
+        assert receiver.recv(2000) == numbered(number)
+
+
+def send_echo_requests(lab: Lab, version: int, count: int) -> None:
+    """With numbered payload, each once the last is answered."""
+    protocol = {4: ICMP, 6: ICMPV6}[version]
+    with inside(lab.client):
+        raw = socket.socket(FAMILY[version], socket.SOCK_RAW, protocol)
+    with raw:
+        raw.settimeout(5)
+        raw.connect((lab.server_address(version), 0))
+        for number in range(count):
+            data = struct.pack('!HH', CLIENT_PORT, number) + numbered(number)
+            kind = struct.pack('!BB', ECHO_TYPES[protocol], 0)
+            check = struct.pack('!H', 0xFFFF ^ ones_sum(kind + data))  # IPv6's is the kernel's work
+            raw.send(kind + check + data)
+            while not raw.recv(2000).endswith(data):
+                pass
+
+
+@contextmanager
+def tcp_listener(lab: Lab, version: int) -> Iterator[socket.socket]:
+    with inside(lab.server):
+        listener = socket.create_server((lab.server_address(version), PORT), family=FAMILY[version])
+    with listener:
+        listener.settimeout(5)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, WINDOW)
+        yield listener
+
+
+@contextmanager
+def tcp_connection(lab: Lab, listener: socket.socket) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """The client's end and the server's."""
+    with inside(lab.client):
+        sender = socket.socket(listener.family)
+    with sender:
+        sender.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, WINDOW)
+        sender.settimeout(5)
+        sender.connect(listener.getsockname())
+        with listener.accept()[0] as receiver:
+            for side in sender, receiver:
+                side.settimeout(5)
+                side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            yield sender, receiver
+
+
+@contextmanager
+def tcp_pair(lab: Lab, version: int) -> Iterator[tuple[socket.socket, socket.socket]]:
+    with tcp_listener(lab, version) as listener, tcp_connection(lab, listener) as pair:
+        yield pair
+
+
+def exchange(client: socket.socket, server: socket.socket, count: int) -> None:
+    """Requests and responses, in turn, of one packet each."""
+    for number in range(count):
+        for source, sink in (client, server), (server, client):
+            source.sendall(numbered(number))
+            received = b''
+            while len(received) < len(numbered(number)):
+                received += sink.recv(2000)
+            assert received == numbered(number)
+
+
+def transfer(source: socket.socket, sink: socket.socket, size: int) -> None:
+    """As fast as it goes; what arrives is what was sent."""
+    data = b''.join(struct.pack('!I', number) for number in range(size // 4))
+    received = bytearray()
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(source.sendall, data)
+        while len(received) < size:
+            received += sink.recv(MIB)
+        sent.result()
+    assert received == data
+
+
+# The lab
+
+@contextmanager
+def table(host: Host, text: str) -> Iterator[None]:
+    """An nft table of a host."""
+    host.run('nft', '-f', '-', input=f'table inet harm {{ {text} }}\n')
     try:
         yield
     finally:
-        lab.routers[1].run('nft', 'delete', 'table', 'inet', 'trouble')
+        host.run('nft', 'delete', 'table', 'inet', 'harm')
+
+
+def packets_counted(host: Host, counter: str) -> int:
+    """By a named counter of the table."""
+    said = host.run('nft', 'list', 'counter', 'inet', 'harm', counter).stdout
+    return int(re.findall(r'packets (\d+)', said)[0])
+
+
+@contextmanager
+def sysctls(hosts: Sequence[Host], values: dict[str, int]) -> Iterator[None]:
+    before = {host: [int(host.run('sysctl', '-n', name).stdout) for name in values] for host in hosts}
+    try:
+        for host in hosts:
+            host.run('sysctl', '-qw', *(f'{name}={value}' for name, value in values.items()))
+        yield
+    finally:
+        for host in hosts:
+            host.run('sysctl', '-qw', *(f'{name}={value}' for name, value in zip(values, before[host])))
+
+
+def kernel_counters(host: Host) -> Counter[str]:
+    return Counter(json.loads(host.run('nstat', '-asjz').stdout)['kernel'])
+
+
+def from_client(lab: Lab) -> str:
+    """A filter for captures: what the client sends of UDP, TCP and echo requests."""
+    sources = ' or '.join(f'src {lab.client_address(version)}' for version in VERSIONS)
+    return f'({sources}) and (dst port {PORT} or icmp[0] == 8 or icmp6[0] == 128)'
+
+
+def flags(packet: Packet) -> int:
+    return packet.segment[13]
+
+
+def tcp_length(packet: Packet) -> int:
+    """Bytes of payload, captured or not."""
+    length = int.from_bytes(packet.header[2:4] if packet.version == 4 else packet.header[4:6], 'big')
+    return length - packet.l4_length - (len(packet.header) if packet.version == 4 else 0)
+
+
+# The application's packets
+
+Sent = List[Tuple[int, int, bytes, bytes]]
+
+
+def datagrams(lab: Lab) -> tuple[Sent, Sent]:
+    """UDP and echo requests as they leave the client, but for probes, and as they reach the server.
+
+    Echo comes first, by which the path's length is known.
+    """
+    applications = f'({from_client(lab)}) and not {PROBES}'
+    with lab.client.capture(filter=applications) as left, \
+            lab.server.capture(filter=from_client(lab)) as arrived:
+        for version in VERSIONS:
+            send_echo_requests(lab, version, 200)
+            with udp_sockets(lab, version) as sockets:
+                send_udp(lab, version, sockets, 200)
+    return as_sent(ip_packets(left)), as_sent(ip_packets(arrived))
+
+
+def as_sent(packets: list[Packet]) -> Sent:
+    """Packets; identification or flow label, which sockets choose at random, counted from the first one's."""
+    first: dict[Any, int] = {}
+    found = []
+    for packet in packets:
+        assert packet.has_valid_header_checksum
+        number = (packet.ip_id - first.setdefault(packet.flow, packet.ip_id)) % 2**16
+        header = packet.header
+        header = header[:4] + header[6:10] + header[12:] if packet.version == 4 else header[4:]
+        found.append((number, packet.tos, header, packet.segment))
+    return found
+
+
+@TRUNCATED_AND_WHOLE
+def test_datagrams_are_as_without(lab4: Lab, tmp_path: Path, options: list[str]) -> None:
+    """Bytes, order and number, where they leave and where they arrive; no probe arrives."""
+    without = datagrams(lab4)
+    with elfprobe(lab4, '-p', '0', *options, *both(lab4), cwd=tmp_path) as run:
+        beside = datagrams(lab4)
+    assert beside == without
+    assert [len(packets) for packets in without] == [800, 800]
+    probed = Counter((row.dest, row.protocol) for row in run.rows())
+    assert len(probed) == 4
+    assert min(probed.values()) > 190
+
+
+@pytest.mark.parametrize('version', VERSIONS)
+def test_each_byte_of_a_stream_is_sent_once(lab4: Lab, tmp_path: Path, version: int) -> None:
+    """In order, in packets that are yet to be segmented, none of them a retransmission; no probe arrives."""
+    early = {'net.ipv4.tcp_early_retrans': 0}  # or else a busy machine looks like a loss
+    applications = f'({from_client(lab4)}) and not {PROBES}'
+    with sysctls([lab4.client], early), \
+            lab4.client.capture(filter=applications, snaplen=120) as left, \
+            lab4.server.capture(filter=PROBES) as probes, \
+            elfprobe(lab4, '-p', '0', lab4.server_address(version), cwd=tmp_path) as run, \
+            tcp_pair(lab4, version) as (sender, receiver):
+        transfer(sender, receiver, 16 * MIB)
+        assert run.stop() == 0
+    packets = ip_packets(left)
+    lengths = [tcp_length(packet) for packet in packets]
+    expected = packets[0].sequence
+    for packet, length in zip(packets, lengths):
+        assert packet.sequence == expected % 2**32
+        expected += length + bool(flags(packet) & (TCP_SYN | TCP_FIN))
+    assert sum(lengths) == 16 * MIB
+    assert max(lengths) > 10 * MSS
+    assert not probes.packets()
+    assert len(run.rows()) > 100
+
+
+@pytest.mark.parametrize('version', VERSIONS)
+def test_mark_priority_socket_and_time_stamps(lab4: Lab, tmp_path: Path, version: int) -> None:
+    """Packets have them behind elfprobe; probes the first two. Each packet is time-stamped once, in order."""
+    address = lab4.server_address(version)
+    with ExitStack() as stack:
+        stack.callback(lab4.client.run, 'tc', 'qdisc', 'del', 'dev', 'eth0', 'clsact', check=False)
+        elf = stack.enter_context(elfprobe(lab4, '-p', '0', address, cwd=tmp_path))
+        sender, receiver = stack.enter_context(udp_sockets(lab4, version))
+        cookie, = struct.unpack('Q', sender.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))
+        sender.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 0x77)
+        sender.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, 5)
+        sender.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPING, TX_SOFTWARE | SOFTWARE | OPT_ID | OPT_TSONLY)
+        witness = lab4.client.popen(sys.executable, '-c', WITNESS, str(PORT), cwd=ELFPROBE.parent,
+                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        stack.callback(end, witness)
+        wait_for_line(witness, 'ready')
+        send_echo_requests(lab4, version, 1)
+        send_udp(lab4, version, (sender, receiver), 200)
+        stamped = list(time_stamps(sender, version, 200))
+        seen = ast.literal_eval(witness.communicate(timeout=10)[0])
+    probes = len(elf.rows()) - 1
+    assert probes > 190
+    assert sorted(seen) == [(0, 0x77, 5, True, probes), (cookie, 0x77, 5, False, 200)]
+    assert stamped == list(range(200))
+
+
+def time_stamps(udp: socket.socket, version: int, count: int) -> Iterator[int]:
+    """The numbers of packets of which time stamps have come, of as many as there should be and all others."""
+    number = 0
+    udp.setblocking(False)
+    while True:
+        try:
+            _, control, _, _ = udp.recvmsg(0, 500, socket.MSG_ERRQUEUE)
+        except BlockingIOError:
+            assert number >= count
+            return
+        found = {(level, kind): data for level, kind, data in control}
+        assert any(found[socket.SOL_SOCKET, SCM_TIMESTAMPING][:16])
+        yield struct.unpack_from('=I4BII', found[ERRORS[version]])[-1]
+        number += 1
+
+
+# Receivers
+
+def counted(lab: Lab) -> list[dict[str, int]]:
+    """What client and server count of TCP in exchanges of both families, but for what time decides."""
+    hosts = lab.client, lab.server
+    before = [kernel_counters(host) for host in hosts]
+    for version in VERSIONS:
+        with tcp_pair(lab, version) as pair:
+            exchange(*pair, 300)
+    now = [kernel_counters(host) for host in hosts]
+    grown = [Counter({name: host[name] - earlier[name] for name in host if name.startswith('Tcp')})
+             for host, earlier in zip(now, before)]
+    for host, peer in zip(grown, reversed(grown)):
+        host['TcpOutSegs'] -= host['TcpExtDelayedACKs']
+        peer['TcpInSegs'] -= host['TcpExtDelayedACKs']
+    by_time = re.compile('HP|PureAcks|TW|Delayed')
+    return [{name: value for name, value in host.items() if value and not by_time.search(name)}
+            for host in grown]
+
+
+@TRUNCATED_AND_WHOLE
+def test_hosts_count_the_same_segments(lab4: Lab, tmp_path: Path, options: list[str]) -> None:
+    """Neither duplicates nor acknowledgements, or whatever else TCP counts, come of probes."""
+    without = counted(lab4)
+    with elfprobe(lab4, '-p', '0', *options, *both(lab4), cwd=tmp_path) as run:
+        beside = counted(lab4)
+    assert beside == without
+    assert all(host['TcpInSegs'] > 600 for host in without)
+    assert len(run.rows()) > 600
+
+
+@TRUNCATED_AND_WHOLE
+def test_time_exceeded_do_no_harm(lab4: Lab, tmp_path: Path, options: list[str]) -> None:
+    """Sockets get them: no connection is refused or reset, nothing sent again, no UDP socket sees an error.
+
+    Neither SYN, nor FIN, nor RST carried a probe.
+    """
+    before = kernel_counters(lab4.client)
+    with lab4.client.capture(filter=from_client(lab4), snaplen=120) as left, \
+            elfprobe(lab4, '-p', '0', '-I', 'pass', *options, *both(lab4), cwd=tmp_path) as run:
+        for version in VERSIONS:
+            send_echo_requests(lab4, version, 1)
+            with tcp_listener(lab4, version) as listener:
+                for number in range(100):
+                    with tcp_connection(lab4, listener) as (client, server):
+                        exchange(client, server, 3)
+                        leave(client, server, number)
+            with udp_sockets(lab4, version) as (sender, receiver):
+                send_udp(lab4, version, (sender, receiver), 200)
+                assert sender.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+        assert run.stop() == 0
+    counters = kernel_counters(lab4.client)
+    counters.subtract(before)
+    answered = [sum(row.is_answered for row in run.rows() if row.dest == dest) for dest in both(lab4)]
+    assert [counters['IcmpInTimeExcds'], counters['Icmp6InTimeExcds']] == answered
+    assert min(answered) > 500
+    assert counters['TcpRetransSegs'] == counters['TcpAttemptFails'] == 0
+    carriers = list(carriers_of_probes(ip_packets(left)))
+    assert len(carriers) == len(run.rows())
+    assert not [packet for packet in carriers if packet.protocol == TCP
+                and flags(packet) & (TCP_SYN | TCP_FIN | TCP_RST)]
+    assert not [packet for packet in ip_packets(left) if packet.ttl <= 32 and packet.protocol == TCP
+                and flags(packet) & (TCP_SYN | TCP_FIN | TCP_RST)]
+
+
+def leave(client: socket.socket, server: socket.socket, number: int) -> None:
+    """End a connection in one of the ways there are: client or server first, with data, by a reset."""
+    if number % 4 == 0:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+        client.close()
+    elif number % 4 == 1:
+        server.close()
+        assert client.recv(1) == b''
+    elif number % 4 == 2:
+        client.shutdown(socket.SHUT_WR)
+        assert server.recv(1) == b''
+    else:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        client.send(b'last')  # goes with the FIN
+        client.close()
+        assert server.recv(5) == b'last'
+
+
+def carriers_of_probes(packets: list[Packet]) -> Iterator[Packet]:
+    """For each probe the packet of which it is a copy, which follows it."""
+    waiting: dict[Any, int] = Counter()
+    for packet in packets:
+        if packet.ttl <= 32:
+            waiting[packet.flow] += 1
+        elif waiting.pop(packet.flow, 0):
+            yield packet
+
+
+# Firewalls
+
+@TRUNCATED_AND_WHOLE
+def test_stateful_firewall(lab4: Lab, tmp_path: Path, options: list[str]) -> None:
+    """At hop 2, it drops what conntrack calls invalid: nothing, with any TCP options, busy or after silence.
+
+    Conntrack minds acknowledgements, but hardly sequence numbers that are too low. Firewalls that do want
+    them no farther back than the receiver's window.
+    """
+    r2, ends = lab4.routers[1], [lab4.client, lab4.server]
+    names = [f'net.ipv4.tcp_{name}' for name in ('window_scaling', 'sack', 'timestamps')]
+    variants = [dict.fromkeys(names, 1), *({**dict.fromkeys(names, 1), name: 0} for name in names),
+                dict.fromkeys(names, 0)]
+    with ExitStack() as stack:
+        stack.enter_context(sysctls([r2], {'net.netfilter.nf_conntrack_tcp_be_liberal': 0}))
+        stack.enter_context(table(r2, STATEFUL))
+        seen = stack.enter_context(lab4.client.capture(filter=f'tcp port {PORT}', snaplen=120))
+        run = stack.enter_context(elfprobe(lab4, '-p', '0', *options, *both(lab4), cwd=tmp_path))
+        listeners = [stack.enter_context(tcp_listener(lab4, version)) for version in VERSIONS]
+        connections = []
+        for variant in variants:
+            with sysctls(ends, variant):
+                connections += [stack.enter_context(tcp_connection(lab4, listener)) for listener in listeners]
+        ports = [client.getsockname()[1] for client, _ in connections]
+        for client, server in connections:
+            for side in client, server:
+                side.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                side.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
+            exchange(client, server, 20)
+            transfer(client, server, 2 * MIB)
+            transfer(server, client, 2 * MIB)
+        time.sleep(2)  # the silence, but for keep-alives
+        for number, (client, server) in enumerate(connections):
+            exchange(client, server, 20)
+            transfer(client, server, MIB)
+            leave(client, server, number)
+            client.close()
+            server.close()
+        assert run.stop() == 0
+        assert packets_counted(r2, 'invalid') == 0
+    check_age_of_probes(ip_packets(seen))
+    rows = defaultdict(list)
+    for row in run.rows():
+        rows[row.sport, row.outttl].append(row)
+    for port, ttl in product(ports, HOPS):
+        assert len(rows[port, ttl]) > 20
+        assert sum(row.is_answered for row in rows[port, ttl]) > 0.97 * len(rows[port, ttl])
+
+
+def check_age_of_probes(packets: list[Packet]) -> None:
+    """None begins farther below the end of what was sent before than the receiver's first window."""
+    window = min(int.from_bytes(packet.segment[14:16], 'big') for packet in packets
+                 if packet.sport == PORT and flags(packet) & TCP_SYN)
+    ends: dict[Any, int] = {}
+    for packet in packets:
+        if packet.dport == PORT:
+            back = (ends.get(packet.flow, packet.sequence) - packet.sequence + 2**31) % 2**32 - 2**31
+            if packet.ttl <= 32:
+                assert back <= window
+            elif back <= 0:
+                ends[packet.flow] = packet.sequence + tcp_length(packet)
+
+
+def test_nat(lab4: Lab, tmp_path: Path) -> None:
+    """At hop 1: probes are translated, and their answers back, so that rows are as without.
+
+    Checksums are finished: a quoted one that is not (which only veth sends) comes back wrong from any NAT.
+    """
+    r1 = lab4.routers[0]
+    lab4.set_checksum_offload(False)
+    try:
+        with table(r1, MASQUERADE), \
+                r1.capture(r1.devices[1], filter=from_client(lab4)) as untranslated, \
+                elfprobe(lab4, '-p', '0', *both(lab4), cwd=tmp_path) as run:
+            for version in VERSIONS:
+                send_echo_requests(lab4, version, 200)
+                with udp_sockets(lab4, version) as sockets:
+                    send_udp(lab4, version, sockets, 200)
+                with tcp_pair(lab4, version) as pair:
+                    exchange(*pair, 200)
+                    transfer(*pair, 2 * MIB)
+            assert run.stop() == 0
+    finally:
+        lab4.set_checksum_offload(True)
+    assert not untranslated.packets()
+    rows = defaultdict(list)
+    for row in run.rows():
+        rows[row.dest, row.protocol, row.outttl].append(row)
+    for version, protocol, ttl in product(VERSIONS, (ICMP, UDP, TCP), HOPS):
+        some = rows[lab4.server_address(version), {(6, ICMP): ICMPV6}.get((version, protocol), protocol), ttl]
+        answered = [row for row in some if row.is_answered]
+        assert len(some) > 40
+        assert len(answered) > 0.97 * len(some)
+        assert {row.responder for row in answered} == {lab4.hop(version, ttl)}
+
+
+def test_suspicious_firewall(lab4: Lab, tmp_path: Path) -> None:
+    """At hop 2, it takes a low TTL for an attack: the second time a flow is blocked is the last."""
+    r2 = lab4.routers[1]
+    with ExitStack() as stack:
+        stack.enter_context(table(r2, SUSPICIOUS))
+        seen = stack.enter_context(lab4.client.capture(filter=f'tcp port {PORT}', snaplen=120))
+        run = stack.enter_context(elfprobe(lab4, *both(lab4), cwd=tmp_path))
+        pairs = [stack.enter_context(tcp_pair(lab4, version)) for version in VERSIONS]
+        arrived = [0, 0]
+        for pair in pairs:
+            for side in pair:
+                side.setblocking(False)
+
+        def talk() -> list[int]:
+            """Have both clients send; how many bytes have arrived from each."""
+            for number, (client, server) in enumerate(pairs):
+                with suppress(BlockingIOError):
+                    client.send(bytes(1000))
+                    arrived[number] += len(server.recv(MIB))
+            return arrived
+
+        def is_said(text: str) -> bool:
+            """Of the flows to both destinations."""
+            talk()
+            return all(re.search(f'{re.escape(dest)} .*{text}', run.log) for dest in both(lab4))
+
+        wait_until(lambda: is_said('nothing is acknowledged any more'), 20, 'the flows stall')
+        wait_until(lambda: is_said('moves again'), 20, 'the flows move again')
+        wait_until(lambda: is_said('left alone for the rest of this run'), 20, 'the flows are left alone')
+        quiet = time.monotonic_ns()
+        before = list(arrived)
+        wait_until(lambda: all(now > then + 10_000 for now, then in zip(talk(), before)), 20, 'they go on')
+        refused, before = packets_counted(r2, 'refused'), list(arrived)
+        wait_until(lambda: all(now > then + 500_000 for now, then in zip(talk(), before)), 20, 'they go on')
+        assert packets_counted(r2, 'refused') == refused > 0
+        assert run.stop() == 0
+    assert {row.dest for row in run.rows()} == set(both(lab4))
+    assert max(row.sendtime for row in run.rows()) < quiet
+    assert max(since_acknowledged(ip_packets(seen))) < STALL + 5e8
+
+
+def since_acknowledged(packets: list[Packet]) -> Iterator[int]:
+    """For each probe how long ago something new of its flow was acknowledged, ns."""
+    acknowledged: dict[Any, bytes] = {}
+    times: dict[Any, int] = {}
+    for packet in packets:
+        if packet.dport == PORT and packet.ttl <= 32:
+            yield packet.time - times[packet.version, packet.sport]
+        elif packet.sport == PORT:
+            flow, number = (packet.version, packet.dport), packet.segment[8:12]
+            if number != acknowledged.get(flow):
+                acknowledged[flow], times[flow] = number, packet.time
 
 
 def stall(lab: Lab, run: Run, says: str) -> tuple[int, int]:
     """Block the flow, once it is probed, until elfprobe says so. From when to when, CLOCK_MONOTONIC, ns."""
     rows = len(run.rows())
     wait_until(lambda: len(run.rows()) >= rows + 50, 10, 'the flow is probed')
-    with blocked(lab):
+    with table(lab.routers[1], BLOCK):
         begin = time.monotonic_ns()
         wait_until(lambda: says in run.log, 20, says)
         return begin, time.monotonic_ns()
@@ -48,23 +651,24 @@ def segments_sent(lab: Lab) -> int:
     return int(lab.client.run('nstat', '-asz', 'TcpOutSegs').stdout.split()[-2])
 
 
-@pytest.mark.root
-@pytest.mark.parametrize('version', [4, 6])
+@pytest.mark.parametrize('version', VERSIONS)
 def test_stalled_flow_is_not_probed(lab4: Lab, tmp_path: Path, version: int) -> None:
     """Neither while it stalls nor, after a second time, ever again; nor are its retransmissions."""
-    with lab4.iperf3_server(), elfprobe(lab4, '-d', lab4.server_address(version), cwd=tmp_path) as run:
-        lab4.client.popen('iperf3', '-c', lab4.server_address(version), '-t', '60', '-b', '10M',
-                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with ExitStack() as stack:
+        stack.enter_context(lab4.iperf3_server())
+        run = stack.enter_context(elfprobe(lab4, '-d', lab4.server_address(version), cwd=tmp_path))
+        iperf3 = 'iperf3', '-c', lab4.server_address(version), '-t', '60', '-b', '10M'
+        stack.callback(end, lab4.client.popen(*iperf3, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         first = stall(lab4, run, 'nothing is acknowledged any more')
         wait_until(lambda: 'moves again' in run.log, 20, 'it moves again')
         second = stall(lab4, run, 'left alone for the rest of this run')
         sent = segments_sent(lab4)
         wait_until(lambda: segments_sent(lab4) >= sent + 100, 20, 'the flow goes on')
         assert run.stop() == 0
-    assert all(end - begin > 0.8 * STALL for begin, end in (first, second))
+    assert all(until - begin > 0.8 * STALL for begin, until in (first, second))
     assert run.counters['carrier_resent'] > 0
     sendtimes = [row.sendtime for row in run.rows()]
     # What was not sent before goes out until the window is full, which takes less than a second.
-    for begin, end in first, second:
-        assert not [sendtime for sendtime in sendtimes if begin + 1e9 < sendtime < end]
+    for begin, until in first, second:
+        assert not [sendtime for sendtime in sendtimes if begin + 1e9 < sendtime < until]
     assert max(sendtimes) < second[1]
