@@ -39,6 +39,9 @@
 #ifndef MAX_RATE
 #error "MAX_RATE: most probes per second over all destinations, 1 or more"
 #endif
+#ifndef SALT
+#error "SALT: 16 bits by which the numbers in probes differ from those that can be counted along"
+#endif
 #ifndef INGRESS_DROP
 #error "INGRESS_DROP: 1 drops time exceeded that answers a probe, 0 passes it to the stack"
 #endif
@@ -114,6 +117,9 @@
 #define UDP_HEAD 32      /* payload bytes that tell UDP packets with unfinished checksums apart */
 #define UDP_SUM_MAX 9216 /* longest UDP payload that is summed up here: jumbo frames */
 #define SUM_CHUNK 512    /* most that bpf_csum_diff() takes at once */
+
+/* The driver is woken for every so many results of a CPU. */
+#define WAKE_EVERY 1024
 
 /* ---- Headers (no kernel header is needed to compile this) --------------------------------- */
 
@@ -333,6 +339,7 @@ struct counters {
 	__u64 flow_stalled;    /* due, but nothing of the flow is acknowledged any more */
 	__u64 driver_silent;   /* due, but the driver has not been heard for too long */
 	__u64 processes_full;  /* a process of interest for which there was no room */
+	__u64 events_lost;     /* of processes and flows, for which their ring had no room */
 	__u64 not_ours;        /* time exceeded that answers nothing in flight */
 	__u64 reached;         /* probes that the destination itself answered */
 };
@@ -427,6 +434,14 @@ static inline struct counters *this_cpu_counters(void)
 	return counters.lookup(&zero);
 }
 
+/* The driver looks at the ring now and then, and is woken when so much has come that this may be too late. */
+static inline __u64 wakeup_flag(void)
+{
+	struct counters *count = this_cpu_counters();
+
+	return count && count->replies % WAKE_EVERY == 0 ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
+}
+
 /* ---- Internet checksums (RFC 1071) -------------------------------------------------------- */
 
 /* 16-bit one's complement sum; never 0 for a sum that is not 0, as the kernel's own. */
@@ -443,6 +458,12 @@ static inline __u16 csum_fold(__u64 sum)
 static inline __u16 csum_replace(__u16 check, __u16 from, __u16 to)
 {
 	return ~csum_fold((__u64)(__u16)~check + (__u16)~from + to);
+}
+
+static inline int is_same(const struct address *a, const struct address *b)
+{
+	return a->word[0] == b->word[0] && a->word[1] == b->word[1] && a->word[2] == b->word[2] &&
+	       a->word[3] == b->word[3];
 }
 
 static inline __u64 csum_address(const struct address *a)
@@ -705,10 +726,12 @@ static inline void wake_hops(struct path *path, __u32 nr, __u64 fell, __u64 now)
 	struct hop *hop;
 	__u32 i;
 
-#pragma unroll
+#pragma clang loop unroll(disable)
 	for (i = 1; i <= MAX_HOPS; i++) {
-		hop = &path->hops[i];
-		if (i > nr && hop->resting && hop->since + TOGETHER > fell) {
+		hop = hop_at(path, nr + i);
+		if (!hop)
+			break;
+		if (hop->resting && hop->since + TOGETHER > fell) {
 			hop->due = min64(hop->due, now + HOP_INTERVAL);
 			hop->rests = 0;
 		}
@@ -970,6 +993,7 @@ static inline void learn_reached(struct path *path, __u32 ttl)
 	if (ttl && path->responsive >= ttl)
 		path->responsive = ttl - 1;
 	bpf_spin_unlock(&schedule->lock);
+	COUNT(reached);
 }
 
 /* ---- Rewriting: the clone becomes the probe ----------------------------------------------- */
@@ -1135,7 +1159,7 @@ static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, 
 		if (!exact) {
 			if ((void *)(balance + 1) > l4.end)
 				return -1;
-			check = bpf_htons(1 + claim->seq % 65535);
+			check = bpf_htons(1 + (claim->seq + SALT) % 65535);
 			*balance = ~csum_fold(sum + check);
 			udp->check = check;
 		} else if (partial) {
@@ -1156,7 +1180,7 @@ static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, 
 		if (!exact) {
 			if ((void *)(balance + 1) > l4.end)
 				return -1;
-			icmp->sequence = bpf_htons(claim->seq);
+			icmp->sequence = bpf_htons(claim->seq + SALT);
 			sum = pkt.version == 6 ? pseudo + bpf_htonl(new_len) : 0;
 			sum += *(__u16 *)icmp + icmp->check + icmp->id + icmp->sequence;
 			*balance = ~csum_fold(sum);
@@ -1267,7 +1291,8 @@ static inline void enter_process(struct process_event *event, const struct app_n
 
 static inline void tell_driver(struct process_event *event)
 {
-	process_events.ringbuf_output(event, sizeof(*event), 0);
+	if (process_events.ringbuf_output(event, sizeof(*event), 0))
+		COUNT(events_lost);
 }
 
 /* sched_process_exec, in the process. One that is of interest stays so, under its new name; any
@@ -1404,12 +1429,11 @@ static inline int is_of_interest(struct owner *owner)
 /* Which process of interest the packet comes from; 0: none. */
 static inline struct owner *packet_owner(struct __sk_buff *skb)
 {
+	struct bpf_sock *sk = skb->sk; /* whether it is a full one, the helper asks itself (Linux 5.10) */
 	struct owner *owner;
-	struct bpf_sock *sk;
 
 	if (!BY_OWNER)
 		return 0;
-	sk = packet_socket(skb);
 	owner = sk ? sockets.sk_storage_get(sk, 0, 0) : 0;
 	return owner && is_of_interest(owner) ? owner : 0;
 }
@@ -1434,6 +1458,13 @@ static inline struct path *known_path(struct address *dest, const __u8 *mark)
 	if (BY_OWNER && !path && *mark & IN_PEERS)
 		path = peers.lookup(dest);
 	return path;
+}
+
+static inline struct path *path_to(struct address *dest)
+{
+	__u8 *mark = mark_of(dest);
+
+	return mark && *mark ? known_path(dest, mark) : 0;
 }
 
 /* A flow of interest makes its destination one. */
@@ -1502,7 +1533,8 @@ static inline void tell_of_flow(const struct packet *pkt, const struct tcphdr *t
 	event.flow.sport = tcp->source;
 	event.flow.dport = tcp->dest;
 	event.flow.protocol = IPPROTO_TCP;
-	flow_events.ringbuf_output(&event, sizeof(event), 0);
+	if (flow_events.ringbuf_output(&event, sizeof(event), 0))
+		COUNT(events_lost);
 }
 
 /* May the TCP flow that the packet, parsed up to the cursor, belongs to be probed now? Not from what
@@ -1663,21 +1695,28 @@ static inline struct probe *find_probe(struct hdr_cursor *nh, const struct packe
 	return in_flight.lookup(key);
 }
 
-/* A time exceeded, its quote at the cursor. 1 if it answers a probe of ours. */
-static inline int receive_reply(struct xdp_md *ctx, struct hdr_cursor *nh, const struct packet *outer)
+/* An ICMP error, its quote at the cursor. 1 if it is a time exceeded that answers a probe of ours. */
+static inline int receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, const struct packet *outer,
+				const struct icmphdr *icmp)
 {
 	__u64 now = bpf_ktime_get_ns(); /* before anything else: this is the measurement */
 	struct result result = {};
 	struct packet quote = {};
 	struct probe *probe;
 	struct path *path;
-	__u8 *mark;
 
 	if ((outer->version == 4 ? parse_iphdr(nh, &quote) : parse_ip6hdr(nh, &quote)) < 0)
 		return 0;
 	probe = find_probe(nh, &quote, &result.key);
 	if (!probe)
 		return 0;
+	path = path_to(&result.key.dest);
+	if (!is_time_exceeded(outer, icmp)) {
+		/* The application's own packets, which with NOTRUNC have a probe's identity, say nothing. */
+		if (path && quote.ttl <= MAX_HOPS && is_same(&outer->saddr, &result.key.dest))
+			learn_reached(path, probe->outttl);
+		return 0;
+	}
 	result.probe = *probe;
 	/* Whoever removes it owns it: another CPU, or the driver for which it is too old. */
 	if (in_flight.delete(&result.key))
@@ -1687,8 +1726,6 @@ static inline int receive_reply(struct xdp_md *ctx, struct hdr_cursor *nh, const
 	result.reply.recvcpu = bpf_get_smp_processor_id();
 	result.reply.inipid = quote.ip_id;
 	result.reply.recvttl = outer->ttl;
-	mark = mark_of(&result.key.dest);
-	path = mark ? known_path(&result.key.dest, mark) : 0;
 	if (path)
 		learn_hop(path, &result.probe, outer->ttl, now);
 	if (outer->version == 4)
@@ -1696,44 +1733,29 @@ static inline int receive_reply(struct xdp_md *ctx, struct hdr_cursor *nh, const
 	else
 		elf_v6_afterrecv(ctx);
 	COUNT(replies);
-	if (results.ringbuf_output(&result, sizeof(result), BPF_RB_NO_WAKEUP))
+	if (results.ringbuf_output(&result, sizeof(result), wakeup_flag()))
 		COUNT(results_lost);
 	return 1;
 }
 
-/* An echo reply or an unreachable of a destination: does it answer a probe, which came too far then? */
-static inline void notice_reached(struct hdr_cursor *nh, const struct packet *pkt, struct path *path)
+/* An echo reply: does it answer a probe, which came too far then? */
+static inline void receive_echo_reply(const struct packet *pkt, const struct icmphdr *icmp)
 {
-	struct icmphdr *icmp = nh->pos;
-	struct packet quote = {};
 	struct probe_key key = {};
 	struct probe *probe;
+	struct path *path;
 
-	if ((void *)(icmp + 1) > nh->end)
+	key.dest = pkt->saddr;
+	key.protocol = pkt->protocol;
+	key.sport = icmp->id;
+	key.ident = bpf_ntohs(icmp->sequence);
+	probe = in_flight.lookup(&key);
+	/* The application's own may have the same number, but are of another size. */
+	if (!probe || !probe->kept || pkt->l4_len != sizeof(*icmp) + probe->kept)
 		return;
-	if (is_echo_reply(pkt, icmp)) {
-		key.dest = pkt->saddr;
-		key.protocol = pkt->protocol;
-		key.sport = icmp->id;
-		key.ident = bpf_ntohs(icmp->sequence);
-		probe = in_flight.lookup(&key);
-		/* The application's own may have the same number, but are of another size. */
-		if (!probe || !probe->kept || pkt->l4_len != sizeof(*icmp) + probe->kept)
-			return;
-	} else if (is_dest_unreach(pkt, icmp)) {
-		nh->pos = icmp + 1;
-		if ((pkt->version == 4 ? parse_iphdr(nh, &quote) : parse_ip6hdr(nh, &quote)) < 0)
-			return;
-		if (quote.ttl > MAX_HOPS)
-			return; /* the application's own, which with NOTRUNC has a probe's identity */
-		probe = find_probe(nh, &quote, &key);
-	} else {
-		return;
-	}
-	if (!probe)
-		return;
-	learn_reached(path, probe->outttl);
-	COUNT(reached);
+	path = path_to(&key.dest);
+	if (path)
+		learn_reached(path, probe->outttl);
 }
 
 /* Every packet that arrives. All pass, but for the replies to our probes with INGRESS_DROP. */
@@ -1743,26 +1765,25 @@ int elf_ingress(struct xdp_md *ctx)
 	struct packet pkt = {};
 	struct icmphdr *icmp;
 	struct path *path;
-	__u8 *mark;
 
 	if (parse_frame(&nh, &pkt) < 0)
 		return XDP_PASS;
 	icmp = nh.pos;
-	if (is_icmp(&pkt) && !pkt.fragment && (void *)(icmp + 1) <= nh.end && is_time_exceeded(&pkt, icmp)) {
+	if (is_icmp(&pkt) && !pkt.fragment && (void *)(icmp + 1) <= nh.end) {
 		nh.pos = icmp + 1;
-		if (receive_reply(ctx, &nh, &pkt))
-			return INGRESS_DROP ? XDP_DROP : XDP_PASS;
-		COUNT(not_ours);
-		return XDP_PASS;
+		if (is_time_exceeded(&pkt, icmp) || is_dest_unreach(&pkt, icmp)) {
+			if (receive_error(ctx, &nh, &pkt, icmp))
+				return INGRESS_DROP ? XDP_DROP : XDP_PASS;
+			if (is_time_exceeded(&pkt, icmp)) {
+				COUNT(not_ours);
+				return XDP_PASS;
+			}
+		} else if (is_echo_reply(&pkt, icmp)) {
+			receive_echo_reply(&pkt, icmp);
+		}
 	}
-	mark = mark_of(&pkt.saddr);
-	if (!mark || !*mark)
-		return XDP_PASS;
-	path = known_path(&pkt.saddr, mark);
-	if (!path)
-		return XDP_PASS;
-	if (is_icmp(&pkt) && !pkt.fragment)
-		notice_reached(&nh, &pkt, path);
-	learn_length(path, pkt.ttl);
+	path = path_to(&pkt.saddr);
+	if (path)
+		learn_length(path, pkt.ttl);
 	return XDP_PASS;
 }

@@ -26,13 +26,14 @@ import dataclasses
 import errno
 import fcntl
 import functools
-import importlib.metadata
 import ipaddress
 import logging
 import logging.handlers
+import math
 import os
 import queue
 import re
+import secrets
 import select
 import signal
 import socket
@@ -72,13 +73,16 @@ COLUMNS = (
 UNANSWERED_AFTER = 5.0  # s that a probe may be outstanding
 ALIVE_FOR = 2.0  # s without a heartbeat after which the kernel makes no more probes
 BEAT_EVERY = 0.5  # s
-DRAIN_EVERY = 0.05  # s between two looks at the result ring
+DRAIN_EVERY = 0.25  # s between two looks at the result ring, at most
+BATCH = 4096  # entries of a hash that are read at once
 STRAY_REPLIES = 0.5  # s to wait for replies after the last probe
 SCAN_EVERY = 1.0  # s between two looks at the processes
 LINGER = 30.0  # s that a destination stays of interest after its last connection ended
 DESTINATIONS_MAX = 65536
 PEERS_MAX = 16384  # destinations of processes' flows
-RESULTS_PAGES = 1024  # of the result ring: 4 MiB hold what 50 ms at 800,000 rows a second bring
+RING_HOLDS = 0.25  # s of results at the highest rate
+RING_PAGE = os.sysconf("SC_PAGESIZE")
+RESULT_BYTES = 128  # of struct result in the ring, at most
 CONSOLE_LINES = 1000  # that may wait for a console which does not take them
 CONSOLE_PATIENCE = 1.0  # s that the end waits for it
 
@@ -173,6 +177,7 @@ class Config:
     quiet: bool = False
     duration: float | None = None  # s
     max_rate: int = 50000  # probes per second
+    salt: int = 0  # 16 bits that nobody else knows
 
     @property
     def by_process(self) -> bool:
@@ -186,15 +191,21 @@ class Config:
             "RATE_GLOBAL": str(int(self.rate_global)),
             "INTERVAL_NS": f"{self.probeint * 1000000}ULL",
             "MAX_RATE": f"{self.max_rate}ULL",
+            "SALT": str(self.salt),
             "INGRESS_DROP": str(int(self.ingress == "drop")),
             "TICK_NS": f"{tick}ULL",
             "BY_OWNER": str(int(by_owner)),
             "BY_APP": str(int(by_owner and bool(self.apps))),
             "DESTINATIONS_MAX": str(DESTINATIONS_MAX),
             "PEERS_MAX": str(PEERS_MAX if by_owner else 1),
-            "IN_FLIGHT_MAX": str(1 << int(min(max(waiting, 1024), 1 << 18) - 1).bit_length()),
-            "RESULTS_PAGES": str(RESULTS_PAGES),
+            "IN_FLIGHT_MAX": str(power_of_two(min(max(waiting, 1024), 1 << 18))),
+            "RESULTS_PAGES": str(power_of_two(self.max_rate * RING_HOLDS * RESULT_BYTES / RING_PAGE)),
         }
+
+
+def power_of_two(least: float) -> int:
+    """The first that is no less."""
+    return 1 << (max(math.ceil(least), 1) - 1).bit_length()
 
 
 EXAMPLES = """\
@@ -248,9 +259,11 @@ def rate_type(text: str) -> str:
 
 
 def package_version(name: str) -> str:
+    from importlib import metadata  # takes long
+
     try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
         return "missing"
 
 
@@ -340,6 +353,7 @@ def parse_arguments(argv: list[str]) -> Config:
         quiet=args.quiet,
         duration=args.duration,
         max_rate=args.max_rate,
+        salt=secrets.randbits(16),
     )
 
 
@@ -492,7 +506,8 @@ def connected_addresses(chosen: dict[int, str]) -> dict[bytes, str]:
 def mark_of(packed: bytes) -> int:
     """Which of all marks an address has: mark_of() of elfprobe.c."""
     first, second, third, fourth = struct.unpack("=4I", packed)
-    return ((first ^ second ^ third ^ fourth) * 0x9E3779B1 & 0xFFFFFFFF) >> 12
+    number: int = (first ^ second ^ third ^ fourth) * 0x9E3779B1 & 0xFFFFFFFF
+    return number >> 12
 
 
 class Destinations:
@@ -988,6 +1003,8 @@ def load_program(
             detail = "\n".join(messages[-1].strip().splitlines()[-40 if config.debug else -3 :])
             kernel = f"the kernel (Linux {os.uname().release})"
             raise Failure(f"{kernel} does not take {name}: {err}", detail=detail) from err
+    with contextlib.suppress(AttributeError):  # where the C library is not glibc
+        ctypes.CDLL(None).malloc_trim(0)  # what the compiler had, some 20 MB
     tail_calls = bpf["programs"]
     tail_calls[tail_calls.Key(0)] = tail_calls.Leaf(bpf.funcs[b"elf_probe"].fd)
     return bpf
@@ -1361,6 +1378,33 @@ def struct_format(layout: Any) -> tuple[str, list[str]]:
     return "".join(formats), names
 
 
+def entries(table: Any) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values of a BPF hash; what comes or goes meanwhile may be missed or come twice."""
+    size, value_size = ctypes.sizeof(table.Key), ctypes.sizeof(table.Leaf)
+    keys = ctypes.create_string_buffer(BATCH * size)
+    values = ctypes.create_string_buffer(BATCH * value_size)
+    place = ctypes.c_uint32()
+    after = None
+    failed = 0
+    while not failed:
+        count = ctypes.c_uint32(BATCH)
+        try:
+            failed = bcc.lib.bpf_lookup_batch(
+                table.map_fd, after, ctypes.byref(place), keys, values, ctypes.byref(count)
+            )
+        except AttributeError:  # BCC before 0.19
+            failed = errno.ENOTSUP
+        if failed and ctypes.get_errno() != errno.ENOENT:  # which is the end
+            yield from ((bytes(key), bytes(value)) for key, value in table.items())  # Linux before 5.6, too
+            return
+        after = ctypes.byref(place)
+        for (key,), (value,) in zip(
+            struct.iter_unpack(f"{size}s", keys.raw[: count.value * size]),
+            struct.iter_unpack(f"{value_size}s", values.raw[: count.value * value_size]),
+        ):
+            yield key, value
+
+
 class Results:
     """Everything there is to know of probes that ended, from the kernel's maps to rows of text."""
 
@@ -1398,15 +1442,12 @@ class Results:
     def expire(self, sent_before: int) -> str:
         """Rows of the probes still in flight that left before this time (CLOCK_MONOTONIC, ns)."""
         rows = []
-        everything = getattr(self._in_flight, "items_lookup_batch", self._in_flight.items)  # BCC 0.19
-        for key, probe in list(everything()):
-            fields = self._unanswered.unpack(bytes(probe) + bytes(key))
+        for key, probe in list(entries(self._in_flight)):
+            fields = self._unanswered.unpack(probe + key)
             if fields[self._sendtime] >= sent_before:
                 continue
-            try:
-                del self._in_flight[key]
-            except KeyError:  # its reply has come meanwhile, and the row with it
-                continue
+            if bcc.lib.bpf_delete_elem(self._in_flight.map_fd, key):
+                continue  # its reply has come meanwhile, and the row with it
             rows.append(self._unanswered_row(fields))
         self.unanswered += len(rows)
         return "".join(rows)
@@ -1593,7 +1634,8 @@ class ElfProbe:
                 self._beat(now + ALIVE_FOR)
                 next_beat = now + BEAT_EVERY
             if now >= next_expiry:
-                self._write(csv, results.expire(int((now - UNANSWERED_AFTER) * 1e9)))
+                if self._are_outstanding(results):
+                    self._write(csv, results.expire(int((now - UNANSWERED_AFTER) * 1e9)))
                 next_expiry = now + BEAT_EVERY
             if now >= next_report:
                 log.debug("counters: %s", self._counters())
@@ -1608,7 +1650,7 @@ class ElfProbe:
         end = time.monotonic() + STRAY_REPLIES
         while time.monotonic() < end:
             self._write(csv, results.take())
-            time.sleep(DRAIN_EVERY)
+            time.sleep(STRAY_REPLIES / 10)
         self._write(csv, results.take() + results.expire(1 << 63))
         self._write(csv, results.take())
         self._summarise(results)
@@ -1637,12 +1679,23 @@ class ElfProbe:
         per_cpu = self._bpf["counters"][0]
         return {name: sum(getattr(cpu, name) for cpu in per_cpu) for name, *_ in per_cpu[0]._fields_}
 
+    def _are_outstanding(self, results: Results) -> bool:
+        """Whether probes are in flight. To ask the map itself takes a look into each of its buckets."""
+        count = self._counters()
+        return count["probes"] != count["replies"] + results.unanswered
+
     def _summarise(self, results: Results) -> None:
+        """Probes are replies, unanswered ones and lost results, and the log shows where they are not."""
         count = self._counters()
         log.info("%d probes, %d replies, %d unanswered", count["probes"], results.replies, results.unanswered)
+        ended = results.replies + results.unanswered + count["results_lost"]
+        if count["probes"] != ended:
+            log.warning("this does not add up: %d probes, of which %d ended", count["probes"], ended)
         lost = [f"{name} {count[name]}" for name in LOSSES if count[name]]
         if lost:
             log.warning("not measured: %s", ", ".join(lost))
+        if count["events_lost"]:
+            log.warning("%d events of processes or flows were not heard", count["events_lost"])
         if count["reached"]:
             log.warning("%d probes reached their destination", count["reached"])
         log.debug("counters: %s", count)

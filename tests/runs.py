@@ -158,6 +158,8 @@ def elfprobe(lab: Lab, *arguments: str, cwd: Path, host: Host | None = None,
             yield run
             if run.is_running and run.stop():
                 raise CommandFailed(f'elfprobe: exit status {process.returncode}\n{run.log}')
+            if 'add up' in run.log:
+                raise CommandFailed(f'probes are not accounted for:\n{run.log}')
         finally:
             end(process)
             run.finish()

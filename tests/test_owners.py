@@ -86,6 +86,19 @@ with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as udp, selectors.Default
                     key.fileobj.close()
 """
 
+# Sends one packet each to more addresses than are kept in mind, then many to the server.
+MANY_PEERS = """
+import socket, sys, time
+with open('/proc/self/comm', 'w') as file:
+    file.write('manypeers')
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+    for number in range(20000):
+        udp.sendto(b'x', ('198.18.%d.%d' % (number // 250, number % 250 + 1), 9))
+    while True:
+        udp.sendto(bytes(100), (sys.argv[1], 7))
+        time.sleep(0.005)
+"""
+
 # talk.py. Files PORT.pids get who has had the socket, PORT.sent, at the end, how many packets were sent.
 TALK = """
 import ctypes, os, socket, struct, threading, time
@@ -642,6 +655,16 @@ def test_short_flows(net, programs, tmp_path):
         ports = set(map(int, net.client.run(*command, timeout=60).stdout.split()))
     assert len(ports) == SHORT_FLOWS
     assert {row.sport for row in read_rows(elf)} == ports
+
+
+def test_many_peers(net, tmp_path):
+    """The destinations that were used least recently make room."""
+    with elfprobe(net, '-a', 'manypeers', '--max-rate', '1000', cwd=tmp_path) as elf:
+        net.client.popen(sys.executable, '-c', MANY_PEERS, net.server_address(4))
+        server = net.server_address(4)
+        wait_until(lambda: {row.outttl for row in elf.rows() if row.dest == server} == {1, 2, 3, 4}, 20,
+                   'the server is among those that are kept in mind')
+    assert len({row.dest for row in elf.rows()}) > 100
 
 
 def test_other_network_namespace(net, stage, programs, tmp_path, make_lab):

@@ -851,7 +851,7 @@ def test_rows_of_unanswered_probes(load: Load, version: int, protocol: str) -> N
 
 def test_result_ring_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reply is dropped and its probe no longer in flight all the same."""
-    monkeypatch.setattr(elfprobe, 'RESULTS_PAGES', 1)
+    monkeypatch.setattr(elfprobe, 'RING_HOLDS', 0)  # a page, then
     probe = PROBES['ICMP'](4)
     with Programs(max_rate=1) as programs:
         for _ in range(60):

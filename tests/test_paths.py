@@ -467,6 +467,18 @@ def test_parallel_flows(lab4, tmp_path):
     assert len(rows) > 1000
 
 
+def test_many_destinations(lab4, tmp_path):
+    """As many as there may be, from a file, and one more, which is too many."""
+    others = [address.format(i // 256, i % 256) for i in range(32767)
+              for address in ('198.18.{}.{}', '2001:db8::{:x}:{:x}')]
+    (tmp_path / 'hosts').write_text('\n'.join([*others, *both(lab4)]))
+    with measuring(lab4, '@hosts', cwd=tmp_path) as run, pinging(lab4, '-i.005'):
+        wait_until(lambda: len(latest(run.rows())) == 8, 20, 'rows of all hops of both destinations')
+    with pytest.raises(CommandFailed, match='65537 destinations, at most 65536'), \
+            elfprobe(lab4, '@hosts', '192.0.2.1', cwd=tmp_path):
+        pass
+
+
 # Paths that are not as they seem, or do not stay so
 
 def latest(rows: list[Row], since: int = 0) -> dict[tuple[str, int], str]:

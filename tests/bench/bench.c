@@ -125,7 +125,8 @@ int one_result(struct xdp_md *ctx)
 	int zero = 0;
 
 	result = result_layout.lookup(&zero);
-	if (result && results.ringbuf_output(result, sizeof(*result), BPF_RB_NO_WAKEUP))
+	COUNT(replies);
+	if (result && results.ringbuf_output(result, sizeof(*result), wakeup_flag()))
 		COUNT(results_lost);
 	return XDP_PASS;
 }
