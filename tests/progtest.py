@@ -34,6 +34,7 @@ TC_ACT_UNSPEC, TC_ACT_SHOT = -1, 2
 XDP_DROP, XDP_PASS = 1, 2
 CLONE_NEWNET = 0x40000000
 ETH_P_ALL = 3
+BPF_NOEXIST = 1  # linux/bpf.h
 FRAME_MAX = 4096
 
 
@@ -196,6 +197,10 @@ class Programs:
         return table[table.Key.from_buffer_copy(elfprobe.pack_address(address))]
 
     def put_in_flight(self, flight: Flight) -> None:
+        self.putter(flight)()
+
+    def putter(self, flight: Flight) -> Callable[[], None]:
+        """A function that puts it in flight, often and fast; FileExistsError if it is already."""
         table = self.bpf['in_flight']
         key, probe = table.Key(), table.Leaf()
         fields = flight._replace(sport=socket.htons(flight.sport), dport=socket.htons(flight.dport))
@@ -203,7 +208,12 @@ class Programs:
             if name != 'dest':
                 setattr(key if hasattr(key, name) else probe, name, value)
         ctypes.memmove(ctypes.addressof(key.dest), elfprobe.pack_address(flight.dest), 16)
-        table[key] = probe
+
+        def put() -> None:
+            if bcc.lib.bpf_update_elem(table.map_fd, ctypes.byref(key), ctypes.byref(probe), BPF_NOEXIST):
+                raise OSError(ctypes.get_errno(), f'{flight} was not put in flight')
+
+        return put
 
     def in_flight(self) -> list[Flight]:
         return [

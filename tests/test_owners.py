@@ -38,9 +38,9 @@ INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, linux/proc_ns.h: its in
 pytestmark = [pytest.mark.root, pytest.mark.skipif(
     os.stat('/proc/self/ns/pid').st_ino != INITIAL_PID_NAMESPACE, reason='in a PID namespace of its own')]
 
-SECONDS = float(os.environ.get('ELFPROBE_TESTS_SECONDS', 10))  # beside somebody else's flows
+SECONDS = float(os.environ.get('ELFPROBE_TESTS_SECONDS', 5))  # beside somebody else's flows
 VERSIONS = 4, 6
-SHORT_FLOWS = 500
+SHORT_FLOWS = 200
 ENOUGH = 20  # packets of each program, at least
 MANY = ','.join(f'10.0.5.{number}' for number in range(2, 10))  # addresses of the server
 PORTS = count(20000)
