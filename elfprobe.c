@@ -1010,15 +1010,31 @@ struct built {
 	struct udp_unfinished quoted; /* how the probe is quoted if no device finishes it */
 };
 
-/* One's complement sum of len bytes of the packet, of UDP_SUM_MAX at most. */
-static inline __u64 csum_skb(struct __sk_buff *skb, __u32 off, __u32 len)
+/* sum and the one's complement sum of len bytes of the packet, of SUM_CHUNK at most. */
+static inline __u32 csum_chunk(struct __sk_buff *skb, __u32 off, __u32 len, __u32 sum)
 {
+	__u32 n = ((len - 1) & (SUM_CHUNK - 1)) + 1; /* a bound that the verifier sees, too */
 	struct sum_buffer *buffer;
-	__u32 i, n, sum = 0;
 	int zero = 0;
 
 	buffer = sum_buffers.lookup(&zero);
-	if (!buffer || !len)
+	if (!buffer || !len || bpf_skb_load_bytes(skb, off, buffer->bytes, n))
+		return 0;
+	buffer->bytes[n] = 0; /* bpf_csum_diff() takes words */
+	buffer->bytes[n + 1] = 0;
+	buffer->bytes[n + 2] = 0;
+	return bpf_csum_diff(0, 0, (__be32 *)buffer->bytes, (n + 3) & ~3, sum);
+}
+
+/* The same of UDP_SUM_MAX at most, from 0. */
+static inline __u32 csum_skb(struct __sk_buff *skb, __u32 off, __u32 len)
+{
+	struct sum_buffer *buffer;
+	__u32 i, sum = 0;
+	int zero = 0;
+
+	buffer = sum_buffers.lookup(&zero);
+	if (!buffer)
 		return 0;
 #pragma unroll
 	for (i = 0; i < UDP_SUM_MAX / SUM_CHUNK; i++) {
@@ -1030,13 +1046,7 @@ static inline __u64 csum_skb(struct __sk_buff *skb, __u32 off, __u32 len)
 			len -= SUM_CHUNK;
 		}
 	}
-	n = ((len - 1) & (SUM_CHUNK - 1)) + 1; /* a bound that the verifier sees, too */
-	if (bpf_skb_load_bytes(skb, off, buffer->bytes, n))
-		return 0;
-	buffer->bytes[n] = 0; /* bpf_csum_diff() takes words */
-	buffer->bytes[n + 1] = 0;
-	buffer->bytes[n + 2] = 0;
-	return bpf_csum_diff(0, 0, (__be32 *)buffer->bytes, (n + 3) & ~3, sum);
+	return csum_chunk(skb, off, len, sum);
 }
 
 /* Bytes of header behind the IP header, -1 where they are not all there. */
@@ -1141,7 +1151,7 @@ static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, 
 			tcp->flags = TCP_ACK;
 			tcp->urg_ptr = 0;
 			tcp->check = 0;
-			tcp->check = ~csum_fold(pseudo + csum_skb(skb, skb->len - new_len, new_len));
+			tcp->check = ~csum_fold(pseudo + csum_chunk(skb, skb->len - new_len, new_len, 0));
 		}
 		if (partial)
 			tcp->check = csum_fold(pseudo);

@@ -9,13 +9,17 @@ import tempfile
 import time
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Iterator
 
+import pyroute2
+
 from figures import Figure, at_least, at_most
 from lab import Lab
-from runs import PROBES, TIME_EXCEEDED, Packet, Row, elfprobe, ip_packets, realtime_offset
+from packets import load
+from progtest import elfprobe as driver
+from runs import PROBES, TIME_EXCEEDED, Packet, Row, elfprobe, inside, ip_packets, realtime_offset
 
 MS = 10**6  # ns
 CLOCKS_AGREE = 10 * MS  # between two readings around the same event
@@ -25,19 +29,22 @@ CLOCKS_AGREE = 10 * MS  # between two readings around the same event
 
 
 def throughput(quick: bool) -> Iterator[Figure]:
-    """Of a program named speedtest, without elfprobe, with its address probed, and with -a, in turn. A
-    ratio is the median of those of each round."""
+    """Of a program named speedtest, without elfprobe, with programs in its place that do nothing, with its
+    address probed, and with -a, in turn. A ratio is the median of those of each round."""
     rounds, seconds = (2, 1) if quick else (9, 2)
     measured: dict[tuple[str, str], list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix='elf-') as directory, Lab(routers=4) as lab, lab.iperf3_server():
         speedtest = Path(directory, 'speedtest')
         shutil.copy(shutil.which('iperf3') or 'iperf3', speedtest)
-        modes = {'off': (), 'by address': (lab.server_address(4),), '-a': ('-a', 'speedtest')}
+        modes = {'off': (), 'empty programs': (), 'by address': (lab.server_address(4),),
+                 '-a': ('-a', 'speedtest')}
         for number in range(rounds):
             order = list(modes) if number % 2 else list(reversed(modes))
             for mode in order:
                 with ExitStack() as stack:
-                    if modes[mode]:
+                    if mode == 'empty programs':
+                        stack.enter_context(empty_programs(lab))
+                    elif modes[mode]:
                         stack.enter_context(elfprobe(lab, *modes[mode], cwd=Path(directory)))
                     tcp = transfer(lab, speedtest, seconds)
                     udp = transfer(lab, speedtest, seconds, '-u', '-b', '0', '-l', '64')
@@ -47,13 +54,23 @@ def throughput(quick: bool) -> Iterator[Figure]:
     for kind, what, unit in ('TCP', 'TCP bulk', 'Gbit/s'), ('UDP', 'UDP, 64 bytes, sent', '1000/s'):
         without = measured[kind, 'off']
         yield Figure(f'{what}, without elfprobe', statistics.median(without), unit)
-        for mode in 'by address', '-a':
+        for mode in 'empty programs', 'by address', '-a':
             ratio = statistics.median(on / off for on, off in zip(measured[kind, mode], without))
             yield Figure(f'{what}, {mode}, against without', ratio, 'times',
-                         at_least(0.98) if kind == 'TCP' else None)
+                         at_least(0.98) if kind == 'TCP' and mode != 'empty programs' else None)
     for mode in modes:
         resent = int(sum(measured['resent', mode]))
         yield Figure(f'TCP retransmissions in {rounds * seconds} s, {mode}', resent)
+
+
+@contextmanager
+def empty_programs(lab: Lab) -> Iterator[None]:
+    """On the client's device, where elfprobe has its own."""
+    with inside(lab.client), pyroute2.IPRoute() as ipr, load() as programs:
+        device = driver.find_device(ipr, lab.client_device)
+        egress, ingress = (programs.bpf.funcs[name].fd for name in (b'empty_egress', b'empty_ingress'))
+        with driver.xdp_attachment(ipr, device, ingress), driver.tc_attachment(ipr, device, egress):
+            yield
 
 
 def transfer(lab: Lab, speedtest: Path, seconds: int, *options: str) -> dict[str, Any]:
