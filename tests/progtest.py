@@ -197,9 +197,9 @@ class Programs:
         return table[table.Key.from_buffer_copy(elfprobe.pack_address(address))]
 
     def put_in_flight(self, flight: Flight) -> None:
-        self.putter(flight)()
+        self.putter(flight, flags=0)()
 
-    def putter(self, flight: Flight) -> Callable[[], None]:
+    def putter(self, flight: Flight, flags: int = BPF_NOEXIST) -> Callable[[], None]:
         """A function that puts it in flight, often and fast; FileExistsError if it is already."""
         table = self.bpf['in_flight']
         key, probe = table.Key(), table.Leaf()
@@ -210,7 +210,7 @@ class Programs:
         ctypes.memmove(ctypes.addressof(key.dest), elfprobe.pack_address(flight.dest), 16)
 
         def put() -> None:
-            if bcc.lib.bpf_update_elem(table.map_fd, ctypes.byref(key), ctypes.byref(probe), BPF_NOEXIST):
+            if bcc.lib.bpf_update_elem(table.map_fd, ctypes.byref(key), ctypes.byref(probe), flags):
                 raise OSError(ctypes.get_errno(), f'{flight} was not put in flight')
 
         return put
