@@ -683,11 +683,14 @@ static inline __u64 max64(__u64 a, __u64 b)
 }
 
 /* The hop of this number, 0 where there is none. No compiler may take the check for another one made
- * before: not every verifier sees the same in it. */
+ * before, nor multiply the number before it is checked: not every verifier sees the same in that. */
 static inline struct hop *hop_at(struct path *path, __u64 nr)
 {
 	asm volatile("" : "+r"(nr));
-	return nr > MAX_HOPS ? 0 : &path->hops[nr];
+	if (nr > MAX_HOPS)
+		return 0;
+	asm volatile("" : "+r"(nr));
+	return &path->hops[nr];
 }
 
 /* Does a hop behind this one answer, and has it done so since this one fell silent? */
