@@ -84,7 +84,7 @@
 /* A silent hop rests before each probe that asks whether it still is: ever longer, up to this. */
 #define REST_ROUTER_MAX (10 * NSEC_PER_SEC)  /* it is a router for certain */
 #define REST_BEYOND_MAX (256 * NSEC_PER_SEC) /* it may be the destination */
-#define REST_ANSWERED (100 * NSEC_PER_MSEC)  /* the first rest of one that may be, but has answered before */
+#define REST_ANSWERED (200 * NSEC_PER_MSEC)  /* the first rest of one that may be, but has answered before */
 #define REST_UNHEARD NSEC_PER_SEC            /* and of one that has not */
 #define REST_SHIFT 3                         /* each rest is 2^3 times the one before */
 /* Probes without an answer, in a row, before a router counts as silent. */

@@ -1048,14 +1048,14 @@ RESTS: dict[str, tuple[dict[str, int], int, dict[str, int], int]] = {
     'a silent router': (PROVEN, 2, dict(unanswered=19, rests=10), 10000),
     'a router silent for long': (PROVEN, 2, dict(unanswered=2**16 - 1, rests=16), 10000),
     'a router whose rest is over': (PROVEN, 2, dict(unanswered=9, rests=3, resting=1), 0),
-    'a router, of which nothing has been heard since': (LAST, 2, dict(unanswered=1, rtt=9), 100),
-    'the last router, 1 lost': (LAST, 4, dict(unanswered=1, rtt=9), 100),
+    'a router, of which nothing has been heard since': (LAST, 2, dict(unanswered=1, rtt=9), 200),
+    'the last router, 1 lost': (LAST, 4, dict(unanswered=1, rtt=9), 200),
     'the last router, its rest is over': (LAST, 4, dict(unanswered=1, rtt=9, rests=1, resting=1), 0),
-    'the last router, 2 lost': (LAST, 4, dict(unanswered=2, rtt=9, rests=1), 800),
-    'the last router, 3 lost': (LAST, 4, dict(unanswered=3, rtt=9, rests=2), 6400),
+    'the last router, 2 lost': (LAST, 4, dict(unanswered=2, rtt=9, rests=1), 1600),
+    'the last router, 3 lost': (LAST, 4, dict(unanswered=3, rtt=9, rests=2), 12800),
     'the last router, many lost': (LAST, 4, dict(unanswered=99, rtt=9, rests=16), 256000),
     'behind it, 1 lost': (PROVEN, 5, dict(unanswered=1), 1000),
-    'behind it, 1 lost, but it has answered once': (PROVEN, 5, dict(unanswered=1, rtt=9), 100),
+    'behind it, 1 lost, but it has answered once': (PROVEN, 5, dict(unanswered=1, rtt=9), 200),
     'behind it, 2 lost': (PROVEN, 5, dict(unanswered=2, rests=1), 8000),
     'behind it, 4 lost': (PROVEN, 5, dict(unanswered=4, rests=3), 256000),
     'farther behind, nothing lost': (PROVEN, 7, dict(unanswered=0), 0),
@@ -1091,7 +1091,7 @@ def test_rests(load: Load, path: dict[str, int], number: int, hop: dict[str, int
 @pytest.mark.parametrize('path, latency, waited, rest', [
     # latency of the last reply, 0: none; for how long the first unanswered probe is out; ms
     (PROVEN, 160, 100, 0), (PROVEN, 160, 270, 0), (PROVEN, 160, 300, 10), (PROVEN, 0, 20, 10),
-    (LAST, 160, 310, 0), (LAST, 160, 340, 100), (LAST, 1, 2, 0), (LAST, 1, 20, 100),
+    (LAST, 160, 310, 0), (LAST, 160, 340, 200), (LAST, 1, 2, 0), (LAST, 1, 20, 200),
 ])  # fmt: skip
 def test_late_is_not_silent(load: Load, path: dict[str, int], latency: int, waited: int, rest: int) -> None:
     """Routers may be as late as a quarter of their latency and 8 intervals, the last one as late as
