@@ -27,6 +27,12 @@
 
 /* ---- Build parameters: the driver's -D flags ---------------------------------------------- */
 
+#ifndef ETHERNET
+#error "ETHERNET: 1 where packets on the device begin with an Ethernet header, 0 where they begin with IP"
+#endif
+#ifndef TUNNEL
+#error "TUNNEL: 0, or 4 or 41: the flows are inside IPv4 packets of this protocol"
+#endif
 #ifndef NOTRUNC
 #error "NOTRUNC: 0 trims probes to their headers, 1 keeps the payload"
 #endif
@@ -66,6 +72,9 @@
 #ifndef RESULTS_PAGES
 #error "RESULTS_PAGES: size of the result ring, pages, a power of two"
 #endif
+#ifndef WAKE_EVERY
+#error "WAKE_EVERY: so many results of a CPU wake the driver, however soon they come"
+#endif
 
 /* ---- Limits ------------------------------------------------------------------------------- */
 
@@ -91,6 +100,7 @@
 #define GRACE_ROUTER 8
 /* Hops whose silence began within this time of each other fell silent together. */
 #define TOGETHER NSEC_PER_SEC
+#define TOGETHER_TICKS (TOGETHER / (TICK_NS + !TICK_NS))
 
 /* While the destination has not been heard: how long a hop is waited for before the next is tried;
  * four times as long for each one before it that was silent. */
@@ -98,8 +108,6 @@
 #define STEP_SHIFT_MAX 8
 /* Packets in a row that must say so before a path is believed to have become longer. */
 #define LONGER_AFTER 16
-/* The last router's distance is of no matter: a probe itself has told how far the destination is. */
-#define NOT_ASKED 255
 /* One probe in so many is sent one hop farther than the path is thought to be long. */
 #define EXPLORE_EVERY 20000
 
@@ -114,22 +122,37 @@
 #define BUDGET_BURST (NSEC_PER_SEC / 100)
 #define BUDGET_COST ((NSEC_PER_SEC + BUDGET_BURST + NSEC_PER_MSEC) / MAX_RATE + 1)
 
+#define EXTENSION_MAX 252 /* bytes that are kept of what a router tells besides (RFC 4884) */
+#define EXTENSION_VERSION 2
+#define QUOTE_PADDED 128  /* least length of a quote with something behind (RFC 4884) */
+#define CHECK_STEP 40507 /* between the checksums of UDP probes in a row, modulo 65535, to which it is prime:
+			  * lest one that is off by some constant, as behind a NAT, be that of another probe */
 #define UDP_HEAD 32      /* payload bytes that tell UDP packets with unfinished checksums apart */
 #define UDP_SUM_MAX 9216 /* longest UDP payload that is summed up here: jumbo frames */
 #define SUM_CHUNK 512    /* most that bpf_csum_diff() takes at once */
-
-/* The driver is woken for every so many results of a CPU. */
-#define WAKE_EVERY 1024
 
 /* ---- Headers (no kernel header is needed to compile this) --------------------------------- */
 
 #define ETH_P_IP 0x0800
 #define ETH_P_IPV6 0x86dd
+#define ETH_P_8021Q 0x8100
+#define ETH_P_8021AD 0x88a8
+#define VLAN_TAGS_MAX 2
 #define IPPROTO_ICMP 1
+#define IPPROTO_IPIP 4
 #define IPPROTO_TCP 6
 #define IPPROTO_UDP 17
+#define IPPROTO_HOPOPTS 0 /* and other extension headers of IPv6 (RFC 8200) */
+#define IPPROTO_ROUTING 43
+#define IPPROTO_FRAGMENT 44
+#define IPPROTO_DSTOPTS 60
+#define IP6_EXTENSIONS_MAX 4
+#define IP6_EXTENSIONS_MASK 1023 /* and most bytes of them, a power of two less 1 */
 #define IPPROTO_ICMPV6 58
-#define IP_MF_OR_OFFSET 0x3fff
+#define IP_MF 0x2000
+#define IP_OFFSET 0x1fff
+#define IP6_MF 0x0001
+#define IP6_OFFSET 0xfff8
 #define ICMP_ECHO_REPLY 0
 #define ICMP_DEST_UNREACH 3
 #define ICMP_ECHO 8
@@ -153,6 +176,10 @@ struct ethhdr {
 	__be16 h_proto;
 };
 
+struct vlanhdr {
+	__be16 h_tci, h_proto;
+};
+
 struct iphdr {
 	__u8 version_ihl, tos;
 	__be16 tot_len, id, frag_off;
@@ -170,6 +197,11 @@ struct ip6hdr {
 	__be16 payload_len;
 	__u8 nexthdr, hop_limit;
 	struct address saddr, daddr;
+};
+
+/* Those that are understood begin like this, the fragment header with its offset behind nexthdr. */
+struct ip6ext {
+	__u8 nexthdr, len, type, segments_left;
 };
 
 struct tcphdr {
@@ -216,6 +248,9 @@ struct probe {
 	__u8 outttl;
 	__u8 kept; /* bytes behind the headers, where that is not the packet's payload */
 	struct app_name app;
+	__u16 balance; /* of trimmed UDP, what makes its checksum right, as it is on the wire */
+	__u8 outtos;   /* DSCP and ECN */
+	__u8 unused[5];
 };
 
 struct reply {
@@ -224,14 +259,22 @@ struct reply {
 	__u32 recvcpu;
 	__u16 inipid;
 	__u8 recvttl;
-	__u8 unused;
+	__u8 intos; /* as quoted */
 };
 
 struct result {
 	struct probe probe;
 	struct reply reply;
 	struct probe_key key;
-	__u32 unused;
+	__u32 translated; /* the quote's source is not whom the reply is addressed to */
+};
+
+/* With what a router told behind its quote (RFC 4884), which the driver reads: from the extension's
+ * header on, as far as it is there and fits. */
+struct extended_result {
+	struct result result;
+	__u32 extension_len;
+	__u8 extension[EXTENSION_MAX];
 };
 
 struct hop {
@@ -240,8 +283,12 @@ struct hop {
 	__u32 rtt;        /* latency of the last reply, us; 0: never answered */
 	__u16 unanswered; /* probes sent since the last reply */
 	__u8 rests;       /* taken since then */
-	__u8 resting;     /* the last of them is not over, or the probe behind it has yet to be sent */
+	__u8 resting;     /* bits: */
 };
+
+/* The last rest is not over, or the probe behind it has yet to be sent; a rest has ended early since the
+ * last reply, which comes only once. */
+enum { RESTING = 1, WOKEN = 2 };
 
 /* A destination of interest and what is known of the way there. Written under schedule.lock. */
 struct path {
@@ -249,6 +296,11 @@ struct path {
 	__u64 quiet;      /* nor before this tick: the one field that packets between probes read */
 	__u64 last_sent;  /* when the last probe left */
 	__u64 far_reply;  /* when the farthest hop that answers did so last */
+	__u64 heard;      /* the tick at which a packet of the destination came last */
+	__u64 closed;     /* since when nothing came any more that now does, */
+	__u64 reopened;   /* and when it came again */
+	__u64 proven;     /* when a hop answered that was not the next behind those that had */
+	__u64 shortened;  /* when the way was found to be shorter: replies to older probes are of the old one */
 	__u32 seq;        /* of the next probe */
 	__u8 length;      /* TTL that reaches the destination; 0: not known yet */
 	__u8 reverse;     /* what the TTL of its packets says that to be */
@@ -259,7 +311,8 @@ struct path {
 	__u8 explore;     /* probe one hop beyond, once */
 	__u8 left_alone;  /* no more probes: flows there stalled under them */
 	__u8 of_flows;    /* of interest only for the flows of processes of interest */
-	__u8 last_router; /* distance of the last router, by the TTL of its replies; or NOT_ASKED */
+	__u8 is_told;     /* how far the destination is, by a probe that reached it */
+	__u64 distances;  /* bits: of the last router, by the TTLs of its replies, since length is what it is */
 	struct hop hops[MAX_HOPS + 1];
 };
 
@@ -371,6 +424,11 @@ struct udp_unfinished {
 	__u8 head[UDP_HEAD];
 };
 
+/* How far the cursor is into the extension headers of IPv6. */
+struct ip6ext_walk {
+	__u32 len;
+};
+
 struct sum_buffer {
 	__u8 bytes[SUM_CHUNK + 4];
 };
@@ -386,12 +444,14 @@ BPF_ARRAY(schedules, struct schedule, 1);
 BPF_ARRAY(alive_until, __u64, 1); /* the driver's heartbeat: no probe after this time */
 BPF_PERCPU_ARRAY(claims, struct claim, 1);
 BPF_PERCPU_ARRAY(counters, struct counters, 1);
+BPF_PERCPU_ARRAY(ip6ext_walks, struct ip6ext_walk, 1);
 BPF_PERCPU_ARRAY(sum_buffers, struct sum_buffer, 1);
+BPF_PERCPU_ARRAY(extended_results, struct extended_result, 1);
 BPF_PROG_ARRAY(programs, 1); /* 0: elf_probe */
 BPF_RINGBUF_OUTPUT(results, RESULTS_PAGES);
 
 /* Never written: they tell the driver how what it gets from no map looks. */
-BPF_ARRAY(result_layout, struct result, 1);
+BPF_ARRAY(result_layout, struct extended_result, 1);
 BPF_ARRAY(process_event_layout, struct process_event, 1);
 BPF_ARRAY(owner_layout, struct owner, 1);
 BPF_ARRAY(flow_event_layout, struct flow_event, 1);
@@ -478,14 +538,20 @@ struct hdr_cursor {
 	void *end;
 };
 
+enum { FIRST_FRAGMENT = 1, LATER_FRAGMENT = 2 };
+
 struct packet {
 	void *ip; /* struct iphdr or ip6hdr, by version */
 	__u32 version;
-	__u32 ip_len; /* bytes of the IP header */
+	__u32 ip_off; /* bytes in front of the IP header */
+	__u32 ip_len; /* bytes of the IP header, IPv6's with its extension headers */
 	__u32 l4_len; /* bytes behind it, as it says */
 	__u32 protocol;
-	__u32 fragment; /* a part of a packet, the first one too */
+	__u32 fragment; /* 0: it is whole */
+	__u32 wrapped;  /* it is inside another IPv4 packet */
+	__u32 outer_off; /* bytes in front of that one's header */
 	__u32 ttl;
+	__u8 tos;
 	__u16 ip_id; /* IPv6: low 16 bits of the flow label */
 	struct address saddr, daddr;
 };
@@ -513,8 +579,11 @@ static inline int parse_iphdr(struct hdr_cursor *nh, struct packet *pkt)
 	pkt->ip_len = len;
 	pkt->l4_len = bpf_ntohs(ip->tot_len) - len;
 	pkt->protocol = ip->protocol;
-	pkt->fragment = ip->frag_off & bpf_htons(IP_MF_OR_OFFSET);
+	pkt->fragment = ip->frag_off & bpf_htons(IP_OFFSET) ? LATER_FRAGMENT
+			: ip->frag_off & bpf_htons(IP_MF)   ? FIRST_FRAGMENT
+							    : 0;
 	pkt->ttl = ip->ttl;
+	pkt->tos = ip->tos;
 	pkt->ip_id = bpf_ntohs(ip->id);
 	map_v4(&pkt->saddr, ip->saddr);
 	map_v4(&pkt->daddr, ip->daddr);
@@ -522,7 +591,54 @@ static inline int parse_iphdr(struct hdr_cursor *nh, struct packet *pkt)
 	return 0;
 }
 
-/* Extension headers are not looked behind: the protocol is then that of the first one. */
+static inline int is_ip6ext(__u32 protocol)
+{
+	return protocol < 64 && (1ULL << protocol & (1ULL << IPPROTO_HOPOPTS | 1ULL << IPPROTO_ROUTING |
+						     1ULL << IPPROTO_FRAGMENT | 1ULL << IPPROTO_DSTOPTS));
+}
+
+/* Moves the cursor behind the extension headers. -1 also where a routing header says that the packet is
+ * on its way to somewhere else first. */
+static inline int parse_ip6ext(struct hdr_cursor *nh, struct packet *pkt)
+{
+	struct ip6ext_walk *walk;
+	struct ip6ext *ext;
+	int zero = 0;
+	__u32 i, len;
+	__be16 frag;
+
+	walk = ip6ext_walks.lookup(&zero);
+	if (!walk)
+		return -1;
+	walk->len = 0;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < IP6_EXTENSIONS_MAX && is_ip6ext(pkt->protocol); i++) {
+		len = READ_ONCE(walk->len); /* from a map, so that the verifier follows one way, not all */
+		ext = nh->pos + (len & IP6_EXTENSIONS_MASK);
+		if ((void *)(ext + 1) > nh->end)
+			return -1;
+		if (pkt->protocol == IPPROTO_FRAGMENT) {
+			frag = *(__be16 *)&ext->type;
+			pkt->fragment = frag & bpf_htons(IP6_OFFSET) ? LATER_FRAGMENT
+					: frag & bpf_htons(IP6_MF)   ? FIRST_FRAGMENT
+								     : 0;
+			walk->len = len + 8;
+		} else {
+			if (pkt->protocol == IPPROTO_ROUTING && ext->segments_left)
+				return -1;
+			walk->len = len + 8 + ext->len * 8;
+		}
+		pkt->protocol = ext->nexthdr;
+	}
+	len = READ_ONCE(walk->len);
+	if (len > IP6_EXTENSIONS_MASK)
+		return -1;
+	nh->pos += len;
+	pkt->ip_len += len;
+	pkt->l4_len -= len;
+	return 0;
+}
+
 static inline int parse_ip6hdr(struct hdr_cursor *nh, struct packet *pkt)
 {
 	struct ip6hdr *ip6 = nh->pos;
@@ -536,26 +652,67 @@ static inline int parse_ip6hdr(struct hdr_cursor *nh, struct packet *pkt)
 	pkt->protocol = ip6->nexthdr;
 	pkt->fragment = 0;
 	pkt->ttl = ip6->hop_limit;
+	pkt->tos = bpf_ntohl(ip6->version_class_label) >> 20;
 	pkt->ip_id = bpf_ntohl(ip6->version_class_label);
 	pkt->saddr = ip6->saddr;
 	pkt->daddr = ip6->daddr;
 	nh->pos = ip6 + 1;
-	return 0;
+	return is_ip6ext(pkt->protocol) ? parse_ip6ext(nh, pkt) : 0;
 }
 
-/* Ethernet and IP header. Leaves the cursor behind both; -1: not whole, or something else. */
+/* With TUNNEL, the packet inside an IPv4 one of that protocol, if it is one: the cursor is behind its header. */
+static inline int parse_inner(struct hdr_cursor *nh, struct packet *pkt)
+{
+	if (!TUNNEL || pkt->version != 4 || pkt->protocol != TUNNEL || pkt->fragment)
+		return 0;
+	pkt->wrapped = 1;
+	pkt->outer_off = pkt->ip_off;
+	pkt->ip_off += pkt->ip_len;
+	return TUNNEL == IPPROTO_IPIP ? parse_iphdr(nh, pkt) : parse_ip6hdr(nh, pkt);
+}
+
+/* What is in front of the IP header, and the IP header. Leaves the cursor behind; -1: not whole, or
+ * something else. */
 static inline int parse_frame(struct hdr_cursor *nh, struct packet *pkt)
 {
 	struct ethhdr *eth = nh->pos;
+	struct vlanhdr *vlan;
+	__u8 *first = nh->pos;
+	__be16 proto;
+	__u32 i;
+	int err;
 
-	if ((void *)(eth + 1) > nh->end)
+	if (ETHERNET) {
+		if ((void *)(eth + 1) > nh->end)
+			return -1;
+		if (eth->h_dest[0] & 1)
+			return -1; /* to many: nobody answers for these (RFC 1122, 3.2.2) */
+		proto = eth->h_proto;
+		nh->pos = eth + 1;
+		pkt->ip_off = sizeof(*eth);
+#pragma unroll
+		for (i = 0; i < VLAN_TAGS_MAX; i++) {
+			if (proto == bpf_htons(ETH_P_8021Q) || proto == bpf_htons(ETH_P_8021AD)) {
+				vlan = nh->pos;
+				if ((void *)(vlan + 1) > nh->end)
+					return -1;
+				proto = vlan->h_proto;
+				nh->pos = vlan + 1;
+				pkt->ip_off += sizeof(*vlan);
+			}
+		}
+	} else {
+		if ((void *)(first + 1) > nh->end)
+			return -1;
+		proto = *first >> 4 == 4 ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
+	}
+	if (proto == bpf_htons(ETH_P_IP))
+		err = parse_iphdr(nh, pkt);
+	else if (proto == bpf_htons(ETH_P_IPV6))
+		err = parse_ip6hdr(nh, pkt);
+	else
 		return -1;
-	nh->pos = eth + 1;
-	if (eth->h_proto == bpf_htons(ETH_P_IP))
-		return parse_iphdr(nh, pkt);
-	if (eth->h_proto == bpf_htons(ETH_P_IPV6))
-		return parse_ip6hdr(nh, pkt);
-	return -1;
+	return err < 0 ? err : parse_inner(nh, pkt);
 }
 
 static inline int is_icmp(const struct packet *pkt)
@@ -723,22 +880,15 @@ static inline __u64 rest_of_hop(const struct path *path, __u32 nr, const struct 
 		     REST_BEYOND_MAX);
 }
 
-/* Ends the rests of hops farther than nr that fell silent after a time, or not long before. */
-static inline void wake_hops(struct path *path, __u32 nr, __u64 fell, __u64 now)
+/* Is the hop's rest over before its time? Where one that fell silent together with it is heard again, or the
+ * destination is; or where one so far behind it answers that it is now known to be a router. */
+static inline int is_woken(const struct path *path, __u32 nr, const struct hop *hop)
 {
-	struct hop *hop;
-	__u32 i;
-
-#pragma clang loop unroll(disable)
-	for (i = 1; i <= MAX_HOPS; i++) {
-		hop = hop_at(path, nr + i);
-		if (!hop)
-			break;
-		if (hop->resting && hop->since + TOGETHER > fell) {
-			hop->due = min64(hop->due, now + HOP_INTERVAL);
-			hop->rests = 0;
-		}
-	}
+	if (hop->resting != RESTING)
+		return 0;
+	if (nr < path->responsive && hop->since < path->proven)
+		return 1;
+	return hop->since < path->reopened && hop->since + TOGETHER > path->closed;
 }
 
 /* Farthest hop to probe: short of the destination, or, while its distance is not known, step by
@@ -800,7 +950,7 @@ static inline int claim_probe(struct path *path, struct claim *claim, __u64 now)
 			hop = hop_at(path, nr);
 			if (!hop)
 				goto unlock;
-			if (hop->due <= now)
+			if (hop->due <= now || is_woken(path, nr, hop))
 				goto found;
 			earliest = min64(earliest, hop->due);
 		}
@@ -808,11 +958,11 @@ static inline int claim_probe(struct path *path, struct claim *claim, __u64 now)
 	set_next_due(path, max64(earliest, RATE_GLOBAL ? path->last_sent + INTERVAL_NS : 0), now, ticks);
 	goto unlock;
 found:
-	if (is_silent(path, nr, hop, now) && !hop->resting) {
+	if (nr != path->length && is_silent(path, nr, hop, now) && !(hop->resting & RESTING)) {
 		if (nr == path->responsive)
 			path->responsive--;
 		hop->due = now + rest_of_hop(path, nr, hop);
-		hop->resting = 1;
+		hop->resting |= RESTING;
 		if (hop->rests < 16)
 			hop->rests++;
 		goto unlock; /* the next packet may carry a probe to another hop */
@@ -825,7 +975,11 @@ found:
 	schedule->budget = max64(schedule->budget, now) + BUDGET_COST;
 	if (path->length && nr == path->length)
 		path->explore = 0;
-	hop->resting = 0;
+	if (is_woken(path, nr, hop)) {
+		hop->rests = 0;
+		hop->resting = WOKEN;
+	}
+	hop->resting &= WOKEN;
 	if (hop->unanswered == 0)
 		hop->since = now;
 	if (hop->unanswered < 0xffff)
@@ -891,21 +1045,31 @@ static inline __u32 ttl_distance(__u32 ttl)
 }
 
 /* A packet of the destination came with this TTL. Ways that seem shorter are believed at once,
- * longer ones only when nothing says otherwise for a while: the error that does no harm. */
+ * longer ones only when nothing says otherwise for a while: the error that does no harm. The first
+ * packet after a gap says that the way is open again: hops that fell silent meanwhile need rest no more. */
 static inline void learn_length(struct path *path, __u32 ttl)
 {
+	__u64 now, ticks = ticks_now(), gap = ticks - path->heard;
 	__u32 distance = ttl_distance(ttl);
 	struct schedule *schedule;
 	int zero = 0;
-	__u64 now;
 
-	if (distance == path->reverse && !path->longer)
+	if (distance == path->reverse && !path->longer && gap <= TOGETHER_TICKS) {
+		if (gap)
+			path->heard = ticks;
 		return;
+	}
 	now = bpf_ktime_get_ns();
 	schedule = schedules.lookup(&zero);
 	if (!schedule)
 		return;
 	bpf_spin_lock(&schedule->lock);
+	if (gap > TOGETHER_TICKS && path->heard) {
+		path->closed = now - gap * TICK_NS;
+		path->reopened = now;
+		reschedule(path, now);
+	}
+	path->heard = ticks;
 	if (distance == path->reverse) {
 		path->longer = 0;
 	} else if (path->reverse && distance > path->reverse && path->longer < LONGER_AFTER) {
@@ -913,11 +1077,14 @@ static inline void learn_length(struct path *path, __u32 ttl)
 	} else {
 		path->longer = 0;
 		path->reverse = distance;
+		if (distance < path->length)
+			path->shortened = now;
 		path->length = distance > MAX_HOPS ? 0 : distance; /* or the TTL began as none of those values */
-		path->last_router = 0;
+		path->distances = 0;
+		path->is_told = 0;
+		path->explore = 0;
 		if (path->responsive >= distance)
 			path->responsive = distance - 1;
-		wake_hops(path, path->responsive, 0, now);
 		reschedule(path, now);
 	}
 	bpf_spin_unlock(&schedule->lock);
@@ -926,7 +1093,7 @@ static inline void learn_length(struct path *path, __u32 ttl)
 /* The hop at which the probe ended has answered, with a packet that arrived with this TTL. */
 static inline void learn_hop(struct path *path, const struct probe *probe, __u32 ttl, __u64 now)
 {
-	__u64 nr = probe->outttl;
+	__u64 nr = probe->outttl, bit;
 	struct schedule *schedule;
 	struct hop *hop, *next;
 	int zero = 0;
@@ -939,8 +1106,15 @@ static inline void learn_hop(struct path *path, const struct probe *probe, __u32
 	if (!hop)
 		return;
 	bpf_spin_lock(&schedule->lock);
-	if (hop->rests || !hop->rtt)
-		wake_hops(path, nr, hop->since, now); /* the way there is open again: not for this hop alone */
+	if (path->length && nr >= path->length && probe->sendtime < path->shortened)
+		goto unlock;
+	if (hop->rests || !hop->rtt) {
+		path->closed = hop->since;
+		path->reopened = now;
+		reschedule(path, now);
+	}
+	if (nr > path->responsive + 1)
+		path->proven = now;
 	hop->unanswered = 0;
 	hop->rests = 0;
 	hop->resting = 0;
@@ -957,26 +1131,32 @@ static inline void learn_hop(struct path *path, const struct probe *probe, __u32
 			path->horizon = nr + 1;
 	} else if (nr >= path->length) {
 		path->length = nr + 1;
-		path->explore = 1;
-		path->last_router = 0;
+		path->explore = nr < MAX_HOPS;
+		path->distances = 0;
+		path->is_told = 0;
 	} else if (nr + 1 == path->length) {
 		/* Seen from here, the last router is one hop nearer than the destination. Where it
-		 * is not, the way there may be longer than the way back: look one hop farther, once. */
+		 * is not, the way there may be longer than the way back: look one hop farther, once
+		 * for each distance that it seems to have. */
 		ttl = ttl_distance(ttl);
-		if (path->last_router != NOT_ASKED && ttl != path->last_router && ttl + 1 != path->reverse)
+		bit = 1ULL << (ttl & 63);
+		if (!path->is_told && !(path->distances & bit) && ttl + 1 != path->reverse)
 			path->explore = 1;
-		path->last_router = ttl;
+		path->is_told = 0;
+		path->distances |= bit;
 	}
-	if (path->explore && next) {
+	if (path->explore && next && nr + 1 == path->length) {
 		next->due = now; /* even if it rests */
-		next->resting = 1;
+		next->resting |= RESTING;
 	}
+unlock:
 	bpf_spin_unlock(&schedule->lock);
 }
 
 /* A probe with this TTL reached the destination: the way there is no longer than that. */
 static inline void learn_reached(struct path *path, __u32 ttl)
 {
+	__u64 now = bpf_ktime_get_ns();
 	struct schedule *schedule;
 	struct hop *last;
 	int zero = 0;
@@ -987,11 +1167,13 @@ static inline void learn_reached(struct path *path, __u32 ttl)
 	bpf_spin_lock(&schedule->lock);
 	if (ttl && (!path->length || ttl <= path->length)) {
 		path->length = ttl;
-		path->last_router = 0;
+		path->shortened = now;
+		path->distances = 0;
+		path->is_told = 0;
 		path->explore = 0;
 		last = hop_at(path, ttl - 1);
 		if (last && last->rtt && !last->unanswered)
-			path->last_router = NOT_ASKED;
+			path->is_told = 1;
 	}
 	if (ttl && path->responsive >= ttl)
 		path->responsive = ttl - 1;
@@ -1007,6 +1189,8 @@ struct built {
 	__u32 protocol;
 	__u32 origseq;
 	__u16 ip_id;
+	__u16 balance;
+	__u8 tos;
 	__u8 kept;
 	__u16 unfinished; /* the UDP checksum is left to the device */
 	struct probe_key key;
@@ -1084,7 +1268,7 @@ static inline int trim_clone(struct __sk_buff *skb, int *exact, __u8 *tail)
 	l4_len = l4_header_len(&nh, &pkt);
 	if (l4_len < 0)
 		return -1;
-	headers = sizeof(struct ethhdr) + pkt.ip_len + l4_len;
+	headers = pkt.ip_off + pkt.ip_len + l4_len;
 	if (skb->len < headers)
 		return -1;
 	payload = skb->len - headers;
@@ -1110,7 +1294,7 @@ static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, 
 	struct tcphdr *tcp;
 	struct udphdr *udp;
 	struct iphdr *ip;
-	__u16 *balance, ttl, check;
+	__u16 *balance, old_total, ttl, check;
 	int exact = 0;
 
 	old_len = skb->len;
@@ -1121,9 +1305,17 @@ static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, 
 	if (parse_frame(&nh, &pkt) < 0)
 		return -1;
 	l4 = nh;
-	old_len -= sizeof(struct ethhdr) + pkt.ip_len;
-	new_len = skb->len - sizeof(struct ethhdr) - pkt.ip_len;
+	old_len -= pkt.ip_off + pkt.ip_len;
+	new_len = skb->len - pkt.ip_off - pkt.ip_len;
 
+	if (TUNNEL && pkt.wrapped) {
+		ip = (void *)(long)skb->data + pkt.outer_off;
+		if ((void *)(ip + 1) > nh.end)
+			return -1;
+		old_total = ip->tot_len;
+		ip->tot_len = bpf_htons(skb->len - pkt.outer_off);
+		ip->check = csum_replace(ip->check, old_total, ip->tot_len);
+	}
 	if (pkt.version == 4) {
 		ip = pkt.ip;
 		check = csum_replace(ip->check, ip->tot_len, bpf_htons(pkt.ip_len + new_len));
@@ -1133,7 +1325,7 @@ static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, 
 		ip->check = csum_replace(check, ttl, *(__u16 *)&ip->ttl);
 	} else {
 		ip6 = pkt.ip;
-		ip6->payload_len = bpf_htons(new_len);
+		ip6->payload_len = bpf_htons(pkt.ip_len - sizeof(*ip6) + new_len);
 		ip6->hop_limit = claim->ttl;
 	}
 
@@ -1172,8 +1364,9 @@ static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, 
 		if (!exact) {
 			if ((void *)(balance + 1) > l4.end)
 				return -1;
-			check = bpf_htons(1 + (claim->seq + SALT) % 65535);
+			check = bpf_htons(1 + ((__u64)claim->seq * CHECK_STEP + SALT) % 65535);
 			*balance = ~csum_fold(sum + check);
+			built->balance = *balance;
 			udp->check = check;
 		} else if (partial) {
 			check = ~csum_fold(sum + csum_skb(skb, skb->len - new_len + sizeof(*udp), new_len - sizeof(*udp)));
@@ -1205,6 +1398,7 @@ static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, 
 	built->version = pkt.version;
 	built->protocol = pkt.protocol;
 	built->ip_id = pkt.ip_id;
+	built->tos = pkt.tos;
 	if (parse_probe_key(&l4, &pkt, &built->key) < 0)
 		return -1;
 	if (built->unfinished) {
@@ -1239,6 +1433,8 @@ static inline int record_probe(const struct built *built, struct claim *claim)
 	probe.seq = claim->seq;
 	probe.origseq = built->origseq;
 	probe.outipid = built->ip_id;
+	probe.outtos = built->tos;
+	probe.balance = built->balance;
 	probe.outttl = claim->ttl;
 	probe.kept = built->kept;
 	probe.pid = claim->pid;
@@ -1490,7 +1686,7 @@ static inline struct path *new_peer(struct address *dest, __u8 *mark)
 	if (!path)
 		return 0;
 	*mark |= IN_PEERS; /* the driver writes no marks any more when packets come */
-	peers.update(dest, path);
+	peers.insert(dest, path); /* or another CPU has */
 	path = peers.lookup(dest);
 	if (path)
 		path->of_flows = 1;
@@ -1641,7 +1837,7 @@ int elf_egress(struct __sk_buff *skb)
 		COUNT(build_failed);
 		return TC_ACT_SHOT;
 	}
-	if (parse_frame(&nh, &pkt) < 0)
+	if (parse_frame(&nh, &pkt) < 0 || (TUNNEL && ETHERNET && !pkt.wrapped))
 		return TC_ACT_UNSPEC;
 	mark = mark_of(&pkt.daddr);
 	if (!mark)
@@ -1708,21 +1904,60 @@ static inline struct probe *find_probe(struct hdr_cursor *nh, const struct packe
 	return in_flight.lookup(key);
 }
 
+/* What a router tells behind its quote (RFC 4884), 0 where there is nothing. The length field of the
+ * ICMP header says how long the quote is; older routers left it 0 and padded to 128 bytes. */
+static inline struct extended_result *read_extension(const struct hdr_cursor *nh, const struct packet *outer,
+						     const struct icmphdr *icmp)
+{
+	__u32 quoted = outer->version == 4 ? ((__u8 *)icmp)[5] * 4 : ((__u8 *)icmp)[4] * 8;
+	__u32 *from, i, left, old_style = !quoted;
+	struct extended_result *extended;
+	int zero = 0;
+
+	if (old_style)
+		quoted = QUOTE_PADDED;
+	left = outer->l4_len - sizeof(*icmp) - quoted;
+	if (quoted < QUOTE_PADDED || outer->l4_len < sizeof(*icmp) + quoted + 2 * sizeof(*from))
+		return 0;
+	from = (void *)(icmp + 1) + quoted;
+	if ((void *)(from + 1) > nh->end || (old_style && *(__u8 *)from >> 4 != EXTENSION_VERSION))
+		return 0; /* the quote is so long */
+	extended = extended_results.lookup(&zero);
+	if (!extended)
+		return 0;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < EXTENSION_MAX / sizeof(*from); i++) {
+		if ((i + 1) * sizeof(*from) > left || (void *)(from + 1) > nh->end)
+			break;
+		((__u32 *)extended->extension)[i] = *from++;
+	}
+	extended->extension_len = i * sizeof(*from);
+	return extended;
+}
+
 /* An ICMP error, its quote at the cursor. 1 if it is a time exceeded that answers a probe of ours. */
 static inline int receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, const struct packet *outer,
 				const struct icmphdr *icmp)
 {
 	__u64 now = bpf_ktime_get_ns(); /* before anything else: this is the measurement */
+	struct extended_result *extended;
 	struct result result = {};
 	struct packet quote = {};
 	struct probe *probe;
 	struct path *path;
+	__u16 *balance;
+	int err;
 
 	if ((outer->version == 4 ? parse_iphdr(nh, &quote) : parse_ip6hdr(nh, &quote)) < 0)
+		return 0;
+	if (parse_inner(nh, &quote) < 0 || quote.fragment == LATER_FRAGMENT)
 		return 0;
 	probe = find_probe(nh, &quote, &result.key);
 	if (!probe)
 		return 0;
+	balance = nh->pos + sizeof(struct udphdr);
+	if (probe->balance && (void *)(balance + 1) <= nh->end && *balance != probe->balance)
+		return 0; /* the checksum is another's, changed on the way */
 	path = path_to(&result.key.dest);
 	if (!is_time_exceeded(outer, icmp)) {
 		/* The application's own packets, which with NOTRUNC have a probe's identity, say nothing. */
@@ -1739,6 +1974,8 @@ static inline int receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, const
 	result.reply.recvcpu = bpf_get_smp_processor_id();
 	result.reply.inipid = quote.ip_id;
 	result.reply.recvttl = outer->ttl;
+	result.reply.intos = quote.tos;
+	result.translated = outer->version == quote.version && !is_same(&quote.saddr, &outer->daddr);
 	if (path)
 		learn_hop(path, &result.probe, outer->ttl, now);
 	if (outer->version == 4)
@@ -1746,7 +1983,14 @@ static inline int receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, const
 	else
 		elf_v6_afterrecv(ctx);
 	COUNT(replies);
-	if (results.ringbuf_output(&result, sizeof(result), wakeup_flag()))
+	extended = read_extension(nh, outer, icmp);
+	if (extended) {
+		extended->result = result;
+		err = results.ringbuf_output(extended, sizeof(*extended), wakeup_flag());
+	} else {
+		err = results.ringbuf_output(&result, sizeof(result), wakeup_flag());
+	}
+	if (err)
 		COUNT(results_lost);
 	return 1;
 }

@@ -68,6 +68,7 @@ HOOKS_FILE = os.path.join(HERE, "elfhooks.c")
 COLUMNS = (
     "recvcpu", "seq", "origseq", "latency", "sendtime", "recvtime", "dest", "responder",
     "outttl", "recvttl", "sport", "dport", "protocol", "outipid", "inipid", "app", "pid",
+    "outtos", "intos", "mpls", "ifinfo",
 )  # fmt: skip
 
 UNANSWERED_AFTER = 5.0  # s that a probe may be outstanding
@@ -78,10 +79,12 @@ BATCH = 4096  # entries of a hash that are read at once
 STRAY_REPLIES = 0.5  # s to wait for replies after the last probe
 SCAN_EVERY = 1.0  # s between two looks at the processes
 LINGER = 30.0  # s that a destination stays of interest after its last connection ended
+CHANGES_MAX = 1000  # of what the network changes on the way that are kept in mind
 DESTINATIONS_MAX = 65536
 PEERS_MAX = 16384  # destinations of processes' flows
 RING_HOLDS = 0.25  # s of results at the highest rate
 RING_PAGE = os.sysconf("SC_PAGESIZE")
+RING_PAGES_MIN = 64  # replies may come in bursts at any rate
 RESULT_BYTES = 128  # of struct result in the ring, at most
 CONSOLE_LINES = 1000  # that may wait for a console which does not take them
 CONSOLE_PATIENCE = 1.0  # s that the end waits for it
@@ -90,8 +93,17 @@ CLOCK_MONOTONIC_COARSE = 6  # linux/time.h
 # linux/capability.h
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_NET_ADMIN, CAP_SYS_PTRACE = 1, 2, 12, 19
 CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 21, 38, 39
-ARPHRD_ETHER = 1  # linux/if_arp.h
-ARPHRD_LOOPBACK = 772
+ARPHRD_ETHER, ARPHRD_TUNNEL, ARPHRD_LOOPBACK, ARPHRD_SIT = 1, 768, 772, 776  # linux/if_arp.h
+# Links whose packets begin with IP; "none" are TUN, WireGuard and the like.
+IP_LINKS = {
+    512: "ppp", 519: "rawip", ARPHRD_TUNNEL: "ipip", 769: "ip6tnl", ARPHRD_SIT: "sit", 778: "gre",
+    823: "ip6gre", 0xFFFE: "none",
+}  # fmt: skip
+# Tunnels -> what of -e there is in them; in the others there is anything.
+CARRIED = {
+    ARPHRD_TUNNEL: ("ipinip",), 769: (), ARPHRD_SIT: ("ipinip", "ip6inip"), 778: (), 823: (),
+}  # fmt: skip
+TUNNELS = {"ethernet": 0, "ipinip": 4, "ip6inip": 41}  # -e -> IP protocol that is wrapped in IPv4
 IFF_UP = 1  # linux/if.h
 SIOCGIFFLAGS = 0x8913  # linux/sockios.h
 BPF_XDP = 37  # enum bpf_attach_type, linux/bpf.h
@@ -166,6 +178,7 @@ class Config:
     addresses: tuple[str, ...] = ()
     apps: tuple[str, ...] = ()
     pids: tuple[int, ...] = ()
+    encapsulation: str = "ethernet"
     ingress: str = "drop"
     logfile: bool = False
     filebase: str = "elf"
@@ -183,10 +196,13 @@ class Config:
     def by_process(self) -> bool:
         return bool(self.apps or self.pids)
 
-    def build_flags(self, by_owner: bool = False, tick: int = 0) -> dict[str, str]:
+    def build_flags(self, ethernet: bool = True, by_owner: bool = False, tick: int = 0) -> dict[str, str]:
         """The -D flags of elfprobe.c; tick in ns, 0: not to be used."""
         waiting = self.max_rate * (UNANSWERED_AFTER + 1)
+        pages = power_of_two(max(self.max_rate * RING_HOLDS * RESULT_BYTES / RING_PAGE, RING_PAGES_MIN))
         return {
+            "ETHERNET": str(int(ethernet)),
+            "TUNNEL": str(TUNNELS[self.encapsulation]),
             "NOTRUNC": str(int(self.notrunc)),
             "RATE_GLOBAL": str(int(self.rate_global)),
             "INTERVAL_NS": f"{self.probeint * 1000000}ULL",
@@ -199,7 +215,8 @@ class Config:
             "DESTINATIONS_MAX": str(DESTINATIONS_MAX),
             "PEERS_MAX": str(PEERS_MAX if by_owner else 1),
             "IN_FLIGHT_MAX": str(power_of_two(min(max(waiting, 1024), 1 << 18))),
-            "RESULTS_PAGES": str(power_of_two(self.max_rate * RING_HOLDS * RESULT_BYTES / RING_PAGE)),
+            "RESULTS_PAGES": str(pages),
+            "WAKE_EVERY": str(max(pages * RING_PAGE // RESULT_BYTES // 4 // (os.cpu_count() or 1), 1)),
         }
 
 
@@ -312,8 +329,8 @@ def argument_parser() -> argparse.ArgumentParser:
         help="what to do with the time exceeded that answers a probe, once it is recorded "
         "(default: drop); every other packet passes")  # fmt: skip
     add("-e", "--encapsulation", choices=("ethernet", "ipinip", "ip6inip"), default="ethernet",
-        help="how packets look on the wire: IP in Ethernet, IPv4 in IPv4, IPv6 in IPv4 "
-        "(default: ethernet)")  # fmt: skip
+        help="what the flows are wrapped in: nothing but the device's own header, or IPv4: IPv4 in IPv4, "
+        "IPv6 in IPv4 (default: ethernet)")  # fmt: skip
     add("-f", "--filebase", default="elf", type=not_empty,
         help="base name of FILEBASE.csv and FILEBASE.log (default: elf)")  # fmt: skip
     add("-l", "--logfile", action="store_true", help="also log to FILEBASE.log")
@@ -334,14 +351,12 @@ def parse_arguments(argv: list[str]) -> Config:
     args = argument_parser().parse_intermixed_args(argv)
     if not (args.addresses or args.app or args.pid):
         raise Failure("nothing to probe: give an address, -a APP or -P PID", 2)
-    if args.encapsulation != "ethernet":
-        asked = args.encapsulation
-        raise Failure(f"argument -e/--encapsulation: '{asked}' is not supported yet, only ethernet is", 2)
     return Config(
         interface=args.interface,
         addresses=tuple(args.addresses),
         apps=tuple(args.app),
         pids=tuple(args.pid),
+        encapsulation=args.encapsulation,
         ingress=args.ingress,
         logfile=args.logfile or args.quiet,
         filebase=args.filebase,
@@ -415,6 +430,8 @@ def resolve_all(arguments: Iterable[str]) -> dict[bytes, str]:
             except Failure as failure:
                 raise Failure(f"{failure}{place}") from failure
             for packed in resolved:
+                if ipaddress.ip_address(address_text(packed)).is_multicast:
+                    raise Failure(f"address '{name}': no router answers for what goes to many{place}")
                 if not is_remote(packed):
                     raise Failure(f"address '{name}': {address_text(packed)} never leaves this host{place}")
                 found.setdefault(packed, name)
@@ -822,17 +839,21 @@ class SocketOwners:
 
     def _decide_on_events(self) -> None:
         ending: set[tuple[int, int]] = set()  # IDs and PIDs of processes whose first thread has ended
+        next_look = 0.0
         while True:
-            try:
+            data: bytes | None = b""
+            with contextlib.suppress(queue.Empty):
                 data = self._events.get(timeout=SCAN_EVERY if ending else None)
-            except queue.Empty:
-                for process_id, pid in list(ending):
-                    if not os.path.exists(f"/proc/{pid}"):
-                        ending.remove((process_id, pid))
-                        self._forget(process_id, pid)
-                continue
             if data is None:
                 return
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + SCAN_EVERY
+                for process_id, pid in list(ending):
+                    if not os.path.exists(f"/proc/{pid}") or not self._is_entered(process_id, pid):
+                        ending.remove((process_id, pid))
+                        self._forget(process_id, pid)
+            if not data:
+                continue
             event = self._event.unpack_from(data)
             process_id, pid, interest = (event[at] for at in self._event_fields)
             if interest:
@@ -844,6 +865,7 @@ class SocketOwners:
         try:
             process = look_at_process(pid)
         except OSError:  # it has ended
+            self._forget(process_id, pid)
             return
         if not self._is_entered(process_id, pid):  # so has it; this is another one
             return
@@ -964,12 +986,12 @@ def program_text(hooks_file: str) -> str:
 
 
 def load_program(
-    config: Config, by_owner: bool = False, warnings: bool = False, ticks: bool = True
+    config: Config, by_owner: bool = False, warnings: bool = False, ticks: bool = True, ethernet: bool = True
 ) -> Any:
     """Compiles and loads elfprobe.c; gives BCC's object, its programs in .funcs. Raises Failure."""
     text = program_text(config.hooks)
     tick = round(time.clock_getres(CLOCK_MONOTONIC_COARSE) * 1e9) if ticks else 0
-    flags = [f"-D{name}={value}" for name, value in config.build_flags(by_owner, tick).items()]
+    flags = [f"-D{name}={value}" for name, value in config.build_flags(ethernet, by_owner, tick).items()]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"] if warnings else ["-w"]
     messages: list[str] = []
     try:
@@ -999,7 +1021,7 @@ def load_program(
         except Exception as err:
             if ticks and "#118" in messages[-1]:  # bpf_jiffies64()
                 bpf.cleanup()
-                return load_program(config, by_owner, warnings, ticks=False)
+                return load_program(config, by_owner, warnings, False, ethernet)
             detail = "\n".join(messages[-1].strip().splitlines()[-40 if config.debug else -3 :])
             kernel = f"the kernel (Linux {os.uname().release})"
             raise Failure(f"{kernel} does not take {name}: {err}", detail=detail) from err
@@ -1020,22 +1042,27 @@ def interface_failure(message: str) -> Failure:
 class Device(NamedTuple):
     name: str
     ifindex: int
+    ethernet: bool = True  # packets begin with an Ethernet header; otherwise with IP
 
 
-def find_device(ipr: Any, name: str) -> Device:
-    """Raises Failure unless there is such a device, it is up, and packets there are what -e says."""
+def find_device(ipr: Any, name: str, encapsulation: str = "ethernet") -> Device:
+    """Raises Failure unless there is such a device, it is up, and packets there may be what -e says."""
     names = [found for _, found in socket.if_nameindex()]
     if name not in names:
         raise interface_failure(f"there is no '{name}' here; there are: {', '.join(names)}")
-    device = Device(name, socket.if_nametoindex(name))
-    link = ipr.get_links(device.ifindex)[0]
+    ifindex = socket.if_nametoindex(name)
+    link = ipr.get_links(ifindex)[0]
+    kind = link["ifi_type"]
     if not link["flags"] & IFF_UP:
         raise interface_failure(f"'{name}' is down: ip link set {name} up")
-    if link["ifi_type"] == ARPHRD_LOOPBACK:
+    if kind == ARPHRD_LOOPBACK:
         raise interface_failure(f"'{name}' is the loopback device: nothing is ever a hop away there")
-    if link["ifi_type"] != ARPHRD_ETHER:
-        raise interface_failure(f"packets on '{name}' have no Ethernet header: not supported yet")
-    return device
+    if kind != ARPHRD_ETHER and kind not in IP_LINKS:
+        raise interface_failure(f"packets on '{name}' begin with neither Ethernet nor IP (link type {kind})")
+    if kind in CARRIED and encapsulation not in ("ethernet", *CARRIED[kind]):
+        fit = f"{IP_LINKS[kind]}, which takes {' or '.join(('ethernet', *CARRIED[kind]))}"
+        raise Failure(f"argument -e/--encapsulation: '{encapsulation}' does not fit '{name}', {fit}")
+    return Device(name, ifindex, kind == ARPHRD_ETHER)
 
 
 def device_is_up(device: Device) -> bool:
@@ -1392,9 +1419,10 @@ def entries(table: Any) -> Iterator[tuple[bytes, bytes]]:
             failed = bcc.lib.bpf_lookup_batch(
                 table.map_fd, after, ctypes.byref(place), keys, values, ctypes.byref(count)
             )
+            reason = ctypes.get_errno()
         except AttributeError:  # BCC before 0.19
-            failed = errno.ENOTSUP
-        if failed and ctypes.get_errno() != errno.ENOENT:  # which is the end
+            failed = reason = errno.ENOTSUP
+        if failed and reason != errno.ENOENT:  # which is the end
             yield from ((bytes(key), bytes(value)) for key, value in table.items())  # Linux before 5.6, too
             return
         after = ctypes.byref(place)
@@ -1412,9 +1440,14 @@ class Results:
         self._bpf = bpf
         self._in_flight = bpf["in_flight"]
         self._chunks: list[bytes] = []
-        layout, names = struct_format(bpf["result_layout"].Leaf)
+        extended = bpf["result_layout"].Leaf
+        layout, names = struct_format(dict(extended._fields_)["result"])
         self._result = struct.Struct(layout)
         self._row = rows_of(names)
+        self._changes = Changes(names)
+        self._extended_chunks: list[bytes] = []
+        self._extension_len = extended.extension_len.offset
+        self._extension = extended.extension.offset
         probe_layout, probe_names = struct_format(self._in_flight.Leaf)
         key_layout, key_names = struct_format(self._in_flight.Key)
         self._unanswered = struct.Struct(probe_layout + key_layout[1:])
@@ -1422,22 +1455,44 @@ class Results:
         self._sendtime = probe_names.index("sendtime")
         self.replies = 0
         self.unanswered = 0
+        self.malformed = 0  # extensions that routers put behind their quotes
         bpf["results"].open_ring_buffer(self._receive)
 
     def _receive(self, _context: Any, data: int, size: int) -> int:
-        self._chunks.append(ctypes.string_at(data, size))
+        chunks = self._chunks if size == self._result.size else self._extended_chunks
+        chunks.append(ctypes.string_at(data, size))
         return 0
 
     def take(self) -> str:
         """Rows of all replies that came since the last call."""
         self._bpf.ring_buffer_consume()
-        if not self._chunks:
+        if not self._chunks and not self._extended_chunks:
             return ""
         # The ring rounds sizes up to 8 bytes, and so does struct result itself.
         data, self._chunks = b"".join(self._chunks), []
-        rows = [self._row(fields) for fields in self._result.iter_unpack(data)]
+        rows = []
+        for fields in self._result.iter_unpack(data):
+            rows.append(self._row(fields))
+            self._changes.note(fields)
+        extended, self._extended_chunks = self._extended_chunks, []
+        rows += map(self._extended_row, extended)
         self.replies += len(rows)
         return "".join(rows)
+
+    def _extended_row(self, data: bytes) -> str:
+        fields = self._result.unpack_from(data)
+        self._changes.note(fields)
+        (size,) = struct.unpack_from("=I", data, self._extension_len)
+        try:
+            mpls, ifinfo = extension_texts(data[self._extension : self._extension + size])
+        except (ValueError, struct.error, IndexError):
+            self.malformed += 1
+            mpls = ifinfo = ""
+        return f"{self._row(fields)[:-2]}{mpls},{csv_field(ifinfo)}\n"
+
+    def changes(self) -> Iterator[str]:
+        """What the network changed on the way, a line each."""
+        return self._changes.texts()
 
     def expire(self, sent_before: int) -> str:
         """Rows of the probes still in flight that left before this time (CLOCK_MONOTONIC, ns)."""
@@ -1453,12 +1508,111 @@ class Results:
         return "".join(rows)
 
 
+def csv_field(text: str) -> str:
+    """Quoted where that is needed, without control characters."""
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return '"' + text.replace('"', '""') + '"' if '"' in text or "," in text else text
+
+
 @functools.lru_cache(maxsize=65536)
 def app_text(comm: bytes) -> str:
-    """A command name as a field of the CSV: quoted where that is needed, without control characters."""
-    name = comm.split(b"\0")[0].decode(errors="replace")
-    name = "".join(character if character.isprintable() else "?" for character in name)
-    return '"' + name.replace('"', '""') + '"' if '"' in name or "," in name else name
+    """A command name as a field of the CSV."""
+    return csv_field(comm.split(b"\0")[0].decode(errors="replace"))
+
+
+# What routers tell behind their quotes: ICMP extension objects (RFC 4884, 7 and 8).
+EXTENSION_VERSION = 2
+EXTENSION_MAX = 252  # bytes that elfprobe.c keeps: of what is longer, the checksum cannot be told
+MPLS_LABEL_STACK, INTERFACE_INFORMATION = (1, 1), 2  # class and type (RFC 4950); class (RFC 5837)
+INTERFACE_ROLES = ("incoming", "sub-ip", "outgoing", "next-hop")
+WITH_IFINDEX, WITH_ADDRESS, WITH_NAME, WITH_MTU = 8, 4, 2, 1  # bits of an interface object's type
+ADDRESS_FAMILIES = {1: (socket.AF_INET, 4), 2: (socket.AF_INET6, 16)}  # of IANA -> ours, bytes
+
+
+@functools.lru_cache(maxsize=4096)
+def extension_texts(data: bytes) -> tuple[str, str]:
+    """The MPLS label stack, "label/tc/s/ttl" joined by ";", and the interfaces, "name=value" joined by ";",
+    several by "|". Objects of other kinds are passed over. ValueError, IndexError or struct.error for
+    what is malformed."""
+    version, checksum = data[0] >> 4, struct.unpack_from("!H", data, 2)[0]
+    if version != EXTENSION_VERSION:
+        raise ValueError("not version 2")
+    if checksum and len(data) < EXTENSION_MAX and ones_complement_sum(data) != 0xFFFF:
+        raise ValueError("wrong checksum")
+    labels: list[str] = []
+    interfaces: list[str] = []
+    at = 4
+    while at < len(data):
+        size, kind, subtype = struct.unpack_from("!HBB", data, at)
+        if size < 4 or at + size > len(data):
+            raise ValueError("an object of no possible length")
+        content = data[at + 4 : at + size]
+        if (kind, subtype) == MPLS_LABEL_STACK:
+            for (entry,) in struct.iter_unpack("!I", content):
+                labels.append(f"{entry >> 12}/{entry >> 9 & 7}/{entry >> 8 & 1}/{entry & 255}")
+        elif kind == INTERFACE_INFORMATION:
+            interfaces.append(interface_text(subtype, content))
+        at += size
+    return ";".join(labels), "|".join(interfaces)
+
+
+def interface_text(subtype: int, content: bytes) -> str:
+    """An interface information object (RFC 5837, 4)."""
+    parts = [f"role={INTERFACE_ROLES[subtype >> 6]}"]
+    if subtype & WITH_IFINDEX:
+        parts.append(f"index={struct.unpack_from('!I', content)[0]}")
+        content = content[4:]
+    if subtype & WITH_ADDRESS:
+        number = struct.unpack_from("!H", content)[0]
+        if number not in ADDRESS_FAMILIES:
+            raise ValueError("an address of no known family")
+        family, size = ADDRESS_FAMILIES[number]
+        parts.append(f"addr={socket.inet_ntop(family, content[4 : 4 + size])}")
+        content = content[4 + size :]
+    if subtype & WITH_NAME:
+        size = content[0]
+        if not 1 <= size <= len(content):
+            raise ValueError("a name of no possible length")
+        parts.append("name=" + content[1:size].rstrip(b"\0").decode(errors="replace"))
+        content = content[size:]
+    if subtype & WITH_MTU:
+        parts.append(f"mtu={struct.unpack_from('!I', content)[0]}")
+    return ";".join(parts)
+
+
+def ones_complement_sum(data: bytes) -> int:
+    """In 16 bits (RFC 1071): 0xFFFF over what includes its own checksum."""
+    words = struct.unpack(f"!{(len(data) + 1) // 2}H", data + bytes(len(data) % 2))
+    total: int = (sum(words) - 1) % 0xFFFF + 1
+    return total
+
+
+class Changes:
+    """From which hop on packets to a destination are quoted with something changed on the way."""
+
+    def __init__(self, names: list[str]) -> None:
+        at = {name: position for position, name in enumerate(names)}
+        self._outtos, self._intos, self._translated = at["outtos"], at["intos"], at["translated"]
+        self._dest, self._outttl, self._responder = at["dest"], at["outttl"], at["responder"]
+        self._first: dict[tuple[bytes, str], tuple[int, bytes]] = {}  # dest, what -> hop, responder
+
+    def note(self, v: tuple[Any, ...]) -> None:
+        if v[self._intos] != v[self._outtos]:
+            self._note_change(v, f"DSCP/ECN {v[self._outtos]:#04x} becomes {v[self._intos]:#04x}")
+        if v[self._translated]:
+            self._note_change(v, "the source address is translated")
+
+    def _note_change(self, v: tuple[Any, ...], what: str) -> None:
+        key = v[self._dest], what
+        found = self._first.get(key)
+        if found is None and len(self._first) >= CHANGES_MAX:
+            return
+        if found is None or v[self._outttl] < found[0]:
+            self._first[key] = v[self._outttl], v[self._responder]
+
+    def texts(self) -> Iterator[str]:
+        for (dest, what), (hop, responder) in sorted(self._first.items()):
+            yield f"to {address_text(dest)}: {what} before hop {hop} ({address_text(responder)})"
 
 
 def rows_of(names: list[str]) -> Callable[[tuple[Any, ...]], str]:
@@ -1467,28 +1621,29 @@ def rows_of(names: list[str]) -> Callable[[tuple[Any, ...]], str]:
     at = {name: position for position, name in enumerate(names)}
     ntohs = socket.ntohs
     seq, origseq, sendtime, dest = at["seq"], at["origseq"], at["sendtime"], at["dest"]
-    outttl, outipid, sport, dport, protocol, app, pid = (
+    outttl, outipid, sport, dport, protocol, app, pid, outtos = (
         at["outttl"], at["outipid"], at["sport"], at["dport"], at["protocol"], at["app"], at["pid"],
+        at["outtos"],
     )  # fmt: skip
 
     def unanswered(v: tuple[Any, ...]) -> str:
         return (
             f"0,{v[seq]},{v[origseq]},-1,{v[sendtime]},-1,{address_text(v[dest])},,{v[outttl]},-1,"
             f"{ntohs(v[sport])},{ntohs(v[dport])},{v[protocol]},{v[outipid]},-1,"
-            f"{app_text(v[app])},{v[pid] or ''}\n"
+            f"{app_text(v[app])},{v[pid] or ''},{v[outtos]},,,\n"
         )
 
     if "recvtime" not in at:
         return unanswered
     recvcpu, recvtime, responder = at["recvcpu"], at["recvtime"], at["responder"]
-    recvttl, inipid = at["recvttl"], at["inipid"]
+    recvttl, inipid, intos = at["recvttl"], at["inipid"], at["intos"]
 
     def answered(v: tuple[Any, ...]) -> str:
         return (
             f"{v[recvcpu]},{v[seq]},{v[origseq]},{v[recvtime] - v[sendtime]},{v[sendtime]},{v[recvtime]},"
             f"{address_text(v[dest])},{address_text(v[responder])},{v[outttl]},{v[recvttl]},"
             f"{ntohs(v[sport])},{ntohs(v[dport])},{v[protocol]},{v[outipid]},{v[inipid]},"
-            f"{app_text(v[app])},{v[pid] or ''}\n"
+            f"{app_text(v[app])},{v[pid] or ''},{v[outtos]},{v[intos]},,\n"
         )
 
     return answered
@@ -1543,7 +1698,7 @@ class ElfProbe:
         config = self._config
         with contextlib.ExitStack() as stack:
             ipr = stack.enter_context(pyroute2.IPRoute())
-            self._device = find_device(ipr, config.interface)
+            self._device = find_device(ipr, config.interface, config.encapsulation)
             for pid in config.pids:
                 if not psutil.pid_exists(pid):
                     raise Failure(f"argument -P/--pid: there is no process {pid}")
@@ -1574,11 +1729,11 @@ class ElfProbe:
         """BCC's object, and whether it tells flows by their socket's owner."""
         if self._config.by_process:
             try:
-                return load_program(self._config, by_owner=True), True
+                return load_program(self._config, by_owner=True, ethernet=self._device.ethernet), True
             except Failure as failure:
                 for line in str(failure).splitlines():
                     log.debug("%s", line)
-        return load_program(self._config), False
+        return load_program(self._config, ethernet=self._device.ethernet), False
 
     def _follow_processes(
         self, stack: contextlib.ExitStack, owned: bool, tables: ConnectionTables
@@ -1694,6 +1849,12 @@ class ElfProbe:
         lost = [f"{name} {count[name]}" for name in LOSSES if count[name]]
         if lost:
             log.warning("not measured: %s", ", ".join(lost))
+        for text in results.changes():
+            log.info("%s", text)
+        if results.malformed:
+            log.warning("malformed extensions (RFC 4884) of %d replies are left out", results.malformed)
+        if count["processes_full"]:
+            log.warning("no room for %d processes of interest", count["processes_full"])
         if count["events_lost"]:
             log.warning("%d events of processes or flows were not heard", count["events_lost"])
         if count["reached"]:

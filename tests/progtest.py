@@ -191,6 +191,10 @@ class Programs:
                 setattr(path.hops[number], name, value)
         assert self._destinations.add(elfprobe.pack_address(address), path)
 
+    def set_path(self, address: str, path: Any) -> None:
+        table = self.bpf['paths']
+        table[table.Key.from_buffer_copy(elfprobe.pack_address(address))] = path
+
     def path(self, address: str) -> Any:
         """struct path of an address."""
         table = self.bpf['paths']

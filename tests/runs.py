@@ -183,7 +183,7 @@ def inside(host: Host) -> Iterator[None]:
 
 def read_rows(path: Path) -> list[Row]:
     """The whole lines of a CSV file, which may be growing."""
-    text = path.read_text(encoding='ascii')
+    text = path.read_text(encoding='utf-8')
     header, *lines = csv.reader(text[: text.rfind('\n') + 1].splitlines())
     columns = Row._fields
     if tuple(header[: len(columns)]) != columns:

@@ -463,26 +463,28 @@ def test_struct_format() -> None:
 
 
 PROBE: dict[str, Any] = dict(seq=7, origseq=4294967295, sendtime=1000000000001, outttl=3, outipid=65535,
-                             app=b'tool\0\0', pid=77)
+                             app=b'tool\0\0', pid=77, outtos=72)
 KEY: dict[str, Any] = dict(dest=elfprobe.pack_address('198.51.100.9'), sport=socket.htons(40112),
                            dport=socket.htons(443), ident=99, protocol=6)
 REPLY: dict[str, Any] = dict(recvcpu=5, recvtime=1000000250001, responder=elfprobe.pack_address('192.0.2.1'),
-                             recvttl=62, inipid=0)
+                             recvttl=62, inipid=0, intos=0)
 VERSION_6: dict[str, Any] = dict(app=bytes(16), pid=0, dest=elfprobe.pack_address('2001:db8::9'),
                                  responder=elfprobe.pack_address('2001:db8:1::1'), protocol=17)
 ROWS = {
     'answered': (
         {**PROBE, **REPLY, **KEY},
-        '5,7,4294967295,250000,1000000000001,1000000250001,198.51.100.9,192.0.2.1,3,62,40112,443,6,65535,0,tool,77\n'),
+        '5,7,4294967295,250000,1000000000001,1000000250001,198.51.100.9,192.0.2.1,3,62,40112,443,6,65535,0,tool,77'
+        ',72,0,,\n'),
     'answered, IPv6': (
         {**PROBE, **REPLY, **KEY, **VERSION_6},
-        '5,7,4294967295,250000,1000000000001,1000000250001,2001:db8::9,2001:db8:1::1,3,62,40112,443,17,65535,0,,\n'),
+        '5,7,4294967295,250000,1000000000001,1000000250001,2001:db8::9,2001:db8:1::1,3,62,40112,443,17,65535,0,,'
+        ',72,0,,\n'),
     'unanswered': (
         {**PROBE, **KEY},
-        '0,7,4294967295,-1,1000000000001,-1,198.51.100.9,,3,-1,40112,443,6,65535,-1,tool,77\n'),
+        '0,7,4294967295,-1,1000000000001,-1,198.51.100.9,,3,-1,40112,443,6,65535,-1,tool,77,72,,,\n'),
     'unanswered, IPv6': (
         {**KEY, **PROBE, 'dest': VERSION_6['dest']},
-        '0,7,4294967295,-1,1000000000001,-1,2001:db8::9,,3,-1,40112,443,6,65535,-1,tool,77\n'),
+        '0,7,4294967295,-1,1000000000001,-1,2001:db8::9,,3,-1,40112,443,6,65535,-1,tool,77,72,,,\n'),
 }
 
 
@@ -498,7 +500,67 @@ def test_columns() -> None:
     assert elfprobe.COLUMNS[:15] == (
         'recvcpu', 'seq', 'origseq', 'latency', 'sendtime', 'recvtime', 'dest', 'responder', 'outttl',
         'recvttl', 'sport', 'dport', 'protocol', 'outipid', 'inipid')
-    assert elfprobe.COLUMNS[15:] == ('app', 'pid')
+    assert elfprobe.COLUMNS[15:] == ('app', 'pid', 'outtos', 'intos', 'mpls', 'ifinfo')
+
+
+def extension(*objects: tuple[int, int, bytes], version: int = 2, checksum: int | None = None) -> bytes:
+    """An extension structure of objects: class, type, content (RFC 4884, 7)."""
+    content = b''.join(struct.pack('!HBB', 4 + len(data), kind, subtype) + data
+                       for kind, subtype, data in objects)
+    head = struct.pack('!BxH', version << 4, 0)
+    if checksum is None:
+        checksum = 0xFFFF - elfprobe.ones_complement_sum(head + content)
+    return struct.pack('!BxH', version << 4, checksum) + content
+
+
+def label(number: int, tc: int, bottom: int, ttl: int) -> bytes:
+    return struct.pack('!I', number << 12 | tc << 9 | bottom << 8 | ttl)
+
+
+NAME = b'\x0cge-0/0/1\0\0\0'  # its length first, then padded
+EXTENSIONS: dict[str, tuple[bytes, tuple[str, str]]] = {
+    'one label': (extension((1, 1, label(24001, 5, 1, 1))), ('24001/5/1/1', '')),
+    'three labels': (
+        extension((1, 1, label(16, 0, 0, 254) + label(1048575, 7, 0, 0) + label(3, 1, 1, 1))),
+        ('16/0/0/254;1048575/7/0/0;3/1/1/1', '')),
+    'an interface': (
+        extension((2, 0x0F, struct.pack('!IHH', 7, 1, 0) + b'\xc0\0\x02\1' + NAME + struct.pack('!I', 1500))),
+        ('', 'role=incoming;index=7;addr=192.0.2.1;name=ge-0/0/1;mtu=1500')),
+    'interfaces of other roles': (
+        extension((2, 0x48, struct.pack('!I', 1)), (2, 0x84, struct.pack('!HH', 2, 0) + bytes(15) + b'\1'),
+                  (2, 0xC2, NAME)),
+        ('', 'role=sub-ip;index=1|role=outgoing;addr=::1|role=next-hop;name=ge-0/0/1')),
+    'both': (extension((2, 8, struct.pack('!I', 2)), (1, 1, label(5, 0, 1, 9))),
+             ('5/0/1/9', 'role=incoming;index=2')),
+    'no checksum': (extension((1, 1, label(5, 0, 1, 9)), checksum=0), ('5/0/1/9', '')),
+    'objects of unknown kinds': (extension((247, 1, b'what'), (1, 2, b'else')), ('', '')),
+    'nothing': (extension(), ('', '')),
+}
+
+
+@pytest.mark.parametrize('data, texts', EXTENSIONS.values(), ids=EXTENSIONS)
+def test_extensions(data: bytes, texts: tuple[str, str]) -> None:
+    assert elfprobe.extension_texts(data) == texts
+
+
+@pytest.mark.parametrize('data', {
+    'another version': extension((1, 1, label(5, 0, 1, 9)), version=1),
+    'a wrong checksum': extension((1, 1, label(5, 0, 1, 9)), checksum=1),
+    'cut in the header': b'\x20\0\0',
+    'an object without end': extension(checksum=0) + b'\0\0\1\1',
+    'an object too long': extension(checksum=0) + b'\0\x09\1\1' + label(5, 0, 1, 9),
+    'an object cut in its header': extension(checksum=0) + b'\0\x08',
+    'half a label': extension((1, 1, b'half a')),
+    'an interface without its address': extension((2, 4, b'')),
+    'an address of no family': extension((2, 4, struct.pack('!HH', 9, 0) + bytes(4))),
+    'half an address': extension((2, 4, struct.pack('!HH', 1, 0) + bytes(2))),
+    'a name that is too long': extension((2, 2, b'\x10name')),
+    'a name without a length': extension((2, 2, b'\0\0\0\0')),
+    'no name': extension((2, 2, b'')),
+}.items(), ids=lambda item: item[0])
+def test_malformed_extensions(data: tuple[str, bytes]) -> None:
+    with pytest.raises((ValueError, IndexError, struct.error)):
+        elfprobe.extension_texts(data[1])
 
 
 @pytest.mark.parametrize('comm, field', {

@@ -95,6 +95,15 @@ for line in sys.stdin:
     print(*[bpf['seen'][ctypes.c_int(at)].value for at in range(2 * len(places))], flush=True)
 """
 
+# Makes a TUN device that says to be of another link type.
+TUN_OF_TYPE = """
+import fcntl, os, struct, sys
+tun = os.open('/dev/net/tun', os.O_RDWR)
+fcntl.ioctl(tun, 0x400454CA, struct.pack('16sH22x', sys.argv[1].encode(), 0x1001))  # TUNSETIFF
+fcntl.ioctl(tun, 0x400454CD, int(sys.argv[2]))  # TUNSETLINK
+fcntl.ioctl(tun, 0x400454CB, 1)  # TUNSETPERSIST
+"""
+
 # elfprobe, but for one function or method: it raises, or the process first gets a signal there.
 FAULTY = """
 import os, signal, sys
@@ -285,7 +294,6 @@ USAGE = {
     'rate type': (['-i', 'eth0', '-r', 'fast', ANYWHERE], ['-r/--ratetype', "'fast'", 'g, global, h']),
     'ingress': (['-i', 'eth0', '-I', 'reject', ANYWHERE], ['-I/--ingress', "'reject'", 'pass', 'drop']),
     'encapsulation': (['-i', 'eth0', '-e', 'ring', ANYWHERE], ['-e/--encapsulation', "'ring'", 'ethernet']),
-    'ipinip': (['-i', 'eth0', '-e', 'ipinip', ANYWHERE], ['-e/--encapsulation', "'ipinip'", 'ethernet']),
     'process 0': (['-i', 'eth0', '-P', '0'], ['-P/--pid', "'0'", '1 to']),
     'process name': (['-i', 'eth0', '-P', 'init'], ['-P/--pid', "'init'", 'number']),
     **{f'duration {text}': (['-i', 'eth0', '--duration', text, ANYWHERE],
@@ -451,10 +459,12 @@ INPUT = {
     'resolv.conf': 'nameserver 127.0.0.1\n',  # where nobody listens, which is known at once
 }
 BAD = {
-    'no such interface': Bad(['-i', 'eth7', ANYWHERE], ['-i/--interface', "'eth7'", 'lo', 'eth0', 'tun0']),
+    'no such interface': Bad(['-i', 'eth7', ANYWHERE], ['-i/--interface', "'eth7'", 'lo', 'eth0', 'odd0']),
     'interface is down': Bad(['-i', 'down0', ANYWHERE], ['-i/--interface', "'down0'", 'link set down0 up']),
     'loopback': Bad(['-i', 'lo', ANYWHERE], ['-i/--interface', "'lo'", 'loopback']),
-    'no Ethernet': Bad(['-i', 'tun0', ANYWHERE], ['-i/--interface', "'tun0'", 'Ethernet']),
+    'neither Ethernet nor IP': Bad(['-i', 'odd0', ANYWHERE], ['-i/--interface', "'odd0'", 'link type 824']),
+    'no IPv6 inside': Bad(['-i', 'ipip0', '-e', 'ip6inip', ANYWHERE],
+                          ['-e/--encapsulation', "'ip6inip'", "'ipip0'", 'ethernet or ipinip']),
     'no such process': Bad(['-P', '4194304'], ['-P/--pid', 'no process 4194304']),
     'no such name': Bad(['no.such.invalid'], ["address 'no.such.invalid'", 'resolve'], via=OFFLINE),
     'no name at all': Bad(['no..name'], ["address 'no..name'", 'resolve'], via=OFFLINE),
@@ -491,11 +501,13 @@ BAD = {
 
 @pytest.fixture(scope='module')
 def odd_devices(lab4: Lab) -> Iterator[Lab]:
-    """The lab, with devices in the client that are down or have no Ethernet header."""
-    batch(lab4.client.name, ['link add down0 type veth peer down1', 'tuntap add tun0 mode tun',
-                             'link set tun0 up'])
+    """The lab, with devices in the client that are down, or of other link types."""
+    batch(lab4.client.name, ['link add down0 type veth peer down1'])
+    for name, link_type in ('odd0', 824), ('ipip0', 768):  # of netlink; of what a kernel may lack
+        lab4.client.run(sys.executable, '-c', TUN_OF_TYPE, name, str(link_type))
+        batch(lab4.client.name, [f'link set {name} up'])
     yield lab4
-    batch(lab4.client.name, ['link del down0', 'link del tun0'])
+    batch(lab4.client.name, [f'link del {name}' for name in ('down0', 'odd0', 'ipip0')])
 
 
 @root

@@ -8,6 +8,7 @@ with it one by one, in both directions.
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -467,6 +468,50 @@ def test_parallel_flows(lab4, tmp_path):
     assert len(rows) > 1000
 
 
+CHANGES = """\
+table inet elf {
+    chain forward {
+        type filter hook forward priority 0
+        ip dscp set cs0
+        ip6 dscp set cs0
+    }
+    chain prerouting {
+        type filter hook prerouting priority -300
+        iifname eth0 ip saddr %(client)s ip saddr set %(other)s
+        iifname eth1 ip daddr %(other)s ip daddr set %(client)s
+    }
+}
+"""
+
+
+def test_what_the_network_changes(lab4, tmp_path):
+    """r2 clears the DSCP and, in IPv4, writes another source address, without telling anybody."""
+    r2, other = lab4.routers[1], address(4, 2, 77)
+    client, servers = lab4.client_address(4), dict(zip(VERSIONS, both(lab4)))
+    batch(lab4.routers[2].name, [f'route replace {other} via {address(4, 3, 1)}'])
+    batch(lab4.routers[3].name, [f'route replace {other} via {address(4, 4, 1)}'])
+    batch(lab4.server.name, [f'route replace {other} via {address(4, 5, 1)}'])
+    r2.run('nft', '-f', '-', input=CHANGES % dict(client=client, other=other))
+    try:
+        with elfprobe(lab4, *both(lab4), cwd=tmp_path) as run, pinging(lab4, '-i.01', '-Q', str(TOS)):
+            # But for r2 itself, whose answers in IPv4 go to the other address.
+            wait_until(lambda: len(latest(run.rows())) == 7, 10, 'rows of the hops of both destinations')
+    finally:
+        r2.run('nft', 'delete', 'table', 'inet', 'elf')
+        for host in [*lab4.routers[2:], lab4.server]:
+            batch(host.name, [f'route del {other}'])
+    with open(tmp_path / 'elf.csv', newline='') as file:
+        rows = [row for row in csv.DictReader(file) if row['recvtime'] != '-1']
+    assert {row['outtos'] for row in rows} == {str(TOS)}
+    assert {(int(row['outttl']) > 2, row['intos']) for row in rows} == {(False, str(TOS)), (True, '0')}
+    for version, server in servers.items():
+        where = rf'before hop 3 \({re.escape(lab4.hop(version, 3))}\)'
+        assert re.search(f'{re.escape(server)}: DSCP/ECN 0x48 becomes 0x00 {where}', run.log)
+        translated = re.search(f'{re.escape(server)}: the source address is translated {where}', run.log)
+        assert bool(translated) == (version == 4)
+    assert run.log.count(' before hop ') == 3
+
+
 def test_many_destinations(lab4, tmp_path):
     """As many as there may be, from a file, and one more, which is too many."""
     others = [address.format(i // 256, i % 256) for i in range(32767)
@@ -512,6 +557,23 @@ def test_silent_router(lab4, tmp_path):
         assert counts[1] < 25 < 100 < min(counts[0], *counts[2:])
         assert rests[-4:] == sorted(rests[-4:])
         assert rests[-1] > 200 * MS
+
+
+def test_outage(lab4, tmp_path):
+    """r2 forwards nothing for a while: when the way is open again, all hops are probed at once, and go on."""
+    chain = 'type filter hook forward priority 0; policy drop;'
+    with measuring(lab4, cwd=tmp_path) as run, pinging(lab4, '-i.005'):
+        wait_until(lambda: len(latest(run.rows())) == 8, 10, 'rows of all hops of both destinations')
+        lab4.routers[1].run('nft', '-f', '-', input=f'table inet elf {{ chain forward {{ {chain} }}; }}')
+        try:
+            begin = time.monotonic_ns()
+            wait_until(lambda: time.monotonic_ns() - begin > 3000 * MS, 10, 'some rests are over')
+        finally:
+            lab4.routers[1].run('nft', 'delete', 'table', 'inet', 'elf')
+        since = time.monotonic_ns()
+        wait_until(lambda: len(latest(run.rows(), since)) == 8, 5, 'all hops answer again')
+    later = Counter((row.dest, row.outttl) for row in run.rows() if row.sendtime > since)
+    assert min(later[dest, ttl] for dest in both(lab4) for ttl in HOPS) > 5
 
 
 def parallel_pings(lab: Lab, version: int) -> None:
