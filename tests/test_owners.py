@@ -244,8 +244,8 @@ import elfprobe
 owner = reduce(getattr, owners, elfprobe)
 real = getattr(owner, last)
 def faulty(*args, **kw):
-    if name == 'load_program' and not kw:
-        return real(*args)
+    if name == 'load_program' and 'by_owner' not in kw:
+        return real(*args, **kw)
     raise {**vars(builtins), **vars(elfprobe)}[error]('a test took it away')
 setattr(owner, last, faulty)
 sys.exit(elfprobe.main(arguments))
