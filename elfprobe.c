@@ -564,6 +564,11 @@ static inline void map_v4(struct address *a, __be32 v4)
 	a->word[3] = v4;
 }
 
+static inline __u32 which_fragment(__be16 offset, __be16 more)
+{
+	return offset ? LATER_FRAGMENT : more ? FIRST_FRAGMENT : 0;
+}
+
 static inline int parse_iphdr(struct hdr_cursor *nh, struct packet *pkt)
 {
 	struct iphdr *ip = nh->pos;
@@ -579,9 +584,7 @@ static inline int parse_iphdr(struct hdr_cursor *nh, struct packet *pkt)
 	pkt->ip_len = len;
 	pkt->l4_len = bpf_ntohs(ip->tot_len) - len;
 	pkt->protocol = ip->protocol;
-	pkt->fragment = ip->frag_off & bpf_htons(IP_OFFSET) ? LATER_FRAGMENT
-			: ip->frag_off & bpf_htons(IP_MF)   ? FIRST_FRAGMENT
-							    : 0;
+	pkt->fragment = which_fragment(ip->frag_off & bpf_htons(IP_OFFSET), ip->frag_off & bpf_htons(IP_MF));
 	pkt->ttl = ip->ttl;
 	pkt->tos = ip->tos;
 	pkt->ip_id = bpf_ntohs(ip->id);
@@ -619,9 +622,7 @@ static inline int parse_ip6ext(struct hdr_cursor *nh, struct packet *pkt)
 			return -1;
 		if (pkt->protocol == IPPROTO_FRAGMENT) {
 			frag = *(__be16 *)&ext->type;
-			pkt->fragment = frag & bpf_htons(IP6_OFFSET) ? LATER_FRAGMENT
-					: frag & bpf_htons(IP6_MF)   ? FIRST_FRAGMENT
-								     : 0;
+			pkt->fragment = which_fragment(frag & bpf_htons(IP6_OFFSET), frag & bpf_htons(IP6_MF));
 			walk->len = len + 8;
 		} else {
 			if (pkt->protocol == IPPROTO_ROUTING && ext->segments_left)
@@ -814,6 +815,8 @@ static inline int hook_beforesend(struct __sk_buff *skb, __u32 version, __u32 pr
 	return version == 4 ? elf_v4_icmp_beforesend(skb) : elf_v6_icmp_beforesend(skb);
 }
 
+/* ---- Scheduling: when a probe is due, and to which hop ------------------------------------ */
+
 static __u64 (*jiffies64)(void) = (void *)118; /* not every BCC declares it */
 
 /* Ticks of the kernel's clock: of no exactness, but 30 ns cheaper than bpf_ktime_get_ns(). */
@@ -821,8 +824,6 @@ static inline __u64 ticks_now(void)
 {
 	return TICK_NS ? jiffies64() : 0;
 }
-
-/* ---- Scheduling: when a probe is due, and to which hop ------------------------------------ */
 
 /* What a hop that answers waits between two probes, ns. */
 #define HOP_INTERVAL (RATE_GLOBAL ? 0 : INTERVAL_NS)
@@ -1044,6 +1045,16 @@ static inline __u32 ttl_distance(__u32 ttl)
 	return initial - ttl + 1;
 }
 
+/* The TTL that reaches the destination is another one than was thought; 0: it is not known any more. What
+ * was learnt about the last hop goes. */
+static inline void set_length(struct path *path, __u32 length)
+{
+	path->length = length;
+	path->distances = 0;
+	path->is_told = 0;
+	path->explore = 0;
+}
+
 /* A packet of the destination came with this TTL. Ways that seem shorter are believed at once,
  * longer ones only when nothing says otherwise for a while: the error that does no harm. The first
  * packet after a gap says that the way is open again: hops that fell silent meanwhile need rest no more. */
@@ -1079,10 +1090,7 @@ static inline void learn_length(struct path *path, __u32 ttl)
 		path->reverse = distance;
 		if (distance < path->length)
 			path->shortened = now;
-		path->length = distance > MAX_HOPS ? 0 : distance; /* or the TTL began as none of those values */
-		path->distances = 0;
-		path->is_told = 0;
-		path->explore = 0;
+		set_length(path, distance > MAX_HOPS ? 0 : distance); /* or the TTL began as none of those values */
 		if (path->responsive >= distance)
 			path->responsive = distance - 1;
 		reschedule(path, now);
@@ -1130,10 +1138,8 @@ static inline void learn_hop(struct path *path, const struct probe *probe, __u32
 		if (nr >= path->horizon && nr < MAX_HOPS)
 			path->horizon = nr + 1;
 	} else if (nr >= path->length) {
-		path->length = nr + 1;
+		set_length(path, nr + 1);
 		path->explore = nr < MAX_HOPS;
-		path->distances = 0;
-		path->is_told = 0;
 	} else if (nr + 1 == path->length) {
 		/* Seen from here, the last router is one hop nearer than the destination. Where it
 		 * is not, the way there may be longer than the way back: look one hop farther, once
@@ -1166,11 +1172,8 @@ static inline void learn_reached(struct path *path, __u32 ttl)
 		return;
 	bpf_spin_lock(&schedule->lock);
 	if (ttl && (!path->length || ttl <= path->length)) {
-		path->length = ttl;
+		set_length(path, ttl);
 		path->shortened = now;
-		path->distances = 0;
-		path->is_told = 0;
-		path->explore = 0;
 		last = hop_at(path, ttl - 1);
 		if (last && last->rtt && !last->unanswered)
 			path->is_told = 1;
@@ -1282,6 +1285,14 @@ static inline int trim_clone(struct __sk_buff *skb, int *exact, __u8 *tail)
 	return bpf_skb_change_tail(skb, headers + kept, 0);
 }
 
+static inline void set_tot_len(struct iphdr *ip, __u32 len)
+{
+	__u16 check = csum_replace(ip->check, ip->tot_len, bpf_htons(len));
+
+	ip->tot_len = bpf_htons(len);
+	ip->check = check;
+}
+
 /* Makes the clone the probe that the claim says, all but its hook. 0, or -1: the clone is of no use. */
 static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, struct built *built)
 {
@@ -1294,7 +1305,7 @@ static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, 
 	struct tcphdr *tcp;
 	struct udphdr *udp;
 	struct iphdr *ip;
-	__u16 *balance, old_total, ttl, check;
+	__u16 *balance, ttl, check;
 	int exact = 0;
 
 	old_len = skb->len;
@@ -1312,17 +1323,14 @@ static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, 
 		ip = (void *)(long)skb->data + pkt.outer_off;
 		if ((void *)(ip + 1) > nh.end)
 			return -1;
-		old_total = ip->tot_len;
-		ip->tot_len = bpf_htons(skb->len - pkt.outer_off);
-		ip->check = csum_replace(ip->check, old_total, ip->tot_len);
+		set_tot_len(ip, skb->len - pkt.outer_off);
 	}
 	if (pkt.version == 4) {
 		ip = pkt.ip;
-		check = csum_replace(ip->check, ip->tot_len, bpf_htons(pkt.ip_len + new_len));
-		ip->tot_len = bpf_htons(pkt.ip_len + new_len);
+		set_tot_len(ip, pkt.ip_len + new_len);
 		ttl = *(__u16 *)&ip->ttl; /* with the protocol: checksums count in 16 bits */
 		ip->ttl = claim->ttl;
-		ip->check = csum_replace(check, ttl, *(__u16 *)&ip->ttl);
+		ip->check = csum_replace(ip->check, ttl, *(__u16 *)&ip->ttl);
 	} else {
 		ip6 = pkt.ip;
 		ip6->payload_len = bpf_htons(pkt.ip_len - sizeof(*ip6) + new_len);
@@ -1612,13 +1620,6 @@ int elf_sock_create(struct bpf_sock *sk)
 	return 1;
 }
 
-static inline struct bpf_sock *packet_socket(struct __sk_buff *skb)
-{
-	struct bpf_sock *sk = skb->sk;
-
-	return sk ? bpf_sk_fullsock(sk) : 0;
-}
-
 /* The socket keeps the answer, so that it outlives the process. */
 static inline int is_of_interest(struct owner *owner)
 {
@@ -1759,7 +1760,7 @@ static inline int flow_is_well(struct __sk_buff *skb, struct hdr_cursor *nh, con
 
 	if (pkt->protocol != IPPROTO_TCP || (void *)(tcp + 1) > nh->end)
 		return 1;
-	sk = packet_socket(skb);
+	sk = skb->sk ? bpf_sk_fullsock(skb->sk) : 0;
 	if (!sk)
 		return 1;
 	tp = bpf_tcp_sock(sk);

@@ -390,10 +390,14 @@ def address_text(packed: bytes) -> str:
     return socket.inet_ntop(socket.AF_INET6, packed)
 
 
-def is_remote(packed: bytes) -> bool:
-    """Whether packets to it could leave this host: not loopback, not unspecified. Private ones could."""
+def why_unreachable(packed: bytes) -> str:
+    """Why no router will ever answer for this destination, or nothing. Private ones may do."""
     address = ipaddress.ip_address(address_text(packed))
-    return not (address.is_loopback or address.is_unspecified)
+    if address.is_multicast:
+        return "no router answers for what goes to many"
+    if address.is_loopback or address.is_unspecified:
+        return f"{address} never leaves this host"
+    return ""
 
 
 def resolve(name: str) -> set[bytes]:
@@ -430,10 +434,9 @@ def resolve_all(arguments: Iterable[str]) -> dict[bytes, str]:
             except Failure as failure:
                 raise Failure(f"{failure}{place}") from failure
             for packed in resolved:
-                if ipaddress.ip_address(address_text(packed)).is_multicast:
-                    raise Failure(f"address '{name}': no router answers for what goes to many{place}")
-                if not is_remote(packed):
-                    raise Failure(f"address '{name}': {address_text(packed)} never leaves this host{place}")
+                reason = why_unreachable(packed)
+                if reason:
+                    raise Failure(f"address '{name}': {reason}{place}")
                 found.setdefault(packed, name)
     if len(found) > DESTINATIONS_MAX:
         raise Failure(f"addresses: {len(found)} destinations, at most {DESTINATIONS_MAX} are possible")
@@ -515,7 +518,7 @@ def connected_addresses(chosen: dict[int, str]) -> dict[bytes, str]:
     for connection in psutil.net_connections("inet"):
         if connection.pid in chosen and connection.raddr:
             packed = pack_address(connection.raddr.ip)
-            if is_remote(packed):
+            if not why_unreachable(packed):
                 found[packed] = f"{chosen[connection.pid]} {connection.pid}"
     return found
 
@@ -535,6 +538,7 @@ class Destinations:
     def __init__(self, bpf: Any) -> None:
         self._paths = bpf["paths"]
         self._marks = bpf["marks"]
+        self._marks_per_line = ctypes.sizeof(self._marks.Leaf)
         self._lines: dict[int, Any] = {}  # what of the marks is not empty
         self._full = False
 
@@ -548,8 +552,8 @@ class Destinations:
                 log.warning("no room for more destinations (%s): %s is left out", err, address_text(packed))
             self._full = True
             return False
-        number, place = divmod(mark_of(packed), len(self._marks.Leaf().marks))
-        line = self._lines.setdefault(number, self._marks.Leaf())
+        number, place = divmod(mark_of(packed), self._marks_per_line)
+        line = self._lines.get(number) or self._lines.setdefault(number, self._marks.Leaf())
         if not line.marks[place]:
             line.marks[place] = self.IN_PATHS
             self._marks[self._marks.Key(number)] = line
@@ -709,10 +713,8 @@ class SocketOwners:
         self._processes = bpf["processes"]
         self._owner = bpf["owner_layout"].Leaf
         self._sockets = bcc.lib.bpf_table_fd(bpf.module, b"sockets")
-        layout, names = struct_format(bpf["process_event_layout"].Leaf)
-        self._event = struct.Struct(layout)
-        self._event_fields = [names.index(name) for name in ("id", "pid", "interest")]
-        self._events: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._layout = bpf["process_event_layout"].Leaf
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     @contextlib.contextmanager
     def followed(self) -> Iterator[None]:
@@ -834,32 +836,28 @@ class SocketOwners:
                 log.warning("sockets that %d has open already are not probed: %s", pid, err.strerror)
 
     def _hear(self, _context: Any, data: int, size: int) -> int:
-        self._events.put(ctypes.string_at(data, size))
+        self._events.put(self._layout.from_buffer_copy(ctypes.string_at(data, size)))
         return 0
 
     def _decide_on_events(self) -> None:
         ending: set[tuple[int, int]] = set()  # IDs and PIDs of processes whose first thread has ended
         next_look = 0.0
         while True:
-            data: bytes | None = b""
+            event = None
             with contextlib.suppress(queue.Empty):
-                data = self._events.get(timeout=SCAN_EVERY if ending else None)
-            if data is None:
-                return
+                event = self._events.get(timeout=SCAN_EVERY if ending else None)
+                if event is None:
+                    return
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + SCAN_EVERY
                 for process_id, pid in list(ending):
                     if not os.path.exists(f"/proc/{pid}") or not self._is_entered(process_id, pid):
                         ending.remove((process_id, pid))
                         self._forget(process_id, pid)
-            if not data:
-                continue
-            event = self._event.unpack_from(data)
-            process_id, pid, interest = (event[at] for at in self._event_fields)
-            if interest:
-                self._decide(process_id, pid, interest)
-            else:
-                ending.add((process_id, pid))
+            if event and event.interest:
+                self._decide(event.id, event.pid, event.interest)
+            elif event:
+                ending.add((event.id, event.pid))
 
     def _decide(self, process_id: int, pid: int, interest: int) -> None:
         try:
@@ -1444,10 +1442,10 @@ class Results:
         layout, names = struct_format(dict(extended._fields_)["result"])
         self._result = struct.Struct(layout)
         self._row = rows_of(names)
-        self._changes = Changes(names)
+        self.changes = Changes(names)
         self._extended_chunks: list[bytes] = []
         self._extension_len = extended.extension_len.offset
-        self._extension = extended.extension.offset
+        self._extension = extended.extension
         probe_layout, probe_names = struct_format(self._in_flight.Leaf)
         key_layout, key_names = struct_format(self._in_flight.Key)
         self._unanswered = struct.Struct(probe_layout + key_layout[1:])
@@ -1473,7 +1471,7 @@ class Results:
         rows = []
         for fields in self._result.iter_unpack(data):
             rows.append(self._row(fields))
-            self._changes.note(fields)
+            self.changes.note(fields)
         extended, self._extended_chunks = self._extended_chunks, []
         rows += map(self._extended_row, extended)
         self.replies += len(rows)
@@ -1481,18 +1479,15 @@ class Results:
 
     def _extended_row(self, data: bytes) -> str:
         fields = self._result.unpack_from(data)
-        self._changes.note(fields)
+        self.changes.note(fields)
         (size,) = struct.unpack_from("=I", data, self._extension_len)
         try:
-            mpls, ifinfo = extension_texts(data[self._extension : self._extension + size])
+            start, is_cut = self._extension.offset, size == self._extension.size
+            mpls, ifinfo = extension_texts(data[start : start + size], is_cut)
         except (ValueError, struct.error, IndexError):
             self.malformed += 1
             mpls = ifinfo = ""
         return f"{self._row(fields)[:-2]}{mpls},{csv_field(ifinfo)}\n"
-
-    def changes(self) -> Iterator[str]:
-        """What the network changed on the way, a line each."""
-        return self._changes.texts()
 
     def expire(self, sent_before: int) -> str:
         """Rows of the probes still in flight that left before this time (CLOCK_MONOTONIC, ns)."""
@@ -1522,7 +1517,6 @@ def app_text(comm: bytes) -> str:
 
 # What routers tell behind their quotes: ICMP extension objects (RFC 4884, 7 and 8).
 EXTENSION_VERSION = 2
-EXTENSION_MAX = 252  # bytes that elfprobe.c keeps: of what is longer, the checksum cannot be told
 MPLS_LABEL_STACK, INTERFACE_INFORMATION = (1, 1), 2  # class and type (RFC 4950); class (RFC 5837)
 INTERFACE_ROLES = ("incoming", "sub-ip", "outgoing", "next-hop")
 WITH_IFINDEX, WITH_ADDRESS, WITH_NAME, WITH_MTU = 8, 4, 2, 1  # bits of an interface object's type
@@ -1530,14 +1524,14 @@ ADDRESS_FAMILIES = {1: (socket.AF_INET, 4), 2: (socket.AF_INET6, 16)}  # of IANA
 
 
 @functools.lru_cache(maxsize=4096)
-def extension_texts(data: bytes) -> tuple[str, str]:
+def extension_texts(data: bytes, is_cut: bool = False) -> tuple[str, str]:
     """The MPLS label stack, "label/tc/s/ttl" joined by ";", and the interfaces, "name=value" joined by ";",
-    several by "|". Objects of other kinds are passed over. ValueError, IndexError or struct.error for
-    what is malformed."""
+    several by "|". Objects of other kinds are passed over. Of what is_cut, the checksum cannot be told.
+    ValueError, IndexError or struct.error for what is malformed."""
     version, checksum = data[0] >> 4, struct.unpack_from("!H", data, 2)[0]
     if version != EXTENSION_VERSION:
         raise ValueError("not version 2")
-    if checksum and len(data) < EXTENSION_MAX and ones_complement_sum(data) != 0xFFFF:
+    if checksum and not is_cut and ones_complement_sum(data) != 0xFFFF:
         raise ValueError("wrong checksum")
     labels: list[str] = []
     interfaces: list[str] = []
@@ -1661,16 +1655,14 @@ class FlowEvents:
     """Logs them as they come."""
 
     def __init__(self, bpf: Any) -> None:
-        layout, names = struct_format(bpf["flow_event_layout"].Leaf)
-        self._layout = struct.Struct(layout)
-        self._names = names
+        self._layout = bpf["flow_event_layout"].Leaf
         bpf["flow_events"].open_ring_buffer(self._hear)
 
     def _hear(self, _context: Any, data: int, size: int) -> int:
-        event = dict(zip(self._names, self._layout.unpack(ctypes.string_at(data, self._layout.size))))
-        sport, dport = socket.ntohs(event["sport"]), socket.ntohs(event["dport"])
-        flow = f"TCP port {sport} to {address_text(event['dest'])} port {dport}"
-        log.warning("%s: %s", flow, FLOW_EVENTS[event["kind"]])
+        event = self._layout.from_buffer_copy(ctypes.string_at(data, size))
+        flow, dest = event.flow, address_text(bytes(event.flow.dest))
+        sport, dport = socket.ntohs(flow.sport), socket.ntohs(flow.dport)
+        log.warning("TCP port %d to %s port %d: %s", sport, dest, dport, FLOW_EVENTS[event.kind])
         return 0
 
 
@@ -1849,7 +1841,7 @@ class ElfProbe:
         lost = [f"{name} {count[name]}" for name in LOSSES if count[name]]
         if lost:
             log.warning("not measured: %s", ", ".join(lost))
-        for text in results.changes():
+        for text in results.changes.texts():
             log.info("%s", text)
         if results.malformed:
             log.warning("malformed extensions (RFC 4884) of %d replies are left out", results.malformed)

@@ -273,6 +273,8 @@ ADDRESSES = {  # text: packed, how it is written in rows, whether packets to it 
     '0.0.0.0': (V4 + bytes(4), '0.0.0.0', False),
     '::1': (bytes(15) + b'\1', '::1', False),
     '::': (bytes(16), '::', False),
+    '224.0.0.1': (V4 + bytes([224, 0, 0, 1]), '224.0.0.1', False),
+    'ff02::1': (b'\xff\2' + bytes(13) + b'\1', 'ff02::1', False),
 }
 
 
@@ -281,7 +283,7 @@ def test_address(text: str) -> None:
     packed, written, remote = ADDRESSES[text]
     assert elfprobe.pack_address(text) == packed
     assert elfprobe.address_text(packed) == written
-    assert elfprobe.is_remote(packed) == remote
+    assert (elfprobe.why_unreachable(packed) == '') == remote
 
 
 @pytest.mark.parametrize('text', [

@@ -22,7 +22,19 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 import pytest
 
 from lab import Capture, Host, Lab, batch, end, run, wait_for_line, wait_until
-from runs import ELFPROBE, PROBES, TCP, UDP, Row, Run, Summary, elfprobe, ip_packets, read_rows
+from runs import (
+    ELFPROBE,
+    FAULTY_COMMAND,
+    PROBES,
+    TCP,
+    UDP,
+    Row,
+    Run,
+    Summary,
+    elfprobe,
+    ip_packets,
+    read_rows,
+)
 
 root = pytest.mark.root
 
@@ -104,25 +116,6 @@ fcntl.ioctl(tun, 0x400454CD, int(sys.argv[2]))  # TUNSETLINK
 fcntl.ioctl(tun, 0x400454CB, 1)  # TUNSETPERSIST
 """
 
-# elfprobe, but for one function or method: it raises, or the process first gets a signal there.
-FAULTY = """
-import os, signal, sys
-from functools import reduce
-name, fault, _, program, *arguments = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(program))
-import elfprobe
-*owners, name = name.split('.')
-owner = reduce(getattr, owners, elfprobe)
-real = getattr(owner, name)
-def faulty(*args, **kw):
-    if not fault.startswith('SIG'):
-        raise {'Failure': elfprobe.Failure, 'RuntimeError': RuntimeError}[fault]('a test broke it')
-    os.kill(os.getpid(), signal.Signals[fault])
-    return real(*args, **kw)
-setattr(owner, name, faulty)
-sys.exit(elfprobe.main(arguments))
-"""
-
 # Accepts whatever comes, in either family, and forgets it.
 SINK = """
 import selectors, socket
@@ -199,7 +192,6 @@ console.end()
 """
 
 COMMAND = sys.executable, str(ELFPROBE)
-FAULTY_COMMAND = sys.executable, '-c', FAULTY  # then stage, fault, COMMAND
 
 
 # What there is to look at

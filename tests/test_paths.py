@@ -9,7 +9,6 @@ with it one by one, in both directions.
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 import socket
@@ -25,28 +24,43 @@ from typing import Iterator, NamedTuple
 
 import pytest
 
-from lab import NETNS, ROUTER_SYSCTLS, CommandFailed, Host, Lab, address, attach, batch, end, wait_until
+from lab import (
+    NETNS,
+    ROUTER_SYSCTLS,
+    CommandFailed,
+    Host,
+    Lab,
+    address,
+    attach,
+    batch,
+    end,
+    nft_table,
+    wait_until,
+)
 from runs import (
     ECHO_TYPES,
+    HOPS,
     ICMP,
     ICMPV6,
     PROBES,
     TCP,
     TIME_EXCEEDED,
     UDP,
+    VERSIONS,
     Packet,
     Row,
     Run,
+    both,
     elfprobe,
     inside,
     ip_packets,
+    numbered,
     realtime_offset,
+    time_exceeded_received,
 )
 
 pytestmark = pytest.mark.root
 
-VERSIONS = 4, 6
-HOPS = 1, 2, 3, 4
 MS = 1_000_000  # ns
 CLOCKS_AGREE = 10 * MS  # between two readings around the same event; microseconds, but for a busy machine
 TCP_PSH, TCP_ACK = 0x08, 0x10
@@ -58,10 +72,6 @@ UPLOAD, DOWNLOAD, STREAM = 5210, 5220, 5230  # ports; the version is added
 
 
 # Traffic
-
-def both(lab: Lab) -> list[str]:
-    return [lab.server_address(version) for version in VERSIONS]
-
 
 def client(lab: Lab, *cmd: str) -> subprocess.Popen[str]:
     return lab.client.popen(*cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -105,10 +115,6 @@ def udp_socket(host: Host, version: int, port: int = 0) -> socket.socket:
     return udp
 
 
-def numbered(number: int) -> bytes:
-    return b'%05d' % number + bytes(number * 37 % 1400)
-
-
 def stream(lab: Lab, version: int, count: int = 300) -> list[tuple[bytes, int]]:
     """Send numbered UDP packets; what arrives at the server, in that order: payload and TTL."""
     port = STREAM + version
@@ -135,12 +141,8 @@ def stream(lab: Lab, version: int, count: int = 300) -> list[tuple[bytes, int]]:
 @contextmanager
 def dropping(host: Host, rules: str) -> Iterator[None]:
     """nft rules for what the host itself sends."""
-    chain = 'type filter hook output priority 0;'
-    host.run('nft', '-f', '-', input=f'table inet elf {{ chain output {{ {chain} {rules}; }}; }}')
-    try:
+    with nft_table(host, f'chain output {{ type filter hook output priority 0; {rules}; }}'):
         yield
-    finally:
-        host.run('nft', 'delete', 'table', 'inet', 'elf')
 
 
 # Rows and packets
@@ -342,12 +344,6 @@ def test_every_probe_and_answer_has_its_row(measured):
 
 # The stack beside it
 
-def time_exceeded_received(host: Host) -> list[int]:
-    """How many the stack has seen: IPv4's, IPv6's."""
-    counters = json.loads(host.run('nstat', '-asj').stdout)['kernel']
-    return [counters.get(name, 0) for name in ('IcmpInTimeExcds', 'Icmp6InTimeExcds')]
-
-
 @pytest.mark.parametrize('ingress', ['drop', 'pass'])
 def test_others_are_left_alone(lab4, tmp_path, ingress):
     """Neighbour discovery, ping, traceroute work; with `pass` only the stack gets answers to probes."""
@@ -469,17 +465,15 @@ def test_parallel_flows(lab4, tmp_path):
 
 
 CHANGES = """\
-table inet elf {
-    chain forward {
-        type filter hook forward priority 0
-        ip dscp set cs0
-        ip6 dscp set cs0
-    }
-    chain prerouting {
-        type filter hook prerouting priority -300
-        iifname eth0 ip saddr %(client)s ip saddr set %(other)s
-        iifname eth1 ip daddr %(other)s ip daddr set %(client)s
-    }
+chain forward {
+    type filter hook forward priority 0
+    ip dscp set cs0
+    ip6 dscp set cs0
+}
+chain prerouting {
+    type filter hook prerouting priority -300
+    iifname eth0 ip saddr %(client)s ip saddr set %(other)s
+    iifname eth1 ip daddr %(other)s ip daddr set %(client)s
 }
 """
 
@@ -491,13 +485,12 @@ def test_what_the_network_changes(lab4, tmp_path):
     batch(lab4.routers[2].name, [f'route replace {other} via {address(4, 3, 1)}'])
     batch(lab4.routers[3].name, [f'route replace {other} via {address(4, 4, 1)}'])
     batch(lab4.server.name, [f'route replace {other} via {address(4, 5, 1)}'])
-    r2.run('nft', '-f', '-', input=CHANGES % dict(client=client, other=other))
     try:
-        with elfprobe(lab4, *both(lab4), cwd=tmp_path) as run, pinging(lab4, '-i.01', '-Q', str(TOS)):
+        with nft_table(r2, CHANGES % dict(client=client, other=other)), \
+                elfprobe(lab4, *both(lab4), cwd=tmp_path) as run, pinging(lab4, '-i.01', '-Q', str(TOS)):
             # But for r2 itself, whose answers in IPv4 go to the other address.
             wait_until(lambda: len(latest(run.rows())) == 7, 10, 'rows of the hops of both destinations')
     finally:
-        r2.run('nft', 'delete', 'table', 'inet', 'elf')
         for host in [*lab4.routers[2:], lab4.server]:
             batch(host.name, [f'route del {other}'])
     with open(tmp_path / 'elf.csv', newline='') as file:
@@ -559,17 +552,16 @@ def test_silent_router(lab4, tmp_path):
         assert rests[-1] > 200 * MS
 
 
+CLOSED = 'chain forward { type filter hook forward priority 0; policy drop; }'
+
+
 def test_outage(lab4, tmp_path):
     """r2 forwards nothing for a while: when the way is open again, all hops are probed at once, and go on."""
-    chain = 'type filter hook forward priority 0; policy drop;'
     with measuring(lab4, cwd=tmp_path) as run, pinging(lab4, '-i.005'):
         wait_until(lambda: len(latest(run.rows())) == 8, 10, 'rows of all hops of both destinations')
-        lab4.routers[1].run('nft', '-f', '-', input=f'table inet elf {{ chain forward {{ {chain} }}; }}')
-        try:
+        with nft_table(lab4.routers[1], CLOSED):
             begin = time.monotonic_ns()
             wait_until(lambda: time.monotonic_ns() - begin > 3000 * MS, 10, 'some rests are over')
-        finally:
-            lab4.routers[1].run('nft', 'delete', 'table', 'inet', 'elf')
         since = time.monotonic_ns()
         wait_until(lambda: len(latest(run.rows(), since)) == 8, 5, 'all hops answer again')
     later = Counter((row.dest, row.outttl) for row in run.rows() if row.sendtime > since)
