@@ -540,6 +540,10 @@ struct hdr_cursor {
 
 enum { FIRST_FRAGMENT = 1, LATER_FRAGMENT = 2 };
 
+/* Both parsers refuse what goes to many: nobody answers for it (RFC 1122, 3.2.2; RFC 4443, 2.4). */
+#define IPV4_TO_MANY 0xe0000000 /* multicast, and beyond it broadcast */
+#define IPV6_MULTICAST 0xff
+
 struct packet {
 	void *ip; /* struct iphdr or ip6hdr, by version */
 	__u32 version;
@@ -577,7 +581,7 @@ static inline int parse_iphdr(struct hdr_cursor *nh, struct packet *pkt)
 	if ((void *)(ip + 1) > nh->end || ip->version_ihl >> 4 != 4)
 		return -1;
 	len = (ip->version_ihl & 0xf) * 4;
-	if (len < sizeof(*ip) || nh->pos + len > nh->end)
+	if (len < sizeof(*ip) || nh->pos + len > nh->end || bpf_ntohl(ip->daddr) >= IPV4_TO_MANY)
 		return -1;
 	pkt->ip = ip;
 	pkt->version = 4;
@@ -644,7 +648,8 @@ static inline int parse_ip6hdr(struct hdr_cursor *nh, struct packet *pkt)
 {
 	struct ip6hdr *ip6 = nh->pos;
 
-	if ((void *)(ip6 + 1) > nh->end || (bpf_ntohl(ip6->version_class_label) >> 28) != 6)
+	if ((void *)(ip6 + 1) > nh->end || (bpf_ntohl(ip6->version_class_label) >> 28) != 6 ||
+	    *(__u8 *)&ip6->daddr == IPV6_MULTICAST)
 		return -1;
 	pkt->ip = ip6;
 	pkt->version = 6;
@@ -687,7 +692,7 @@ static inline int parse_frame(struct hdr_cursor *nh, struct packet *pkt)
 		if ((void *)(eth + 1) > nh->end)
 			return -1;
 		if (eth->h_dest[0] & 1)
-			return -1; /* to many: nobody answers for these (RFC 1122, 3.2.2) */
+			return -1; /* to many, perhaps by an address that only hosts there know for a broadcast */
 		proto = eth->h_proto;
 		nh->pos = eth + 1;
 		pkt->ip_off = sizeof(*eth);

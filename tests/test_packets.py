@@ -515,6 +515,10 @@ def test_fit_carrier(load: Load, version: int, packet: Packet) -> None:
     assert (flight.outttl, flight.seq) == (TTL, SEQ)
 
 
+TO_MANY = {
+    **{many: ip(4, dst=many) for many in ('224.0.0.251', '255.255.255.255')},
+    'ff02::fb': ip(6, dst='ff02::fb'),
+}
 OTHER_PACKETS = {
     'to somebody else': frame(ip(4, dst=ROUTER[4]) / segment()),
     'from the destination': frame(ip(4, src=SERVER[4], dst=CLIENT[4]) / segment()),
@@ -524,6 +528,7 @@ OTHER_PACKETS = {
     'with three VLAN tags': frame(Dot1Q(vlan=5) / Dot1Q(vlan=6) / Dot1Q(vlan=7) / ip(4) / segment()),
     'by way of somewhere else': frame(
         ip(6) / IPv6ExtHdrRouting(addresses=[ROUTER[6]], segleft=1) / segment()),
+    **{f'to {many}': frame(header / datagram()) for many, header in TO_MANY.items()},
     'of a wrong version': frame(IP(version=6, src=CLIENT[4], dst=SERVER[4]) / segment()),
     'of a wrong header length': frame(IP(ihl=4, src=CLIENT[4], dst=SERVER[4]) / segment()),
 }
@@ -532,8 +537,8 @@ OTHER_PACKETS = {
 @pytest.mark.parametrize('packet', list(OTHER_PACKETS.values()), ids=list(OTHER_PACKETS))
 def test_packets_of_no_interest(load: Load, packet: Packet) -> None:
     programs = load()
-    for version in 4, 6:
-        programs.follow(SERVER[version], length=9)
+    for dest in [*SERVER.values(), *TO_MANY]:
+        programs.follow(dest, length=9)
     with programs.attached() as send:
         assert send(packet) == []
     assert programs.counters() == {}

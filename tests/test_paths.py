@@ -344,6 +344,29 @@ def test_every_probe_and_answer_has_its_row(measured):
 
 # The stack beside it
 
+IP_MTU_DISCOVER, IP_PMTUDISC_DONT = 10, 0  # linux/in.h
+
+
+def test_probes_that_routers_fragment(make_lab, tmp_path):
+    """Like the packets whose payload they keep: routers behind quote the first fragment."""
+    lab = make_lab(routers=4)
+    for router, device in zip(lab.routers, ('eth1', 'eth0')):
+        batch(router.name, [f'link set {device} mtu 1000'])
+    with udp_socket(lab.client, 4) as sender, udp_socket(lab.server, 4, 7), \
+            lab.routers[3].capture(filter='ip[6] & 0x20 != 0') as parts, \
+            elfprobe(lab, '-T', '-p', '0', lab.server_address(4), cwd=tmp_path) as run:
+        sender.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)
+        output(ping(lab, 4, '-c1'))
+        for _ in range(200):
+            sender.sendto(os.urandom(1400), (lab.server_address(4), 7))
+        wait_until(lambda: len(run.rows()) > 190, 10, 'rows')
+    assert len(parts.packets()) > 200  # of packets, and of the probes that end here
+    rows = [row for row in run.rows() if row.protocol == UDP]
+    assert Counter((row.outttl, row.responder) for row in rows if row.is_answered).keys() == {
+        (hop, lab.hop(4, hop)) for hop in HOPS}
+    assert sum(row.is_answered for row in rows) > 0.97 * len(rows)
+
+
 @pytest.mark.parametrize('ingress', ['drop', 'pass'])
 def test_others_are_left_alone(lab4, tmp_path, ingress):
     """Neighbour discovery, ping, traceroute work; with `pass` only the stack gets answers to probes."""
