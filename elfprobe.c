@@ -239,6 +239,13 @@ struct app_name {
 	char text[16]; /* TASK_COMM_LEN: at most 15 characters and a zero, then zeros */
 };
 
+/* What the kernel knows of the TCP connection behind a socket; all 0 where there is none. */
+struct tcp_state {
+	__u32 srtt;    /* smoothed round-trip time, us; 0: not known yet */
+	__u32 cwnd;    /* congestion window, segments */
+	__u32 retrans; /* segments retransmitted so far */
+};
+
 struct probe {
 	__u64 sendtime; /* CLOCK_MONOTONIC, ns, as are all times here */
 	__u32 seq;
@@ -250,7 +257,8 @@ struct probe {
 	struct app_name app;
 	__u16 balance; /* of trimmed UDP, what makes its checksum right, as it is on the wire */
 	__u8 outtos;   /* DSCP and ECN */
-	__u8 unused[5];
+	__u8 unused;
+	struct tcp_state tcp; /* of the socket that sent the packet */
 };
 
 struct reply {
@@ -416,6 +424,7 @@ struct claim {
 	struct probe_key key;
 	__u32 pid;
 	struct app_name app;
+	struct tcp_state tcp;
 };
 
 /* Tells an unfinished UDP checksum, as quoted behind a device that never finishes it, from others. */
@@ -1452,6 +1461,7 @@ static inline int record_probe(const struct built *built, struct claim *claim)
 	probe.kept = built->kept;
 	probe.pid = claim->pid;
 	probe.app = claim->app;
+	probe.tcp = claim->tcp;
 	probe.sendtime = bpf_ktime_get_ns();
 	err = in_flight.insert(&key, &probe);
 	if (err == -EEXIST) {
@@ -1754,9 +1764,9 @@ static inline void tell_of_flow(const struct packet *pkt, const struct tcphdr *t
 
 /* May the TCP flow that the packet, parsed up to the cursor, belongs to be probed now? Not from what
  * it sends again (a firewall knows newer numbers), nor while it stalls: some firewalls take a low TTL
- * for an attack and block the flow. A flow whose socket is not here passes. */
+ * for an attack and block the flow. A flow whose socket is not here passes; otherwise notes its state. */
 static inline int flow_is_well(struct __sk_buff *skb, struct hdr_cursor *nh, const struct packet *pkt,
-			       struct path *path, __u64 now)
+			       struct path *path, struct tcp_state *state, __u64 now)
 {
 	struct tcp_progress *progress;
 	struct tcphdr *tcp = nh->pos;
@@ -1771,6 +1781,9 @@ static inline int flow_is_well(struct __sk_buff *skb, struct hdr_cursor *nh, con
 	tp = bpf_tcp_sock(sk);
 	if (!tp)
 		return 1;
+	state->srtt = tp->srtt_us >> 3; /* the kernel has it in eighths */
+	state->cwnd = tp->snd_cwnd;
+	state->retrans = tp->total_retrans;
 	progress = tcp_progress.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!progress)
 		return 1;
@@ -1874,7 +1887,8 @@ int elf_egress(struct __sk_buff *skb)
 		COUNT(driver_silent);
 		return TC_ACT_UNSPEC;
 	}
-	if (!flow_is_well(skb, &nh, &pkt, path, now) || claim_probe(path, claim, now) < 0)
+	__builtin_memset(&claim->tcp, 0, sizeof(claim->tcp));
+	if (!flow_is_well(skb, &nh, &pkt, path, &claim->tcp, now) || claim_probe(path, claim, now) < 0)
 		return TC_ACT_UNSPEC;
 	claim->pid = 0;
 	__builtin_memset(&claim->app, 0, sizeof(claim->app));

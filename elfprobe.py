@@ -20,6 +20,9 @@ tells what is of interest, and drains into FILEBASE.csv.
 from __future__ import annotations
 
 import argparse
+import array
+import bisect
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -27,9 +30,12 @@ import errno
 import fcntl
 import functools
 import ipaddress
+import itertools
+import json
 import logging
 import logging.handlers
 import math
+import operator
 import os
 import queue
 import re
@@ -68,7 +74,7 @@ HOOKS_FILE = os.path.join(HERE, "elfhooks.c")
 COLUMNS = (
     "recvcpu", "seq", "origseq", "latency", "sendtime", "recvtime", "dest", "responder",
     "outttl", "recvttl", "sport", "dport", "protocol", "outipid", "inipid", "app", "pid",
-    "outtos", "intos", "mpls", "ifinfo",
+    "srtt", "cwnd", "retrans", "outtos", "intos", "mpls", "ifinfo",
 )  # fmt: skip
 
 UNANSWERED_AFTER = 5.0  # s that a probe may be outstanding
@@ -80,6 +86,13 @@ STRAY_REPLIES = 0.5  # s to wait for replies after the last probe
 SCAN_EVERY = 1.0  # s between two looks at the processes
 LINGER = 30.0  # s that a destination stays of interest after its last connection ended
 CHANGES_MAX = 1000  # of what the network changes on the way that are kept in mind
+HOPS_MAX = 8192  # of all destinations together that the summary has
+FLOWS_MAX = 32768  # whose responders are remembered
+TABLES_MAX = 50  # destinations in the summary at the end
+CHANGES_TOLD = 10  # changes of a hop's responder that are logged, the rest is counted
+DRAW_EVERY = 1.0  # s between two tables on a terminal
+RESOLVERS = 4  # names of responders that are asked for at once
+NAMES_MAX = 10000
 DESTINATIONS_MAX = 65536
 PEERS_MAX = 16384  # destinations of processes' flows
 RING_HOLDS = 0.25  # s of results at the highest rate
@@ -104,10 +117,12 @@ CARRIED = {
     ARPHRD_TUNNEL: ("ipinip",), 769: (), ARPHRD_SIT: ("ipinip", "ip6inip"), 778: (), 823: (),
 }  # fmt: skip
 TUNNELS = {"ethernet": 0, "ipinip": 4, "ip6inip": 41}  # -e -> IP protocol that is wrapped in IPv4
+PROTOCOLS = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMP"}
 IFF_UP = 1  # linux/if.h
 SIOCGIFFLAGS = 0x8913  # linux/sockios.h
 BPF_XDP = 37  # enum bpf_attach_type, linux/bpf.h
 BPF_CGROUP_INET_SOCK_CREATE = 2  # enum bpf_attach_type, linux/bpf.h
+BPF_STATS_RUN_TIME = 0  # enum bpf_stats_type, linux/bpf.h
 UNDECIDED, OF_INTEREST = 1, 2  # as in elfprobe.c
 TASK_COMM_LEN = 16  # linux/sched.h: of a command name, the final zero included
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, linux/proc_ns.h: its inode number, always
@@ -188,6 +203,7 @@ class Config:
     notrunc: bool = False
     hooks: str = HOOKS_FILE
     quiet: bool = False
+    live: bool = True
     duration: float | None = None  # s
     max_rate: int = 50000  # probes per second
     salt: int = 0  # 16 bits that nobody else knows
@@ -342,6 +358,8 @@ def argument_parser() -> argparse.ArgumentParser:
         help="stop after so long (default: on a signal)")  # fmt: skip
     add("--max-rate", default=50000, type=whole_number(1, 10**6, "probes per second"), metavar="N",
         help="most probes per second over all destinations together (default: 50000)")  # fmt: skip
+    add("--no-live", action="store_true",
+        help="no table on the terminal while it runs, only log lines")  # fmt: skip
     add("--version", nargs=0, action=ShowVersion, help="version, and what it runs on")
     return parser
 
@@ -366,6 +384,7 @@ def parse_arguments(argv: list[str]) -> Config:
         notrunc=args.notrunc,
         hooks=args.hooks,
         quiet=args.quiet,
+        live=not (args.quiet or args.no_live),
         duration=args.duration,
         max_rate=args.max_rate,
         salt=secrets.randbits(16),
@@ -1092,6 +1111,16 @@ class ProgInfo(ctypes.Structure):
         ("jited_prog_insns", ctypes.c_uint64), ("xlated_prog_insns", ctypes.c_uint64),
         ("load_time", ctypes.c_uint64), ("created_by_uid", ctypes.c_uint32), ("nr_map_ids", ctypes.c_uint32),
         ("map_ids", ctypes.c_uint64), ("name", ctypes.c_char * 16),
+        ("ifindex", ctypes.c_uint32), ("gpl_compatible", ctypes.c_uint32),
+        ("netns_dev", ctypes.c_uint64), ("netns_ino", ctypes.c_uint64),
+        ("nr_jited_ksyms", ctypes.c_uint32), ("nr_jited_func_lens", ctypes.c_uint32),
+        ("jited_ksyms", ctypes.c_uint64), ("jited_func_lens", ctypes.c_uint64),
+        ("btf_id", ctypes.c_uint32), ("func_info_rec_size", ctypes.c_uint32),
+        ("func_info", ctypes.c_uint64), ("nr_func_info", ctypes.c_uint32), ("nr_line_info", ctypes.c_uint32),
+        ("line_info", ctypes.c_uint64), ("jited_line_info", ctypes.c_uint64),
+        ("nr_jited_line_info", ctypes.c_uint32), ("line_info_rec_size", ctypes.c_uint32),
+        ("jited_line_info_rec_size", ctypes.c_uint32), ("nr_prog_tags", ctypes.c_uint32),
+        ("prog_tags", ctypes.c_uint64), ("run_time_ns", ctypes.c_uint64), ("run_cnt", ctypes.c_uint64),
     ]  # fmt: skip
 
 
@@ -1101,6 +1130,30 @@ def program_info(fd: int) -> ProgInfo:
     if bcc.lib.bpf_obj_get_info(fd, ctypes.byref(info), ctypes.byref(size)) < 0:
         raise OSError(ctypes.get_errno(), "BPF_OBJ_GET_INFO_BY_FD")
     return info
+
+
+@contextlib.contextmanager
+def run_time_stats() -> Iterator[bool]:
+    """Has the kernel measure how long all BPF programs take, some 20 ns more for each run, if it can
+    (Linux 5.8): yields whether. It stops when nobody asks for it any more."""
+    try:
+        fd = bcc.lib.bpf_enable_stats(BPF_STATS_RUN_TIME)
+    except AttributeError:  # an older BCC
+        fd = -1
+    try:
+        yield fd >= 0
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def run_time_texts(bpf: Any, seconds: float) -> Iterator[str]:
+    """What our programs took since they were loaded, if they ran; the measurement lasted so long."""
+    for name, function in sorted(bpf.funcs.items()):
+        info = program_info(function.fd)
+        if info.run_cnt:
+            each, share = info.run_time_ns / info.run_cnt, info.run_time_ns / (seconds * 1e9)
+            yield f"{name.decode()} ran {info.run_cnt} times, {each:.0f} ns each: {share:.2%} of a core"
 
 
 def program_name(prog_id: int) -> str:
@@ -1431,6 +1484,63 @@ def entries(table: Any) -> Iterator[tuple[bytes, bytes]]:
             yield key, value
 
 
+def plain(value: Any) -> Any:
+    """What JSON can hold of a ctypes value as BCC makes them: structs are objects, char arrays texts."""
+    if hasattr(value, "_fields_"):
+        names = [name for name, *_ in value._fields_ if not name.startswith("__pad")]
+        return {name: plain(getattr(value, name)) for name in names}
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, (ctypes.Array, list)):
+        return [plain(element) for element in value]
+    return getattr(value, "value", value)
+
+
+def save_maps(bpf: Any, filebase: str) -> None:
+    """Writes each map of the hooks file to FILEBASE.MAP.json: its entries, with a value for each CPU where
+    the map has that. What cannot be written is logged."""
+    for name in hook_maps(bpf):
+        try:
+            lines = [json.dumps(entry) for entry in map_entries(bpf[name])]
+        except Exception as err:  # BCC raises a bare Exception, or does not know the type of map
+            log.warning("the hooks' map '%s' is not saved: %s", name, err)
+            continue
+        try:
+            file = OutputFile(f"{filebase}.{name}.json")
+            try:
+                file.write_lines(f'{{"map": "{name}", "entries": [\n' + ",\n".join(lines) + "\n]}\n")
+            finally:
+                file.close(used=True)
+        except Failure as failure:
+            log.error("%s", failure)
+            continue
+        log.info("the hooks' map '%s' is in %s", name, file.path)
+
+
+def map_entries(table: Any) -> Iterator[dict[str, Any]]:
+    """Keys and values, as far as a map has them; values of a queue or stack are taken out."""
+    if isinstance(table, (bcc.table.RingBuf, bcc.table.PerfEventArray, bcc.table.ProgArray)):
+        raise ValueError("it is of a type that nothing can be read from")
+    if isinstance(table, bcc.table.QueueStack):
+        yield from ({"value": plain(value)} for value in table.values())
+    else:
+        yield from ({"key": plain(key), "value": plain(table[key])} for key in table)
+
+
+def hook_maps(bpf: Any) -> list[str]:
+    """Names of the maps that the hooks file defines: all but those of elfprobe.c."""
+    name_of = bcc.lib.bpf_table_name
+    name_of.restype, name_of.argtypes = ctypes.c_char_p, (ctypes.c_void_p, ctypes.c_size_t)
+    names = [name_of(bpf.module, number).decode() for number in range(bcc.lib.bpf_num_tables(bpf.module))]
+    # The first argument of a macro, or where that is the type of map the fourth.
+    ours = re.findall(r'^BPF_\w+\((?:"\w+", [^,]+, [^,]+, )?(\w+)', read_source(C_FILE, "program"), re.M)
+    return [name for name in names if name not in ours]
+
+
+# Of what is known of a probe, what the summary wants: Summary.note().
+ENDED = ("dest", "outttl", "sport", "dport", "protocol", "sendtime", "srtt", "cwnd", "retrans")
+
+
 class Results:
     """Everything there is to know of probes that ended, from the kernel's maps to rows of text."""
 
@@ -1443,6 +1553,8 @@ class Results:
         self._result = struct.Struct(layout)
         self._row = rows_of(names)
         self.changes = Changes(names)
+        self.summary = Summary()
+        self._ended = operator.itemgetter(*map(names.index, (*ENDED, "recvtime", "responder")))
         self._extended_chunks: list[bytes] = []
         self._extension_len = extended.extension_len.offset
         self._extension = extended.extension
@@ -1450,6 +1562,7 @@ class Results:
         key_layout, key_names = struct_format(self._in_flight.Key)
         self._unanswered = struct.Struct(probe_layout + key_layout[1:])
         self._unanswered_row = rows_of(probe_names + key_names)
+        self._ended_unanswered = operator.itemgetter(*map((probe_names + key_names).index, ENDED))
         self._sendtime = probe_names.index("sendtime")
         self.replies = 0
         self.unanswered = 0
@@ -1471,15 +1584,19 @@ class Results:
         rows = []
         for fields in self._result.iter_unpack(data):
             rows.append(self._row(fields))
-            self.changes.note(fields)
+            self._note(fields)
         extended, self._extended_chunks = self._extended_chunks, []
         rows += map(self._extended_row, extended)
         self.replies += len(rows)
         return "".join(rows)
 
+    def _note(self, fields: tuple[Any, ...]) -> None:
+        self.changes.note(fields)
+        self.summary.note(*self._ended(fields))
+
     def _extended_row(self, data: bytes) -> str:
         fields = self._result.unpack_from(data)
-        self.changes.note(fields)
+        self._note(fields)
         (size,) = struct.unpack_from("=I", data, self._extension_len)
         try:
             start, is_cut = self._extension.offset, size == self._extension.size
@@ -1499,6 +1616,7 @@ class Results:
             if bcc.lib.bpf_delete_elem(self._in_flight.map_fd, key):
                 continue  # its reply has come meanwhile, and the row with it
             rows.append(self._unanswered_row(fields))
+            self.summary.note(*self._ended_unanswered(fields))
         self.unanswered += len(rows)
         return "".join(rows)
 
@@ -1609,22 +1727,335 @@ class Changes:
             yield f"to {address_text(dest)}: {what} before hop {hop} ({address_text(responder)})"
 
 
+# ---- The summary: what the rows say, hop by hop -----------------------------------------------------
+
+# ns, 2 % apart, 1 us to 11 s: what is between two of them counts as one value once there are many.
+BOUNDS = [round(1000 * 1.02**number) for number in range(820)]
+FRESH_MAX = 512  # values that are kept as they are
+ENOUGH_PROBES = 20  # for a hop's share of answers to mean something
+MISSING_MIN = 0.005  # share of missing answers that is worth a word
+SIGMAS = 3  # that two shares must be apart
+
+
+class Spread:
+    """How numbers (ns) are spread, in little memory: exactly as long as they are few, then with quantiles
+    to 1 %."""
+
+    __slots__ = ("count", "_least", "_greatest", "_last", "_steps", "_fresh", "_counts")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._least = self._greatest = self._last = self._steps = 0
+        self._fresh = array.array("Q")
+        self._counts: collections.Counter[int] = collections.Counter()  # by place among BOUNDS
+
+    def add(self, value: int) -> None:
+        if not self.count:
+            self._least = self._last = value
+        elif value < self._least:
+            self._least = value
+        if value > self._greatest:
+            self._greatest = value
+        self._steps += abs(value - self._last)
+        self._last = value
+        self.count += 1
+        self._fresh.append(value)
+        if len(self._fresh) >= FRESH_MAX:
+            self._fold()
+
+    def _fold(self) -> None:
+        self._counts.update(map(functools.partial(bisect.bisect, BOUNDS), self._fresh))
+        del self._fresh[:]
+
+    def figures(self) -> Figures:
+        """Of what has been added, at least one value."""
+        if self._counts:
+            self._fold()
+            middles = [
+                sum(BOUNDS[max(place - 1, 0) : place + 1]) / len(BOUNDS[max(place - 1, 0) : place + 1])
+                for place in sorted(self._counts)
+            ]
+            upto = list(itertools.accumulate(count for _, count in sorted(self._counts.items())))
+        else:
+            middles, upto = sorted(self._fresh), list(range(1, self.count + 1))
+        median, percentile95, percentile99 = (
+            min(max(middles[bisect.bisect_left(upto, share * self.count)], self._least), self._greatest)
+            for share in (0.5, 0.95, 0.99)
+        )
+        jitter = self._steps / max(self.count - 1, 1)
+        return Figures(self._least, median, percentile95, percentile99, self._greatest, jitter)
+
+
+class Figures(NamedTuple):
+    """ns; jitter is the mean difference of two values in a row, as mtr's Javg."""
+
+    least: float
+    median: float
+    percentile95: float
+    percentile99: float
+    greatest: float
+    jitter: float
+
+
+class Hop:
+    """What is known of the probes with one TTL to one destination that have ended."""
+
+    __slots__ = ("latency", "unanswered", "responders", "changes")
+
+    def __init__(self) -> None:
+        self.latency = Spread()
+        self.unanswered = 0
+        self.responders: collections.Counter[bytes] = collections.Counter()
+        self.changes = 0  # of a flow's responder
+
+    @property
+    def probes(self) -> int:
+        return self.latency.count + self.unanswered
+
+    @property
+    def missing(self) -> float:
+        """Share of the probes that were not answered."""
+        return self.unanswered / self.probes
+
+    def misses_clearly_more(self, other: Hop) -> bool:
+        """By a test of two proportions."""
+        pooled = (self.unanswered + other.unanswered) / (self.probes + other.probes)
+        error = math.sqrt(pooled * (1 - pooled) * (1 / self.probes + 1 / other.probes))
+        return self.missing - other.missing > SIGMAS * error
+
+
+class Destination:
+    """The way to a destination, by TTL, and how TCP to it got on."""
+
+    def __init__(self) -> None:
+        self.hops: dict[int, Hop] = {}
+        self.srtt = Spread()
+        self.retransmitted = 0  # segments, while their flows were probed
+        self.recent = 0.0  # probes lately
+
+    @property
+    def probes(self) -> int:
+        return sum(hop.probes for hop in self.hops.values())
+
+    def remarks(self) -> Iterator[str]:
+        """Where answers are missing, and why. A hop whose successors answer better limits the rate of its
+        answers; packets that are lost at a hop are missing at all behind it, too."""
+        answering = [(number, hop) for number, hop in sorted(self.hops.items()) if hop.latency.count]
+        enough = [(number, hop) for number, hop in answering if hop.probes >= ENOUGH_PROBES]
+        lossy: Hop | None = None
+        for at, (number, hop) in enumerate(enough):
+            if hop.missing < MISSING_MIN or hop.unanswered < 3:
+                continue
+            behind = enough[at + 1 :]
+            best, other = min(behind, key=lambda item: item[1].missing, default=(0, hop))
+            missing = f"{hop.missing:.1%} of the probes to hop {number}"
+            if hop.misses_clearly_more(other):
+                yield (
+                    f"hop {number} limits the rate of its answers: {missing} are not answered, but only "
+                    f"{other.missing:.1%} of those that pass it on their way to hop {best}"
+                )
+            elif lossy is None or hop.misses_clearly_more(lossy):
+                lossy = hop
+                if not behind:
+                    yield f"{missing} are not answered; whether packets are lost no hop behind it tells"
+                    continue
+                but = ""
+                if self.srtt.count and not self.retransmitted:
+                    but = " (unless all these routers limit their answers: TCP retransmitted nothing)"
+                yield (
+                    f"packets are lost at hop {number} or on the way to it: {missing} are not answered, "
+                    f"and no fewer to the hops behind it{but}"
+                )
+        for number, hop in answering:
+            if hop.changes:
+                times = "once" if hop.changes == 1 else f"{hop.changes} times"
+                yield f"hop {number} changed {times}: see the log"
+
+
+def flow_text(dest: bytes, sport: int, dport: int, protocol: int) -> str:
+    """Ports as on the wire."""
+    sport, dport, name = socket.ntohs(sport), socket.ntohs(dport), PROTOCOLS.get(protocol, str(protocol))
+    if name == "ICMP":
+        return f"ICMP echo {sport} to {address_text(dest)}"
+    return f"{name} port {sport} to {address_text(dest)} port {dport}"
+
+
+class Flow:
+    """What was seen of a flow last."""
+
+    __slots__ = ("retrans", "responders", "since")
+
+    def __init__(self, retrans: int) -> None:
+        self.retrans = retrans
+        self.responders: dict[int, bytes] = {}
+        self.since: dict[int, int] = {}  # hop -> when the first probe left that its responder answered
+
+
+class Names:
+    """Host names of addresses, asked for in the background: nothing ever waits for them."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, str] = {}
+        self._asked: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._threads = 0
+
+    def of(self, packed: bytes) -> str:
+        """The name, empty where there is none or it is not known yet."""
+        if packed not in self._known and len(self._known) < NAMES_MAX:
+            self._known[packed] = ""
+            self._asked.put(packed)
+            if self._threads < RESOLVERS:
+                self._threads += 1
+                threading.Thread(target=self._resolve, daemon=True).start()
+        return self._known.get(packed, "")
+
+    def _resolve(self) -> None:
+        while True:
+            packed = self._asked.get()
+            with contextlib.suppress(OSError, UnicodeError):
+                self._known[packed] = printable(socket.gethostbyaddr(address_text(packed))[0])
+
+
+class Summary:
+    """Of all probes that have ended, by destination and hop, in bounded memory. Addresses are packed."""
+
+    HEAD = "hop  probes answered      min   median      95%      99%      max   jitter  responder"
+
+    def __init__(self) -> None:
+        self._destinations: dict[bytes, Destination] = {}
+        self._flows: dict[tuple[bytes, int, int, int], Flow] = {}
+        self._hops = 0
+        self._left_out = 0  # probes
+        self._names = Names()
+
+    def note(
+        self, dest: bytes, number: int, sport: int, dport: int, protocol: int, sendtime: int,
+        srtt: int = 0, cwnd: int = 0, retrans: int = 0, recvtime: int = 0, responder: bytes = b"",
+    ) -> None:  # fmt: skip
+        """A probe with this TTL has ended; without a responder it was not answered. Times in ns, srtt in
+        us, ports as on the wire."""
+        destination = self._destinations.get(dest)
+        if destination is None:
+            destination = Destination()
+            if self._hops < HOPS_MAX:
+                self._destinations[dest] = destination
+        hop = destination.hops.get(number)
+        if hop is None:
+            if self._hops >= HOPS_MAX:
+                self._left_out += 1
+                return
+            self._hops += 1
+            hop = destination.hops[number] = Hop()
+        destination.recent += 1
+        flow = self._flows.get((dest, sport, dport, protocol))
+        if flow is None:
+            flow = self._new_flow((dest, sport, dport, protocol), retrans)
+        if cwnd:
+            if retrans > flow.retrans:
+                destination.retransmitted += retrans - flow.retrans
+                flow.retrans = retrans
+            if srtt:
+                destination.srtt.add(srtt * 1000)
+        if not responder:
+            hop.unanswered += 1
+            return
+        hop.latency.add(recvtime - sendtime)
+        hop.responders[responder] += 1
+        before = flow.responders.get(number)
+        if before != responder:
+            if before is not None:
+                if sendtime < flow.since[number]:
+                    return  # a late answer, of the way that was
+                self._note_change(hop, (dest, sport, dport, protocol), number, before, responder)
+            flow.responders[number] = responder
+            flow.since[number] = sendtime
+
+    def _new_flow(self, key: tuple[bytes, int, int, int], retrans: int) -> Flow:
+        if len(self._flows) >= FLOWS_MAX:
+            for oldest in list(itertools.islice(self._flows, FLOWS_MAX // 4)):
+                del self._flows[oldest]
+        flow = self._flows[key] = Flow(retrans)
+        return flow
+
+    def _note_change(
+        self, hop: Hop, flow: tuple[bytes, int, int, int], number: int, before: bytes, after: bytes
+    ) -> None:
+        hop.changes += 1
+        if hop.changes > CHANGES_TOLD:
+            return
+        more = "; from now on its changes are only counted" if hop.changes == CHANGES_TOLD else ""
+        log.info("%s: hop %d is now %s, no longer %s%s", flow_text(*flow), number, address_text(after),
+                 address_text(before), more)  # fmt: skip
+
+    def tables(self, most: int = TABLES_MAX) -> list[str]:
+        """Lines: a table for each of the destinations with most probes, and what there is to say of it."""
+        ordered = sorted(self._destinations.items(), key=lambda item: -item[1].probes)
+        lines = [line for item in ordered[:most] for line in self._table(*item)]
+        if len(ordered) > most:
+            lines.append(f"{len(ordered) - most} more destinations, with fewer probes each")
+        if self._left_out:
+            lines.append(f"{self._left_out} probes to more hops than have room here are only in the rows")
+        return lines
+
+    def busiest(self, room: int) -> list[str]:
+        """As many lines at most: tables of the destinations that are probed most these days."""
+        lines: list[str] = []
+        for dest, destination in sorted(self._destinations.items(), key=lambda item: -item[1].recent):
+            destination.recent /= 2
+            if len(lines) < room:
+                lines += self._table(dest, destination)
+        return lines[:room]
+
+    def _table(self, dest: bytes, destination: Destination) -> Iterator[str]:
+        answering = [number for number, hop in destination.hops.items() if hop.latency.count]
+        yield ""
+        yield f"{self._named(dest)}: {destination.probes} probes, latency in ms"
+        yield self.HEAD
+        for number, hop in sorted(destination.hops.items()):
+            share = f"{number:3} {hop.probes:7} {hop.latency.count / hop.probes:8.1%}"
+            if not hop.latency.count:
+                last = " (or the destination)" if number > max(answering, default=0) else ""
+                yield f"{share}  silent{last}"
+                continue
+            (first, count), *others = hop.responders.most_common()
+            more = f" {count / hop.latency.count:.0%}" if others else ""
+            yield f"{share} {self._figures(hop.latency)}  {self._named(first)}{more}"
+            for other, count in others[:3]:
+                yield f"{'':75}{self._named(other)} {count / hop.latency.count:.0%}"
+            if len(others) > 3:
+                yield f"{'':75}and {len(others) - 3} more"
+        if destination.srtt.count:
+            resent = f"{destination.retransmitted} segments retransmitted"
+            yield f"TCP {'':16} {self._figures(destination.srtt)}  round trip by the kernel (srtt), {resent}"
+        yield from destination.remarks()
+
+    @staticmethod
+    def _figures(spread: Spread) -> str:
+        return " ".join(f"{value / 1e6:8.3f}" for value in spread.figures())
+
+    def _named(self, packed: bytes) -> str:
+        return f"{address_text(packed)} {self._names.of(packed)}".rstrip()
+
+
 def rows_of(names: list[str]) -> Callable[[tuple[Any, ...]], str]:
     """Makes a function that turns the values of these names into a line of the CSV. Without a
     reply's values among the names the line is that of an unanswered probe."""
     at = {name: position for position, name in enumerate(names)}
     ntohs = socket.ntohs
     seq, origseq, sendtime, dest = at["seq"], at["origseq"], at["sendtime"], at["dest"]
-    outttl, outipid, sport, dport, protocol, app, pid, outtos = (
+    outttl, outipid, sport, dport, protocol, app, pid, srtt, cwnd, retrans, outtos = (
         at["outttl"], at["outipid"], at["sport"], at["dport"], at["protocol"], at["app"], at["pid"],
-        at["outtos"],
+        at["srtt"], at["cwnd"], at["retrans"], at["outtos"],
     )  # fmt: skip
+
+    def tcp_text(v: tuple[Any, ...]) -> str:
+        return f"{v[srtt] or ''},{v[cwnd]},{v[retrans]}" if v[cwnd] else ",,"
 
     def unanswered(v: tuple[Any, ...]) -> str:
         return (
             f"0,{v[seq]},{v[origseq]},-1,{v[sendtime]},-1,{address_text(v[dest])},,{v[outttl]},-1,"
             f"{ntohs(v[sport])},{ntohs(v[dport])},{v[protocol]},{v[outipid]},-1,"
-            f"{app_text(v[app])},{v[pid] or ''},{v[outtos]},,,\n"
+            f"{app_text(v[app])},{v[pid] or ''},{tcp_text(v)},{v[outtos]},,,\n"
         )
 
     if "recvtime" not in at:
@@ -1637,7 +2068,7 @@ def rows_of(names: list[str]) -> Callable[[tuple[Any, ...]], str]:
             f"{v[recvcpu]},{v[seq]},{v[origseq]},{v[recvtime] - v[sendtime]},{v[sendtime]},{v[recvtime]},"
             f"{address_text(v[dest])},{address_text(v[responder])},{v[outttl]},{v[recvttl]},"
             f"{ntohs(v[sport])},{ntohs(v[dport])},{v[protocol]},{v[outipid]},{v[inipid]},"
-            f"{app_text(v[app])},{v[pid] or ''},{v[outtos]},{v[intos]},,\n"
+            f"{app_text(v[app])},{v[pid] or ''},{tcp_text(v)},{v[outtos]},{v[intos]},,\n"
         )
 
     return answered
@@ -1660,13 +2091,20 @@ class FlowEvents:
 
     def _hear(self, _context: Any, data: int, size: int) -> int:
         event = self._layout.from_buffer_copy(ctypes.string_at(data, size))
-        flow, dest = event.flow, address_text(bytes(event.flow.dest))
-        sport, dport = socket.ntohs(flow.sport), socket.ntohs(flow.dport)
-        log.warning("TCP port %d to %s port %d: %s", sport, dest, dport, FLOW_EVENTS[event.kind])
+        flow = event.flow
+        text = flow_text(bytes(flow.dest), flow.sport, flow.dport, flow.protocol)
+        log.warning("%s: %s", text, FLOW_EVENTS[event.kind])
         return 0
 
 
 # ---- The run ----------------------------------------------------------------------------------------
+
+
+def monotonic_epoch() -> str:
+    """When CLOCK_MONOTONIC, which all times in rows are of, was 0: UTC (ISO 8601), as the clocks are now."""
+    nanoseconds = time.time_ns() - time.monotonic_ns()
+    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(nanoseconds // 10**9))
+    return f"{seconds}.{nanoseconds % 10**9 // 1000:06}Z"
 
 
 class Stop:
@@ -1681,8 +2119,9 @@ class Stop:
 class ElfProbe:
     """One measurement, from its checks to its last row."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, console: Console | None = None) -> None:
         self._config = config
+        self._console = console  # where the table is drawn while it runs, if at all
         self._was_up = True
 
     def run(self, stop: Stop) -> None:
@@ -1710,8 +2149,12 @@ class ElfProbe:
             stack.callback(self._silence)
             stack.enter_context(tc_attachment(ipr, self._device, self._bpf.funcs[b"elf_egress"].fd))
             csv.write_lines(",".join(COLUMNS) + "\n")
+            log.info("CLOCK_MONOTONIC 0 is %s", monotonic_epoch())
             log.info("probing on %s, XDP %s, answers %s; rows go to %s", self._device.name, mode,
                      "dropped" if config.ingress == "drop" else "passed", csv.path)  # fmt: skip
+            if config.debug and not stack.enter_context(run_time_stats()):
+                log.info("what the programs take is not known: that needs Linux 5.8 and a newer BCC")
+            self._begun_at = time.monotonic()
             try:
                 self._measure(stop, results, csv)
             finally:
@@ -1776,6 +2219,7 @@ class ElfProbe:
         end = now + self._config.duration if self._config.duration else float("inf")
         next_beat = next_expiry = now
         next_report = now + 10
+        next_table = now + DRAW_EVERY
         while not stop.asked and now < end:
             if now >= next_beat:
                 self._beat(now + ALIVE_FOR)
@@ -1788,19 +2232,33 @@ class ElfProbe:
                 log.debug("counters: %s", self._counters())
                 next_report = now + 10
             self._write(csv, results.take())
+            if self._console and now >= next_table:
+                self._console.draw(functools.partial(self._table, results))
+                next_table = now + DRAW_EVERY
             self._bpf.ring_buffer_poll(int(1000 * min(DRAIN_EVERY, max(end - now, 0))))
             now = time.monotonic()
 
     def _finish(self, results: Results, csv: OutputFile) -> None:
         """No more probes; then the replies that are still on their way, then what is outstanding."""
         self._silence()
+        ended_at = time.monotonic()
         end = time.monotonic() + STRAY_REPLIES
         while time.monotonic() < end:
             self._write(csv, results.take())
             time.sleep(STRAY_REPLIES / 10)
         self._write(csv, results.take() + results.expire(1 << 63))
         self._write(csv, results.take())
+        if self._console:
+            self._console.clear()
         self._summarise(results)
+        for text in run_time_texts(self._bpf, ended_at - self._begun_at):
+            log.info("%s", text)
+        save_maps(self._bpf, self._config.filebase)
+
+    def _table(self, results: Results, lines: int) -> list[str]:
+        """As many lines at most, on how it stands."""
+        ended = f"{results.replies} replies, {results.unanswered} unanswered"
+        return [f"{self._device.name}: {ended}", *results.summary.busiest(lines - 1)]
 
     def _write(self, csv: OutputFile, rows: str) -> None:
         if rows:
@@ -1834,6 +2292,8 @@ class ElfProbe:
     def _summarise(self, results: Results) -> None:
         """Probes are replies, unanswered ones and lost results, and the log shows where they are not."""
         count = self._counters()
+        for line in results.summary.tables():
+            log.info("%s", line, extra={"bare": True})
         log.info("%d probes, %d replies, %d unanswered", count["probes"], results.replies, results.unanswered)
         ended = results.replies + results.unanswered + count["results_lost"]
         if count["probes"] != ended:
@@ -1861,17 +2321,24 @@ class LogFormat(logging.Formatter):
         super().__init__("%(asctime)s.%(msecs)03d %(message)s", "%H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(super().formatMessage(record))
+        """Lines of a table (bare) stand alone, others behind the time."""
+        return printable(record.message if hasattr(record, "bare") else super().formatMessage(record))
+
+
+CLEAR_BELOW = "\x1b[J"  # ECMA-48: ED
+UP_TO_START = "\x1b[{}F"  # CPL
 
 
 class Console(logging.Handler):
     """Standard error, written to by a thread of its own: where it takes nothing (a pipe that nobody
-    reads, a stopped terminal), only that thread waits. Lines that do not fit behind it are left out."""
+    reads, a stopped terminal), only that thread waits. Lines that do not fit behind it are left out.
+    On a terminal a table can stand below the lines."""
 
     def __init__(self) -> None:
         super().__init__()
         self._fd = os.dup(2)  # the number 2 is sometimes another file's: captured_stderr()
-        self._texts: queue.Queue[str | None] = queue.Queue(CONSOLE_LINES)
+        self.is_terminal = os.isatty(self._fd) and os.environ.get("TERM", "dumb") != "dumb"
+        self._texts: queue.Queue[str | list[str] | None] = queue.Queue(CONSOLE_LINES)
         self._left_out = 0
         self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
@@ -1889,6 +2356,21 @@ class Console(logging.Handler):
         except queue.Full:
             self._left_out += 1
 
+    def draw(self, table: Callable[[int], list[str]]) -> None:
+        """Puts in the place of the table that is there the one that this makes for so many lines."""
+        if not self.is_terminal or not self._texts.empty():
+            return
+        try:
+            columns, lines = os.get_terminal_size(self._fd)
+        except OSError:
+            return
+        self._texts.put([printable(line)[: columns - 1] for line in table(max(lines - 2, 1))])
+
+    def clear(self) -> None:
+        """Takes the table away."""
+        with contextlib.suppress(queue.Full):
+            self._texts.put_nowait([])
+
     def end(self) -> None:
         """Waits until all is written, but not long for a console that takes nothing."""
         with contextlib.suppress(queue.Full):
@@ -1896,8 +2378,14 @@ class Console(logging.Handler):
             self._thread.join(CONSOLE_PATIENCE)
 
     def _write(self) -> None:
+        table: list[str] = []
         for text in iter(self._texts.get, None):
-            data = (text + "\n").encode(errors="backslashreplace")
+            clear = UP_TO_START.format(len(table)) + CLEAR_BELOW if table else ""
+            if isinstance(text, list):
+                table, lines = text, text
+            else:
+                lines = [text, *table]
+            data = (clear + "".join(f"{line}\n" for line in lines)).encode(errors="backslashreplace")
             with contextlib.suppress(OSError):  # it has been closed
                 while data:
                     try:
@@ -1973,7 +2461,7 @@ def main(argv: list[str]) -> int:
             if not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):  # nohup
                 signal.signal(number, stop.ask)
         try:
-            ElfProbe(config).run(stop)
+            ElfProbe(config, console if config.live else None).run(stop)
         finally:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)  # all is undone: the exit status stands

@@ -858,7 +858,7 @@ def test_rows_of_unanswered_probes(load: Load, version: int, protocol: str) -> N
     for flight in old, new:
         programs.put_in_flight(flight)
     wanted = [0, SEQ, old.origseq, -1, 4999, -1, SERVER[version], '', TTL, -1, old.sport, old.dport,
-              old.protocol, old.outipid, -1, '', '', 0, '', '', '']
+              old.protocol, old.outipid, -1, '', '', '', '', '', 0, '', '', '']
     assert programs.expired(5000) == [dict(zip(elfprobe.COLUMNS, map(str, wanted)))]
     assert programs.in_flight() == [new]
 
