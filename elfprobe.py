@@ -83,6 +83,7 @@ BEAT_EVERY = 0.5  # s
 DRAIN_EVERY = 0.25  # s between two looks at the result ring, at most
 BATCH = 4096  # entries of a hash that are read at once
 STRAY_REPLIES = 0.5  # s to wait for replies after the last probe
+LOOK_EVERY = 5.0  # s between two looks whether our TC filter is still there
 SCAN_EVERY = 1.0  # s between two looks at the processes
 LINGER = 30.0  # s that a destination stays of interest after its last connection ended
 CHANGES_MAX = 1000  # of what the network changes on the way that are kept in mind
@@ -241,14 +242,34 @@ def power_of_two(least: float) -> int:
     return 1 << (max(math.ceil(least), 1) - 1).bit_length()
 
 
-EXAMPLES = """\
+EPILOG = """\
 examples:
   elfprobe.py -i eno2 -a speedtest           the flows of every speedtest, started now or later
   elfprobe.py -i eno2 -P 4127 -r g -p 100    of one process and its children, 10 probes a second
   elfprobe.py -i eno2 example.net 192.0.2.7  whatever goes to these destinations
   elfprobe.py -i eno2 -I pass -T -l @hosts   destinations from a file, payload kept, elf.log too
+  elfprobe.py -i eno2 -q -f /var/tmp/night --duration 28800 -a backup &
+                                             all night, in the background
+  elfprobe.py -i wg0 10.8.0.1                inside a tunnel device, whose packets begin with IP
+  elfplot.py --html elf.csv                  the summary again, and pictures
 
-While it runs, probes ride on packets that the application sends; without traffic there are none.
+'ip route get ADDRESS' names the interface that leads to an address. While it runs, probes ride on
+packets that the application sends: without traffic there are none. On a terminal a table is redrawn
+each second.
+
+what the summary shows, for each destination and hop (TTL, or hop limit):
+  probes, answered   how many probes were sent with that TTL, and what share was answered
+  min ... max        time to that router and back, ms; what a hop adds is the difference to the one before
+  jitter             mean difference of one latency to the next, ms
+  responder          who answered, with a share each where there are several
+  TCP                round trip (srtt) as the kernel's TCP has it, and segments it sent again
+
+files:
+  FILEBASE.csv       a row for each probe: README.md explains the columns
+  FILEBASE.log       the log (-l, -q)
+  FILEBASE.MAP.json  each BPF map that the hooks file (-H) defines, after the run
+
+exit status: 0 after a run, 2 for wrong usage, 1 for everything else, with a line that says what it is
 """
 
 
@@ -316,10 +337,10 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="elfprobe.py",
         usage="sudo python3 elfprobe.py -i INTERFACE [options] [address ...]",
-        description="Shows hop by hop where the latency of a running application comes from, by lowering "
-        "the TTL of copies of the application's own packets. At least one of -a, -P and an address "
-        "is needed.",
-        epilog=EXAMPLES,
+        description="Shows hop by hop where the latency of a running application comes from, by lowering\n"
+        "the TTL of copies of the application's own packets. At least one of -a, -P and an\n"
+        "address is needed.",
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -351,7 +372,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="base name of FILEBASE.csv and FILEBASE.log (default: elf)")  # fmt: skip
     add("-l", "--logfile", action="store_true", help="also log to FILEBASE.log")
     add("-q", "--quiet", action="store_true", help="no log on the console (implies -l)")
-    add("-d", "--debug", action="store_true", help="more log, the BPF counters included")
+    add("-d", "--debug", action="store_true", help="more log: the BPF counters, what the programs take")
     add("-H", "--hooks", default=HOOKS_FILE, metavar="FILE",
         help="hooks file to compile in (default: elfhooks.c beside elfprobe.py)")  # fmt: skip
     add("--duration", type=positive_seconds, metavar="SECONDS",
@@ -1313,8 +1334,9 @@ def remove_ours(ipr: Any, device: Device, ours: TcFilter) -> None:
 
 
 @contextlib.contextmanager
-def tc_attachment(ipr: Any, device: Device, fd: int) -> Iterator[None]:
-    """Attaches to TC egress, as early among the filters that are there as can be. Raises Failure."""
+def tc_attachment(ipr: Any, device: Device, fd: int) -> Iterator[TcFilter]:
+    """Attaches to TC egress, as early among the filters that are there as can be; yields our filter. Raises
+    Failure."""
     for stale in [found for found in egress_filters(ipr, device) if found.name.startswith(FILTER_NAME)]:
         remove_ours(ipr, device, stale)
         log.warning("a TC filter that a killed elfprobe left on %s is removed", device.name)
@@ -1342,7 +1364,7 @@ def tc_attachment(ipr: Any, device: Device, fd: int) -> Iterator[None]:
             raise Failure(f"'{device.name}' takes no TC filter: {err}") from err
         stack.pop_all()  # from here on the filter tells whose the qdisc is
         stack.callback(quietly_gone, remove_ours, ipr, device, ours)
-        yield
+        yield ours
 
 
 def quietly_gone(function: Callable[..., None], ipr: Any, device: Device, *args: Any) -> None:
@@ -2147,7 +2169,9 @@ class ElfProbe:
             tables = ConnectionTables(destinations, fixed, config.apps, config.pids)
             self._follow_processes(stack, owned, tables)
             stack.callback(self._silence)
-            stack.enter_context(tc_attachment(ipr, self._device, self._bpf.funcs[b"elf_egress"].fd))
+            egress = self._bpf.funcs[b"elf_egress"].fd
+            ours = stack.enter_context(tc_attachment(ipr, self._device, egress))
+            self._is_attached: Callable[[], bool] = lambda: ours in egress_filters(ipr, self._device)
             csv.write_lines(",".join(COLUMNS) + "\n")
             log.info("CLOCK_MONOTONIC 0 is %s", monotonic_epoch())
             log.info("probing on %s, XDP %s, answers %s; rows go to %s", self._device.name, mode,
@@ -2219,6 +2243,7 @@ class ElfProbe:
         end = now + self._config.duration if self._config.duration else float("inf")
         next_beat = next_expiry = now
         next_report = now + 10
+        next_look = now + LOOK_EVERY
         next_table = now + DRAW_EVERY
         while not stop.asked and now < end:
             if now >= next_beat:
@@ -2228,6 +2253,10 @@ class ElfProbe:
                 if self._are_outstanding(results):
                     self._write(csv, results.expire(int((now - UNANSWERED_AFTER) * 1e9)))
                 next_expiry = now + BEAT_EVERY
+            if now >= next_look:
+                if not self._is_attached():
+                    raise Failure(f"somebody has removed our filter from '{self._device.name}'")
+                next_look = now + LOOK_EVERY
             if now >= next_report:
                 log.debug("counters: %s", self._counters())
                 next_report = now + 10
@@ -2289,6 +2318,22 @@ class ElfProbe:
         count = self._counters()
         return count["probes"] != count["replies"] + results.unanswered
 
+    def _unprobed(self, count: dict[str, int]) -> Iterator[str]:
+        """Why there are no probes, to some destinations or at all."""
+        length = self._bpf["paths"].Leaf.length.offset
+        paths = itertools.chain(entries(self._bpf["paths"]), entries(self._bpf["peers"]))
+        near = [address_text(key) for key, path in paths if path[length] == 1]
+        if near:
+            more = f" and {len(near) - 5} more" if len(near) > 5 else ""
+            yield f"one hop away, with no router between: {', '.join(near[:5])}{more}"
+        elif not count["probes"]:
+            seen = [f"{name} {number}" for name, number in count.items() if number and name != "not_ours"]
+            if seen:
+                yield f"packets of interest left, but none that could carry a probe: {', '.join(seen)}"
+            else:
+                way = "the way to a destination is what 'ip route get ADDRESS' says"
+                yield f"no packet of interest left by {self._device.name}; {way}"
+
     def _summarise(self, results: Results) -> None:
         """Probes are replies, unanswered ones and lost results, and the log shows where they are not."""
         count = self._counters()
@@ -2301,7 +2346,7 @@ class ElfProbe:
         lost = [f"{name} {count[name]}" for name in LOSSES if count[name]]
         if lost:
             log.warning("not measured: %s", ", ".join(lost))
-        for text in results.changes.texts():
+        for text in itertools.chain(results.changes.texts(), self._unprobed(count)):
             log.info("%s", text)
         if results.malformed:
             log.warning("malformed extensions (RFC 4884) of %d replies are left out", results.malformed)

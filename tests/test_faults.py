@@ -631,6 +631,19 @@ def test_clsact_that_others_put_in_the_place_of_ours_stays(lab4, tmp_path, their
         assert {**attached(lab4.client), 'xdp': None} == {**during, 'xdp': None}
 
 
+@root
+@pytest.mark.parametrize('how', ['filter', 'qdisc'])
+def test_filter_that_others_remove_ends_the_run(busy, tmp_path, how):
+    """There will be no more rows, and somebody should know; what there was is written."""
+    remove = {'filter': 'filter del dev eth0 egress prio 1', 'qdisc': 'qdisc del dev eth0 clsact'}[how]
+    with undone(busy.client), elfprobe(busy, busy.server_address(4), cwd=tmp_path) as measuring:
+        has_rows(measuring)
+        tc(busy.client, remove)
+        assert measuring.wait() == 1
+    assert "somebody has removed our filter from 'eth0'" in measuring.log.splitlines()[-1]
+    assert measuring.summary.probes == len(measuring.rows()) > 0
+
+
 PROGRAMS = {  # place -> whether it is before our program on egress
     'tcx': {'tcx egress': True, 'tcx ingress': False},
     'filters': {'tc egress 1': True, 'tc egress 20': False, 'tc ingress 1': False, 'tc ingress 20': False},

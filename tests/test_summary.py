@@ -240,6 +240,23 @@ def test_summary_says_what_the_rows_say(lab4, tmp_path):
 
 
 @root
+@pytest.mark.parametrize('dest, traffic, says', [
+    ('server', None, 'no packet of interest left by eth0'),
+    ('near', 'ping', 'one hop away, with no router between: 10.0.1.2'),
+    ('server', 'traceroute', 'none that could carry a probe: carrier_low_ttl'),
+])
+def test_why_there_is_nothing(lab4, tmp_path, dest, traffic, says):
+    to = {'server': lab4.server_address(4), 'near': lab4.hop(4, 1)}[dest]
+    with probing(lab4, to, cwd=tmp_path) as run:
+        if traffic == 'ping':
+            lab4.client.run('ping', '-nqc5', '-i.01', to)
+        if traffic == 'traceroute':
+            lab4.client.run('traceroute', '-n', '-q1', to)
+    assert run.summary.probes == (traffic == 'ping')  # the first left before anything was known
+    assert says in run.log
+
+
+@root
 def test_clock_in_the_log(lab4, tmp_path):
     with probing(lab4, lab4.server_address(4), cwd=tmp_path) as run:
         said = re.search(r'CLOCK_MONOTONIC 0 is (\S+)Z', run.log)[1]
