@@ -313,7 +313,8 @@ def make_lines(answered: pd.DataFrame) -> list[Line]:
     spreads = ranked.groupby(["outttl", "rank"]).ms.quantile([0.05, 0.25, 0.5, 0.75, 0.95]).unstack()
     slowest = ranked.sort_values("ms").drop_duplicates(["outttl", "rank", "bin"], keep="last")
     sample = ranked.sample(frac=1, random_state=1).groupby(["outttl", "rank"]).head(POINTS_MAX)
-    points = dict(list(pd.concat([sample, slowest]).groupby(["outttl", "rank"])))
+    points = pd.concat([sample, slowest])
+    points = dict(list(points[~points.index.duplicated()].groupby(["outttl", "rank"])))
     lines = []
     for hop, rank in spreads.index:
         names = [str(name) for name, its in ranks[hop].items() if its == rank]
@@ -399,9 +400,10 @@ def width_text(ns: int) -> str:
     return f"{ns // (60 * SECOND)} min" if ns < 7200 * SECOND else f"{ns // (3600 * SECOND)} h"
 
 
-def plain(text: str) -> str:
-    """For matplotlib, which takes what is between dollar signs for mathematics."""
-    return printable(text).replace("$", r"\$")
+def plain(text: str, most: int = 130) -> str:
+    """For matplotlib, which takes what is between dollar signs for mathematics. No longer than fits."""
+    text = printable(text)
+    return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
 
 
 def colours_of(section: Section) -> dict[int, Any]:
@@ -409,10 +411,31 @@ def colours_of(section: Section) -> dict[int, Any]:
     return {hop: plasma(0.82 * i / max(len(section.hops) - 1, 1)) for i, hop in enumerate(section.hops)}
 
 
-def draw(
+@dataclasses.dataclass
+class Picture:
+    """A matplotlib figure and what is in it, section by section."""
+
+    figure: Any
+    panels: list[Panels]
+    scale: TimeScale
+    utc: int | None  # ns from 1970 to the first probe
+    sections: list[Section]
+
+
+def draw(rows: pd.DataFrame, dests: list[str], zero: int | None, heading: str, notes: list[str]) -> Picture:
+    """Of some destinations of the rows. zero: ns from 1970 to CLOCK_MONOTONIC 0."""
+    rows = rows[rows.dest.isin(dests)]
+    first = 0 if rows.empty else int(rows.sendtime.iloc[0])
+    rows = rows.assign(t=(rows.sendtime - first) / SECOND)
+    utc = None if zero is None else zero + first
+    scale = TimeScale(0.0 if rows.empty else float(rows.t.iloc[-1]), utc)
+    sections = [make_section(dest, rows[rows.dest == dest]) for dest in dests]
+    return Picture(*draw_figure(sections, scale, heading, notes), scale, utc, sections)
+
+
+def draw_figure(
     sections: list[Section], scale: TimeScale, heading: str, notes: list[str]
 ) -> tuple[Any, list[Panels]]:
-    """A matplotlib figure, and a Panels for each section."""
     matplotlib.rcdefaults()  # not as the user has it: places and colours belong together
     matplotlib.rcParams.update(RC)
     heights = [section_height(section, len(sections) == 1) for section in sections]
@@ -420,20 +443,20 @@ def draw(
     figure = Figure(figsize=(WIDTH, total), dpi=DPI, facecolor="white")
 
     def write(text: str, y: float, x: float = 0.2, **options: Any) -> None:
-        figure.text(x / WIDTH, 1 - y / total, plain(text), va="center", **options)
+        figure.text(x / WIDTH, 1 - y / total, text, va="center", **options)
 
-    write(heading, 0.26, fontsize=11, fontweight="bold")
+    write(plain(heading), 0.26, fontsize=11, fontweight="bold")
     for number, text in enumerate(READING if sections else ["no probes yet"]):
         write(text, 0.5 + 0.17 * number, color="#444444")
     y = 0.9
     panels = []
     for section, height in zip(sections, heights):
-        write(f"{section.title}  ·  bins of {width_text(section.width)}", y + 0.19, LEFT,
-              fontsize=9, fontweight="bold")  # fmt: skip
+        title = plain(f"{section.title}  ·  bins of {width_text(section.width)}")
+        write(title, y + 0.19, LEFT, fontsize=9, fontweight="bold")
         panels.append(draw_section(figure, section, scale, y + 0.32, height))
         y += sum(height) + 0.85
     for number, note in enumerate(notes):
-        write(note, y + 0.2 * number, color="#444444")
+        write(plain(note), y + 0.2 * number, color="#444444")
     return figure, panels
 
 
@@ -541,7 +564,7 @@ def draw_spread(axes: Any, section: Section, colours: dict[int, Any]) -> None:
     for hop in silent_hops(section):
         axes.plot([place[hop]], [0.03], marker="x", markersize=4, color="#666666",
                   transform=axes.get_xaxis_transform())  # fmt: skip
-    every = -(-len(section.hops) // 12)
+    every = -(-len(section.hops) // 10)
     axes.set_xlim(-0.7, len(section.hops) - 0.3)
     axes.set_xticks(range(0, len(section.hops), every))
     axes.set_xticklabels([str(hop) for hop in section.hops[::every]])
@@ -564,7 +587,7 @@ def draw_list(axes: Any, section: Section, colours: dict[int, Any]) -> None:
         y = (number + 1.5) * LINE
         axes.plot([0.05, 0.4], [y, y], color=colours[hop], linestyle=STYLES[rank], linewidth=2)
         axes.text(0.62, y, "" if rank else str(hop), ha="right", va="center", fontsize=7.5)
-        axes.text(0.75, y, plain(responder), va="center", fontsize=7.5 if len(responder) < 30 else 6.2)
+        axes.text(0.75, y, plain(responder, 39), va="center", fontsize=7.5 if len(responder) < 30 else 6.2)
 
 
 def draw_lost(axes: Any, section: Section, colours: dict[int, Any]) -> None:
@@ -616,9 +639,7 @@ def draw_flow(axes: Any, section: Section) -> None:
 # ---- The page -----------------------------------------------------------------------------------
 
 
-def hover_data(
-    sections: list[Section], panels: list[Panels], scale: TimeScale, utc: int | None
-) -> dict[str, Any]:
+def hover_data(picture: Picture) -> dict[str, Any]:
     """What elf.html tells under the pointer: panels as parts of the picture (left, top, width, height),
     times in s, latencies in ms."""
 
@@ -644,9 +665,10 @@ def hover_data(
              log=its.time.get_yscale() == "log", probes=section.probes.tolist(),
              unanswered=section.unanswered.tolist(), retrans=section.retrans.tolist(),
              srtt=None if section.srtt is None else series(section.srtt))
-        for section, its in zip(sections, panels)
+        for section, its in zip(picture.sections, picture.panels)
     ]  # fmt: skip
-    return {"utc": utc and utc / 1e6, "x": [scale.low, scale.high], "sections": listed}
+    scale = picture.scale
+    return {"utc": picture.utc and picture.utc / 1e6, "x": [scale.low, scale.high], "sections": listed}
 
 
 STYLE = """
@@ -806,22 +828,16 @@ def run(args: argparse.Namespace) -> None:
     notes += [note] if note else []
     table = print_summary(rows) or ["no probes yet", ""]
     say(table + notes)
-    drawn = rows[rows.dest.isin(chosen)]
-    first = 0 if drawn.empty else int(drawn.sendtime.iloc[0])
-    drawn = drawn.assign(t=(drawn.sendtime - first) / SECOND)
-    utc = None if zero is None else zero + first
-    scale = TimeScale(0.0 if drawn.empty else float(drawn.t.iloc[-1]), utc)
-    sections = [make_section(dest, drawn[drawn.dest == dest]) for dest in chosen]
     heading = os.path.basename(args.csv)
-    figure, panels = draw(sections, scale, heading, notes)
+    picture = draw(rows, chosen, zero, heading, notes)
     png = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # that no font has
-        figure.savefig(png, format="png")
+        picture.figure.savefig(png, format="png")
     write(args.filebase + ".png", png.getvalue())
     say([f"picture: {printable(args.filebase)}.png"])
     if args.html:
-        text = page(heading, table, png.getvalue(), hover_data(sections, panels, scale, utc))
+        text = page(heading, table, png.getvalue(), hover_data(picture))
         write(args.filebase + ".html", text.encode())
         say([f"page: {printable(args.filebase)}.html"])
 
