@@ -208,8 +208,8 @@ def print_summary(rows: pd.DataFrame) -> list[str]:
 
 def busiest(rows: pd.DataFrame, column: str = "dest") -> list[str]:
     """What stands in the column, the most frequent first."""
-    counts = rows[column].value_counts()
-    return [str(name) for name in counts[counts > 0].index]
+    counts = {str(name): count for name, count in rows[column].value_counts().items() if count}
+    return sorted(counts, key=lambda name: (-counts[name], name))
 
 
 # ---- What is drawn of a destination ---------------------------------------------------------------
@@ -291,7 +291,7 @@ def make_section(dest: str, rows: pd.DataFrame) -> Section:
 
 
 def section_title(dest: str, rows: pd.DataFrame, answered: int) -> str:
-    flows = rows.groupby(["protocol", "dport"]).size().sort_values(ascending=False).index
+    flows = rows.groupby(["protocol", "dport"]).size().sort_values(ascending=False, kind="mergesort").index
     protocol, port = map(int, flows[0])
     flow = PROTOCOLS.get(protocol, f"protocol {protocol}") + (f" port {port}" if port else "")
     apps = busiest(rows, "app")
@@ -308,7 +308,7 @@ def make_lines(answered: pd.DataFrame) -> list[Line]:
         return []
     ranks = counts.groupby(level=0).cumcount().clip(upper=RESPONDERS_MAX)
     keys = pd.MultiIndex.from_arrays([answered.outttl, answered.responder.astype(object)])
-    ranked = answered.assign(rank=ranks.reindex(keys).to_numpy())
+    ranked = answered[["outttl", "bin", "t", "ms"]].assign(rank=ranks.reindex(keys).to_numpy())
     bins = binned(ranked, ["outttl", "rank", "bin"])
     spreads = ranked.groupby(["outttl", "rank"]).ms.quantile([0.05, 0.25, 0.5, 0.75, 0.95]).unstack()
     slowest = ranked.sort_values("ms").drop_duplicates(["outttl", "rank", "bin"], keep="last")
@@ -561,9 +561,9 @@ def draw_spread(axes: Any, section: Section, colours: dict[int, Any]) -> None:
         axes.vlines(x, lower, upper, color=colour, linewidth=4 if len(section.lines) <= 16 else 2.5)
         axes.plot([x], [median], marker="o", markersize=3.6, color="white", markeredgewidth=0.9,
                   markeredgecolor=colour)  # fmt: skip
-    for hop in silent_hops(section):
-        axes.plot([place[hop]], [0.03], marker="x", markersize=4, color="#666666",
-                  transform=axes.get_xaxis_transform())  # fmt: skip
+    for hop in silent_hops(section) if len(section.hops) <= 16 else ():
+        axes.text(place[hop], 0.02, "silent", transform=axes.get_xaxis_transform(), rotation=90, ha="center",
+                  va="bottom", fontsize=6, color="#666666")  # fmt: skip
     every = -(-len(section.hops) // 10)
     axes.set_xlim(-0.7, len(section.hops) - 0.3)
     axes.set_xticks(range(0, len(section.hops), every))
@@ -716,7 +716,7 @@ function nearest(s, x, y, size) {
 // Lines of text for the place under the pointer, and the line of the picture that they are about.
 function tell(s, x, y, size) {
   const bin = Math.floor((begin + (x - s.time[0]) / s.time[2] * (end - begin) - s.start) / s.width);
-  const when = bin => `${clock(s.start + bin * s.width)} and ${+s.width.toPrecision(6)} s from then`;
+  const when = bin => `from ${clock(s.start + bin * s.width)} for ${+s.width.toPrecision(6)} s`;
   if (within(s.time, x, y)) {
     const [line, i] = nearest(s, x, y, size) || [];
     return line && [[when(line.bin[i]), `${line.responder}: ${figures(line, i)}`,
