@@ -537,8 +537,8 @@ def draw_latency(axes: Any, section: Section, colours: dict[int, Any]) -> None:
     scale_latency(axes, section)
     for line in section.lines:
         colour, many = colours[line.hop], len(line.points) > 100
-        axes.plot(line.points.t, line.points.ms, linestyle="", marker=".", markersize=2.5 if many else 6,
-                  markeredgewidth=0, color=colour, alpha=0.35 if many else 0.8, zorder=2)  # fmt: skip
+        axes.plot(line.points.t, line.points.ms, linestyle="", marker=".", markersize=3 if many else 6,
+                  markeredgewidth=0, color=colour, alpha=0.5 if many else 0.8, zorder=2)  # fmt: skip
         bins = with_gaps(line.bins)
         axes.fill_between(bins.t, bins.low, bins.high, color=colour, alpha=0.25, linewidth=0, zorder=3)
         axes.plot(bins.t, bins["median"], color=colour, linestyle=STYLES[line.rank], linewidth=1.3, zorder=4,
