@@ -37,7 +37,7 @@ import sys
 import warnings
 from typing import Any
 
-from elfprobe import Failure, Parser, not_empty, printable
+from elfprobe import PROTOCOLS, Failure, Parser, Summary, not_empty, printable
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # or it talks of its cache directory
 MISSING: dict[str, str] = {}  # module -> Debian's name of the package that has it
@@ -58,13 +58,15 @@ REQUIRED = {
     "latency": "int64", "sendtime": "int64", "dest": "category", "responder": "category", "outttl": "int64",
     "sport": "int64", "dport": "int64", "protocol": "int64",
 }  # fmt: skip
-OPTIONAL = {"app": "category", "srtt": "float64", "retrans": "float64"}  # older versions wrote none
-PROTOCOLS = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6"}
+OPTIONAL = {  # older versions wrote none
+    "app": "category", "srtt": "float64", "cwnd": "float64", "retrans": "float64",
+}  # fmt: skip
+# What Summary.note() takes of a row, but for addresses and the time of the reply.
+NOTED = "outttl", "sport", "dport", "protocol", "sendtime", "srtt", "cwnd", "retrans"
 CLOCK_LINE = re.compile(r"CLOCK_MONOTONIC 0 is (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?)Z")
 CLOCK_SLACK = 60.0  # s by which the CSV may seem to be written before its last rows, or after them
 COPY_SLACK = 600.0  # s that may lie between copying the CSV and the log
 
-HEADINGS = "hop", "responder", "probes", "answered", "min ms", "median ms", "95 %", "99 %", "max", "jitter"
 SECTIONS_MAX, CHOSEN_MAX = 4, 16  # destinations drawn: by themselves, with --dest
 RESPONDERS_MAX = 3  # of a hop that get a line of their own
 BINS_MAX = 300
@@ -132,8 +134,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def read_rows(path: str) -> pd.DataFrame:
-    """The columns of REQUIRED and OPTIONAL, in the order of sendtime. The last line is left out while
-    elfprobe is in the midst of it. Raises Failure."""
+    """The columns of REQUIRED and OPTIONAL and the number of the line, in the order of sendtime. The last
+    line is left out while elfprobe is in the midst of it. Raises Failure."""
     types = {**REQUIRED, **OPTIONAL}
     try:
         with open(path, "rb") as file:
@@ -155,6 +157,7 @@ def read_rows(path: str) -> pd.DataFrame:
     for name in OPTIONAL:
         if name not in rows:
             rows[name] = pd.Series(np.nan, rows.index).astype(OPTIONAL[name])
+    rows["line"] = rows.index
     return rows.sort_values("sendtime", kind="mergesort").reset_index(drop=True)
 
 
@@ -181,29 +184,17 @@ def utc_of_zero(csv: str, rows: pd.DataFrame) -> tuple[int | None, str]:
 # ---- The table ----------------------------------------------------------------------------------
 
 
-def print_summary(rows: pd.DataFrame) -> list[str]:
-    """The lines of a table for each destination, the busiest first, with a line for each hop. Latencies
-    in ms; jitter is the mean difference between one answer and the next."""
-    lines = []
-    for dest in busiest(rows):
-        table = [[*HEADINGS]]
-        for hop, of_hop in rows[rows.dest == dest].groupby("outttl"):
-            answered = of_hop[of_hop.latency >= 0]
-            ms = answered.latency.to_numpy() / 1e6
-            figures = [*np.percentile(ms, (0, 50, 95, 99, 100))] if len(ms) else []
-            figures += [np.abs(np.diff(ms)).mean()] if len(ms) > 1 else []
-            names = [printable(name) for name in busiest(answered, "responder")] or ["(silent)"]
-            more = f" +{len(names) - RESPONDERS_MAX}" if len(names) > RESPONDERS_MAX else ""
-            table.append([str(hop), " ".join(names[:RESPONDERS_MAX]) + more, str(len(of_hop)), str(len(ms)),
-                          *(f"{figure:.3f}" for figure in figures)])  # fmt: skip
-        widths = [max(len(line[i]) for line in table if i < len(line)) for i in range(len(table[0]))]
-        lines.append(f"to {printable(dest)}")
-        for line in table:
-            cells = [cell.ljust(width) if i == 1 else cell.rjust(width)
-                     for i, (cell, width) in enumerate(zip(line, widths))]  # fmt: skip
-            lines.append("  ".join(cells).rstrip())
-        lines.append("")
-    return lines
+def summary_of(rows: pd.DataFrame) -> list[str]:
+    """The driver's own summary, of what the rows say: lines of a table for each destination, and an empty
+    one behind."""
+    summary = Summary(printable)
+    rows = rows.sort_values("line")  # as the driver has seen them
+    numbers = rows[list(NOTED)].fillna(0).astype("int64")
+    responders = rows.responder.astype(object).where(rows.latency >= 0, "").fillna("")
+    columns = [rows.dest, *(numbers[name] for name in NOTED), rows.sendtime + rows.latency, responders]
+    for values in zip(*(column.tolist() for column in columns)):
+        summary.note(*values)
+    return [*summary.tables()[1:], ""]
 
 
 def busiest(rows: pd.DataFrame, column: str = "dest") -> list[str]:
@@ -826,7 +817,7 @@ def run(args: argparse.Namespace) -> None:
     if args.dest:
         rows = rows[rows.dest.isin(chosen)]
     notes += [note] if note else []
-    table = print_summary(rows) or ["no probes yet", ""]
+    table = summary_of(rows) if len(rows) else ["no probes yet", ""]
     say(table + notes)
     heading = os.path.basename(args.csv)
     picture = draw(rows, chosen, zero, heading, notes)

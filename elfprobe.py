@@ -118,7 +118,7 @@ CARRIED = {
     ARPHRD_TUNNEL: ("ipinip",), 769: (), ARPHRD_SIT: ("ipinip", "ip6inip"), 778: (), 823: (),
 }  # fmt: skip
 TUNNELS = {"ethernet": 0, "ipinip": 4, "ip6inip": 41}  # -e -> IP protocol that is wrapped in IPv4
-PROTOCOLS = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMP"}
+PROTOCOLS = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6"}
 IFF_UP = 1  # linux/if.h
 SIOCGIFFLAGS = 0x8913  # linux/sockios.h
 BPF_XDP = 37  # enum bpf_attach_type, linux/bpf.h
@@ -1575,7 +1575,7 @@ class Results:
         self._result = struct.Struct(layout)
         self._row = rows_of(names)
         self.changes = Changes(names)
-        self.summary = Summary()
+        self.summary = Summary(Names().with_name)
         self._ended = operator.itemgetter(*map(names.index, (*ENDED, "recvtime", "responder")))
         self._extended_chunks: list[bytes] = []
         self._extension_len = extended.extension_len.offset
@@ -1827,7 +1827,7 @@ class Hop:
     def __init__(self) -> None:
         self.latency = Spread()
         self.unanswered = 0
-        self.responders: collections.Counter[bytes] = collections.Counter()
+        self.responders: collections.Counter[Any] = collections.Counter()
         self.changes = 0  # of a flow's responder
 
     @property
@@ -1894,12 +1894,12 @@ class Destination:
                 yield f"hop {number} changed {times}: see the log"
 
 
-def flow_text(dest: bytes, sport: int, dport: int, protocol: int) -> str:
+def flow_text(dest: str, sport: int, dport: int, protocol: int) -> str:
     """Ports as on the wire."""
     sport, dport, name = socket.ntohs(sport), socket.ntohs(dport), PROTOCOLS.get(protocol, str(protocol))
-    if name == "ICMP":
-        return f"ICMP echo {sport} to {address_text(dest)}"
-    return f"{name} port {sport} to {address_text(dest)} port {dport}"
+    if name.startswith("ICMP"):
+        return f"{name} echo {sport} to {dest}"
+    return f"{name} port {sport} to {dest} port {dport}"
 
 
 class Flow:
@@ -1909,7 +1909,7 @@ class Flow:
 
     def __init__(self, retrans: int) -> None:
         self.retrans = retrans
-        self.responders: dict[int, bytes] = {}
+        self.responders: dict[int, Any] = {}
         self.since: dict[int, int] = {}  # hop -> when the first probe left that its responder answered
 
 
@@ -1931,6 +1931,9 @@ class Names:
                 threading.Thread(target=self._resolve, daemon=True).start()
         return self._known.get(packed, "")
 
+    def with_name(self, packed: bytes) -> str:
+        return f"{address_text(packed)} {self.of(packed)}".rstrip()
+
     def _resolve(self) -> None:
         while True:
             packed = self._asked.get()
@@ -1939,20 +1942,21 @@ class Names:
 
 
 class Summary:
-    """Of all probes that have ended, by destination and hop, in bounded memory. Addresses are packed."""
+    """Of all probes that have ended, by destination and hop, in bounded memory. text_of makes what is
+    printed of an address, which is packed or whatever else note() gets."""
 
     HEAD = "hop  probes answered      min   median      95%      99%      max   jitter  responder"
 
-    def __init__(self) -> None:
-        self._destinations: dict[bytes, Destination] = {}
-        self._flows: dict[tuple[bytes, int, int, int], Flow] = {}
+    def __init__(self, text_of: Callable[[Any], str] = address_text) -> None:
+        self._text_of = text_of
+        self._destinations: dict[Any, Destination] = {}
+        self._flows: dict[tuple[Any, int, int, int], Flow] = {}
         self._hops = 0
         self._left_out = 0  # probes
-        self._names = Names()
 
     def note(
-        self, dest: bytes, number: int, sport: int, dport: int, protocol: int, sendtime: int,
-        srtt: int = 0, cwnd: int = 0, retrans: int = 0, recvtime: int = 0, responder: bytes = b"",
+        self, dest: Any, number: int, sport: int, dport: int, protocol: int, sendtime: int,
+        srtt: int = 0, cwnd: int = 0, retrans: int = 0, recvtime: int = 0, responder: Any = b"",
     ) -> None:  # fmt: skip
         """A probe with this TTL has ended; without a responder it was not answered. Times in ns, srtt in
         us, ports as on the wire."""
@@ -1992,7 +1996,7 @@ class Summary:
             flow.responders[number] = responder
             flow.since[number] = sendtime
 
-    def _new_flow(self, key: tuple[bytes, int, int, int], retrans: int) -> Flow:
+    def _new_flow(self, key: tuple[Any, int, int, int], retrans: int) -> Flow:
         if len(self._flows) >= FLOWS_MAX:
             for oldest in list(itertools.islice(self._flows, FLOWS_MAX // 4)):
                 del self._flows[oldest]
@@ -2000,14 +2004,14 @@ class Summary:
         return flow
 
     def _note_change(
-        self, hop: Hop, flow: tuple[bytes, int, int, int], number: int, before: bytes, after: bytes
+        self, hop: Hop, flow: tuple[Any, int, int, int], number: int, before: Any, after: Any
     ) -> None:
         hop.changes += 1
         if hop.changes > CHANGES_TOLD:
             return
         more = "; from now on its changes are only counted" if hop.changes == CHANGES_TOLD else ""
-        log.info("%s: hop %d is now %s, no longer %s%s", flow_text(*flow), number, address_text(after),
-                 address_text(before), more)  # fmt: skip
+        log.info("%s: hop %d is now %s, no longer %s%s", flow_text(self._text_of(flow[0]), *flow[1:]), number,
+                 self._text_of(after), self._text_of(before), more)  # fmt: skip
 
     def tables(self, most: int = TABLES_MAX) -> list[str]:
         """Lines: a table for each of the destinations with most probes, and what there is to say of it."""
@@ -2028,10 +2032,10 @@ class Summary:
                 lines += self._table(dest, destination)
         return lines[:room]
 
-    def _table(self, dest: bytes, destination: Destination) -> Iterator[str]:
+    def _table(self, dest: Any, destination: Destination) -> Iterator[str]:
         answering = [number for number, hop in destination.hops.items() if hop.latency.count]
         yield ""
-        yield f"{self._named(dest)}: {destination.probes} probes, latency in ms"
+        yield f"{self._text_of(dest)}: {destination.probes} probes, latency in ms"
         yield self.HEAD
         for number, hop in sorted(destination.hops.items()):
             share = f"{number:3} {hop.probes:7} {hop.latency.count / hop.probes:8.1%}"
@@ -2041,9 +2045,9 @@ class Summary:
                 continue
             (first, count), *others = hop.responders.most_common()
             more = f" {count / hop.latency.count:.0%}" if others else ""
-            yield f"{share} {self._figures(hop.latency)}  {self._named(first)}{more}"
+            yield f"{share} {self._figures(hop.latency)}  {self._text_of(first)}{more}"
             for other, count in others[:3]:
-                yield f"{'':75}{self._named(other)} {count / hop.latency.count:.0%}"
+                yield f"{'':75}{self._text_of(other)} {count / hop.latency.count:.0%}"
             if len(others) > 3:
                 yield f"{'':75}and {len(others) - 3} more"
         if destination.srtt.count:
@@ -2054,9 +2058,6 @@ class Summary:
     @staticmethod
     def _figures(spread: Spread) -> str:
         return " ".join(f"{value / 1e6:8.3f}" for value in spread.figures())
-
-    def _named(self, packed: bytes) -> str:
-        return f"{address_text(packed)} {self._names.of(packed)}".rstrip()
 
 
 def rows_of(names: list[str]) -> Callable[[tuple[Any, ...]], str]:
@@ -2114,7 +2115,7 @@ class FlowEvents:
     def _hear(self, _context: Any, data: int, size: int) -> int:
         event = self._layout.from_buffer_copy(ctypes.string_at(data, size))
         flow = event.flow
-        text = flow_text(bytes(flow.dest), flow.sport, flow.dport, flow.protocol)
+        text = flow_text(address_text(bytes(flow.dest)), flow.sport, flow.dport, flow.protocol)
         log.warning("%s: %s", text, FLOW_EVENTS[event.kind])
         return 0
 

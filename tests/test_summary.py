@@ -198,7 +198,7 @@ def test_names_are_asked_for_in_the_background(monkeypatch: pytest.MonkeyPatch) 
     assert [names.of(packed) for packed in (A, B)] == ['', '']
     answer.set()
     wait_until(lambda: names.of(A), 5, 'the name is known')
-    assert (names.of(A), names.of(B)) == ('one.example\\x1b[2J', '')
+    assert (names.with_name(A), names.with_name(B)) == ('192.0.2.1 one.example\\x1b[2J', '192.0.2.2')
 
 
 # Runs
