@@ -1453,7 +1453,7 @@ def answers(packet: bytes) -> tuple[bytes, int, bytes] | None:
     time_exceeded_is, icmp_is, echo_is = {4: (11, 1, 8), 6: (3, 58, 128)}[version]
     outer = ip_header(version, packet[at + 2 :])
     message = packet[at + 2 + outer[0] :] if outer else b''
-    if not outer or outer[1] != icmp_is or outer[3]:
+    if not outer or outer[1] != icmp_is or outer[3] or outer[2][0] >= (224 if version == 4 else 255):
         return None
     if len(message) < 8 or message[:2] != bytes([time_exceeded_is, 0]):
         return None

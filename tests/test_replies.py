@@ -55,7 +55,7 @@ PROTOCOLS = {4: (ICMP, TCP, UDP), 6: (ICMPV6, TCP, UDP)}
 FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 TOS = 0x48  # a DSCP that nobody uses by default
 QUIC, DNS, WEB = 443, 53, 80  # the server's ports
-OFTEN = {1, 2}  # hops
+OFTEN = {1, 2, 3}  # hops
 SCHEDULED = 1_000_000_000  # ns within which even a busy machine lets the routers look at a packet
 DELIVERED = 50_000_000  # ns within which the kernel hands it on once it was sent
 
