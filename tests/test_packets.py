@@ -1516,7 +1516,7 @@ def test_mutated_replies(load: Load, version: int, protocol: str) -> None:
         if match:
             put_in_flight()  # which it is no more
             matches += 1
-        if number % 10000 == 0:  # the ring has room for more
+        if number % 5000 == 0:  # the ring has room for more
             assert len(programs.rows()) == matches
             matches = 0
     assert len(programs.rows()) == matches
