@@ -1753,6 +1753,7 @@ class Changes:
 
 # ns, 2 % apart, 1 us to 11 s: what is between two of them counts as one value once there are many.
 BOUNDS = [round(1000 * 1.02**number) for number in range(820)]
+MIDDLES = [(low + high) / 2 for low, high in zip([BOUNDS[0], *BOUNDS], [*BOUNDS, BOUNDS[-1]])]
 FRESH_MAX = 512  # values that are kept as they are
 ENOUGH_PROBES = 20  # for a hop's share of answers to mean something
 MISSING_MIN = 0.005  # share of missing answers that is worth a word
@@ -1763,42 +1764,52 @@ class Spread:
     """How numbers (ns) are spread, in little memory: exactly as long as they are few, then with quantiles
     to 1 %."""
 
-    __slots__ = ("count", "_least", "_greatest", "_last", "_steps", "_fresh", "_counts")
+    __slots__ = ("_fresh", "_settled", "_folded", "_counts", "_least", "_greatest", "_last", "_steps")
 
     def __init__(self) -> None:
-        self.count = 0
-        self._least = self._greatest = self._last = self._steps = 0
-        self._fresh = array.array("Q")
+        self._fresh = array.array("Q")  # values as they came, the last ones
+        self._settled = 0  # so many of these are in the figures from _least on
+        self._folded = 0  # values that were here and are in _counts only
         self._counts: collections.Counter[int] = collections.Counter()  # by place among BOUNDS
+        self._least = self._greatest = self._last = self._steps = 0
+
+    @property
+    def count(self) -> int:
+        return self._folded + len(self._fresh)
 
     def add(self, value: int) -> None:
-        if not self.count:
-            self._least = self._last = value
-        elif value < self._least:
-            self._least = value
-        if value > self._greatest:
-            self._greatest = value
-        self._steps += abs(value - self._last)
-        self._last = value
-        self.count += 1
         self._fresh.append(value)
         if len(self._fresh) >= FRESH_MAX:
             self._fold()
 
+    def _settle(self) -> None:
+        new = self._fresh[self._settled :]
+        if not new:
+            return
+        is_first = not self._folded and not self._settled
+        self._least = min(new) if is_first else min(self._least, *new)
+        self._greatest = max(self._greatest, *new)
+        before = [new[0] if is_first else self._last, *new]
+        self._steps += sum(map(abs, map(operator.sub, new, before)))
+        self._last = new[-1]
+        self._settled = len(self._fresh)
+
     def _fold(self) -> None:
+        self._settle()
         self._counts.update(map(functools.partial(bisect.bisect, BOUNDS), self._fresh))
+        self._folded += len(self._fresh)
+        self._settled = 0
         del self._fresh[:]
 
     def figures(self) -> Figures:
         """Of what has been added, at least one value."""
         if self._counts:
             self._fold()
-            middles = [
-                sum(BOUNDS[max(place - 1, 0) : place + 1]) / len(BOUNDS[max(place - 1, 0) : place + 1])
-                for place in sorted(self._counts)
-            ]
-            upto = list(itertools.accumulate(count for _, count in sorted(self._counts.items())))
+            ordered = sorted(self._counts.items())
+            middles = [MIDDLES[place] for place, _ in ordered]
+            upto = list(itertools.accumulate(count for _, count in ordered))
         else:
+            self._settle()
             middles, upto = sorted(self._fresh), list(range(1, self.count + 1))
         median, percentile95, percentile99 = (
             min(max(middles[bisect.bisect_left(upto, share * self.count)], self._least), self._greatest)
