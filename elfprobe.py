@@ -2292,8 +2292,9 @@ class ElfProbe:
         if self._console:
             self._console.clear()
         self._summarise(results)
-        for text in run_time_texts(self._bpf, ended_at - self._begun_at):
-            log.info("%s", text)
+        if self._config.debug:
+            for text in run_time_texts(self._bpf, ended_at - self._begun_at):
+                log.info("%s", text)
         save_maps(self._bpf, self._config.filebase)
 
     def _table(self, results: Results, lines: int) -> list[str]:
