@@ -2176,25 +2176,27 @@ class ElfProbe:
             destinations = Destinations(self._bpf)
             for packed in fixed:
                 destinations.add(packed)
-            mode = stack.enter_context(xdp_attachment(ipr, self._device, self._bpf.funcs[b"elf_ingress"].fd))
-            csv = stack.enter_context(self._output_files())
-            tables = ConnectionTables(destinations, fixed, config.apps, config.pids)
-            self._follow_processes(stack, owned, tables)
-            stack.callback(self._silence)
-            egress = self._bpf.funcs[b"elf_egress"].fd
-            ours = stack.enter_context(tc_attachment(ipr, self._device, egress))
-            self._is_attached: Callable[[], bool] = lambda: ours in egress_filters(ipr, self._device)
-            csv.write_lines(",".join(COLUMNS) + "\n")
-            log.info("CLOCK_MONOTONIC 0 is %s", monotonic_epoch())
-            log.info("probing on %s, XDP %s, answers %s; rows go to %s", self._device.name, mode,
-                     "dropped" if config.ingress == "drop" else "passed", csv.path)  # fmt: skip
-            if config.debug and not stack.enter_context(run_time_stats()):
-                log.info("what the programs take is not known: that needs Linux 5.8 and a newer BCC")
-            self._begun_at = time.monotonic()
-            try:
-                self._measure(stop, results, csv)
-            finally:
-                self._finish(results, csv)
+            with contextlib.ExitStack() as attached:
+                ingress, egress = (self._bpf.funcs[name].fd for name in (b"elf_ingress", b"elf_egress"))
+                mode = attached.enter_context(xdp_attachment(ipr, self._device, ingress))
+                csv = stack.enter_context(self._output_files())
+                tables = ConnectionTables(destinations, fixed, config.apps, config.pids)
+                self._follow_processes(attached, owned, tables)
+                attached.callback(self._silence)
+                ours = attached.enter_context(tc_attachment(ipr, self._device, egress))
+                self._is_attached: Callable[[], bool] = lambda: ours in egress_filters(ipr, self._device)
+                csv.write_lines(",".join(COLUMNS) + "\n")
+                log.info("CLOCK_MONOTONIC 0 is %s", monotonic_epoch())
+                log.info("probing on %s, XDP %s, answers %s; rows go to %s", self._device.name, mode,
+                         "dropped" if config.ingress == "drop" else "passed", csv.path)  # fmt: skip
+                if config.debug and not attached.enter_context(run_time_stats()):
+                    log.info("what the programs take is not known: that needs Linux 5.8 and a newer BCC")
+                stack.callback(self._summarise, results)  # when all is detached
+                self._begun_at = time.monotonic()
+                try:
+                    self._measure(stop, results, csv)
+                finally:
+                    self._drain(results, csv)
 
     def _load(self) -> tuple[Any, bool]:
         """BCC's object, and whether it tells flows by their socket's owner."""
@@ -2279,23 +2281,15 @@ class ElfProbe:
             self._bpf.ring_buffer_poll(int(1000 * min(DRAIN_EVERY, max(end - now, 0))))
             now = time.monotonic()
 
-    def _finish(self, results: Results, csv: OutputFile) -> None:
+    def _drain(self, results: Results, csv: OutputFile) -> None:
         """No more probes; then the replies that are still on their way, then what is outstanding."""
         self._silence()
-        ended_at = time.monotonic()
-        end = time.monotonic() + STRAY_REPLIES
-        while time.monotonic() < end:
+        self._ended_at = time.monotonic()
+        while time.monotonic() < self._ended_at + STRAY_REPLIES:
             self._write(csv, results.take())
             time.sleep(STRAY_REPLIES / 10)
         self._write(csv, results.take() + results.expire(1 << 63))
         self._write(csv, results.take())
-        if self._console:
-            self._console.clear()
-        self._summarise(results)
-        if self._config.debug:
-            for text in run_time_texts(self._bpf, ended_at - self._begun_at):
-                log.info("%s", text)
-        save_maps(self._bpf, self._config.filebase)
 
     def _table(self, results: Results, lines: int) -> list[str]:
         """As many lines at most, on how it stands."""
@@ -2349,6 +2343,8 @@ class ElfProbe:
 
     def _summarise(self, results: Results) -> None:
         """Probes are replies, unanswered ones and lost results, and the log shows where they are not."""
+        if self._console:
+            self._console.clear()
         count = self._counters()
         for line in results.summary.tables():
             log.info("%s", line, extra={"bare": True})
@@ -2370,6 +2366,10 @@ class ElfProbe:
         if count["reached"]:
             log.warning("%d probes reached their destination", count["reached"])
         log.debug("counters: %s", count)
+        if self._config.debug:
+            for text in run_time_texts(self._bpf, self._ended_at - self._begun_at):
+                log.info("%s", text)
+        save_maps(self._bpf, self._config.filebase)
 
 
 class LogFormat(logging.Formatter):

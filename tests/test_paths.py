@@ -761,6 +761,12 @@ def test_path_changes(make_lab, tmp_path, traffic):
             wait_for(there)
             wait_for(there)  # and stays so
     assert max(Counter(packet.dest for packet in ip_packets(reached)).values()) < 10
+    for version, dest in zip(VERSIONS, both(lab)):
+        told = re.findall(rf' to {dest}.*: hop (\d) is now (\S+), no longer (\S+)', run.log)
+        assert ('2', lab.hop(version, 2)) in [(hop, before) for hop, _, before in told]
+        assert {routers[after] for hop, after, _ in told if hop == '2'} >= {2, 3, 4}
+        assert not [hop for hop, after, before in told if hop == '1' or after == before]
+    assert run.log.count('hop 2 changed ') == len(VERSIONS)
 
 
 @pytest.mark.parametrize('ttl', ['200', '100'])
