@@ -69,6 +69,9 @@
 #ifndef TICK_NS
 #error "TICK_NS: between two ticks, ns; 0 where programs cannot count them (before Linux 5.6)"
 #endif
+#ifndef OLD_MAPS
+#error "OLD_MAPS: 1 where there are no ring buffers and no socket storage (before Linux 5.8, BCC 0.13); not with BY_OWNER"
+#endif
 #ifndef RESULTS_PAGES
 #error "RESULTS_PAGES: size of the result ring, pages, a power of two"
 #endif
@@ -457,14 +460,24 @@ BPF_PERCPU_ARRAY(ip6ext_walks, struct ip6ext_walk, 1);
 BPF_PERCPU_ARRAY(sum_buffers, struct sum_buffer, 1);
 BPF_PERCPU_ARRAY(extended_results, struct extended_result, 1);
 BPF_PROG_ARRAY(programs, 1); /* 0: elf_probe */
-BPF_RINGBUF_OUTPUT(results, RESULTS_PAGES);
 
 /* Never written: they tell the driver how what it gets from no map looks. */
 BPF_ARRAY(result_layout, struct extended_result, 1);
-BPF_ARRAY(process_event_layout, struct process_event, 1);
-BPF_ARRAY(owner_layout, struct owner, 1);
 BPF_ARRAY(flow_event_layout, struct flow_event, 1);
 
+#if OLD_MAPS
+BPF_PERF_OUTPUT(results);
+BPF_PERF_OUTPUT(flow_events);
+BPF_TABLE("lru_hash", __u64, struct tcp_progress, tcp_progress, 16384); /* by socket cookie */
+#else
+BPF_RINGBUF_OUTPUT(results, RESULTS_PAGES);
+BPF_RINGBUF_OUTPUT(flow_events, 16);
+BPF_SK_STORAGE(tcp_progress, struct tcp_progress);
+#endif
+
+#if BY_OWNER
+BPF_ARRAY(process_event_layout, struct process_event, 1);
+BPF_ARRAY(owner_layout, struct owner, 1);
 BPF_HASH(processes, __u32, struct process, 65536); /* by PID */
 BPF_HASH(apps, struct app_name, __u32, 1024);      /* lower-case names of interest -> 1: that is it;
 						    * 0: its first 15 characters, or may be */
@@ -484,8 +497,7 @@ __attribute__((section("maps/sk_storage"))) struct sockets_table_t sockets = {
 	.flags = BPF_F_NO_PREALLOC | BPF_F_CLONE,
 };
 BPF_ANNOTATE_KV_PAIR(sockets, int, struct owner);
-BPF_SK_STORAGE(tcp_progress, struct tcp_progress);
-BPF_RINGBUF_OUTPUT(flow_events, 16);
+#endif
 
 #define READ_ONCE(x) (*(volatile typeof(x) *)&(x))
 
@@ -503,12 +515,56 @@ static inline struct counters *this_cpu_counters(void)
 	return counters.lookup(&zero);
 }
 
-/* The driver looks at the ring now and then, and is woken when so much has come that this may be too late. */
-static inline __u64 wakeup_flag(void)
+/* Hands a result of this size to the driver, which looks for them now and then, and is woken when so much
+ * has come that this may be too late. Negative where there was no room. */
+static inline int submit_result(struct xdp_md *ctx, void *result, __u64 size)
 {
+#if OLD_MAPS
+	return results.perf_submit(ctx, result, size);
+#else
 	struct counters *count = this_cpu_counters();
+	__u64 wakeup = count && count->replies % WAKE_EVERY == 0 ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
 
-	return count && count->replies % WAKE_EVERY == 0 ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
+	return results.ringbuf_output(result, size, wakeup);
+#endif
+}
+
+static inline int submit_flow_event(struct __sk_buff *ctx, struct flow_event *event)
+{
+#if OLD_MAPS
+	return flow_events.perf_submit(ctx, event, sizeof(*event));
+#else
+	return flow_events.ringbuf_output(event, sizeof(*event), 0);
+#endif
+}
+
+/* How the TCP flow of the packet gets on, as kept with its socket; 0: there is no room for that. */
+static inline struct tcp_progress *progress_of(struct __sk_buff *skb, struct bpf_sock *sk)
+{
+#if OLD_MAPS
+	__u64 cookie = bpf_get_socket_cookie(skb);
+	struct tcp_progress *progress, none = {};
+
+	progress = tcp_progress.lookup(&cookie);
+	if (progress)
+		return progress;
+	tcp_progress.update(&cookie, &none);
+	return tcp_progress.lookup(&cookie);
+#else
+	return tcp_progress.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+#endif
+}
+
+/* Bytes of payload in the first segment that is made of the packet. */
+static inline __u32 segment_len(const struct __sk_buff *skb, __u32 payload)
+{
+#if OLD_MAPS
+	__u32 segments = skb->gso_segs; /* gso_size came with Linux 5.7 */
+
+	return segments > 1 ? (payload + segments - 1) / segments : payload;
+#else
+	return skb->gso_size && skb->gso_size < payload ? skb->gso_size : payload;
+#endif
 }
 
 /* ---- Internet checksums (RFC 1071) -------------------------------------------------------- */
@@ -1293,7 +1349,7 @@ static inline int trim_clone(struct __sk_buff *skb, int *exact, __u8 *tail)
 	if (!*exact)
 		*tail = kept = pkt.protocol == IPPROTO_TCP ? 0 : is_icmp(&pkt) && payload == 2 ? 4 : 2;
 	else
-		kept = skb->gso_size && skb->gso_size < payload ? skb->gso_size : payload;
+		kept = segment_len(skb, payload);
 	if (kept == payload)
 		return bpf_skb_pull_data(skb, skb->len);
 	return bpf_skb_change_tail(skb, headers + kept, 0);
@@ -1480,6 +1536,8 @@ static inline int record_probe(const struct built *built, struct claim *claim)
 
 /* ---- Processes and their sockets ---------------------------------------------------------- */
 
+#if BY_OWNER
+
 static inline struct app_name current_app(void)
 {
 	struct app_name app = {};
@@ -1657,11 +1715,18 @@ static inline struct owner *packet_owner(struct __sk_buff *skb)
 	struct bpf_sock *sk = skb->sk; /* whether it is a full one, the helper asks itself (Linux 5.10) */
 	struct owner *owner;
 
-	if (!BY_OWNER)
-		return 0;
 	owner = sk ? sockets.sk_storage_get(sk, 0, 0) : 0;
 	return owner && is_of_interest(owner) ? owner : 0;
 }
+
+#else
+
+static inline struct owner *packet_owner(struct __sk_buff *skb)
+{
+	return 0;
+}
+
+#endif
 
 /* Where the address has its mark. The driver does the same: mark_of() in elfprobe.py. */
 static inline __u8 *mark_of(const struct address *a)
@@ -1750,7 +1815,8 @@ static inline int may_carry(struct hdr_cursor *nh, const struct packet *pkt)
 	return pkt->protocol == IPPROTO_UDP;
 }
 
-static inline void tell_of_flow(const struct packet *pkt, const struct tcphdr *tcp, __u32 kind)
+static inline void tell_of_flow(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp,
+				__u32 kind)
 {
 	struct flow_event event = { .kind = kind };
 
@@ -1758,7 +1824,7 @@ static inline void tell_of_flow(const struct packet *pkt, const struct tcphdr *t
 	event.flow.sport = tcp->source;
 	event.flow.dport = tcp->dest;
 	event.flow.protocol = IPPROTO_TCP;
-	if (flow_events.ringbuf_output(&event, sizeof(event), 0))
+	if (submit_flow_event(skb, &event))
 		COUNT(events_lost);
 }
 
@@ -1784,12 +1850,12 @@ static inline int flow_is_well(struct __sk_buff *skb, struct hdr_cursor *nh, con
 	state->srtt = tp->srtt_us >> 3; /* the kernel has it in eighths */
 	state->cwnd = tp->snd_cwnd;
 	state->retrans = tp->total_retrans;
-	progress = tcp_progress.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	progress = progress_of(skb, sk);
 	if (!progress)
 		return 1;
 	if (!tp->packets_out || progress->acked != tp->snd_una || !progress->since) {
 		if (progress->stalled && !path->left_alone)
-			tell_of_flow(pkt, tcp, FLOW_MOVES);
+			tell_of_flow(skb, pkt, tcp, FLOW_MOVES);
 		progress->stalled = 0;
 		progress->acked = tp->snd_una;
 		progress->since = now;
@@ -1804,10 +1870,10 @@ static inline int flow_is_well(struct __sk_buff *skb, struct hdr_cursor *nh, con
 	if (progress->stalled)
 		return 0;
 	progress->stalled = 1;
-	tell_of_flow(pkt, tcp, FLOW_STALLED);
+	tell_of_flow(skb, pkt, tcp, FLOW_STALLED);
 	if (++progress->stalls >= STALLS_MAX) {
 		path->left_alone = 1;
-		tell_of_flow(pkt, tcp, DESTINATION_LEFT_ALONE);
+		tell_of_flow(skb, pkt, tcp, DESTINATION_LEFT_ALONE);
 	}
 	return 0;
 }
@@ -2006,9 +2072,9 @@ static inline int receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, const
 	extended = read_extension(nh, outer, icmp);
 	if (extended) {
 		extended->result = result;
-		err = results.ringbuf_output(extended, sizeof(*extended), wakeup_flag());
+		err = submit_result(ctx, extended, sizeof(*extended));
 	} else {
-		err = results.ringbuf_output(&result, sizeof(result), wakeup_flag());
+		err = submit_result(ctx, &result, sizeof(result));
 	}
 	if (err)
 		COUNT(results_lost);

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import array
+import atexit
 import bisect
 import collections
 import contextlib
@@ -100,6 +101,7 @@ RING_HOLDS = 0.25  # s of results at the highest rate
 RING_PAGE = os.sysconf("SC_PAGESIZE")
 RING_PAGES_MIN = 64  # replies may come in bursts at any rate
 RESULT_BYTES = 128  # of struct result in the ring, at most
+RESULT_PERF_PAGES = 512  # of each CPU's perf buffer, where there is no ring
 CONSOLE_LINES = 1000  # that may wait for a console which does not take them
 CONSOLE_PATIENCE = 1.0  # s that the end waits for it
 
@@ -121,6 +123,7 @@ TUNNELS = {"ethernet": 0, "ipinip": 4, "ip6inip": 41}  # -e -> IP protocol that 
 PROTOCOLS = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6"}
 IFF_UP = 1  # linux/if.h
 SIOCGIFFLAGS = 0x8913  # linux/sockios.h
+BPF_MAP_TYPE_RINGBUF = 27  # enum bpf_map_type, linux/bpf.h
 BPF_XDP = 37  # enum bpf_attach_type, linux/bpf.h
 BPF_CGROUP_INET_SOCK_CREATE = 2  # enum bpf_attach_type, linux/bpf.h
 BPF_STATS_RUN_TIME = 0  # enum bpf_stats_type, linux/bpf.h
@@ -213,7 +216,9 @@ class Config:
     def by_process(self) -> bool:
         return bool(self.apps or self.pids)
 
-    def build_flags(self, ethernet: bool = True, by_owner: bool = False, tick: int = 0) -> dict[str, str]:
+    def build_flags(
+        self, ethernet: bool = True, by_owner: bool = False, tick: int = 0, old_maps: bool = False
+    ) -> dict[str, str]:
         """The -D flags of elfprobe.c; tick in ns, 0: not to be used."""
         waiting = self.max_rate * (UNANSWERED_AFTER + 1)
         pages = power_of_two(max(self.max_rate * RING_HOLDS * RESULT_BYTES / RING_PAGE, RING_PAGES_MIN))
@@ -232,6 +237,7 @@ class Config:
             "DESTINATIONS_MAX": str(DESTINATIONS_MAX),
             "PEERS_MAX": str(PEERS_MAX if by_owner else 1),
             "IN_FLIGHT_MAX": str(power_of_two(min(max(waiting, 1024), 1 << 18))),
+            "OLD_MAPS": str(int(old_maps)),
             "RESULTS_PAGES": str(pages),
             "WAKE_EVERY": str(max(pages * RING_PAGE // RESULT_BYTES // 4 // (os.cpu_count() or 1), 1)),
         }
@@ -763,7 +769,7 @@ class SocketOwners:
             raise Unsupported("the PIDs that the kernel itself uses (this is a PID namespace of its own)")
         with contextlib.ExitStack() as stack:
             self._enter_names()
-            self._bpf["process_events"].open_ring_buffer(self._hear)
+            hear(self._bpf, "process_events", self._hear)
             self._attach_tracepoints(stack)
             self._find_task_pid_offset()
             self._attach_to_cgroup(stack)
@@ -822,10 +828,10 @@ class SocketOwners:
         if not self._covers_all(cgroup):
             raise Unsupported("a cgroup that all processes here belong to")
         program = self._bpf.funcs[b"elf_sock_create"].fd
-        link = bcc.lib.bpf_link_create(program, cgroup, BPF_CGROUP_INET_SOCK_CREATE, None)
-        if link < 0:
-            raise Unsupported(f"a BPF link to the cgroup ({os.strerror(ctypes.get_errno())})")
-        stack.callback(os.close, link)
+        try:
+            stack.callback(os.close, create_link(program, cgroup, BPF_CGROUP_INET_SOCK_CREATE))
+        except OSError as err:
+            raise Unsupported(f"a BPF link to the cgroup ({err.strerror})") from err
 
     @staticmethod
     def _covers_all(cgroup: int) -> bool:
@@ -1023,13 +1029,51 @@ def program_text(hooks_file: str) -> str:
     return "\n".join(line for piece in pieces for line in piece)
 
 
+@functools.lru_cache(maxsize=None)
+def has_ring_buffer() -> bool:
+    """Whether BCC (0.16) and the kernel (Linux 5.8) have it. Those without have no socket storage where it
+    is needed, either."""
+    if not hasattr(bcc.BPF, "ring_buffer_poll"):
+        return False
+    fd = bcc.lib.bcc_create_map(BPF_MAP_TYPE_RINGBUF, b"elfprobe", 0, 0, RING_PAGE, 0)
+    if fd >= 0:
+        os.close(fd)
+    return bool(fd >= 0)
+
+
+def hear(bpf: Any, name: str, callback: Callable[[Any, int, int], Any], pages: int = 64) -> None:
+    """Has the callback called for each event in a ring buffer or, of so many pages for each CPU, a perf
+    buffer, whose events may be longer than they are in the C program by some bytes of padding."""
+    if has_ring_buffer():
+        bpf[name].open_ring_buffer(callback)
+    else:
+        bpf[name].open_perf_buffer(callback, page_cnt=pages)
+
+
+def take_events(bpf: Any) -> None:
+    """Calls back for all events that are there."""
+    if has_ring_buffer():
+        bpf.ring_buffer_consume()
+    else:
+        bpf.perf_buffer_poll(0)
+
+
+def wait_for_events(bpf: Any, seconds: float) -> None:
+    """Waits so long, or until events come that want to be heard; calls back for some of them."""
+    if has_ring_buffer():
+        bpf.ring_buffer_poll(int(1000 * seconds))
+    else:
+        bpf.perf_buffer_poll(int(1000 * seconds))
+
+
 def load_program(
     config: Config, by_owner: bool = False, warnings: bool = False, ticks: bool = True, ethernet: bool = True
 ) -> Any:
     """Compiles and loads elfprobe.c; gives BCC's object, its programs in .funcs. Raises Failure."""
     text = program_text(config.hooks)
     tick = round(time.clock_getres(CLOCK_MONOTONIC_COARSE) * 1e9) if ticks else 0
-    flags = [f"-D{name}={value}" for name, value in config.build_flags(ethernet, by_owner, tick).items()]
+    parameters = config.build_flags(ethernet, by_owner, tick, not has_ring_buffer())
+    flags = [f"-D{name}={value}" for name, value in parameters.items()]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"] if warnings else ["-w"]
     messages: list[str] = []
     try:
@@ -1058,7 +1102,7 @@ def load_program(
                 bpf.load_func(name, *kind)
         except Exception as err:
             if ticks and "#118" in messages[-1]:  # bpf_jiffies64()
-                bpf.cleanup()
+                unload(bpf)
                 return load_program(config, by_owner, warnings, False, ethernet)
             detail = "\n".join(messages[-1].strip().splitlines()[-40 if config.debug else -3 :])
             kernel = f"the kernel (Linux {os.uname().release})"
@@ -1068,6 +1112,12 @@ def load_program(
     tail_calls = bpf["programs"]
     tail_calls[tail_calls.Key(0)] = tail_calls.Leaf(bpf.funcs[b"elf_probe"].fd)
     return bpf
+
+
+def unload(bpf: Any) -> None:
+    """Closes all, once: at exit older BCC would try again, and fail."""
+    bpf.cleanup()
+    atexit.unregister(bpf.cleanup)
 
 
 # ---- The device and what is attached to it ----------------------------------------------------------
@@ -1240,16 +1290,27 @@ class LinkOptions(ctypes.Structure):
     _fields_ = [("sz", ctypes.c_size_t), ("flags", ctypes.c_uint32), ("unused", ctypes.c_uint32)]
 
 
+def create_link(program: int, target: int, attach_type: int, options: LinkOptions | None = None) -> int:
+    """The descriptor of a BPF link. Raises OSError, EINVAL where the kernel or BCC knows none of the kind."""
+    try:
+        link: int = bcc.lib.bpf_link_create(program, target, attach_type, options and ctypes.byref(options))
+    except AttributeError as err:  # an older BCC
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from err
+    if link < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return link
+
+
 def link_xdp(ipr: Any, device: Device, fd: int, mode: int, stack: contextlib.ExitStack) -> None:
     """Attaches until the stack unwinds. By a BPF link, which goes with this process, however that
     ends; before Linux 5.9, which has none for XDP, for good, until it is detached. Raises OSError."""
     options = LinkOptions(sz=ctypes.sizeof(LinkOptions), flags=mode)
-    link = bcc.lib.bpf_link_create(fd, device.ifindex, BPF_XDP, ctypes.byref(options))
-    if link >= 0:
-        stack.callback(os.close, link)
+    try:
+        stack.callback(os.close, create_link(fd, device.ifindex, BPF_XDP, options))
         return
-    if ctypes.get_errno() != errno.EINVAL:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    except OSError as err:
+        if err.errno != errno.EINVAL:
+            raise
     stack.callback(quietly_gone, remove_xdp, ipr, device, program_info(fd).id)
     set_xdp(device, fd, mode | XDP_FLAGS_UPDATE_IF_NOEXIST)
 
@@ -1578,6 +1639,7 @@ class Results:
         self.summary = Summary(Names().with_name)
         self._ended = operator.itemgetter(*map(names.index, (*ENDED, "recvtime", "responder")))
         self._extended_chunks: list[bytes] = []
+        self._extended_size = ctypes.sizeof(extended)
         self._extension_len = extended.extension_len.offset
         self._extension = extended.extension
         probe_layout, probe_names = struct_format(self._in_flight.Leaf)
@@ -1589,19 +1651,20 @@ class Results:
         self.replies = 0
         self.unanswered = 0
         self.malformed = 0  # extensions that routers put behind their quotes
-        bpf["results"].open_ring_buffer(self._receive)
+        hear(bpf, "results", self._receive, RESULT_PERF_PAGES)
 
     def _receive(self, _context: Any, data: int, size: int) -> int:
-        chunks = self._chunks if size == self._result.size else self._extended_chunks
-        chunks.append(ctypes.string_at(data, size))
+        if size < self._extended_size:
+            self._chunks.append(ctypes.string_at(data, self._result.size))
+        else:
+            self._extended_chunks.append(ctypes.string_at(data, size))
         return 0
 
     def take(self) -> str:
         """Rows of all replies that came since the last call."""
-        self._bpf.ring_buffer_consume()
+        take_events(self._bpf)
         if not self._chunks and not self._extended_chunks:
             return ""
-        # The ring rounds sizes up to 8 bytes, and so does struct result itself.
         data, self._chunks = b"".join(self._chunks), []
         rows = []
         for fields in self._result.iter_unpack(data):
@@ -2121,7 +2184,7 @@ class FlowEvents:
 
     def __init__(self, bpf: Any) -> None:
         self._layout = bpf["flow_event_layout"].Leaf
-        bpf["flow_events"].open_ring_buffer(self._hear)
+        hear(bpf, "flow_events", self._hear)
 
     def _hear(self, _context: Any, data: int, size: int) -> int:
         event = self._layout.from_buffer_copy(ctypes.string_at(data, size))
@@ -2170,7 +2233,7 @@ class ElfProbe:
             fixed = resolve_all(config.addresses)
             stack.enter_context(sole_user(self._device))
             self._bpf, owned = self._load()
-            stack.callback(self._bpf.cleanup)
+            stack.callback(unload, self._bpf)
             results = Results(self._bpf)
             FlowEvents(self._bpf)
             destinations = Destinations(self._bpf)
@@ -2200,7 +2263,7 @@ class ElfProbe:
 
     def _load(self) -> tuple[Any, bool]:
         """BCC's object, and whether it tells flows by their socket's owner."""
-        if self._config.by_process:
+        if self._config.by_process and has_ring_buffer():
             try:
                 return load_program(self._config, by_owner=True, ethernet=self._device.ethernet), True
             except Failure as failure:
@@ -2278,7 +2341,7 @@ class ElfProbe:
             if self._console and now >= next_table:
                 self._console.draw(functools.partial(self._table, results))
                 next_table = now + DRAW_EVERY
-            self._bpf.ring_buffer_poll(int(1000 * min(DRAIN_EVERY, max(end - now, 0))))
+            wait_for_events(self._bpf, min(DRAIN_EVERY, max(end - now, 0)))
             now = time.monotonic()
 
     def _drain(self, results: Results, csv: OutputFile) -> None:

@@ -49,6 +49,16 @@ def faulty(*args, **kw):
 setattr(owner, last, faulty)
 sys.exit(elfprobe.main(arguments))
 """
+# elfprobe as where there are no ring buffers and no socket storage.
+OLD_MAPS = """
+import os, sys
+sys.path.insert(0, os.path.dirname(sys.argv[2]))
+import elfprobe
+elfprobe.has_ring_buffer = lambda: False
+sys.exit(elfprobe.main(sys.argv[3:]))
+"""
+OLD_MAPS_COMMAND = sys.executable, '-c', OLD_MAPS  # then elfprobe's command
+
 FAULTY_COMMAND = sys.executable, '-c', FAULTY  # then the name, the fault, and elfprobe's command
 
 LIBC = ctypes.CDLL(None, use_errno=True)

@@ -42,6 +42,7 @@ from runs import (
     HOPS,
     ICMP,
     ICMPV6,
+    OLD_MAPS_COMMAND,
     PROBES,
     TCP,
     TIME_EXCEEDED,
@@ -784,6 +785,27 @@ def test_odd_initial_ttl(lab4, tmp_path, ttl):
         lab4.server.run('sysctl', '-qw', *usual)
     assert set(latest(run.rows())) == {(dest, hop) for dest in both(lab4) for hop in HOPS}
     assert max(Counter(packet.dest for packet in ip_packets(reached)).values(), default=0) < 10
+
+
+@pytest.mark.parametrize('options', [[], ['-T']], ids=['truncated', 'whole'])
+def test_without_ring_buffers(lab4, tmp_path, options):
+    """Nor socket storage: the same rows by other maps."""
+    seen_at_r1 = dict(filter=f'({PROBES} and not icmp6[0] == 3) or {TIME_EXCEEDED}', snaplen=2000)
+    via = lab4.client.command(*OLD_MAPS_COMMAND)
+    with lab4.routers[0].capture(**seen_at_r1) as seen, uploading(lab4), pinging(lab4, '-i.01'), \
+            elfprobe(lab4, *options, *both(lab4), cwd=tmp_path, via=via) as run:
+        wait_until(lambda: len(run.rows()) > 1000, 30, '1000 rows')
+        assert run.stop() == 0
+    packets = ip_packets(seen)
+    rows = run.rows()
+    probes = [packet for packet in packets if packet.dest in both(lab4) and not packet.is_time_exceeded]
+    assert len(pairs(rows, probes, realtime_offset())) == len(rows)
+    assert {(row.dest, row.outttl, row.responder) for row in rows if row.is_answered} == {
+        (lab4.server_address(version), hop, lab4.hop(version, hop)) for version in VERSIONS for hop in HOPS}
+    assert sum(row.is_answered for row in rows) > 0.97 * len(rows)
+    assert {row.protocol for row in rows} == {ICMP, ICMPV6, TCP}
+    if options:
+        assert max(len(probe.payload) for probe in probes if probe.protocol == TCP) in range(900, MSS[4] + 1)
 
 
 def test_nsenter(lab4, tmp_path):
