@@ -2013,6 +2013,7 @@ static inline struct extended_result *read_extension(const struct hdr_cursor *nh
 		return 0;
 #pragma clang loop unroll(disable)
 	for (i = 0; i < EXTENSION_MAX / sizeof(*from); i++) {
+		asm volatile("" : "+r"(from)); /* or compilers reckon with the packet's end, as verifiers forbid */
 		if ((i + 1) * sizeof(*from) > left || (void *)(from + 1) > nh->end)
 			break;
 		((__u32 *)extended->extension)[i] = *from++;
