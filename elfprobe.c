@@ -910,15 +910,19 @@ static inline __u64 max64(__u64 a, __u64 b)
 	return a > b ? a : b;
 }
 
-/* The hop of this number, 0 where there is none. No compiler may take the check for another one made
- * before, nor multiply the number before it is checked: not every verifier sees the same in that. */
+/* The hop of this number, 0 where there is none. Verifiers before Linux 5.10 see that the number is in bounds
+ * only where the register that was compared is multiplied and added as it is, not a copy and not what was saved
+ * meanwhile. No compiler promises that. */
 static inline struct hop *hop_at(struct path *path, __u64 nr)
 {
-	asm volatile("" : "+r"(nr));
+	struct hop *hop = path->hops;
+
 	if (nr > MAX_HOPS)
 		return 0;
-	asm volatile("" : "+r"(nr));
-	return &path->hops[nr];
+	asm volatile("if %1 <= %2 goto +1\n\t%1 = 0\n\t%1 *= %3\n\t%0 += %1"
+		     : "+r"(hop), "+r"(nr)
+		     : "i"(MAX_HOPS), "i"(sizeof(*hop)));
+	return hop;
 }
 
 /* Does a hop behind this one answer, and has it done so since this one fell silent? */
@@ -1273,17 +1277,24 @@ struct built {
 /* sum and the one's complement sum of len bytes of the packet, of SUM_CHUNK at most. */
 static inline __u32 csum_chunk(struct __sk_buff *skb, __u32 off, __u32 len, __u32 sum)
 {
-	__u32 n = ((len - 1) & (SUM_CHUNK - 1)) + 1; /* a bound that the verifier sees, too */
+	__u64 n = ((len - 1) & (SUM_CHUNK - 1)) + 1, words; /* a bound that the verifier sees, too */
 	struct sum_buffer *buffer;
 	int zero = 0;
+	__u8 *end;
 
 	buffer = sum_buffers.lookup(&zero);
-	if (!buffer || !len || bpf_skb_load_bytes(skb, off, buffer->bytes, n))
+	if (!buffer || !len)
 		return 0;
-	buffer->bytes[n] = 0; /* bpf_csum_diff() takes words */
-	buffer->bytes[n + 1] = 0;
-	buffer->bytes[n + 2] = 0;
-	return bpf_csum_diff(0, 0, (__be32 *)buffer->bytes, (n + 3) & ~3, sum);
+	end = buffer->bytes;
+	asm volatile("%0 += %1" : "+r"(end) : "r"(n)); /* now, since a saved n is a number without bounds before 5.10 */
+	if (bpf_skb_load_bytes(skb, off, buffer->bytes, n))
+		return 0;
+	end[0] = 0; /* bpf_csum_diff() takes words */
+	end[1] = 0;
+	end[2] = 0;
+	words = (n + 3) & ~3ULL;
+	asm volatile("if %0 <= %1 goto +1\n\t%0 = %1" : "+r"(words) : "i"(SUM_CHUNK));
+	return bpf_csum_diff(0, 0, (__be32 *)buffer->bytes, words, sum);
 }
 
 /* The same of UDP_SUM_MAX at most, from 0. */
