@@ -3,12 +3,12 @@
 """Pictures of what elfprobe.py measured; needs neither root nor bcc.
 
 $ python3 elfplot.py --html elf.csv
-to 10.0.5.2
-hop  responder  probes  answered  min ms  median ms    95 %    99 %     max  jitter
-  1  10.0.1.2      676       676   0.010      0.023   0.038   0.049   0.087   0.007
-  2  10.0.2.2      676       676   0.011      0.021   0.037   0.048   0.086   0.008
-  3  10.0.3.2      675       675   0.013      0.022   0.039   0.051   0.076   0.008
-  4  10.0.4.2      674       674   6.468     24.651  32.474  33.607  34.419   2.310
+10.0.5.2: 3980 probes, latency in ms
+hop  probes answered      min   median      95%      99%      max   jitter  responder
+  1     996   100.0%    0.008    0.022    0.069    0.082    0.172    0.011  10.0.1.2
+  2     995   100.0%    0.011    0.023    0.069    0.090    0.131    0.012  10.0.2.2
+  3     995   100.0%    0.011    0.025    0.076    0.092    0.111    0.013  10.0.3.2
+  4     994    99.8%    0.014    0.055   30.550   33.730   34.907    0.517  10.0.4.2
 
 picture: elf.png
 page: elf.html
@@ -37,7 +37,7 @@ import sys
 import warnings
 from typing import Any
 
-from elfprobe import PROTOCOLS, Failure, Parser, Summary, not_empty, printable
+from elfprobe import PROTOCOLS, TABLES_MAX, Failure, Parser, Summary, not_empty, printable
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # or it talks of its cache directory
 MISSING: dict[str, str] = {}  # module -> Debian's name of the package that has it
@@ -117,7 +117,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "existing ones are overwritten)")  # fmt: skip
     add("--html", action="store_true", help="make the page, too: table and picture in one file")
     add("--dest", action="append", default=[], type=address, metavar="ADDRESS",
-        help=f"only this destination; may be given again (default: all in the table, the busiest "
+        help=f"only this destination; may be given again (default: the busiest {TABLES_MAX} in the table, "
         f"{SECTIONS_MAX} in the picture)")  # fmt: skip
     args = parser.parse_intermixed_args(argv)
     args.dest = list(dict.fromkeys(args.dest))

@@ -102,7 +102,7 @@ RING_PAGE = os.sysconf("SC_PAGESIZE")
 RING_PAGES_MIN = 64  # replies may come in bursts at any rate
 RESULT_BYTES = 128  # of struct result in the ring, at most
 RESULT_PERF_PAGES = 512  # of each CPU's perf buffer, where there is no ring
-CONSOLE_LINES = 1000  # that may wait for a console which does not take them
+CONSOLE_LINES = 10000  # that may wait for a console which does not take them
 CONSOLE_PATIENCE = 1.0  # s that the end waits for it
 
 CLOCK_MONOTONIC_COARSE = 6  # linux/time.h
@@ -168,6 +168,9 @@ LOSSES = (
     "over_max_rate",
 )  # fmt: skip
 
+
+# Those that say why a packet of interest carried none.
+UNFIT = "carrier_low_ttl", "carrier_unfit", "carrier_resent", "flow_stalled", "driver_silent", "hook_dropped"
 
 log = logging.getLogger("elfprobe")
 
@@ -439,8 +442,8 @@ def address_text(packed: bytes) -> str:
 def why_unreachable(packed: bytes) -> str:
     """Why no router will ever answer for this destination, or nothing. Private ones may do."""
     address = ipaddress.ip_address(address_text(packed))
-    if address.is_multicast:
-        return "no router answers for what goes to many"
+    if address.is_multicast or packed.startswith(V4_MAPPED) and packed[12] >= 240:
+        return "no router answers for what goes to many, or to addresses that are reserved"
     if address.is_loopback or address.is_unspecified:
         return f"{address} never leaves this host"
     return ""
@@ -1579,24 +1582,32 @@ def plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def save_maps(bpf: Any, filebase: str) -> None:
+def save_maps(bpf: Any, filebase: str, stop: Stop) -> None:
     """Writes each map of the hooks file to FILEBASE.MAP.json: its entries, with a value for each CPU where
-    the map has that. What cannot be written is logged."""
+    the map has that; no more once a stop is asked for again. What cannot be read is logged. Raises Failure
+    for what cannot be written."""
+    asked = stop.asked
     for name in hook_maps(bpf):
         try:
-            lines = [json.dumps(entry) for entry in map_entries(bpf[name])]
-        except Exception as err:  # BCC raises a bare Exception, or does not know the type of map
+            table = bpf[name]
+            log.debug("the hooks' map '%s' has room for %d entries", name, table.max_entries)
+            lines = []
+            for entry in map_entries(table):
+                lines.append(json.dumps(entry))
+                if stop.asked > asked:
+                    raise InterruptedError("told to stop")
+        except Exception as err:  # as bare as BCC raises it
             log.warning("the hooks' map '%s' is not saved: %s", name, err)
             continue
+        file = OutputFile(f"{filebase}.{name}.json")
         try:
-            file = OutputFile(f"{filebase}.{name}.json")
-            try:
-                file.write_lines(f'{{"map": "{name}", "entries": [\n' + ",\n".join(lines) + "\n]}\n")
-            finally:
-                file.close(used=True)
-        except Failure as failure:
-            log.error("%s", failure)
-            continue
+            file.write_lines(f'{{"map": "{name}", "entries": [\n' + ",\n".join(lines) + "\n]}\n")
+        except Failure:
+            file.close(used=False)
+            raise
+        file.close(used=True)
+        if file.renamed:
+            log.info("the %s that was there is now %s", file.path, file.renamed)
         log.info("the hooks' map '%s' is in %s", name, file.path)
 
 
@@ -1606,8 +1617,12 @@ def map_entries(table: Any) -> Iterator[dict[str, Any]]:
         raise ValueError("it is of a type that nothing can be read from")
     if isinstance(table, bcc.table.QueueStack):
         yield from ({"value": plain(value)} for value in table.values())
-    else:
+    elif "PerCpu" in type(table).__name__:
         yield from ({"key": plain(key), "value": plain(table[key])} for key in table)
+    else:
+        for key, value in entries(table):
+            told = table.Key.from_buffer_copy(key), table.Leaf.from_buffer_copy(value)
+            yield dict(zip(("key", "value"), map(plain, told)))
 
 
 def hook_maps(bpf: Any) -> list[str]:
@@ -1821,6 +1836,9 @@ FRESH_MAX = 512  # values that are kept as they are
 ENOUGH_PROBES = 20  # for a hop's share of answers to mean something
 MISSING_MIN = 0.005  # share of missing answers that is worth a word
 SIGMAS = 3  # that two shares must be apart
+SILENT_FROM = 3  # s without an answer, while others answer in more seconds than that
+SPELLS_MAX = 5  # of silence, of a hop, that are kept
+RESPONDERS_MAX = 64  # of a hop
 
 
 class Spread:
@@ -1833,7 +1851,7 @@ class Spread:
         self._fresh = array.array("Q")  # values as they came, the last ones
         self._settled = 0  # so many of these are in the figures from _least on
         self._folded = 0  # values that were here and are in _counts only
-        self._counts: collections.Counter[int] = collections.Counter()  # by place among BOUNDS
+        self._counts = array.array("Q")  # by place among BOUNDS, once there are some
         self._least = self._greatest = self._last = self._steps = 0
 
     @property
@@ -1859,7 +1877,9 @@ class Spread:
 
     def _fold(self) -> None:
         self._settle()
-        self._counts.update(map(functools.partial(bisect.bisect, BOUNDS), self._fresh))
+        self._counts = self._counts or array.array("Q", bytes(8 * len(MIDDLES)))
+        for place in map(functools.partial(bisect.bisect, BOUNDS), self._fresh):
+            self._counts[place] += 1
         self._folded += len(self._fresh)
         self._settled = 0
         del self._fresh[:]
@@ -1868,9 +1888,7 @@ class Spread:
         """Of what has been added, at least one value."""
         if self._counts:
             self._fold()
-            ordered = sorted(self._counts.items())
-            middles = [MIDDLES[place] for place, _ in ordered]
-            upto = list(itertools.accumulate(count for _, count in ordered))
+            middles, upto = MIDDLES, list(itertools.accumulate(self._counts))
         else:
             self._settle()
             middles, upto = sorted(self._fresh), list(range(1, self.count + 1))
@@ -1893,16 +1911,33 @@ class Figures(NamedTuple):
     jitter: float
 
 
+class Spell(NamedTuple):
+    """A hop that had answered was silent, while another answered: the one in front, and the one behind?"""
+
+    begin: int  # s, CLOCK_MONOTONIC
+    seconds: int
+    ends_the_way: bool  # those behind were silent, too
+
+    def overlaps(self, other: Spell) -> bool:
+        return self.begin < other.begin + other.seconds and other.begin < self.begin + self.seconds
+
+
 class Hop:
     """What is known of the probes with one TTL to one destination that have ended."""
 
-    __slots__ = ("latency", "unanswered", "responders", "changes")
+    __slots__ = (
+        "latency", "unanswered", "responders", "changes", "spells", "active", "second", "_others_then",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.latency = Spread()
         self.unanswered = 0
         self.responders: collections.Counter[Any] = collections.Counter()
         self.changes = 0  # of a flow's responder
+        self.spells: list[Spell] = []
+        self.active = 0  # seconds in which a probe left that was answered
+        self.second = 0  # the last of them
+        self._others_then = 0, 0  # active, of the hops in front and behind
 
     @property
     def probes(self) -> int:
@@ -1919,6 +1954,28 @@ class Hop:
         error = math.sqrt(pooled * (1 - pooled) * (1 / self.probes + 1 / other.probes))
         return self.missing - other.missing > SIGMAS * error
 
+    def note_second(self, second: int, front: Hop | None, behind: Hop | None) -> None:
+        """An answered probe left in another second than the last. front and behind are the next hops that
+        answer."""
+        spell = self.spell_until(second, front, behind)
+        if spell and len(self.spells) < SPELLS_MAX:
+            self.spells.append(spell)
+        self.second = second
+        self.active += 1
+        self._others_then = front.active if front else 0, behind.active if behind else 0
+
+    def spell_until(self, second: int, front: Hop | None, behind: Hop | None) -> Spell | None:
+        """How it was silent from its last answer until then, if others were not."""
+        seconds = second - self.second
+        if not self.active or seconds <= SILENT_FROM:
+            return None
+        front_since, behind_since = (
+            (other.active if other else 0) - then for other, then in zip((front, behind), self._others_then)
+        )
+        if max(front_since, behind_since) <= SILENT_FROM:
+            return None
+        return Spell(self.second, seconds, behind_since <= SILENT_FROM)
+
 
 class Destination:
     """The way to a destination, by TTL, and how TCP to it got on."""
@@ -1926,46 +1983,81 @@ class Destination:
     def __init__(self) -> None:
         self.hops: dict[int, Hop] = {}
         self.srtt = Spread()
-        self.retransmitted = 0  # segments, while their flows were probed
+        self.retransmitted = 0  # segments, by the probed flows since they began
         self.recent = 0.0  # probes lately
+        self.seen = 0  # when the last one left, ns
 
     @property
     def probes(self) -> int:
         return sum(hop.probes for hop in self.hops.values())
 
+    def neighbours(self, number: int) -> tuple[Hop | None, Hop | None]:
+        """The next hops that answer, in front of this one and behind."""
+        answering = [other for other, hop in self.hops.items() if hop.active]
+        front = max((other for other in answering if other < number), default=0)
+        behind = min((other for other in answering if other > number), default=0)
+        return self.hops.get(front), self.hops.get(behind)
+
     def remarks(self) -> Iterator[str]:
-        """Where answers are missing, and why. A hop whose successors answer better limits the rate of its
-        answers; packets that are lost at a hop are missing at all behind it, too."""
+        """Where answers are missing, and why, as far as the hops behind and TCP tell; and what changed."""
+        spells = dict(self._spells())
         answering = [(number, hop) for number, hop in sorted(self.hops.items()) if hop.latency.count]
+        for number, _ in answering:
+            yield from self._remarks_on_spells(number, spells)
         enough = [(number, hop) for number, hop in answering if hop.probes >= ENOUGH_PROBES]
         lossy: Hop | None = None
         for at, (number, hop) in enumerate(enough):
-            if hop.missing < MISSING_MIN or hop.unanswered < 3:
+            if hop.missing < MISSING_MIN or hop.unanswered < 3 or spells[number]:
                 continue
-            behind = enough[at + 1 :]
+            behind = [item for item in enough[at + 1 :] if not spells[item[0]]]
             best, other = min(behind, key=lambda item: item[1].missing, default=(0, hop))
-            missing = f"{hop.missing:.1%} of the probes to hop {number}"
+            missing = f"{hop.missing:.1%} of the probes to hop {number} are not answered"
             if hop.misses_clearly_more(other):
                 yield (
-                    f"hop {number} limits the rate of its answers: {missing} are not answered, but only "
-                    f"{other.missing:.1%} of those that pass it on their way to hop {best}"
+                    f"hop {number} limits the rate of its answers: {missing}, but {1 - other.missing:.1%} of "
+                    f"those that pass it on their way to hop {best}"
                 )
             elif lossy is None or hop.misses_clearly_more(lossy):
                 lossy = hop
                 if not behind:
-                    yield f"{missing} are not answered; whether packets are lost no hop behind it tells"
-                    continue
-                but = ""
-                if self.srtt.count and not self.retransmitted:
-                    but = " (unless all these routers limit their answers: TCP retransmitted nothing)"
-                yield (
-                    f"packets are lost at hop {number} or on the way to it: {missing} are not answered, "
-                    f"and no fewer to the hops behind it{but}"
-                )
+                    yield f"{missing}: no hop behind it tells whether it loses packets{self._tcp_says(hop)}"
+                elif other.missing < hop.missing / 2:
+                    yield f"{missing}; those to hop {best} are too few to tell why"
+                else:
+                    but = self._tcp_says(hop) or ", unless all of them limit their answers"
+                    where = f"packets are lost at hop {number} or on the way to it"
+                    yield f"{where}: {missing}, and no fewer to the hops behind it{but}"
         for number, hop in answering:
-            if hop.changes:
-                times = "once" if hop.changes == 1 else f"{hop.changes} times"
-                yield f"hop {number} changed {times}: see the log"
+            if hop.changes * 4 > hop.latency.count:
+                yield f"hop {number} is {len(hop.responders)} routers in turn, within the same flow"
+            elif hop.changes:
+                yield f"hop {number} changed {'once' if hop.changes == 1 else f'{hop.changes} times'}"
+
+    def _tcp_says(self, hop: Hop) -> str:
+        """Of loss as large as the hop's missing answers. Loss of answers, too, is in these."""
+        if not self.srtt.count:
+            return ""
+        if self.retransmitted < hop.missing * self.srtt.count / 10:
+            few = f"only {self.retransmitted}" if self.retransmitted else "no"
+            return f"; but TCP retransmitted {few} segments, so rather answers are limited"
+        return f"; TCP retransmitted {self.retransmitted} segments"
+
+    def _spells(self) -> Iterator[tuple[int, list[Spell]]]:
+        """By hop, with those that last."""
+        now = self.seen // 10**9
+        for number, hop in self.hops.items():
+            lasting = hop.spell_until(now, *self.neighbours(number))
+            yield number, hop.spells + [lasting] if lasting else hop.spells
+
+    def _remarks_on_spells(self, number: int, spells: dict[int, list[Spell]]) -> Iterator[str]:
+        nearer = [spell for other in spells if other < number for spell in spells[other]]
+        nearer = [spell for spell in nearer if spell.ends_the_way]
+        for spell in spells[number]:
+            when = f"for {spell.seconds} s from {spell.begin} s on (CLOCK_MONOTONIC)"
+            if not spell.ends_the_way:
+                yield f"hop {number} was silent {when}, but not those behind it"
+            elif not any(spell.overlaps(other) for other in nearer):
+                yield f"the way ended before hop {number} {when}: nothing from there on answered"
 
 
 def flow_text(dest: str, sport: int, dport: int, protocol: int) -> str:
@@ -1976,13 +2068,19 @@ def flow_text(dest: str, sport: int, dport: int, protocol: int) -> str:
     return f"{name} port {sport} to {dest} port {dport}"
 
 
+# Of the table: what is above a figure, those that a narrow one has not, and the columns of a wide one.
+FIGURE_HEADS = dict(zip(Figures._fields, ("min", "median", "95%", "99%", "max", "jitter")))
+LESS_TELLING = "percentile99", "jitter"
+WIDE = 100
+
+
 class Flow:
     """What was seen of a flow last."""
 
     __slots__ = ("retrans", "responders", "since")
 
-    def __init__(self, retrans: int) -> None:
-        self.retrans = retrans
+    def __init__(self) -> None:
+        self.retrans = 0
         self.responders: dict[int, Any] = {}
         self.since: dict[int, int] = {}  # hop -> when the first probe left that its responder answered
 
@@ -2019,8 +2117,6 @@ class Summary:
     """Of all probes that have ended, by destination and hop, in bounded memory. text_of makes what is
     printed of an address, which is packed or whatever else note() gets."""
 
-    HEAD = "hop  probes answered      min   median      95%      99%      max   jitter  responder"
-
     def __init__(self, text_of: Callable[[Any], str] = address_text) -> None:
         self._text_of = text_of
         self._destinations: dict[Any, Destination] = {}
@@ -2036,20 +2132,20 @@ class Summary:
         us, ports as on the wire."""
         destination = self._destinations.get(dest)
         if destination is None:
-            destination = Destination()
-            if self._hops < HOPS_MAX:
-                self._destinations[dest] = destination
+            destination = self._destinations[dest] = Destination()
+            self._text_of(dest)  # so that its name is asked for
         hop = destination.hops.get(number)
         if hop is None:
             if self._hops >= HOPS_MAX:
-                self._left_out += 1
-                return
+                self._make_room(destination)
             self._hops += 1
             hop = destination.hops[number] = Hop()
         destination.recent += 1
+        if sendtime > destination.seen:
+            destination.seen = sendtime
         flow = self._flows.get((dest, sport, dport, protocol))
         if flow is None:
-            flow = self._new_flow((dest, sport, dport, protocol), retrans)
+            flow = self._new_flow((dest, sport, dport, protocol))
         if cwnd:
             if retrans > flow.retrans:
                 destination.retransmitted += retrans - flow.retrans
@@ -2060,9 +2156,14 @@ class Summary:
             hop.unanswered += 1
             return
         hop.latency.add(recvtime - sendtime)
-        hop.responders[responder] += 1
+        second = sendtime // 10**9
+        if second > hop.second:
+            hop.note_second(second, *destination.neighbours(number))
+        if responder in hop.responders or len(hop.responders) < RESPONDERS_MAX:
+            hop.responders[responder] += 1
         before = flow.responders.get(number)
         if before != responder:
+            self._text_of(responder)
             if before is not None:
                 if sendtime < flow.since[number]:
                     return  # a late answer, of the way that was
@@ -2070,11 +2171,20 @@ class Summary:
             flow.responders[number] = responder
             flow.since[number] = sendtime
 
-    def _new_flow(self, key: tuple[Any, int, int, int], retrans: int) -> Flow:
+    def _make_room(self, newest: Destination) -> None:
+        """Forgets the quarter of the destinations that were not probed for longest."""
+        ordered = sorted(self._destinations.items(), key=lambda item: item[1].seen)
+        for dest, destination in ordered[: len(ordered) // 4 + 1]:
+            if destination is not newest:
+                self._left_out += destination.probes
+                self._hops -= len(destination.hops)
+                del self._destinations[dest]
+
+    def _new_flow(self, key: tuple[Any, int, int, int]) -> Flow:
         if len(self._flows) >= FLOWS_MAX:
             for oldest in list(itertools.islice(self._flows, FLOWS_MAX // 4)):
                 del self._flows[oldest]
-        flow = self._flows[key] = Flow(retrans)
+        flow = self._flows[key] = Flow()
         return flow
 
     def _note_change(
@@ -2094,23 +2204,33 @@ class Summary:
         if len(ordered) > most:
             lines.append(f"{len(ordered) - most} more destinations, with fewer probes each")
         if self._left_out:
-            lines.append(f"{self._left_out} probes to more hops than have room here are only in the rows")
+            lines.append(f"{self._left_out} probes to destinations not probed lately are only in the rows")
         return lines
 
-    def busiest(self, room: int) -> list[str]:
-        """As many lines at most: tables of the destinations that are probed most these days."""
+    def busiest(self, room: int, columns: int) -> list[str]:
+        """As many lines at most, for so many columns: tables of the destinations that are probed most these
+        days."""
         lines: list[str] = []
-        for dest, destination in sorted(self._destinations.items(), key=lambda item: -item[1].recent):
+        for dest, destination in sorted(
+            self._destinations.items(), key=lambda item: (-int(math.log2(item[1].recent + 1)), item[0])
+        ):
             destination.recent /= 2
             if len(lines) < room:
-                lines += self._table(dest, destination)
+                lines += self._table(dest, destination, columns < WIDE)
         return lines[:room]
 
-    def _table(self, dest: Any, destination: Destination) -> Iterator[str]:
+    def _table(self, dest: Any, destination: Destination, is_narrow: bool = False) -> Iterator[str]:
+        names = [name for name in Figures._fields if not (is_narrow and name in LESS_TELLING)]
+
+        def figures(spread: Spread) -> str:
+            found = spread.figures()
+            return " ".join(f"{getattr(found, name) / 1e6:8.3f}" for name in names)
+
         answering = [number for number, hop in destination.hops.items() if hop.latency.count]
+        heads = " ".join(f"{FIGURE_HEADS[name]:>8}" for name in names)
         yield ""
         yield f"{self._text_of(dest)}: {destination.probes} probes, latency in ms"
-        yield self.HEAD
+        yield f"hop  probes answered {heads}  responder"
         for number, hop in sorted(destination.hops.items()):
             share = f"{number:3} {hop.probes:7} {hop.latency.count / hop.probes:8.1%}"
             if not hop.latency.count:
@@ -2119,19 +2239,16 @@ class Summary:
                 continue
             (first, count), *others = hop.responders.most_common()
             more = f" {count / hop.latency.count:.0%}" if others else ""
-            yield f"{share} {self._figures(hop.latency)}  {self._text_of(first)}{more}"
+            start = f"{share} {figures(hop.latency)}  "
+            yield f"{start}{self._text_of(first)}{more}"
             for other, count in others[:3]:
-                yield f"{'':75}{self._text_of(other)} {count / hop.latency.count:.0%}"
+                yield f"{'':{len(start)}}{self._text_of(other)} {count / hop.latency.count:.0%}"
             if len(others) > 3:
-                yield f"{'':75}and {len(others) - 3} more"
+                yield f"{'':{len(start)}}and {len(others) - 3} more"
         if destination.srtt.count:
-            resent = f"{destination.retransmitted} segments retransmitted"
-            yield f"TCP {'':16} {self._figures(destination.srtt)}  round trip by the kernel (srtt), {resent}"
+            resent = f"{destination.retransmitted} segments retransmitted since its flows began"
+            yield f"TCP {'':16} {figures(destination.srtt)}  round trip by the kernel (srtt), {resent}"
         yield from destination.remarks()
-
-    @staticmethod
-    def _figures(spread: Spread) -> str:
-        return " ".join(f"{value / 1e6:8.3f}" for value in spread.figures())
 
 
 def rows_of(names: list[str]) -> Callable[[tuple[Any, ...]], str]:
@@ -2205,12 +2322,12 @@ def monotonic_epoch() -> str:
 
 
 class Stop:
-    """Whether a signal has asked for the end. Without a lock: a handler runs in the midst of anything."""
+    """How often a signal has asked for the end. Without a lock: a handler runs in the midst of anything."""
 
-    asked = False
+    asked = 0
 
     def ask(self, *_: Any) -> None:
-        self.asked = True
+        self.asked += 1
 
 
 class ElfProbe:
@@ -2254,7 +2371,7 @@ class ElfProbe:
                          "dropped" if config.ingress == "drop" else "passed", csv.path)  # fmt: skip
                 if config.debug and not attached.enter_context(run_time_stats()):
                     log.info("what the programs take is not known: that needs Linux 5.8 and a newer BCC")
-                stack.callback(self._summarise, results)  # when all is detached
+                stack.callback(self._summarise, results, stop)  # when all is detached
                 self._begun_at = time.monotonic()
                 try:
                     self._measure(stop, results, csv)
@@ -2354,10 +2471,10 @@ class ElfProbe:
         self._write(csv, results.take() + results.expire(1 << 63))
         self._write(csv, results.take())
 
-    def _table(self, results: Results, lines: int) -> list[str]:
+    def _table(self, results: Results, lines: int, columns: int) -> list[str]:
         """As many lines at most, on how it stands."""
         ended = f"{results.replies} replies, {results.unanswered} unanswered"
-        return [f"{self._device.name}: {ended}", *results.summary.busiest(lines - 1)]
+        return [f"{self._device.name}: {ended}", *results.summary.busiest(lines - 1, columns)]
 
     def _write(self, csv: OutputFile, rows: str) -> None:
         if rows:
@@ -2397,14 +2514,14 @@ class ElfProbe:
             more = f" and {len(near) - 5} more" if len(near) > 5 else ""
             yield f"one hop away, with no router between: {', '.join(near[:5])}{more}"
         elif not count["probes"]:
-            seen = [f"{name} {number}" for name, number in count.items() if number and name != "not_ours"]
+            seen = [f"{name} {count[name]}" for name in (*UNFIT, *LOSSES) if count[name]]
             if seen:
                 yield f"packets of interest left, but none that could carry a probe: {', '.join(seen)}"
             else:
                 way = "the way to a destination is what 'ip route get ADDRESS' says"
                 yield f"no packet of interest left by {self._device.name}; {way}"
 
-    def _summarise(self, results: Results) -> None:
+    def _summarise(self, results: Results, stop: Stop) -> None:
         """Probes are replies, unanswered ones and lost results, and the log shows where they are not."""
         if self._console:
             self._console.clear()
@@ -2432,7 +2549,7 @@ class ElfProbe:
         if self._config.debug:
             for text in run_time_texts(self._bpf, self._ended_at - self._begun_at):
                 log.info("%s", text)
-        save_maps(self._bpf, self._config.filebase)
+        save_maps(self._bpf, self._config.filebase, stop)
 
 
 class LogFormat(logging.Formatter):
@@ -2458,7 +2575,7 @@ class Console(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self._fd = os.dup(2)  # the number 2 is sometimes another file's: captured_stderr()
-        self.is_terminal = os.isatty(self._fd) and os.environ.get("TERM", "dumb") != "dumb"
+        self.is_terminal = os.isatty(self._fd) and os.environ.get("TERM") not in (None, "", "dumb")
         self._texts: queue.Queue[str | list[str] | None] = queue.Queue(CONSOLE_LINES)
         self._left_out = 0
         self._thread = threading.Thread(target=self._write, daemon=True)
@@ -2477,15 +2594,23 @@ class Console(logging.Handler):
         except queue.Full:
             self._left_out += 1
 
-    def draw(self, table: Callable[[int], list[str]]) -> None:
-        """Puts in the place of the table that is there the one that this makes for so many lines."""
+    def draw(self, table: Callable[[int, int], list[str]]) -> None:
+        """Puts in the place of the table that is there the one that this makes for so many lines and columns,
+        unless the console still has lines to take, or is that of another job."""
         if not self.is_terminal or not self._texts.empty():
             return
+        with contextlib.suppress(OSError):  # it is nobody's
+            if os.tcgetpgrp(self._fd) != os.getpgrp():
+                return
+        columns, lines = self._size()
+        self._texts.put([printable(line)[: columns - 1] for line in table(max(lines - 2, 1), columns - 1)])
+
+    def _size(self) -> tuple[int, int]:
         try:
             columns, lines = os.get_terminal_size(self._fd)
         except OSError:
-            return
-        self._texts.put([printable(line)[: columns - 1] for line in table(max(lines - 2, 1))])
+            columns = lines = 0
+        return columns or 80, lines or 24
 
     def clear(self) -> None:
         """Takes the table away."""
@@ -2496,12 +2621,17 @@ class Console(logging.Handler):
         """Waits until all is written, but not long for a console that takes nothing."""
         with contextlib.suppress(queue.Full):
             self._texts.put(None, timeout=CONSOLE_PATIENCE)
+        waiting = -1
+        while self._thread.is_alive() and waiting != self._texts.qsize():  # as long as it takes some
+            waiting = self._texts.qsize()
             self._thread.join(CONSOLE_PATIENCE)
 
     def _write(self) -> None:
         table: list[str] = []
         for text in iter(self._texts.get, None):
-            clear = UP_TO_START.format(len(table)) + CLEAR_BELOW if table else ""
+            columns = self._size()[0] if table else 1  # a window made narrower has wrapped lines
+            height = sum(max(-(-len(line) // columns), 1) for line in table)
+            clear = UP_TO_START.format(height) + CLEAR_BELOW if table else ""
             if isinstance(text, list):
                 table, lines = text, text
             else:

@@ -1024,7 +1024,7 @@ def test_refusal_is_not_read():
 
 
 def test_lines_left_out_on_the_console_are_counted():
-    number = 5000
+    number = 20000
     with subprocess.Popen([sys.executable, '-c', SAY, str(number)], cwd=ELFPROBE.parent, text=True,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           start_new_session=True) as process:

@@ -28,8 +28,10 @@ from typing import Any, Iterator
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import elfprobe
-from lab import Host, Lab, batch, end, kernel_counters, nft_table, wait_until
+from lab import Host, Lab, end, nft_table, run, wait_until
 from runs import ELFPROBE, HOPS, TCP, UDP, VERSIONS, Run, both, inside
 from runs import elfprobe as probing
 
@@ -91,10 +93,11 @@ def summary_of(counts: dict[int, tuple[int, int]], retransmitted: int | None = N
 
 
 LIMITS, LOST, UNKNOWN = 'limits the rate of its answers', 'packets are lost at hop', 'no hop behind it tells'
+TOO_FEW = 'are too few to tell why'
 REMARKS: dict[str, tuple[dict[int, tuple[int, int]], list[str]]] = {
     'all answered': ({1: (100, 0), 2: (100, 0)}, []),
     'one missing': ({1: (500, 1), 2: (500, 0)}, []),
-    'too few to tell': ({1: (10, 5), 2: (10, 0)}, []),
+    'too few to say anything': ({1: (10, 5), 2: (10, 0)}, []),
     'limited': ({1: (100, 0), 2: (100, 40), 3: (100, 0)}, [f'hop 2 {LIMITS}']),
     'limited, the next as well': ({1: (100, 60), 2: (100, 40), 3: (100, 0)},
                                   [f'hop 1 {LIMITS}', f'hop 2 {LIMITS}']),
@@ -103,21 +106,71 @@ REMARKS: dict[str, tuple[dict[int, tuple[int, int]], list[str]]] = {
     'lost twice': ({1: (500, 50), 2: (500, 51), 3: (500, 200), 4: (500, 203)}, [f'{LOST} 1', f'{LOST} 3']),
     'the last one': ({1: (500, 0), 2: (500, 50)}, [UNKNOWN]),
     'silent behind': ({1: (500, 0), 2: (500, 50), 3: (30, 30)}, [UNKNOWN]),
+    'not clear': ({1: (100, 10), 2: (100, 1)}, [TOO_FEW]),
+    'few behind': ({1: (100, 5), 2: (25, 0)}, [TOO_FEW]),
+    'few behind, none missing': ({1: (60, 6), 2: (60, 0), 3: (60, 0)}, [TOO_FEW]),
+    'very few behind': ({1: (1000, 100), 2: (20, 0)}, [TOO_FEW]),
 }
 
 
 @pytest.mark.parametrize('counts, said', REMARKS.values(), ids=REMARKS)
 def test_remarks(counts: dict[int, tuple[int, int]], said: list[str]) -> None:
-    text = summary_of(counts)
-    remarks = [line for line in text.splitlines() if any(word in line for word in (LIMITS, LOST, UNKNOWN))]
+    remarks = [line for line in summary_of(counts).splitlines()
+               if any(word in line for word in (LIMITS, LOST, UNKNOWN, TOO_FEW))]
     assert len(remarks) == len(said)
     assert all(word in remark for remark, word in zip(remarks, said))
 
 
-@pytest.mark.parametrize('retransmitted, doubt', [(None, False), (3, False), (0, True)])
-def test_tcp_casts_doubt_on_loss(retransmitted: int | None, doubt: bool) -> None:
-    counts = {1: (500, 250), 2: (500, 251), 3: (500, 250)}
-    assert ('TCP retransmitted nothing' in summary_of(counts, retransmitted)) == doubt
+@pytest.mark.parametrize('retransmitted, said', [
+    (None, ', unless all of them limit their answers'),
+    (0, '; but TCP retransmitted no segments, so rather answers are limited'),
+    (3, '; but TCP retransmitted only 3 segments, so rather answers are limited'),
+    (400, '; TCP retransmitted 400 segments'),
+])
+def test_what_tcp_says_of_loss(retransmitted: int | None, said: str) -> None:
+    assert said in summary_of({1: (500, 250), 2: (500, 251), 3: (500, 250)}, retransmitted)
+    said = '' if retransmitted is None else said
+    assert f'{UNKNOWN} whether it loses packets{said}\n' in summary_of({1: (500, 0), 2: (500, 250)},
+                                                                      retransmitted) + '\n'
+
+
+def timeline(*hops: str) -> str:
+    """The table of a run in which each hop, in each second of its line, answers 20 probes, if there is an x.
+    Without an x in any there is no traffic."""
+    summary = elfprobe.Summary()
+    for second in range(len(hops[0])):
+        for part in range(20):
+            for number, line in enumerate(hops, 1):
+                sent = (100 + second) * 10**9 + part * 10**7
+                answer = dict(recvtime=sent + 10_000, responder=A) if line[second] == 'x' else {}
+                is_asked = part == 0 and any(other[second] == 'x' for other in hops)
+                if answer or is_asked:  # what is silent is asked less often
+                    summary.note(DEST, number, 1, 2, 17, sent, **answer)
+    return '\n'.join(summary.tables())
+
+
+SPELLS = {
+    'none': (['xxxxxxxxxxxxxxxx', 'xxxxxxxxxxxxxxxx'], []),
+    'short': (['xxxxxxxxxxxxxxxx', 'xxxx..xxxxxxxxxx'], []),
+    'the way': (['xxxxxxxxxxxxxxxx', 'xxxxx......xxxxx', 'xxxxx......xxxxx'],
+                ['the way ended before hop 2 for 7 s from 104 s']),
+    'the way, to the end': (['xxxxxxxxxxxxxxxx', 'xxxxxxx.........', 'xxxxxxx.........'],
+                            ['the way ended before hop 2 for 9 s from 106 s']),
+    'one hop': (['xxxxxxxxxxxxxxxx', 'xxxxx......xxxxx', 'xxxxxxxxxxxxxxxx'],
+                ['hop 2 was silent for 7 s from 104 s']),
+    'the first': (['xxxxxxxx........', 'xxxxxxxxxxxxxxxx'], ['hop 1 was silent for 8 s from 107 s']),
+    'the last': (['xxxxxxxxxxxxxxxx', 'xxxxx......xxxxx'], ['the way ended before hop 2 for 7 s from 104 s']),
+    'no traffic': (['xxxxx......xxxxx', 'xxxxx......xxxxx'], []),
+}
+
+
+@pytest.mark.parametrize('hops, said', SPELLS.values(), ids=SPELLS)
+def test_spells_of_silence(hops: list[str], said: list[str]) -> None:
+    text = timeline(*hops)
+    remarks = [line for line in text.splitlines() if 'CLOCK_MONOTONIC' in line]
+    assert len(remarks) == len(said), text
+    assert all(remark.startswith(word) for remark, word in zip(remarks, said)), text
+    assert LIMITS not in text and LOST not in text
 
 
 def test_table() -> None:
@@ -128,7 +181,7 @@ def test_table() -> None:
     assert words[1] == ['2', '3', '0.0%', 'silent']
     assert words[2][:3] == ['3', '2', '50.0%']
     assert words[3] == ['4', '5', '0.0%', 'silent', '(or', 'the', 'destination)']
-    assert words[4][:7] == ['TCP', *['0.900'] * 5, '0.000'] and '7 segments retransmitted' in lines[7]
+    assert words[4][:7] == ['TCP', *['0.900'] * 5, '0.000'] and ', 7 segments retransmitted since' in lines[7]
 
 
 # Changes of the way, and bounds
@@ -164,6 +217,9 @@ def test_changes_without_end_are_told_only_so_often(caplog: pytest.LogCaptureFix
             note(summary, (A, B)[sendtime % 2], sendtime)
     assert len(caplog.messages) == elfprobe.CHANGES_TOLD
     assert 'only counted' in caplog.messages[-1]
+    assert 'hop 3 is 2 routers in turn, within the same flow' in summary.tables()[-1]
+    for sendtime in range(2000, 6000):
+        note(summary, A, sendtime)
     assert 'hop 3 changed 1000 times' in summary.tables()[-1]
 
 
@@ -175,12 +231,15 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         dest = elfprobe.pack_address(f'198.51.100.{number}')
         for hop in 1, 2:
             for sport in range(3):
-                summary.note(dest, hop, sport, 2, 17, 1, recvtime=2, responder=A)
+                summary.note(dest, hop, sport, 2, 17, number, recvtime=number + 1, responder=A)
     assert len(summary._flows) <= 40
-    lines = summary.tables()
-    assert sum('latency in ms' in line for line in lines) == 50
-    assert '60 probes to more hops than have room here are only in the rows' in lines
-    assert len(summary.busiest(11)) == 11
+    text = '\n'.join(summary.tables(100))
+    assert 198 <= 6 * text.count('latency in ms') + int(re.search('([0-9]+) probes to dest', text)[1]) == 360
+    assert '198.51.100.59: 6 probes' in text and '198.51.100.0: ' not in text  # the latest are there
+    assert len(summary.busiest(11, 80)) == 11
+    for number in range(1000):
+        note(summary, number.to_bytes(16, 'big'), number)
+    assert len(summary._destinations[DEST].hops[3].responders) == elfprobe.RESPONDERS_MAX
 
 
 def test_names_are_asked_for_in_the_background(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +313,44 @@ def test_why_there_is_nothing(lab4, tmp_path, dest, traffic, says):
             lab4.client.run('traceroute', '-n', '-q1', to)
     assert run.summary.probes == (traffic == 'ping')  # the first left before anything was known
     assert says in run.log
+
+
+@root
+def test_names_of_responders(lab4, tmp_path):
+    names = ''.join(f'{lab4.hop(version, hop)} r{hop}.example\n' for version in VERSIONS for hop in HOPS)
+    names += f'{lab4.server_address(4)} server.example\n'
+    with hosts_file(lab4.client, names), probing(lab4, *both(lab4), cwd=tmp_path) as run:
+        pings(lab4, '-i.005')
+        wait_until(lambda: len(run.rows()) > 100, 20, 'rows')
+        assert run.stop() == 0
+    lab4.client.end_processes()
+    table = run.log.split(lab4.server_address(4) + ' server.example: ')[1]
+    assert re.findall(r'\S+ r[0-9]\.example', table)[:4] == [
+        f'{lab4.hop(4, hop)} r{hop}.example' for hop in HOPS]
+
+
+CLOSED = 'chain forward { type filter hook forward priority 0; policy drop; }'
+
+
+@root
+def test_an_outage_is_named(make_lab, tmp_path):
+    """r2 forwards nothing for some seconds. Few probes are missing: what is silent is asked less often."""
+    lab = make_lab(routers=4)
+    with probing(lab, *both(lab), cwd=tmp_path) as run:
+        pings(lab, '-i.01')
+        wait_until(lambda: len({(row.dest, row.outttl) for row in run.rows()}) == 8, 20, 'all hops')
+        with nft_table(lab.routers[1], CLOSED):
+            begin = time.monotonic()
+            wait_until(lambda: time.monotonic() - begin > 6, 10, 'it lasts')
+        since = time.monotonic_ns()
+        wait_until(lambda: len({(row.dest, row.outttl) for row in run.rows() if row.is_answered
+                                and row.sendtime > since + 10**9}) == 8, 20, 'all hops again')
+        assert run.stop() == 0
+    for dest in both(lab):
+        said = re.findall(r'the way ended before hop (\d) for (\d+) s from (\d+) s',
+                          run.log.split(f'{dest}: ')[1])
+        hop, seconds, start = map(int, said[0])
+        assert hop == 3 and 5 <= seconds <= 9 and abs(start - begin) < 2
 
 
 @root
@@ -342,22 +439,22 @@ def test_tcp_state_beside_each_probe(lab4, tmp_path, version):
         last = tcp_info(sender)[2] - 1
         wait_until(lambda: sender.send(bytes(2000)) and any(
             int(row['retrans'] or 0) >= last for row in csv_rows(tmp_path / 'elf.csv')), 20, 'rows know it')
-        after = tcp_info(sender)
         with inside(lab4.client), socket.socket(
                 {4: socket.AF_INET, 6: socket.AF_INET6}[version], socket.SOCK_DGRAM) as udp:
             udp.sendto(bytes(40), (server, 7))
         assert run.stop() == 0
+        after = tcp_info(sender)
     rows = csv_rows(tmp_path / 'elf.csv')
     assert [(row['srtt'], row['cwnd'], row['retrans']) for row in rows if row['protocol'] == str(UDP)] == [
         ('', '', '')]
     tcp = [row for row in rows if row['protocol'] == str(TCP)]
     retrans = [int(row['retrans']) for row in sorted(tcp, key=lambda row: int(row['sendtime']))]
     assert retrans == sorted(retrans)
-    assert (retrans[0], before[2]) == (0, 0) and after[2] - 1 <= retrans[-1] <= after[2]
+    assert (retrans[0], before[2]) == (0, 0) and last <= retrans[-1] <= after[2]
     assert int(min(tcp, key=lambda row: int(row['sendtime']))['cwnd']) == before[1] == 10  # RFC 6928
     srtt = [int(row['srtt']) for row in tcp]
     assert min(before[0], after[0]) / 10 < statistics.median(srtt) < 10 * max(before[0], after[0])
-    assert any(f'{retrans[-1]} segments retransmitted' in line for line in table_of(run.log, server))
+    assert any(f', {retrans[-1]} segments retransmitted' in line for line in table_of(run.log, server))
 
 
 @root
@@ -458,29 +555,34 @@ def screen(written: str) -> list[str]:
 
 
 @root
-def test_table_on_a_terminal(lab4, tmp_path):
+@pytest.mark.parametrize('columns', [80, 120])
+def test_table_on_a_terminal(lab4, tmp_path, columns):
     """Redrawn in place, fitting, with names; log lines stand above it; in the end only the log is left."""
     names = ''.join(f'{lab4.hop(version, hop)} r{hop}.example\n' for version in VERSIONS for hop in HOPS)
-    with hosts_file(lab4.client, names), on_a_terminal(lab4.client, 12, 100, *both(lab4), cwd=tmp_path) as (
-            process, written):
+    with hosts_file(lab4.client, names), \
+            on_a_terminal(lab4.client, 30, columns, *both(lab4), cwd=tmp_path) as (process, written):
+
+        def tables() -> list[str]:
+            """Those that have been written whole."""
+            return written().split('\x1b[J')[1:-1]
+
         wait_until(lambda: 'probing on' in written(), 20, 'it is attached')
         pings(lab4, '-i.01')
-        wait_until(lambda: written().count('\x1b[J') > 2 and 'r4.example' in written(), 20, 'tables')
-        # Half a table may have been read: up to the last beginning of one.
-        tables = written().split('\x1b[J')[1:-1]
-        batch(lab4.client.name, ['link set eth0 txqueuelen 500'])
+        wait_until(lambda: len(tables()) > 2 and '  10.0.4.2 r4.example' in tables()[-1], 20, 'names')
         process.terminate()
-        assert process.wait(20) == 0
-        final = screen(written())
+        wait_until(lambda: process.poll() is not None, 20, 'its end')
+        assert process.returncode == 0
+        shown, final = tables(), screen(written())
     lab4.client.end_processes()
-    for table in tables:
+    for table in shown:
         lines = re.sub('\x1b.*', '', table).splitlines()
-        assert len(lines) < 12 and max(map(len, lines)) < 100
+        assert len(lines) < 30 and max(map(len, lines)) < columns
         assert lines[0].startswith('eth0: ')
-    assert any('10.0.4.2 r4.example' in table for table in tables)
+        assert (' 99% ' in table) == (columns == 120)
     assert sum('latency in ms' in line for line in final) == 2  # of the summary
     assert not any(line.startswith('eth0: ') for line in final)
     assert final[-2].endswith(' unanswered') and final[-1] == ''
+    assert sum('r4.example' in line for line in final) == 2
 
 
 @root
@@ -574,20 +676,27 @@ def test_maps_of_all_kinds(lab4, tmp_path):
     assert "the hooks' map 'stream' is not saved" in run.log
 
 
+def run_counts() -> dict[int, int]:
+    """Of elfprobe's programs, by ID, as far as the kernel has counted."""
+    programs = json.loads(run('bpftool', '-j', 'prog', 'show').stdout)
+    return {program['id']: program.get('run_cnt', 0) for program in programs
+            if program.get('name', '') in ('elf_egress', 'elf_ingress')}
+
+
 @root
+@pytest.mark.needs('bpftool')
 def test_what_the_programs_take(lab4, tmp_path):
     """Measured by the kernel with -d, and only meanwhile."""
-    switch = Path('/proc/sys/kernel/bpf_stats_enabled')
-    before = switch.read_text()
-    for options in ['-d'], []:
-        with probing(lab4, *options, lab4.server_address(4), cwd=tmp_path) as run:
-            sent = kernel_counters(lab4.client)['IcmpOutEchos']
-            lab4.client.run('ping', '-nq', '-c100', '-i.002', lab4.server_address(4))
-            sent = kernel_counters(lab4.client)['IcmpOutEchos'] - sent
-        found = re.findall(r'(elf_\w+) ran (\d+) times, (\d+) ns each: ([0-9.]+)% of a core', run.log)
-        assert bool(found) == bool(options)
-        if found:
-            ran = {name: (int(times), int(each)) for name, times, each, _ in found}
-            assert sent <= ran['elf_egress'][0] <= sent + len(run.rows()) + 100
-            assert sent <= ran['elf_ingress'][0] and ran['elf_ingress'][1] > 0
-    assert switch.read_text() == before
+    ping = 'ping', '-nq', '-c100', '-i.002', lab4.server_address(4)
+    with probing(lab4, '-d', lab4.server_address(4), cwd=tmp_path) as first, \
+            probing(lab4, '-f', 'other', lab4.hop(4, 1), host=lab4.routers[3], cwd=tmp_path) as second:
+        lab4.client.run(*ping)
+        assert first.stop() == 0
+        before = run_counts()
+        lab4.client.run(*ping)  # by way of the other one
+        assert run_counts() == before and max(before.values()) >= 100
+    found = re.findall(r'(elf_\w+) ran (\d+) times, (\d+) ns each: ([0-9.]+)% of a core', first.log)
+    ran = {name: (int(times), int(each)) for name, times, each, _ in found}
+    assert 100 <= ran['elf_egress'][0] <= 200 + len(first.rows())
+    assert ran['elf_ingress'][0] >= 100 and ran['elf_ingress'][1] > 0
+    assert ' ns each' not in second.log
