@@ -98,7 +98,9 @@
 #define REST_BEYOND_MAX (256 * NSEC_PER_SEC) /* it may be the destination */
 #define REST_ANSWERED (200 * NSEC_PER_MSEC)  /* the first rest of one that may be, but has answered before */
 #define REST_UNHEARD NSEC_PER_SEC            /* and of one that has not */
-#define REST_SHIFT 3                         /* each rest is 2^3 times the one before */
+#define REST_SHIFT 3                         /* each rest is 2^3 times the one before, */
+#define ALARMS_A_REST 4                      /* but one more as long as the first for so many false alarms */
+#define ALARMS_MAX 12
 /* Probes without an answer, in a row, before a router counts as silent. */
 #define GRACE_ROUTER 8
 /* Hops whose silence began within this time of each other fell silent together. */
@@ -292,8 +294,9 @@ struct hop {
 	__u64 due;        /* not to be probed before */
 	__u64 since;      /* when the first of the unanswered probes left, or the last reply came */
 	__u32 rtt;        /* latency of the last reply, us; 0: never answered */
-	__u16 unanswered; /* probes sent since the last reply */
-	__u8 rests;       /* taken since then */
+	__u8 unanswered;  /* probes sent since the last reply */
+	__u8 alarms;      /* how often it answered after its first rests, as where packets are lost */
+	__u8 rests;       /* taken since the last reply */
 	__u8 resting;     /* bits: */
 };
 
@@ -942,16 +945,23 @@ static inline int is_silent(const struct path *path, __u32 nr, const struct hop 
 	return hop->unanswered && silent > 2 * rtt + min64(PATIENCE, 4 * NSEC_PER_MSEC);
 }
 
+/* How many rests besides the first are as long as that. */
+static inline __u32 first_rests(const struct hop *hop)
+{
+	return hop->alarms / ALARMS_A_REST;
+}
+
 /* How long a silent hop rests, ns. Routers, since each probe costs them and us something. What may be
  * the destination, since no probe must reach that: the longer the farther it is behind what answers. */
 static inline __u64 rest_of_hop(const struct path *path, __u32 nr, const struct hop *hop)
 {
-	__u32 beyond;
+	__u32 beyond, rests;
 
 	if (is_router(path, nr, hop))
 		return min64(PATIENCE << min64(hop->rests, 16), REST_ROUTER_MAX);
 	beyond = nr > path->responsive ? nr - path->responsive - 1 : 0;
-	return min64((hop->rtt ? REST_ANSWERED : REST_UNHEARD) << min64(REST_SHIFT * (hop->rests + beyond), 12),
+	rests = hop->rests > first_rests(hop) ? hop->rests - first_rests(hop) : 0;
+	return min64((hop->rtt ? REST_ANSWERED : REST_UNHEARD) << min64(REST_SHIFT * (rests + beyond), 12),
 		     REST_BEYOND_MAX);
 }
 
@@ -1057,7 +1067,7 @@ found:
 	hop->resting &= WOKEN;
 	if (hop->unanswered == 0)
 		hop->since = now;
-	if (hop->unanswered < 0xffff)
+	if (hop->unanswered < 0xff)
 		hop->unanswered++;
 	hop->due = now + HOP_INTERVAL;
 	set_next_due(path, RATE_GLOBAL ? now + INTERVAL_NS : 0, now, ticks);
@@ -1197,6 +1207,8 @@ static inline void learn_hop(struct path *path, const struct probe *probe, __u32
 	}
 	if (nr > path->responsive + 1)
 		path->proven = now;
+	if (hop->rests && hop->rests <= 1 + first_rests(hop) && hop->alarms < ALARMS_MAX)
+		hop->alarms++;
 	hop->unanswered = 0;
 	hop->rests = 0;
 	hop->resting = 0;

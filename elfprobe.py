@@ -2057,7 +2057,7 @@ class Destination:
             if not spell.ends_the_way:
                 yield f"hop {number} was silent {when}, but not those behind it"
             elif not any(spell.overlaps(other) for other in nearer):
-                yield f"the way ended before hop {number} {when}: nothing from there on answered"
+                yield f"from hop {number} on there was no answer {when}"
 
 
 def flow_text(dest: str, sport: int, dport: int, protocol: int) -> str:

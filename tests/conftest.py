@@ -47,6 +47,17 @@ def pytest_configure() -> None:
     interrupt_on_signals()
 
 
+# What no other test on the machine can disturb, nor it them (see tests/run).
+BESIDE = 'test_driver', 'test_lab', 'test_packets', 'test_plot', 'test_replies'
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two groups of modules: these, and those in which elfprobe runs as a whole, one test after the other."""
+    for item in items:
+        beside = item.nodeid.partition('.')[0] in BESIDE
+        item.add_marker(pytest.mark.xdist_group('beside' if beside else 'whole'))
+
+
 @pytest.hookimpl(tryfirst=True)  # before fixtures that would need the same
 def pytest_runtest_setup(item: pytest.Item) -> None:
     reason = obstacle(item)

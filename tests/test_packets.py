@@ -1173,13 +1173,17 @@ RESTS: dict[str, tuple[dict[str, int], int, dict[str, int], int]] = {
     'a router, 10 lost': (PROVEN, 2, dict(unanswered=10, rests=1), 20),
     'a router, 14 lost': (PROVEN, 2, dict(unanswered=14, rests=5), 320),
     'a silent router': (PROVEN, 2, dict(unanswered=19, rests=10), 10000),
-    'a router silent for long': (PROVEN, 2, dict(unanswered=2**16 - 1, rests=16), 10000),
+    'a router silent for long': (PROVEN, 2, dict(unanswered=2**8 - 1, rests=16), 10000),
     'a router whose rest is over': (PROVEN, 2, dict(unanswered=9, rests=3, resting=1), 0),
     'a router, of which nothing has been heard since': (LAST, 2, dict(unanswered=1, rtt=9), 200),
     'the last router, 1 lost': (LAST, 4, dict(unanswered=1, rtt=9), 200),
     'the last router, its rest is over': (LAST, 4, dict(unanswered=1, rtt=9, rests=1, resting=1), 0),
     'the last router, 2 lost': (LAST, 4, dict(unanswered=2, rtt=9, rests=1), 1600),
     'the last router, 3 lost': (LAST, 4, dict(unanswered=3, rtt=9, rests=2), 12800),
+    'the last router, 2 lost, of late as well': (LAST, 4, dict(unanswered=2, rtt=9, rests=1, alarms=4), 200),
+    'the last router, 3 lost, of late but 1': (LAST, 4, dict(unanswered=3, rtt=9, rests=2, alarms=7), 1600),
+    'the last router, 4 lost, of late as well': (LAST, 4, dict(unanswered=4, rtt=9, rests=3, alarms=12), 200),
+    'the last router, 5 lost': (LAST, 4, dict(unanswered=5, rtt=9, rests=4, alarms=12), 1600),
     'the last router, many lost': (LAST, 4, dict(unanswered=99, rtt=9, rests=16), 256000),
     'behind it, 1 lost': (PROVEN, 5, dict(unanswered=1), 1000),
     'behind it, 1 lost, but it has answered once': (PROVEN, 5, dict(unanswered=1, rtt=9), 200),
@@ -1206,7 +1210,7 @@ def test_rests(load: Load, path: dict[str, int], number: int, hop: dict[str, int
     if not rest:
         [flight] = programs.in_flight()
         assert (known.due, known.resting) == (flight.sendtime + 10 * MS, 0)
-        assert known.unanswered == min(hop['unanswered'] + 1, 2**16 - 1)
+        assert known.unanswered == min(hop['unanswered'] + 1, 2**8 - 1)
         return
     assert begin <= known.due - rest * MS <= end
     assert (known.resting, known.rests) == (1, min(hop.get('rests', 0) + 1, 16))
@@ -1224,11 +1228,12 @@ def test_late_is_not_silent(load: Load, path: dict[str, int], latency: int, wait
     """Routers may be as late as a quarter of their latency and 8 intervals, the last one as late as
     its latency and 4 ms: it may have become the destination."""
     programs, number = load(probeint=10), 2 if path is PROVEN else 4
-    hop = dict(unanswered=14, since=time.monotonic_ns() - waited * MS, rtt=latency * 1000)
-    programs.follow(SERVER[4], {number: hop}, length=9, turn=number - 1, **path)
-    begin = time.monotonic_ns()
+    packet = frame(ip(4), segment())
     with programs.attached() as send:
-        assert len(send(frame(ip(4), segment()))) == (0 if rest else 1)
+        begin = time.monotonic_ns()
+        hop = dict(unanswered=14, since=begin - waited * MS, rtt=latency * 1000)
+        programs.follow(SERVER[4], {number: hop}, length=9, turn=number - 1, **path)
+        assert len(send(packet)) == (0 if rest else 1)
     if rest:
         assert begin <= programs.path(SERVER[4]).hops[number].due - rest * MS <= time.monotonic_ns()
 
@@ -1296,6 +1301,18 @@ def test_replies_teach(load: Load, before: dict[str, int], ttls: tuple[int, int]
     assert (hop.unanswered, hop.since) == (0, received)
     assert hop.rtt == pytest.approx(int(row['latency']) / 1000, abs=1)
     assert hop.due == path.next_due == received + 10 * MS
+
+
+@pytest.mark.parametrize('rests, before, after', [
+    (0, 0, 0), (1, 0, 1), (2, 0, 0), (2, 4, 5), (3, 4, 4), (4, 12, 12)])
+def test_false_alarms_are_counted(load: Load, rests: int, before: int, after: int) -> None:
+    """Answers after the first rests: so it had lost single packets."""
+    programs, probe = load(), PROBES['UDP'](4)
+    hop = dict(unanswered=rests, rests=rests, rtt=9, alarms=before)
+    programs.follow(SERVER[4], {TTL: hop}, length=9, responsive=TTL)
+    programs.put_in_flight(flight_of(probe, **{**KNOWN, 'sendtime': time.monotonic_ns()}))
+    assert programs.run('elf_ingress', time_exceeded(4, probe.payload)).verdict == XDP_DROP
+    assert programs.path(SERVER[4]).hops[TTL].alarms == after
 
 
 def test_replies_do_not_hasten_the_next_of_all_probes(load: Load) -> None:

@@ -153,13 +153,14 @@ SPELLS = {
     'none': (['xxxxxxxxxxxxxxxx', 'xxxxxxxxxxxxxxxx'], []),
     'short': (['xxxxxxxxxxxxxxxx', 'xxxx..xxxxxxxxxx'], []),
     'the way': (['xxxxxxxxxxxxxxxx', 'xxxxx......xxxxx', 'xxxxx......xxxxx'],
-                ['the way ended before hop 2 for 7 s from 104 s']),
+                ['from hop 2 on there was no answer for 7 s from 104 s']),
     'the way, to the end': (['xxxxxxxxxxxxxxxx', 'xxxxxxx.........', 'xxxxxxx.........'],
-                            ['the way ended before hop 2 for 9 s from 106 s']),
+                            ['from hop 2 on there was no answer for 9 s from 106 s']),
     'one hop': (['xxxxxxxxxxxxxxxx', 'xxxxx......xxxxx', 'xxxxxxxxxxxxxxxx'],
                 ['hop 2 was silent for 7 s from 104 s']),
     'the first': (['xxxxxxxx........', 'xxxxxxxxxxxxxxxx'], ['hop 1 was silent for 8 s from 107 s']),
-    'the last': (['xxxxxxxxxxxxxxxx', 'xxxxx......xxxxx'], ['the way ended before hop 2 for 7 s from 104 s']),
+    'the last': (['xxxxxxxxxxxxxxxx', 'xxxxx......xxxxx'],
+                 ['from hop 2 on there was no answer for 7 s from 104 s']),
     'no traffic': (['xxxxx......xxxxx', 'xxxxx......xxxxx'], []),
 }
 
@@ -347,7 +348,7 @@ def test_an_outage_is_named(make_lab, tmp_path):
                                 and row.sendtime > since + 10**9}) == 8, 20, 'all hops again')
         assert run.stop() == 0
     for dest in both(lab):
-        said = re.findall(r'the way ended before hop (\d) for (\d+) s from (\d+) s',
+        said = re.findall(r'from hop (\d) on there was no answer for (\d+) s from (\d+) s',
                           run.log.split(f'{dest}: ')[1])
         hop, seconds, start = map(int, said[0])
         assert hop == 3 and 5 <= seconds <= 9 and abs(start - begin) < 2
@@ -370,12 +371,12 @@ def is_enough(run: Run) -> bool:
 
 @root
 def test_icmp_limits_and_loss_are_told_apart(make_lab, tmp_path):
-    """r1 answers once in a while only; r2 loses a tenth of what it forwards."""
+    """r1 answers once in a while only; r2 loses a twentieth of what it forwards, in both directions."""
     lab = make_lab(routers=4)
     limit = 'limit rate over 20/second burst 5 packets drop'
     limits = (f'chain output {{ type filter hook output priority 0; icmp type time-exceeded {limit};'
               f' icmpv6 type time-exceeded {limit}; }}')
-    loss = 'chain forward { type filter hook forward priority 0; numgen random mod 10 < 1 drop; }'
+    loss = 'chain forward { type filter hook forward priority 0; numgen random mod 20 < 1 drop; }'
     with nft_table(lab.routers[0], limits), nft_table(lab.routers[1], loss), \
             probing(lab, *both(lab), cwd=tmp_path) as run:
         pings(lab, '-i.002')
@@ -383,7 +384,7 @@ def test_icmp_limits_and_loss_are_told_apart(make_lab, tmp_path):
         wait_until(lambda: is_enough(run), 40, 'rows')
         assert run.stop() == 0
     for dest in both(lab):
-        remarks = [line for line in table_of(run.log, dest) if re.search('hop [0-9]', line)]
+        remarks = [line for line in table_of(run.log, dest) if re.search('hop [1-3]', line)]
         assert len(remarks) == 2, remarks
         assert remarks[0].startswith('hop 1 limits the rate of its answers: ')
         assert remarks[1].startswith('packets are lost at hop 3 or on the way to it: ')
@@ -694,7 +695,9 @@ def test_what_the_programs_take(lab4, tmp_path):
         assert first.stop() == 0
         before = run_counts()
         lab4.client.run(*ping)  # by way of the other one
-        assert run_counts() == before and max(before.values()) >= 100
+        after = run_counts()
+        assert {number: after[number] for number in before if number in after}.items() <= before.items()
+        assert max(before.values()) >= 100
     found = re.findall(r'(elf_\w+) ran (\d+) times, (\d+) ns each: ([0-9.]+)% of a core', first.log)
     ran = {name: (int(times), int(each)) for name, times, each, _ in found}
     assert 100 <= ran['elf_egress'][0] <= 200 + len(first.rows())
