@@ -31,7 +31,7 @@ from typing import Any, Callable, Iterator, NamedTuple
 import psutil
 import pytest
 
-from lab import NETNS, CommandFailed, Host, Lab, end, run, wait_until
+from lab import NETNS, PATIENCE, CommandFailed, Host, Lab, end, run, wait_until
 from runs import PROBES, TCP, UDP, Run, elfprobe, ip_packets
 
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, linux/proc_ns.h: its inode number, always
@@ -213,7 +213,7 @@ def handed(what):
     number = os.dup(getattr(what, 'sock', what).fileno())
     os.set_inheritable(number, True)
     return ('talk(Flow(%s))' if isinstance(what, Flow) else 'answer(%s)') % f'socket.socket(fileno={number})'
-""".replace('ENOUGH', str(ENOUGH))
+""".replace('ENOUGH', str(ENOUGH)).replace('0.005', str(0.005 * PATIENCE))
 
 # Prints the ports of flows of 20 to 30 ms each, every other one a child's.
 FLOWS = """
