@@ -69,6 +69,9 @@
 #ifndef TICK_NS
 #error "TICK_NS: between two ticks, ns; 0 where programs cannot count them (before Linux 5.6)"
 #endif
+#ifndef OLD_MAPS
+#error "OLD_MAPS: 1 where there are no ring buffers and no socket storage (before Linux 5.8, BCC 0.13); not with BY_OWNER"
+#endif
 #ifndef RESULTS_PAGES
 #error "RESULTS_PAGES: size of the result ring, pages, a power of two"
 #endif
@@ -239,6 +242,13 @@ struct app_name {
 	char text[16]; /* TASK_COMM_LEN: at most 15 characters and a zero, then zeros */
 };
 
+/* What the kernel knows of the TCP connection behind a socket; all 0 where there is none. */
+struct tcp_state {
+	__u32 srtt;    /* smoothed round-trip time, us; 0: not known yet */
+	__u32 cwnd;    /* congestion window, segments */
+	__u32 retrans; /* segments retransmitted so far */
+};
+
 struct probe {
 	__u64 sendtime; /* CLOCK_MONOTONIC, ns, as are all times here */
 	__u32 seq;
@@ -250,7 +260,8 @@ struct probe {
 	struct app_name app;
 	__u16 balance; /* of trimmed UDP, what makes its checksum right, as it is on the wire */
 	__u8 outtos;   /* DSCP and ECN */
-	__u8 unused[5];
+	__u8 unused;
+	struct tcp_state tcp; /* of the socket that sent the packet */
 };
 
 struct reply {
@@ -416,6 +427,7 @@ struct claim {
 	struct probe_key key;
 	__u32 pid;
 	struct app_name app;
+	struct tcp_state tcp;
 };
 
 /* Tells an unfinished UDP checksum, as quoted behind a device that never finishes it, from others. */
@@ -448,14 +460,24 @@ BPF_PERCPU_ARRAY(ip6ext_walks, struct ip6ext_walk, 1);
 BPF_PERCPU_ARRAY(sum_buffers, struct sum_buffer, 1);
 BPF_PERCPU_ARRAY(extended_results, struct extended_result, 1);
 BPF_PROG_ARRAY(programs, 1); /* 0: elf_probe */
-BPF_RINGBUF_OUTPUT(results, RESULTS_PAGES);
 
 /* Never written: they tell the driver how what it gets from no map looks. */
 BPF_ARRAY(result_layout, struct extended_result, 1);
-BPF_ARRAY(process_event_layout, struct process_event, 1);
-BPF_ARRAY(owner_layout, struct owner, 1);
 BPF_ARRAY(flow_event_layout, struct flow_event, 1);
 
+#if OLD_MAPS
+BPF_PERF_OUTPUT(results);
+BPF_PERF_OUTPUT(flow_events);
+BPF_TABLE("lru_hash", __u64, struct tcp_progress, tcp_progress, 16384); /* by socket cookie */
+#else
+BPF_RINGBUF_OUTPUT(results, RESULTS_PAGES);
+BPF_RINGBUF_OUTPUT(flow_events, 16);
+BPF_SK_STORAGE(tcp_progress, struct tcp_progress);
+#endif
+
+#if BY_OWNER
+BPF_ARRAY(process_event_layout, struct process_event, 1);
+BPF_ARRAY(owner_layout, struct owner, 1);
 BPF_HASH(processes, __u32, struct process, 65536); /* by PID */
 BPF_HASH(apps, struct app_name, __u32, 1024);      /* lower-case names of interest -> 1: that is it;
 						    * 0: its first 15 characters, or may be */
@@ -475,8 +497,7 @@ __attribute__((section("maps/sk_storage"))) struct sockets_table_t sockets = {
 	.flags = BPF_F_NO_PREALLOC | BPF_F_CLONE,
 };
 BPF_ANNOTATE_KV_PAIR(sockets, int, struct owner);
-BPF_SK_STORAGE(tcp_progress, struct tcp_progress);
-BPF_RINGBUF_OUTPUT(flow_events, 16);
+#endif
 
 #define READ_ONCE(x) (*(volatile typeof(x) *)&(x))
 
@@ -494,12 +515,56 @@ static inline struct counters *this_cpu_counters(void)
 	return counters.lookup(&zero);
 }
 
-/* The driver looks at the ring now and then, and is woken when so much has come that this may be too late. */
-static inline __u64 wakeup_flag(void)
+/* Hands a result of this size to the driver, which looks for them now and then, and is woken when so much
+ * has come that this may be too late. Negative where there was no room. */
+static inline int submit_result(struct xdp_md *ctx, void *result, __u64 size)
 {
+#if OLD_MAPS
+	return results.perf_submit(ctx, result, size);
+#else
 	struct counters *count = this_cpu_counters();
+	__u64 wakeup = count && count->replies % WAKE_EVERY == 0 ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
 
-	return count && count->replies % WAKE_EVERY == 0 ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
+	return results.ringbuf_output(result, size, wakeup);
+#endif
+}
+
+static inline int submit_flow_event(struct __sk_buff *ctx, struct flow_event *event)
+{
+#if OLD_MAPS
+	return flow_events.perf_submit(ctx, event, sizeof(*event));
+#else
+	return flow_events.ringbuf_output(event, sizeof(*event), 0);
+#endif
+}
+
+/* How the TCP flow of the packet gets on, as kept with its socket; 0: there is no room for that. */
+static inline struct tcp_progress *progress_of(struct __sk_buff *skb, struct bpf_sock *sk)
+{
+#if OLD_MAPS
+	__u64 cookie = bpf_get_socket_cookie(skb);
+	struct tcp_progress *progress, none = {};
+
+	progress = tcp_progress.lookup(&cookie);
+	if (progress)
+		return progress;
+	tcp_progress.update(&cookie, &none);
+	return tcp_progress.lookup(&cookie);
+#else
+	return tcp_progress.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+#endif
+}
+
+/* Bytes of payload in the first segment that is made of the packet. */
+static inline __u32 segment_len(const struct __sk_buff *skb, __u32 payload)
+{
+#if OLD_MAPS
+	__u32 segments = skb->gso_segs; /* gso_size came with Linux 5.7 */
+
+	return segments > 1 ? (payload + segments - 1) / segments : payload;
+#else
+	return skb->gso_size && skb->gso_size < payload ? skb->gso_size : payload;
+#endif
 }
 
 /* ---- Internet checksums (RFC 1071) -------------------------------------------------------- */
@@ -540,6 +605,10 @@ struct hdr_cursor {
 
 enum { FIRST_FRAGMENT = 1, LATER_FRAGMENT = 2 };
 
+/* Both parsers refuse what goes to many: nobody answers for it (RFC 1122, 3.2.2; RFC 4443, 2.4). */
+#define IPV4_TO_MANY 0xe0000000 /* multicast, and beyond it broadcast */
+#define IPV6_MULTICAST 0xff
+
 struct packet {
 	void *ip; /* struct iphdr or ip6hdr, by version */
 	__u32 version;
@@ -564,6 +633,11 @@ static inline void map_v4(struct address *a, __be32 v4)
 	a->word[3] = v4;
 }
 
+static inline __u32 which_fragment(__be16 offset, __be16 more)
+{
+	return offset ? LATER_FRAGMENT : more ? FIRST_FRAGMENT : 0;
+}
+
 static inline int parse_iphdr(struct hdr_cursor *nh, struct packet *pkt)
 {
 	struct iphdr *ip = nh->pos;
@@ -572,16 +646,14 @@ static inline int parse_iphdr(struct hdr_cursor *nh, struct packet *pkt)
 	if ((void *)(ip + 1) > nh->end || ip->version_ihl >> 4 != 4)
 		return -1;
 	len = (ip->version_ihl & 0xf) * 4;
-	if (len < sizeof(*ip) || nh->pos + len > nh->end)
+	if (len < sizeof(*ip) || nh->pos + len > nh->end || bpf_ntohl(ip->daddr) >= IPV4_TO_MANY)
 		return -1;
 	pkt->ip = ip;
 	pkt->version = 4;
 	pkt->ip_len = len;
 	pkt->l4_len = bpf_ntohs(ip->tot_len) - len;
 	pkt->protocol = ip->protocol;
-	pkt->fragment = ip->frag_off & bpf_htons(IP_OFFSET) ? LATER_FRAGMENT
-			: ip->frag_off & bpf_htons(IP_MF)   ? FIRST_FRAGMENT
-							    : 0;
+	pkt->fragment = which_fragment(ip->frag_off & bpf_htons(IP_OFFSET), ip->frag_off & bpf_htons(IP_MF));
 	pkt->ttl = ip->ttl;
 	pkt->tos = ip->tos;
 	pkt->ip_id = bpf_ntohs(ip->id);
@@ -619,9 +691,7 @@ static inline int parse_ip6ext(struct hdr_cursor *nh, struct packet *pkt)
 			return -1;
 		if (pkt->protocol == IPPROTO_FRAGMENT) {
 			frag = *(__be16 *)&ext->type;
-			pkt->fragment = frag & bpf_htons(IP6_OFFSET) ? LATER_FRAGMENT
-					: frag & bpf_htons(IP6_MF)   ? FIRST_FRAGMENT
-								     : 0;
+			pkt->fragment = which_fragment(frag & bpf_htons(IP6_OFFSET), frag & bpf_htons(IP6_MF));
 			walk->len = len + 8;
 		} else {
 			if (pkt->protocol == IPPROTO_ROUTING && ext->segments_left)
@@ -643,7 +713,8 @@ static inline int parse_ip6hdr(struct hdr_cursor *nh, struct packet *pkt)
 {
 	struct ip6hdr *ip6 = nh->pos;
 
-	if ((void *)(ip6 + 1) > nh->end || (bpf_ntohl(ip6->version_class_label) >> 28) != 6)
+	if ((void *)(ip6 + 1) > nh->end || (bpf_ntohl(ip6->version_class_label) >> 28) != 6 ||
+	    *(__u8 *)&ip6->daddr == IPV6_MULTICAST)
 		return -1;
 	pkt->ip = ip6;
 	pkt->version = 6;
@@ -686,7 +757,7 @@ static inline int parse_frame(struct hdr_cursor *nh, struct packet *pkt)
 		if ((void *)(eth + 1) > nh->end)
 			return -1;
 		if (eth->h_dest[0] & 1)
-			return -1; /* to many: nobody answers for these (RFC 1122, 3.2.2) */
+			return -1; /* to many, perhaps by an address that only hosts there know for a broadcast */
 		proto = eth->h_proto;
 		nh->pos = eth + 1;
 		pkt->ip_off = sizeof(*eth);
@@ -814,6 +885,8 @@ static inline int hook_beforesend(struct __sk_buff *skb, __u32 version, __u32 pr
 	return version == 4 ? elf_v4_icmp_beforesend(skb) : elf_v6_icmp_beforesend(skb);
 }
 
+/* ---- Scheduling: when a probe is due, and to which hop ------------------------------------ */
+
 static __u64 (*jiffies64)(void) = (void *)118; /* not every BCC declares it */
 
 /* Ticks of the kernel's clock: of no exactness, but 30 ns cheaper than bpf_ktime_get_ns(). */
@@ -821,8 +894,6 @@ static inline __u64 ticks_now(void)
 {
 	return TICK_NS ? jiffies64() : 0;
 }
-
-/* ---- Scheduling: when a probe is due, and to which hop ------------------------------------ */
 
 /* What a hop that answers waits between two probes, ns. */
 #define HOP_INTERVAL (RATE_GLOBAL ? 0 : INTERVAL_NS)
@@ -1044,6 +1115,16 @@ static inline __u32 ttl_distance(__u32 ttl)
 	return initial - ttl + 1;
 }
 
+/* The TTL that reaches the destination is another one than was thought; 0: it is not known any more. What
+ * was learnt about the last hop goes. */
+static inline void set_length(struct path *path, __u32 length)
+{
+	path->length = length;
+	path->distances = 0;
+	path->is_told = 0;
+	path->explore = 0;
+}
+
 /* A packet of the destination came with this TTL. Ways that seem shorter are believed at once,
  * longer ones only when nothing says otherwise for a while: the error that does no harm. The first
  * packet after a gap says that the way is open again: hops that fell silent meanwhile need rest no more. */
@@ -1079,10 +1160,7 @@ static inline void learn_length(struct path *path, __u32 ttl)
 		path->reverse = distance;
 		if (distance < path->length)
 			path->shortened = now;
-		path->length = distance > MAX_HOPS ? 0 : distance; /* or the TTL began as none of those values */
-		path->distances = 0;
-		path->is_told = 0;
-		path->explore = 0;
+		set_length(path, distance > MAX_HOPS ? 0 : distance); /* or the TTL began as none of those values */
 		if (path->responsive >= distance)
 			path->responsive = distance - 1;
 		reschedule(path, now);
@@ -1130,10 +1208,8 @@ static inline void learn_hop(struct path *path, const struct probe *probe, __u32
 		if (nr >= path->horizon && nr < MAX_HOPS)
 			path->horizon = nr + 1;
 	} else if (nr >= path->length) {
-		path->length = nr + 1;
+		set_length(path, nr + 1);
 		path->explore = nr < MAX_HOPS;
-		path->distances = 0;
-		path->is_told = 0;
 	} else if (nr + 1 == path->length) {
 		/* Seen from here, the last router is one hop nearer than the destination. Where it
 		 * is not, the way there may be longer than the way back: look one hop farther, once
@@ -1166,11 +1242,8 @@ static inline void learn_reached(struct path *path, __u32 ttl)
 		return;
 	bpf_spin_lock(&schedule->lock);
 	if (ttl && (!path->length || ttl <= path->length)) {
-		path->length = ttl;
+		set_length(path, ttl);
 		path->shortened = now;
-		path->distances = 0;
-		path->is_told = 0;
-		path->explore = 0;
 		last = hop_at(path, ttl - 1);
 		if (last && last->rtt && !last->unanswered)
 			path->is_told = 1;
@@ -1276,10 +1349,18 @@ static inline int trim_clone(struct __sk_buff *skb, int *exact, __u8 *tail)
 	if (!*exact)
 		*tail = kept = pkt.protocol == IPPROTO_TCP ? 0 : is_icmp(&pkt) && payload == 2 ? 4 : 2;
 	else
-		kept = skb->gso_size && skb->gso_size < payload ? skb->gso_size : payload;
+		kept = segment_len(skb, payload);
 	if (kept == payload)
 		return bpf_skb_pull_data(skb, skb->len);
 	return bpf_skb_change_tail(skb, headers + kept, 0);
+}
+
+static inline void set_tot_len(struct iphdr *ip, __u32 len)
+{
+	__u16 check = csum_replace(ip->check, ip->tot_len, bpf_htons(len));
+
+	ip->tot_len = bpf_htons(len);
+	ip->check = check;
 }
 
 /* Makes the clone the probe that the claim says, all but its hook. 0, or -1: the clone is of no use. */
@@ -1294,7 +1375,7 @@ static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, 
 	struct tcphdr *tcp;
 	struct udphdr *udp;
 	struct iphdr *ip;
-	__u16 *balance, old_total, ttl, check;
+	__u16 *balance, ttl, check;
 	int exact = 0;
 
 	old_len = skb->len;
@@ -1312,17 +1393,14 @@ static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, 
 		ip = (void *)(long)skb->data + pkt.outer_off;
 		if ((void *)(ip + 1) > nh.end)
 			return -1;
-		old_total = ip->tot_len;
-		ip->tot_len = bpf_htons(skb->len - pkt.outer_off);
-		ip->check = csum_replace(ip->check, old_total, ip->tot_len);
+		set_tot_len(ip, skb->len - pkt.outer_off);
 	}
 	if (pkt.version == 4) {
 		ip = pkt.ip;
-		check = csum_replace(ip->check, ip->tot_len, bpf_htons(pkt.ip_len + new_len));
-		ip->tot_len = bpf_htons(pkt.ip_len + new_len);
+		set_tot_len(ip, pkt.ip_len + new_len);
 		ttl = *(__u16 *)&ip->ttl; /* with the protocol: checksums count in 16 bits */
 		ip->ttl = claim->ttl;
-		ip->check = csum_replace(check, ttl, *(__u16 *)&ip->ttl);
+		ip->check = csum_replace(ip->check, ttl, *(__u16 *)&ip->ttl);
 	} else {
 		ip6 = pkt.ip;
 		ip6->payload_len = bpf_htons(pkt.ip_len - sizeof(*ip6) + new_len);
@@ -1439,6 +1517,7 @@ static inline int record_probe(const struct built *built, struct claim *claim)
 	probe.kept = built->kept;
 	probe.pid = claim->pid;
 	probe.app = claim->app;
+	probe.tcp = claim->tcp;
 	probe.sendtime = bpf_ktime_get_ns();
 	err = in_flight.insert(&key, &probe);
 	if (err == -EEXIST) {
@@ -1456,6 +1535,8 @@ static inline int record_probe(const struct built *built, struct claim *claim)
 }
 
 /* ---- Processes and their sockets ---------------------------------------------------------- */
+
+#if BY_OWNER
 
 static inline struct app_name current_app(void)
 {
@@ -1612,13 +1693,6 @@ int elf_sock_create(struct bpf_sock *sk)
 	return 1;
 }
 
-static inline struct bpf_sock *packet_socket(struct __sk_buff *skb)
-{
-	struct bpf_sock *sk = skb->sk;
-
-	return sk ? bpf_sk_fullsock(sk) : 0;
-}
-
 /* The socket keeps the answer, so that it outlives the process. */
 static inline int is_of_interest(struct owner *owner)
 {
@@ -1641,11 +1715,18 @@ static inline struct owner *packet_owner(struct __sk_buff *skb)
 	struct bpf_sock *sk = skb->sk; /* whether it is a full one, the helper asks itself (Linux 5.10) */
 	struct owner *owner;
 
-	if (!BY_OWNER)
-		return 0;
 	owner = sk ? sockets.sk_storage_get(sk, 0, 0) : 0;
 	return owner && is_of_interest(owner) ? owner : 0;
 }
+
+#else
+
+static inline struct owner *packet_owner(struct __sk_buff *skb)
+{
+	return 0;
+}
+
+#endif
 
 /* Where the address has its mark. The driver does the same: mark_of() in elfprobe.py. */
 static inline __u8 *mark_of(const struct address *a)
@@ -1734,7 +1815,8 @@ static inline int may_carry(struct hdr_cursor *nh, const struct packet *pkt)
 	return pkt->protocol == IPPROTO_UDP;
 }
 
-static inline void tell_of_flow(const struct packet *pkt, const struct tcphdr *tcp, __u32 kind)
+static inline void tell_of_flow(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp,
+				__u32 kind)
 {
 	struct flow_event event = { .kind = kind };
 
@@ -1742,15 +1824,15 @@ static inline void tell_of_flow(const struct packet *pkt, const struct tcphdr *t
 	event.flow.sport = tcp->source;
 	event.flow.dport = tcp->dest;
 	event.flow.protocol = IPPROTO_TCP;
-	if (flow_events.ringbuf_output(&event, sizeof(event), 0))
+	if (submit_flow_event(skb, &event))
 		COUNT(events_lost);
 }
 
 /* May the TCP flow that the packet, parsed up to the cursor, belongs to be probed now? Not from what
  * it sends again (a firewall knows newer numbers), nor while it stalls: some firewalls take a low TTL
- * for an attack and block the flow. A flow whose socket is not here passes. */
+ * for an attack and block the flow. A flow whose socket is not here passes; otherwise notes its state. */
 static inline int flow_is_well(struct __sk_buff *skb, struct hdr_cursor *nh, const struct packet *pkt,
-			       struct path *path, __u64 now)
+			       struct path *path, struct tcp_state *state, __u64 now)
 {
 	struct tcp_progress *progress;
 	struct tcphdr *tcp = nh->pos;
@@ -1759,18 +1841,21 @@ static inline int flow_is_well(struct __sk_buff *skb, struct hdr_cursor *nh, con
 
 	if (pkt->protocol != IPPROTO_TCP || (void *)(tcp + 1) > nh->end)
 		return 1;
-	sk = packet_socket(skb);
+	sk = skb->sk ? bpf_sk_fullsock(skb->sk) : 0;
 	if (!sk)
 		return 1;
 	tp = bpf_tcp_sock(sk);
 	if (!tp)
 		return 1;
-	progress = tcp_progress.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	state->srtt = tp->srtt_us >> 3; /* the kernel has it in eighths */
+	state->cwnd = tp->snd_cwnd;
+	state->retrans = tp->total_retrans;
+	progress = progress_of(skb, sk);
 	if (!progress)
 		return 1;
 	if (!tp->packets_out || progress->acked != tp->snd_una || !progress->since) {
 		if (progress->stalled && !path->left_alone)
-			tell_of_flow(pkt, tcp, FLOW_MOVES);
+			tell_of_flow(skb, pkt, tcp, FLOW_MOVES);
 		progress->stalled = 0;
 		progress->acked = tp->snd_una;
 		progress->since = now;
@@ -1785,10 +1870,10 @@ static inline int flow_is_well(struct __sk_buff *skb, struct hdr_cursor *nh, con
 	if (progress->stalled)
 		return 0;
 	progress->stalled = 1;
-	tell_of_flow(pkt, tcp, FLOW_STALLED);
+	tell_of_flow(skb, pkt, tcp, FLOW_STALLED);
 	if (++progress->stalls >= STALLS_MAX) {
 		path->left_alone = 1;
-		tell_of_flow(pkt, tcp, DESTINATION_LEFT_ALONE);
+		tell_of_flow(skb, pkt, tcp, DESTINATION_LEFT_ALONE);
 	}
 	return 0;
 }
@@ -1868,7 +1953,8 @@ int elf_egress(struct __sk_buff *skb)
 		COUNT(driver_silent);
 		return TC_ACT_UNSPEC;
 	}
-	if (!flow_is_well(skb, &nh, &pkt, path, now) || claim_probe(path, claim, now) < 0)
+	__builtin_memset(&claim->tcp, 0, sizeof(claim->tcp));
+	if (!flow_is_well(skb, &nh, &pkt, path, &claim->tcp, now) || claim_probe(path, claim, now) < 0)
 		return TC_ACT_UNSPEC;
 	claim->pid = 0;
 	__builtin_memset(&claim->app, 0, sizeof(claim->app));
@@ -1927,6 +2013,7 @@ static inline struct extended_result *read_extension(const struct hdr_cursor *nh
 		return 0;
 #pragma clang loop unroll(disable)
 	for (i = 0; i < EXTENSION_MAX / sizeof(*from); i++) {
+		asm volatile("" : "+r"(from)); /* or compilers reckon with the packet's end, as verifiers forbid */
 		if ((i + 1) * sizeof(*from) > left || (void *)(from + 1) > nh->end)
 			break;
 		((__u32 *)extended->extension)[i] = *from++;
@@ -1986,9 +2073,9 @@ static inline int receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, const
 	extended = read_extension(nh, outer, icmp);
 	if (extended) {
 		extended->result = result;
-		err = results.ringbuf_output(extended, sizeof(*extended), wakeup_flag());
+		err = submit_result(ctx, extended, sizeof(*extended));
 	} else {
-		err = results.ringbuf_output(&result, sizeof(result), wakeup_flag());
+		err = submit_result(ctx, &result, sizeof(result));
 	}
 	if (err)
 		COUNT(results_lost);

@@ -20,6 +20,10 @@ tells what is of interest, and drains into FILEBASE.csv.
 from __future__ import annotations
 
 import argparse
+import array
+import atexit
+import bisect
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -27,9 +31,12 @@ import errno
 import fcntl
 import functools
 import ipaddress
+import itertools
+import json
 import logging
 import logging.handlers
 import math
+import operator
 import os
 import queue
 import re
@@ -68,7 +75,7 @@ HOOKS_FILE = os.path.join(HERE, "elfhooks.c")
 COLUMNS = (
     "recvcpu", "seq", "origseq", "latency", "sendtime", "recvtime", "dest", "responder",
     "outttl", "recvttl", "sport", "dport", "protocol", "outipid", "inipid", "app", "pid",
-    "outtos", "intos", "mpls", "ifinfo",
+    "srtt", "cwnd", "retrans", "outtos", "intos", "mpls", "ifinfo",
 )  # fmt: skip
 
 UNANSWERED_AFTER = 5.0  # s that a probe may be outstanding
@@ -77,15 +84,24 @@ BEAT_EVERY = 0.5  # s
 DRAIN_EVERY = 0.25  # s between two looks at the result ring, at most
 BATCH = 4096  # entries of a hash that are read at once
 STRAY_REPLIES = 0.5  # s to wait for replies after the last probe
+LOOK_EVERY = 5.0  # s between two looks whether our TC filter is still there
 SCAN_EVERY = 1.0  # s between two looks at the processes
 LINGER = 30.0  # s that a destination stays of interest after its last connection ended
 CHANGES_MAX = 1000  # of what the network changes on the way that are kept in mind
+HOPS_MAX = 8192  # of all destinations together that the summary has
+FLOWS_MAX = 32768  # whose responders are remembered
+TABLES_MAX = 50  # destinations in the summary at the end
+CHANGES_TOLD = 10  # changes of a hop's responder that are logged, the rest is counted
+DRAW_EVERY = 1.0  # s between two tables on a terminal
+RESOLVERS = 4  # names of responders that are asked for at once
+NAMES_MAX = 10000
 DESTINATIONS_MAX = 65536
 PEERS_MAX = 16384  # destinations of processes' flows
 RING_HOLDS = 0.25  # s of results at the highest rate
 RING_PAGE = os.sysconf("SC_PAGESIZE")
 RING_PAGES_MIN = 64  # replies may come in bursts at any rate
 RESULT_BYTES = 128  # of struct result in the ring, at most
+RESULT_PERF_PAGES = 512  # of each CPU's perf buffer, where there is no ring
 CONSOLE_LINES = 1000  # that may wait for a console which does not take them
 CONSOLE_PATIENCE = 1.0  # s that the end waits for it
 
@@ -104,10 +120,13 @@ CARRIED = {
     ARPHRD_TUNNEL: ("ipinip",), 769: (), ARPHRD_SIT: ("ipinip", "ip6inip"), 778: (), 823: (),
 }  # fmt: skip
 TUNNELS = {"ethernet": 0, "ipinip": 4, "ip6inip": 41}  # -e -> IP protocol that is wrapped in IPv4
+PROTOCOLS = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6"}
 IFF_UP = 1  # linux/if.h
 SIOCGIFFLAGS = 0x8913  # linux/sockios.h
+BPF_MAP_TYPE_RINGBUF = 27  # enum bpf_map_type, linux/bpf.h
 BPF_XDP = 37  # enum bpf_attach_type, linux/bpf.h
 BPF_CGROUP_INET_SOCK_CREATE = 2  # enum bpf_attach_type, linux/bpf.h
+BPF_STATS_RUN_TIME = 0  # enum bpf_stats_type, linux/bpf.h
 UNDECIDED, OF_INTEREST = 1, 2  # as in elfprobe.c
 TASK_COMM_LEN = 16  # linux/sched.h: of a command name, the final zero included
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, linux/proc_ns.h: its inode number, always
@@ -188,6 +207,7 @@ class Config:
     notrunc: bool = False
     hooks: str = HOOKS_FILE
     quiet: bool = False
+    live: bool = True
     duration: float | None = None  # s
     max_rate: int = 50000  # probes per second
     salt: int = 0  # 16 bits that nobody else knows
@@ -196,7 +216,9 @@ class Config:
     def by_process(self) -> bool:
         return bool(self.apps or self.pids)
 
-    def build_flags(self, ethernet: bool = True, by_owner: bool = False, tick: int = 0) -> dict[str, str]:
+    def build_flags(
+        self, ethernet: bool = True, by_owner: bool = False, tick: int = 0, old_maps: bool = False
+    ) -> dict[str, str]:
         """The -D flags of elfprobe.c; tick in ns, 0: not to be used."""
         waiting = self.max_rate * (UNANSWERED_AFTER + 1)
         pages = power_of_two(max(self.max_rate * RING_HOLDS * RESULT_BYTES / RING_PAGE, RING_PAGES_MIN))
@@ -215,6 +237,7 @@ class Config:
             "DESTINATIONS_MAX": str(DESTINATIONS_MAX),
             "PEERS_MAX": str(PEERS_MAX if by_owner else 1),
             "IN_FLIGHT_MAX": str(power_of_two(min(max(waiting, 1024), 1 << 18))),
+            "OLD_MAPS": str(int(old_maps)),
             "RESULTS_PAGES": str(pages),
             "WAKE_EVERY": str(max(pages * RING_PAGE // RESULT_BYTES // 4 // (os.cpu_count() or 1), 1)),
         }
@@ -225,14 +248,34 @@ def power_of_two(least: float) -> int:
     return 1 << (max(math.ceil(least), 1) - 1).bit_length()
 
 
-EXAMPLES = """\
+EPILOG = """\
 examples:
   elfprobe.py -i eno2 -a speedtest           the flows of every speedtest, started now or later
   elfprobe.py -i eno2 -P 4127 -r g -p 100    of one process and its children, 10 probes a second
   elfprobe.py -i eno2 example.net 192.0.2.7  whatever goes to these destinations
   elfprobe.py -i eno2 -I pass -T -l @hosts   destinations from a file, payload kept, elf.log too
+  elfprobe.py -i eno2 -q -f /var/tmp/night --duration 28800 -a backup &
+                                             all night, in the background
+  elfprobe.py -i wg0 10.8.0.1                inside a tunnel device, whose packets begin with IP
+  elfplot.py --html elf.csv                  the summary again, and pictures
 
-While it runs, probes ride on packets that the application sends; without traffic there are none.
+'ip route get ADDRESS' names the interface that leads to an address. While it runs, probes ride on
+packets that the application sends: without traffic there are none. On a terminal a table is redrawn
+each second.
+
+what the summary shows, for each destination and hop (TTL, or hop limit):
+  probes, answered   how many probes were sent with that TTL, and what share was answered
+  min ... max        time to that router and back, ms; what a hop adds is the difference to the one before
+  jitter             mean difference of one latency to the next, ms
+  responder          who answered, with a share each where there are several
+  TCP                round trip (srtt) as the kernel's TCP has it, and segments it sent again
+
+files:
+  FILEBASE.csv       a row for each probe: README.md explains the columns
+  FILEBASE.log       the log (-l, -q)
+  FILEBASE.MAP.json  each BPF map that the hooks file (-H) defines, after the run
+
+exit status: 0 after a run, 2 for wrong usage, 1 for everything else, with a line that says what it is
 """
 
 
@@ -300,10 +343,10 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="elfprobe.py",
         usage="sudo python3 elfprobe.py -i INTERFACE [options] [address ...]",
-        description="Shows hop by hop where the latency of a running application comes from, by lowering "
-        "the TTL of copies of the application's own packets. At least one of -a, -P and an address "
-        "is needed.",
-        epilog=EXAMPLES,
+        description="Shows hop by hop where the latency of a running application comes from, by lowering\n"
+        "the TTL of copies of the application's own packets. At least one of -a, -P and an\n"
+        "address is needed.",
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -335,13 +378,15 @@ def argument_parser() -> argparse.ArgumentParser:
         help="base name of FILEBASE.csv and FILEBASE.log (default: elf)")  # fmt: skip
     add("-l", "--logfile", action="store_true", help="also log to FILEBASE.log")
     add("-q", "--quiet", action="store_true", help="no log on the console (implies -l)")
-    add("-d", "--debug", action="store_true", help="more log, the BPF counters included")
+    add("-d", "--debug", action="store_true", help="more log: the BPF counters, what the programs take")
     add("-H", "--hooks", default=HOOKS_FILE, metavar="FILE",
         help="hooks file to compile in (default: elfhooks.c beside elfprobe.py)")  # fmt: skip
     add("--duration", type=positive_seconds, metavar="SECONDS",
         help="stop after so long (default: on a signal)")  # fmt: skip
     add("--max-rate", default=50000, type=whole_number(1, 10**6, "probes per second"), metavar="N",
         help="most probes per second over all destinations together (default: 50000)")  # fmt: skip
+    add("--no-live", action="store_true",
+        help="no table on the terminal while it runs, only log lines")  # fmt: skip
     add("--version", nargs=0, action=ShowVersion, help="version, and what it runs on")
     return parser
 
@@ -366,6 +411,7 @@ def parse_arguments(argv: list[str]) -> Config:
         notrunc=args.notrunc,
         hooks=args.hooks,
         quiet=args.quiet,
+        live=not (args.quiet or args.no_live),
         duration=args.duration,
         max_rate=args.max_rate,
         salt=secrets.randbits(16),
@@ -390,10 +436,14 @@ def address_text(packed: bytes) -> str:
     return socket.inet_ntop(socket.AF_INET6, packed)
 
 
-def is_remote(packed: bytes) -> bool:
-    """Whether packets to it could leave this host: not loopback, not unspecified. Private ones could."""
+def why_unreachable(packed: bytes) -> str:
+    """Why no router will ever answer for this destination, or nothing. Private ones may do."""
     address = ipaddress.ip_address(address_text(packed))
-    return not (address.is_loopback or address.is_unspecified)
+    if address.is_multicast:
+        return "no router answers for what goes to many"
+    if address.is_loopback or address.is_unspecified:
+        return f"{address} never leaves this host"
+    return ""
 
 
 def resolve(name: str) -> set[bytes]:
@@ -430,10 +480,9 @@ def resolve_all(arguments: Iterable[str]) -> dict[bytes, str]:
             except Failure as failure:
                 raise Failure(f"{failure}{place}") from failure
             for packed in resolved:
-                if ipaddress.ip_address(address_text(packed)).is_multicast:
-                    raise Failure(f"address '{name}': no router answers for what goes to many{place}")
-                if not is_remote(packed):
-                    raise Failure(f"address '{name}': {address_text(packed)} never leaves this host{place}")
+                reason = why_unreachable(packed)
+                if reason:
+                    raise Failure(f"address '{name}': {reason}{place}")
                 found.setdefault(packed, name)
     if len(found) > DESTINATIONS_MAX:
         raise Failure(f"addresses: {len(found)} destinations, at most {DESTINATIONS_MAX} are possible")
@@ -515,7 +564,7 @@ def connected_addresses(chosen: dict[int, str]) -> dict[bytes, str]:
     for connection in psutil.net_connections("inet"):
         if connection.pid in chosen and connection.raddr:
             packed = pack_address(connection.raddr.ip)
-            if is_remote(packed):
+            if not why_unreachable(packed):
                 found[packed] = f"{chosen[connection.pid]} {connection.pid}"
     return found
 
@@ -535,6 +584,7 @@ class Destinations:
     def __init__(self, bpf: Any) -> None:
         self._paths = bpf["paths"]
         self._marks = bpf["marks"]
+        self._marks_per_line = ctypes.sizeof(self._marks.Leaf)
         self._lines: dict[int, Any] = {}  # what of the marks is not empty
         self._full = False
 
@@ -548,8 +598,8 @@ class Destinations:
                 log.warning("no room for more destinations (%s): %s is left out", err, address_text(packed))
             self._full = True
             return False
-        number, place = divmod(mark_of(packed), len(self._marks.Leaf().marks))
-        line = self._lines.setdefault(number, self._marks.Leaf())
+        number, place = divmod(mark_of(packed), self._marks_per_line)
+        line = self._lines.get(number) or self._lines.setdefault(number, self._marks.Leaf())
         if not line.marks[place]:
             line.marks[place] = self.IN_PATHS
             self._marks[self._marks.Key(number)] = line
@@ -709,10 +759,8 @@ class SocketOwners:
         self._processes = bpf["processes"]
         self._owner = bpf["owner_layout"].Leaf
         self._sockets = bcc.lib.bpf_table_fd(bpf.module, b"sockets")
-        layout, names = struct_format(bpf["process_event_layout"].Leaf)
-        self._event = struct.Struct(layout)
-        self._event_fields = [names.index(name) for name in ("id", "pid", "interest")]
-        self._events: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._layout = bpf["process_event_layout"].Leaf
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     @contextlib.contextmanager
     def followed(self) -> Iterator[None]:
@@ -721,7 +769,7 @@ class SocketOwners:
             raise Unsupported("the PIDs that the kernel itself uses (this is a PID namespace of its own)")
         with contextlib.ExitStack() as stack:
             self._enter_names()
-            self._bpf["process_events"].open_ring_buffer(self._hear)
+            hear(self._bpf, "process_events", self._hear)
             self._attach_tracepoints(stack)
             self._find_task_pid_offset()
             self._attach_to_cgroup(stack)
@@ -780,10 +828,10 @@ class SocketOwners:
         if not self._covers_all(cgroup):
             raise Unsupported("a cgroup that all processes here belong to")
         program = self._bpf.funcs[b"elf_sock_create"].fd
-        link = bcc.lib.bpf_link_create(program, cgroup, BPF_CGROUP_INET_SOCK_CREATE, None)
-        if link < 0:
-            raise Unsupported(f"a BPF link to the cgroup ({os.strerror(ctypes.get_errno())})")
-        stack.callback(os.close, link)
+        try:
+            stack.callback(os.close, create_link(program, cgroup, BPF_CGROUP_INET_SOCK_CREATE))
+        except OSError as err:
+            raise Unsupported(f"a BPF link to the cgroup ({err.strerror})") from err
 
     @staticmethod
     def _covers_all(cgroup: int) -> bool:
@@ -834,32 +882,28 @@ class SocketOwners:
                 log.warning("sockets that %d has open already are not probed: %s", pid, err.strerror)
 
     def _hear(self, _context: Any, data: int, size: int) -> int:
-        self._events.put(ctypes.string_at(data, size))
+        self._events.put(self._layout.from_buffer_copy(ctypes.string_at(data, size)))
         return 0
 
     def _decide_on_events(self) -> None:
         ending: set[tuple[int, int]] = set()  # IDs and PIDs of processes whose first thread has ended
         next_look = 0.0
         while True:
-            data: bytes | None = b""
+            event = None
             with contextlib.suppress(queue.Empty):
-                data = self._events.get(timeout=SCAN_EVERY if ending else None)
-            if data is None:
-                return
+                event = self._events.get(timeout=SCAN_EVERY if ending else None)
+                if event is None:
+                    return
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + SCAN_EVERY
                 for process_id, pid in list(ending):
                     if not os.path.exists(f"/proc/{pid}") or not self._is_entered(process_id, pid):
                         ending.remove((process_id, pid))
                         self._forget(process_id, pid)
-            if not data:
-                continue
-            event = self._event.unpack_from(data)
-            process_id, pid, interest = (event[at] for at in self._event_fields)
-            if interest:
-                self._decide(process_id, pid, interest)
-            else:
-                ending.add((process_id, pid))
+            if event and event.interest:
+                self._decide(event.id, event.pid, event.interest)
+            elif event:
+                ending.add((event.id, event.pid))
 
     def _decide(self, process_id: int, pid: int, interest: int) -> None:
         try:
@@ -985,13 +1029,51 @@ def program_text(hooks_file: str) -> str:
     return "\n".join(line for piece in pieces for line in piece)
 
 
+@functools.lru_cache(maxsize=None)
+def has_ring_buffer() -> bool:
+    """Whether BCC (0.16) and the kernel (Linux 5.8) have it. Those without have no socket storage where it
+    is needed, either."""
+    if not hasattr(bcc.BPF, "ring_buffer_poll"):
+        return False
+    fd = bcc.lib.bcc_create_map(BPF_MAP_TYPE_RINGBUF, b"elfprobe", 0, 0, RING_PAGE, 0)
+    if fd >= 0:
+        os.close(fd)
+    return bool(fd >= 0)
+
+
+def hear(bpf: Any, name: str, callback: Callable[[Any, int, int], Any], pages: int = 64) -> None:
+    """Has the callback called for each event in a ring buffer or, of so many pages for each CPU, a perf
+    buffer, whose events may be longer than they are in the C program by some bytes of padding."""
+    if has_ring_buffer():
+        bpf[name].open_ring_buffer(callback)
+    else:
+        bpf[name].open_perf_buffer(callback, page_cnt=pages)
+
+
+def take_events(bpf: Any) -> None:
+    """Calls back for all events that are there."""
+    if has_ring_buffer():
+        bpf.ring_buffer_consume()
+    else:
+        bpf.perf_buffer_poll(0)
+
+
+def wait_for_events(bpf: Any, seconds: float) -> None:
+    """Waits so long, or until events come that want to be heard; calls back for some of them."""
+    if has_ring_buffer():
+        bpf.ring_buffer_poll(int(1000 * seconds))
+    else:
+        bpf.perf_buffer_poll(int(1000 * seconds))
+
+
 def load_program(
     config: Config, by_owner: bool = False, warnings: bool = False, ticks: bool = True, ethernet: bool = True
 ) -> Any:
     """Compiles and loads elfprobe.c; gives BCC's object, its programs in .funcs. Raises Failure."""
     text = program_text(config.hooks)
     tick = round(time.clock_getres(CLOCK_MONOTONIC_COARSE) * 1e9) if ticks else 0
-    flags = [f"-D{name}={value}" for name, value in config.build_flags(ethernet, by_owner, tick).items()]
+    parameters = config.build_flags(ethernet, by_owner, tick, not has_ring_buffer())
+    flags = [f"-D{name}={value}" for name, value in parameters.items()]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"] if warnings else ["-w"]
     messages: list[str] = []
     try:
@@ -1020,7 +1102,7 @@ def load_program(
                 bpf.load_func(name, *kind)
         except Exception as err:
             if ticks and "#118" in messages[-1]:  # bpf_jiffies64()
-                bpf.cleanup()
+                unload(bpf)
                 return load_program(config, by_owner, warnings, False, ethernet)
             detail = "\n".join(messages[-1].strip().splitlines()[-40 if config.debug else -3 :])
             kernel = f"the kernel (Linux {os.uname().release})"
@@ -1030,6 +1112,12 @@ def load_program(
     tail_calls = bpf["programs"]
     tail_calls[tail_calls.Key(0)] = tail_calls.Leaf(bpf.funcs[b"elf_probe"].fd)
     return bpf
+
+
+def unload(bpf: Any) -> None:
+    """Closes all, once: at exit older BCC would try again, and fail."""
+    bpf.cleanup()
+    atexit.unregister(bpf.cleanup)
 
 
 # ---- The device and what is attached to it ----------------------------------------------------------
@@ -1094,6 +1182,16 @@ class ProgInfo(ctypes.Structure):
         ("jited_prog_insns", ctypes.c_uint64), ("xlated_prog_insns", ctypes.c_uint64),
         ("load_time", ctypes.c_uint64), ("created_by_uid", ctypes.c_uint32), ("nr_map_ids", ctypes.c_uint32),
         ("map_ids", ctypes.c_uint64), ("name", ctypes.c_char * 16),
+        ("ifindex", ctypes.c_uint32), ("gpl_compatible", ctypes.c_uint32),
+        ("netns_dev", ctypes.c_uint64), ("netns_ino", ctypes.c_uint64),
+        ("nr_jited_ksyms", ctypes.c_uint32), ("nr_jited_func_lens", ctypes.c_uint32),
+        ("jited_ksyms", ctypes.c_uint64), ("jited_func_lens", ctypes.c_uint64),
+        ("btf_id", ctypes.c_uint32), ("func_info_rec_size", ctypes.c_uint32),
+        ("func_info", ctypes.c_uint64), ("nr_func_info", ctypes.c_uint32), ("nr_line_info", ctypes.c_uint32),
+        ("line_info", ctypes.c_uint64), ("jited_line_info", ctypes.c_uint64),
+        ("nr_jited_line_info", ctypes.c_uint32), ("line_info_rec_size", ctypes.c_uint32),
+        ("jited_line_info_rec_size", ctypes.c_uint32), ("nr_prog_tags", ctypes.c_uint32),
+        ("prog_tags", ctypes.c_uint64), ("run_time_ns", ctypes.c_uint64), ("run_cnt", ctypes.c_uint64),
     ]  # fmt: skip
 
 
@@ -1103,6 +1201,30 @@ def program_info(fd: int) -> ProgInfo:
     if bcc.lib.bpf_obj_get_info(fd, ctypes.byref(info), ctypes.byref(size)) < 0:
         raise OSError(ctypes.get_errno(), "BPF_OBJ_GET_INFO_BY_FD")
     return info
+
+
+@contextlib.contextmanager
+def run_time_stats() -> Iterator[bool]:
+    """Has the kernel measure how long all BPF programs take, some 20 ns more for each run, if it can
+    (Linux 5.8): yields whether. It stops when nobody asks for it any more."""
+    try:
+        fd = bcc.lib.bpf_enable_stats(BPF_STATS_RUN_TIME)
+    except AttributeError:  # an older BCC
+        fd = -1
+    try:
+        yield fd >= 0
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def run_time_texts(bpf: Any, seconds: float) -> Iterator[str]:
+    """What our programs took since they were loaded, if they ran; the measurement lasted so long."""
+    for name, function in sorted(bpf.funcs.items()):
+        info = program_info(function.fd)
+        if info.run_cnt:
+            each, share = info.run_time_ns / info.run_cnt, info.run_time_ns / (seconds * 1e9)
+            yield f"{name.decode()} ran {info.run_cnt} times, {each:.0f} ns each: {share:.2%} of a core"
 
 
 def program_name(prog_id: int) -> str:
@@ -1168,16 +1290,27 @@ class LinkOptions(ctypes.Structure):
     _fields_ = [("sz", ctypes.c_size_t), ("flags", ctypes.c_uint32), ("unused", ctypes.c_uint32)]
 
 
+def create_link(program: int, target: int, attach_type: int, options: LinkOptions | None = None) -> int:
+    """The descriptor of a BPF link. Raises OSError, EINVAL where the kernel or BCC knows none of the kind."""
+    try:
+        link: int = bcc.lib.bpf_link_create(program, target, attach_type, options and ctypes.byref(options))
+    except AttributeError as err:  # an older BCC
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from err
+    if link < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return link
+
+
 def link_xdp(ipr: Any, device: Device, fd: int, mode: int, stack: contextlib.ExitStack) -> None:
     """Attaches until the stack unwinds. By a BPF link, which goes with this process, however that
     ends; before Linux 5.9, which has none for XDP, for good, until it is detached. Raises OSError."""
     options = LinkOptions(sz=ctypes.sizeof(LinkOptions), flags=mode)
-    link = bcc.lib.bpf_link_create(fd, device.ifindex, BPF_XDP, ctypes.byref(options))
-    if link >= 0:
-        stack.callback(os.close, link)
+    try:
+        stack.callback(os.close, create_link(fd, device.ifindex, BPF_XDP, options))
         return
-    if ctypes.get_errno() != errno.EINVAL:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    except OSError as err:
+        if err.errno != errno.EINVAL:
+            raise
     stack.callback(quietly_gone, remove_xdp, ipr, device, program_info(fd).id)
     set_xdp(device, fd, mode | XDP_FLAGS_UPDATE_IF_NOEXIST)
 
@@ -1262,8 +1395,9 @@ def remove_ours(ipr: Any, device: Device, ours: TcFilter) -> None:
 
 
 @contextlib.contextmanager
-def tc_attachment(ipr: Any, device: Device, fd: int) -> Iterator[None]:
-    """Attaches to TC egress, as early among the filters that are there as can be. Raises Failure."""
+def tc_attachment(ipr: Any, device: Device, fd: int) -> Iterator[TcFilter]:
+    """Attaches to TC egress, as early among the filters that are there as can be; yields our filter. Raises
+    Failure."""
     for stale in [found for found in egress_filters(ipr, device) if found.name.startswith(FILTER_NAME)]:
         remove_ours(ipr, device, stale)
         log.warning("a TC filter that a killed elfprobe left on %s is removed", device.name)
@@ -1291,7 +1425,7 @@ def tc_attachment(ipr: Any, device: Device, fd: int) -> Iterator[None]:
             raise Failure(f"'{device.name}' takes no TC filter: {err}") from err
         stack.pop_all()  # from here on the filter tells whose the qdisc is
         stack.callback(quietly_gone, remove_ours, ipr, device, ours)
-        yield
+        yield ours
 
 
 def quietly_gone(function: Callable[..., None], ipr: Any, device: Device, *args: Any) -> None:
@@ -1433,6 +1567,63 @@ def entries(table: Any) -> Iterator[tuple[bytes, bytes]]:
             yield key, value
 
 
+def plain(value: Any) -> Any:
+    """What JSON can hold of a ctypes value as BCC makes them: structs are objects, char arrays texts."""
+    if hasattr(value, "_fields_"):
+        names = [name for name, *_ in value._fields_ if not name.startswith("__pad")]
+        return {name: plain(getattr(value, name)) for name in names}
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, (ctypes.Array, list)):
+        return [plain(element) for element in value]
+    return getattr(value, "value", value)
+
+
+def save_maps(bpf: Any, filebase: str) -> None:
+    """Writes each map of the hooks file to FILEBASE.MAP.json: its entries, with a value for each CPU where
+    the map has that. What cannot be written is logged."""
+    for name in hook_maps(bpf):
+        try:
+            lines = [json.dumps(entry) for entry in map_entries(bpf[name])]
+        except Exception as err:  # BCC raises a bare Exception, or does not know the type of map
+            log.warning("the hooks' map '%s' is not saved: %s", name, err)
+            continue
+        try:
+            file = OutputFile(f"{filebase}.{name}.json")
+            try:
+                file.write_lines(f'{{"map": "{name}", "entries": [\n' + ",\n".join(lines) + "\n]}\n")
+            finally:
+                file.close(used=True)
+        except Failure as failure:
+            log.error("%s", failure)
+            continue
+        log.info("the hooks' map '%s' is in %s", name, file.path)
+
+
+def map_entries(table: Any) -> Iterator[dict[str, Any]]:
+    """Keys and values, as far as a map has them; values of a queue or stack are taken out."""
+    if isinstance(table, (bcc.table.RingBuf, bcc.table.PerfEventArray, bcc.table.ProgArray)):
+        raise ValueError("it is of a type that nothing can be read from")
+    if isinstance(table, bcc.table.QueueStack):
+        yield from ({"value": plain(value)} for value in table.values())
+    else:
+        yield from ({"key": plain(key), "value": plain(table[key])} for key in table)
+
+
+def hook_maps(bpf: Any) -> list[str]:
+    """Names of the maps that the hooks file defines: all but those of elfprobe.c."""
+    name_of = bcc.lib.bpf_table_name
+    name_of.restype, name_of.argtypes = ctypes.c_char_p, (ctypes.c_void_p, ctypes.c_size_t)
+    names = [name_of(bpf.module, number).decode() for number in range(bcc.lib.bpf_num_tables(bpf.module))]
+    # The first argument of a macro, or where that is the type of map the fourth.
+    ours = re.findall(r'^BPF_\w+\((?:"\w+", [^,]+, [^,]+, )?(\w+)', read_source(C_FILE, "program"), re.M)
+    return [name for name in names if name not in ours]
+
+
+# Of what is known of a probe, what the summary wants: Summary.note().
+ENDED = ("dest", "outttl", "sport", "dport", "protocol", "sendtime", "srtt", "cwnd", "retrans")
+
+
 class Results:
     """Everything there is to know of probes that ended, from the kernel's maps to rows of text."""
 
@@ -1444,55 +1635,61 @@ class Results:
         layout, names = struct_format(dict(extended._fields_)["result"])
         self._result = struct.Struct(layout)
         self._row = rows_of(names)
-        self._changes = Changes(names)
+        self.changes = Changes(names)
+        self.summary = Summary(Names().with_name)
+        self._ended = operator.itemgetter(*map(names.index, (*ENDED, "recvtime", "responder")))
         self._extended_chunks: list[bytes] = []
+        self._extended_size = ctypes.sizeof(extended)
         self._extension_len = extended.extension_len.offset
-        self._extension = extended.extension.offset
+        self._extension = extended.extension
         probe_layout, probe_names = struct_format(self._in_flight.Leaf)
         key_layout, key_names = struct_format(self._in_flight.Key)
         self._unanswered = struct.Struct(probe_layout + key_layout[1:])
         self._unanswered_row = rows_of(probe_names + key_names)
+        self._ended_unanswered = operator.itemgetter(*map((probe_names + key_names).index, ENDED))
         self._sendtime = probe_names.index("sendtime")
         self.replies = 0
         self.unanswered = 0
         self.malformed = 0  # extensions that routers put behind their quotes
-        bpf["results"].open_ring_buffer(self._receive)
+        hear(bpf, "results", self._receive, RESULT_PERF_PAGES)
 
     def _receive(self, _context: Any, data: int, size: int) -> int:
-        chunks = self._chunks if size == self._result.size else self._extended_chunks
-        chunks.append(ctypes.string_at(data, size))
+        if size < self._extended_size:
+            self._chunks.append(ctypes.string_at(data, self._result.size))
+        else:
+            self._extended_chunks.append(ctypes.string_at(data, size))
         return 0
 
     def take(self) -> str:
         """Rows of all replies that came since the last call."""
-        self._bpf.ring_buffer_consume()
+        take_events(self._bpf)
         if not self._chunks and not self._extended_chunks:
             return ""
-        # The ring rounds sizes up to 8 bytes, and so does struct result itself.
         data, self._chunks = b"".join(self._chunks), []
         rows = []
         for fields in self._result.iter_unpack(data):
             rows.append(self._row(fields))
-            self._changes.note(fields)
+            self._note(fields)
         extended, self._extended_chunks = self._extended_chunks, []
         rows += map(self._extended_row, extended)
         self.replies += len(rows)
         return "".join(rows)
 
+    def _note(self, fields: tuple[Any, ...]) -> None:
+        self.changes.note(fields)
+        self.summary.note(*self._ended(fields))
+
     def _extended_row(self, data: bytes) -> str:
         fields = self._result.unpack_from(data)
-        self._changes.note(fields)
+        self._note(fields)
         (size,) = struct.unpack_from("=I", data, self._extension_len)
         try:
-            mpls, ifinfo = extension_texts(data[self._extension : self._extension + size])
+            start, is_cut = self._extension.offset, size == self._extension.size
+            mpls, ifinfo = extension_texts(data[start : start + size], is_cut)
         except (ValueError, struct.error, IndexError):
             self.malformed += 1
             mpls = ifinfo = ""
         return f"{self._row(fields)[:-2]}{mpls},{csv_field(ifinfo)}\n"
-
-    def changes(self) -> Iterator[str]:
-        """What the network changed on the way, a line each."""
-        return self._changes.texts()
 
     def expire(self, sent_before: int) -> str:
         """Rows of the probes still in flight that left before this time (CLOCK_MONOTONIC, ns)."""
@@ -1504,6 +1701,7 @@ class Results:
             if bcc.lib.bpf_delete_elem(self._in_flight.map_fd, key):
                 continue  # its reply has come meanwhile, and the row with it
             rows.append(self._unanswered_row(fields))
+            self.summary.note(*self._ended_unanswered(fields))
         self.unanswered += len(rows)
         return "".join(rows)
 
@@ -1522,7 +1720,6 @@ def app_text(comm: bytes) -> str:
 
 # What routers tell behind their quotes: ICMP extension objects (RFC 4884, 7 and 8).
 EXTENSION_VERSION = 2
-EXTENSION_MAX = 252  # bytes that elfprobe.c keeps: of what is longer, the checksum cannot be told
 MPLS_LABEL_STACK, INTERFACE_INFORMATION = (1, 1), 2  # class and type (RFC 4950); class (RFC 5837)
 INTERFACE_ROLES = ("incoming", "sub-ip", "outgoing", "next-hop")
 WITH_IFINDEX, WITH_ADDRESS, WITH_NAME, WITH_MTU = 8, 4, 2, 1  # bits of an interface object's type
@@ -1530,14 +1727,14 @@ ADDRESS_FAMILIES = {1: (socket.AF_INET, 4), 2: (socket.AF_INET6, 16)}  # of IANA
 
 
 @functools.lru_cache(maxsize=4096)
-def extension_texts(data: bytes) -> tuple[str, str]:
+def extension_texts(data: bytes, is_cut: bool = False) -> tuple[str, str]:
     """The MPLS label stack, "label/tc/s/ttl" joined by ";", and the interfaces, "name=value" joined by ";",
-    several by "|". Objects of other kinds are passed over. ValueError, IndexError or struct.error for
-    what is malformed."""
+    several by "|". Objects of other kinds are passed over. Of what is_cut, the checksum cannot be told.
+    ValueError, IndexError or struct.error for what is malformed."""
     version, checksum = data[0] >> 4, struct.unpack_from("!H", data, 2)[0]
     if version != EXTENSION_VERSION:
         raise ValueError("not version 2")
-    if checksum and len(data) < EXTENSION_MAX and ones_complement_sum(data) != 0xFFFF:
+    if checksum and not is_cut and ones_complement_sum(data) != 0xFFFF:
         raise ValueError("wrong checksum")
     labels: list[str] = []
     interfaces: list[str] = []
@@ -1615,22 +1812,347 @@ class Changes:
             yield f"to {address_text(dest)}: {what} before hop {hop} ({address_text(responder)})"
 
 
+# ---- The summary: what the rows say, hop by hop -----------------------------------------------------
+
+# ns, 2 % apart, 1 us to 11 s: what is between two of them counts as one value once there are many.
+BOUNDS = [round(1000 * 1.02**number) for number in range(820)]
+MIDDLES = [(low + high) / 2 for low, high in zip([BOUNDS[0], *BOUNDS], [*BOUNDS, BOUNDS[-1]])]
+FRESH_MAX = 512  # values that are kept as they are
+ENOUGH_PROBES = 20  # for a hop's share of answers to mean something
+MISSING_MIN = 0.005  # share of missing answers that is worth a word
+SIGMAS = 3  # that two shares must be apart
+
+
+class Spread:
+    """How numbers (ns) are spread, in little memory: exactly as long as they are few, then with quantiles
+    to 1 %."""
+
+    __slots__ = ("_fresh", "_settled", "_folded", "_counts", "_least", "_greatest", "_last", "_steps")
+
+    def __init__(self) -> None:
+        self._fresh = array.array("Q")  # values as they came, the last ones
+        self._settled = 0  # so many of these are in the figures from _least on
+        self._folded = 0  # values that were here and are in _counts only
+        self._counts: collections.Counter[int] = collections.Counter()  # by place among BOUNDS
+        self._least = self._greatest = self._last = self._steps = 0
+
+    @property
+    def count(self) -> int:
+        return self._folded + len(self._fresh)
+
+    def add(self, value: int) -> None:
+        self._fresh.append(value)
+        if len(self._fresh) >= FRESH_MAX:
+            self._fold()
+
+    def _settle(self) -> None:
+        new = self._fresh[self._settled :]
+        if not new:
+            return
+        is_first = not self._folded and not self._settled
+        self._least = min(new) if is_first else min(self._least, *new)
+        self._greatest = max(self._greatest, *new)
+        before = [new[0] if is_first else self._last, *new]
+        self._steps += sum(map(abs, map(operator.sub, new, before)))
+        self._last = new[-1]
+        self._settled = len(self._fresh)
+
+    def _fold(self) -> None:
+        self._settle()
+        self._counts.update(map(functools.partial(bisect.bisect, BOUNDS), self._fresh))
+        self._folded += len(self._fresh)
+        self._settled = 0
+        del self._fresh[:]
+
+    def figures(self) -> Figures:
+        """Of what has been added, at least one value."""
+        if self._counts:
+            self._fold()
+            ordered = sorted(self._counts.items())
+            middles = [MIDDLES[place] for place, _ in ordered]
+            upto = list(itertools.accumulate(count for _, count in ordered))
+        else:
+            self._settle()
+            middles, upto = sorted(self._fresh), list(range(1, self.count + 1))
+        median, percentile95, percentile99 = (
+            min(max(middles[bisect.bisect_left(upto, share * self.count)], self._least), self._greatest)
+            for share in (0.5, 0.95, 0.99)
+        )
+        jitter = self._steps / max(self.count - 1, 1)
+        return Figures(self._least, median, percentile95, percentile99, self._greatest, jitter)
+
+
+class Figures(NamedTuple):
+    """ns; jitter is the mean difference of two values in a row, as mtr's Javg."""
+
+    least: float
+    median: float
+    percentile95: float
+    percentile99: float
+    greatest: float
+    jitter: float
+
+
+class Hop:
+    """What is known of the probes with one TTL to one destination that have ended."""
+
+    __slots__ = ("latency", "unanswered", "responders", "changes")
+
+    def __init__(self) -> None:
+        self.latency = Spread()
+        self.unanswered = 0
+        self.responders: collections.Counter[Any] = collections.Counter()
+        self.changes = 0  # of a flow's responder
+
+    @property
+    def probes(self) -> int:
+        return self.latency.count + self.unanswered
+
+    @property
+    def missing(self) -> float:
+        """Share of the probes that were not answered."""
+        return self.unanswered / self.probes
+
+    def misses_clearly_more(self, other: Hop) -> bool:
+        """By a test of two proportions."""
+        pooled = (self.unanswered + other.unanswered) / (self.probes + other.probes)
+        error = math.sqrt(pooled * (1 - pooled) * (1 / self.probes + 1 / other.probes))
+        return self.missing - other.missing > SIGMAS * error
+
+
+class Destination:
+    """The way to a destination, by TTL, and how TCP to it got on."""
+
+    def __init__(self) -> None:
+        self.hops: dict[int, Hop] = {}
+        self.srtt = Spread()
+        self.retransmitted = 0  # segments, while their flows were probed
+        self.recent = 0.0  # probes lately
+
+    @property
+    def probes(self) -> int:
+        return sum(hop.probes for hop in self.hops.values())
+
+    def remarks(self) -> Iterator[str]:
+        """Where answers are missing, and why. A hop whose successors answer better limits the rate of its
+        answers; packets that are lost at a hop are missing at all behind it, too."""
+        answering = [(number, hop) for number, hop in sorted(self.hops.items()) if hop.latency.count]
+        enough = [(number, hop) for number, hop in answering if hop.probes >= ENOUGH_PROBES]
+        lossy: Hop | None = None
+        for at, (number, hop) in enumerate(enough):
+            if hop.missing < MISSING_MIN or hop.unanswered < 3:
+                continue
+            behind = enough[at + 1 :]
+            best, other = min(behind, key=lambda item: item[1].missing, default=(0, hop))
+            missing = f"{hop.missing:.1%} of the probes to hop {number}"
+            if hop.misses_clearly_more(other):
+                yield (
+                    f"hop {number} limits the rate of its answers: {missing} are not answered, but only "
+                    f"{other.missing:.1%} of those that pass it on their way to hop {best}"
+                )
+            elif lossy is None or hop.misses_clearly_more(lossy):
+                lossy = hop
+                if not behind:
+                    yield f"{missing} are not answered; whether packets are lost no hop behind it tells"
+                    continue
+                but = ""
+                if self.srtt.count and not self.retransmitted:
+                    but = " (unless all these routers limit their answers: TCP retransmitted nothing)"
+                yield (
+                    f"packets are lost at hop {number} or on the way to it: {missing} are not answered, "
+                    f"and no fewer to the hops behind it{but}"
+                )
+        for number, hop in answering:
+            if hop.changes:
+                times = "once" if hop.changes == 1 else f"{hop.changes} times"
+                yield f"hop {number} changed {times}: see the log"
+
+
+def flow_text(dest: str, sport: int, dport: int, protocol: int) -> str:
+    """Ports as on the wire."""
+    sport, dport, name = socket.ntohs(sport), socket.ntohs(dport), PROTOCOLS.get(protocol, str(protocol))
+    if name.startswith("ICMP"):
+        return f"{name} echo {sport} to {dest}"
+    return f"{name} port {sport} to {dest} port {dport}"
+
+
+class Flow:
+    """What was seen of a flow last."""
+
+    __slots__ = ("retrans", "responders", "since")
+
+    def __init__(self, retrans: int) -> None:
+        self.retrans = retrans
+        self.responders: dict[int, Any] = {}
+        self.since: dict[int, int] = {}  # hop -> when the first probe left that its responder answered
+
+
+class Names:
+    """Host names of addresses, asked for in the background: nothing ever waits for them."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, str] = {}
+        self._asked: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._threads = 0
+
+    def of(self, packed: bytes) -> str:
+        """The name, empty where there is none or it is not known yet."""
+        if packed not in self._known and len(self._known) < NAMES_MAX:
+            self._known[packed] = ""
+            self._asked.put(packed)
+            if self._threads < RESOLVERS:
+                self._threads += 1
+                threading.Thread(target=self._resolve, daemon=True).start()
+        return self._known.get(packed, "")
+
+    def with_name(self, packed: bytes) -> str:
+        return f"{address_text(packed)} {self.of(packed)}".rstrip()
+
+    def _resolve(self) -> None:
+        while True:
+            packed = self._asked.get()
+            with contextlib.suppress(OSError, UnicodeError):
+                self._known[packed] = printable(socket.gethostbyaddr(address_text(packed))[0])
+
+
+class Summary:
+    """Of all probes that have ended, by destination and hop, in bounded memory. text_of makes what is
+    printed of an address, which is packed or whatever else note() gets."""
+
+    HEAD = "hop  probes answered      min   median      95%      99%      max   jitter  responder"
+
+    def __init__(self, text_of: Callable[[Any], str] = address_text) -> None:
+        self._text_of = text_of
+        self._destinations: dict[Any, Destination] = {}
+        self._flows: dict[tuple[Any, int, int, int], Flow] = {}
+        self._hops = 0
+        self._left_out = 0  # probes
+
+    def note(
+        self, dest: Any, number: int, sport: int, dport: int, protocol: int, sendtime: int,
+        srtt: int = 0, cwnd: int = 0, retrans: int = 0, recvtime: int = 0, responder: Any = b"",
+    ) -> None:  # fmt: skip
+        """A probe with this TTL has ended; without a responder it was not answered. Times in ns, srtt in
+        us, ports as on the wire."""
+        destination = self._destinations.get(dest)
+        if destination is None:
+            destination = Destination()
+            if self._hops < HOPS_MAX:
+                self._destinations[dest] = destination
+        hop = destination.hops.get(number)
+        if hop is None:
+            if self._hops >= HOPS_MAX:
+                self._left_out += 1
+                return
+            self._hops += 1
+            hop = destination.hops[number] = Hop()
+        destination.recent += 1
+        flow = self._flows.get((dest, sport, dport, protocol))
+        if flow is None:
+            flow = self._new_flow((dest, sport, dport, protocol), retrans)
+        if cwnd:
+            if retrans > flow.retrans:
+                destination.retransmitted += retrans - flow.retrans
+                flow.retrans = retrans
+            if srtt:
+                destination.srtt.add(srtt * 1000)
+        if not responder:
+            hop.unanswered += 1
+            return
+        hop.latency.add(recvtime - sendtime)
+        hop.responders[responder] += 1
+        before = flow.responders.get(number)
+        if before != responder:
+            if before is not None:
+                if sendtime < flow.since[number]:
+                    return  # a late answer, of the way that was
+                self._note_change(hop, (dest, sport, dport, protocol), number, before, responder)
+            flow.responders[number] = responder
+            flow.since[number] = sendtime
+
+    def _new_flow(self, key: tuple[Any, int, int, int], retrans: int) -> Flow:
+        if len(self._flows) >= FLOWS_MAX:
+            for oldest in list(itertools.islice(self._flows, FLOWS_MAX // 4)):
+                del self._flows[oldest]
+        flow = self._flows[key] = Flow(retrans)
+        return flow
+
+    def _note_change(
+        self, hop: Hop, flow: tuple[Any, int, int, int], number: int, before: Any, after: Any
+    ) -> None:
+        hop.changes += 1
+        if hop.changes > CHANGES_TOLD:
+            return
+        more = "; from now on its changes are only counted" if hop.changes == CHANGES_TOLD else ""
+        log.info("%s: hop %d is now %s, no longer %s%s", flow_text(self._text_of(flow[0]), *flow[1:]), number,
+                 self._text_of(after), self._text_of(before), more)  # fmt: skip
+
+    def tables(self, most: int = TABLES_MAX) -> list[str]:
+        """Lines: a table for each of the destinations with most probes, and what there is to say of it."""
+        ordered = sorted(self._destinations.items(), key=lambda item: -item[1].probes)
+        lines = [line for item in ordered[:most] for line in self._table(*item)]
+        if len(ordered) > most:
+            lines.append(f"{len(ordered) - most} more destinations, with fewer probes each")
+        if self._left_out:
+            lines.append(f"{self._left_out} probes to more hops than have room here are only in the rows")
+        return lines
+
+    def busiest(self, room: int) -> list[str]:
+        """As many lines at most: tables of the destinations that are probed most these days."""
+        lines: list[str] = []
+        for dest, destination in sorted(self._destinations.items(), key=lambda item: -item[1].recent):
+            destination.recent /= 2
+            if len(lines) < room:
+                lines += self._table(dest, destination)
+        return lines[:room]
+
+    def _table(self, dest: Any, destination: Destination) -> Iterator[str]:
+        answering = [number for number, hop in destination.hops.items() if hop.latency.count]
+        yield ""
+        yield f"{self._text_of(dest)}: {destination.probes} probes, latency in ms"
+        yield self.HEAD
+        for number, hop in sorted(destination.hops.items()):
+            share = f"{number:3} {hop.probes:7} {hop.latency.count / hop.probes:8.1%}"
+            if not hop.latency.count:
+                last = " (or the destination)" if number > max(answering, default=0) else ""
+                yield f"{share}  silent{last}"
+                continue
+            (first, count), *others = hop.responders.most_common()
+            more = f" {count / hop.latency.count:.0%}" if others else ""
+            yield f"{share} {self._figures(hop.latency)}  {self._text_of(first)}{more}"
+            for other, count in others[:3]:
+                yield f"{'':75}{self._text_of(other)} {count / hop.latency.count:.0%}"
+            if len(others) > 3:
+                yield f"{'':75}and {len(others) - 3} more"
+        if destination.srtt.count:
+            resent = f"{destination.retransmitted} segments retransmitted"
+            yield f"TCP {'':16} {self._figures(destination.srtt)}  round trip by the kernel (srtt), {resent}"
+        yield from destination.remarks()
+
+    @staticmethod
+    def _figures(spread: Spread) -> str:
+        return " ".join(f"{value / 1e6:8.3f}" for value in spread.figures())
+
+
 def rows_of(names: list[str]) -> Callable[[tuple[Any, ...]], str]:
     """Makes a function that turns the values of these names into a line of the CSV. Without a
     reply's values among the names the line is that of an unanswered probe."""
     at = {name: position for position, name in enumerate(names)}
     ntohs = socket.ntohs
     seq, origseq, sendtime, dest = at["seq"], at["origseq"], at["sendtime"], at["dest"]
-    outttl, outipid, sport, dport, protocol, app, pid, outtos = (
+    outttl, outipid, sport, dport, protocol, app, pid, srtt, cwnd, retrans, outtos = (
         at["outttl"], at["outipid"], at["sport"], at["dport"], at["protocol"], at["app"], at["pid"],
-        at["outtos"],
+        at["srtt"], at["cwnd"], at["retrans"], at["outtos"],
     )  # fmt: skip
+
+    def tcp_text(v: tuple[Any, ...]) -> str:
+        return f"{v[srtt] or ''},{v[cwnd]},{v[retrans]}" if v[cwnd] else ",,"
 
     def unanswered(v: tuple[Any, ...]) -> str:
         return (
             f"0,{v[seq]},{v[origseq]},-1,{v[sendtime]},-1,{address_text(v[dest])},,{v[outttl]},-1,"
             f"{ntohs(v[sport])},{ntohs(v[dport])},{v[protocol]},{v[outipid]},-1,"
-            f"{app_text(v[app])},{v[pid] or ''},{v[outtos]},,,\n"
+            f"{app_text(v[app])},{v[pid] or ''},{tcp_text(v)},{v[outtos]},,,\n"
         )
 
     if "recvtime" not in at:
@@ -1643,7 +2165,7 @@ def rows_of(names: list[str]) -> Callable[[tuple[Any, ...]], str]:
             f"{v[recvcpu]},{v[seq]},{v[origseq]},{v[recvtime] - v[sendtime]},{v[sendtime]},{v[recvtime]},"
             f"{address_text(v[dest])},{address_text(v[responder])},{v[outttl]},{v[recvttl]},"
             f"{ntohs(v[sport])},{ntohs(v[dport])},{v[protocol]},{v[outipid]},{v[inipid]},"
-            f"{app_text(v[app])},{v[pid] or ''},{v[outtos]},{v[intos]},,\n"
+            f"{app_text(v[app])},{v[pid] or ''},{tcp_text(v)},{v[outtos]},{v[intos]},,\n"
         )
 
     return answered
@@ -1661,20 +2183,25 @@ class FlowEvents:
     """Logs them as they come."""
 
     def __init__(self, bpf: Any) -> None:
-        layout, names = struct_format(bpf["flow_event_layout"].Leaf)
-        self._layout = struct.Struct(layout)
-        self._names = names
-        bpf["flow_events"].open_ring_buffer(self._hear)
+        self._layout = bpf["flow_event_layout"].Leaf
+        hear(bpf, "flow_events", self._hear)
 
     def _hear(self, _context: Any, data: int, size: int) -> int:
-        event = dict(zip(self._names, self._layout.unpack(ctypes.string_at(data, self._layout.size))))
-        sport, dport = socket.ntohs(event["sport"]), socket.ntohs(event["dport"])
-        flow = f"TCP port {sport} to {address_text(event['dest'])} port {dport}"
-        log.warning("%s: %s", flow, FLOW_EVENTS[event["kind"]])
+        event = self._layout.from_buffer_copy(ctypes.string_at(data, size))
+        flow = event.flow
+        text = flow_text(address_text(bytes(flow.dest)), flow.sport, flow.dport, flow.protocol)
+        log.warning("%s: %s", text, FLOW_EVENTS[event.kind])
         return 0
 
 
 # ---- The run ----------------------------------------------------------------------------------------
+
+
+def monotonic_epoch() -> str:
+    """When CLOCK_MONOTONIC, which all times in rows are of, was 0: UTC (ISO 8601), as the clocks are now."""
+    nanoseconds = time.time_ns() - time.monotonic_ns()
+    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(nanoseconds // 10**9))
+    return f"{seconds}.{nanoseconds % 10**9 // 1000:06}Z"
 
 
 class Stop:
@@ -1689,8 +2216,9 @@ class Stop:
 class ElfProbe:
     """One measurement, from its checks to its last row."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, console: Console | None = None) -> None:
         self._config = config
+        self._console = console  # where the table is drawn while it runs, if at all
         self._was_up = True
 
     def run(self, stop: Stop) -> None:
@@ -1705,29 +2233,37 @@ class ElfProbe:
             fixed = resolve_all(config.addresses)
             stack.enter_context(sole_user(self._device))
             self._bpf, owned = self._load()
-            stack.callback(self._bpf.cleanup)
+            stack.callback(unload, self._bpf)
             results = Results(self._bpf)
             FlowEvents(self._bpf)
             destinations = Destinations(self._bpf)
             for packed in fixed:
                 destinations.add(packed)
-            mode = stack.enter_context(xdp_attachment(ipr, self._device, self._bpf.funcs[b"elf_ingress"].fd))
-            csv = stack.enter_context(self._output_files())
-            tables = ConnectionTables(destinations, fixed, config.apps, config.pids)
-            self._follow_processes(stack, owned, tables)
-            stack.callback(self._silence)
-            stack.enter_context(tc_attachment(ipr, self._device, self._bpf.funcs[b"elf_egress"].fd))
-            csv.write_lines(",".join(COLUMNS) + "\n")
-            log.info("probing on %s, XDP %s, answers %s; rows go to %s", self._device.name, mode,
-                     "dropped" if config.ingress == "drop" else "passed", csv.path)  # fmt: skip
-            try:
-                self._measure(stop, results, csv)
-            finally:
-                self._finish(results, csv)
+            with contextlib.ExitStack() as attached:
+                ingress, egress = (self._bpf.funcs[name].fd for name in (b"elf_ingress", b"elf_egress"))
+                mode = attached.enter_context(xdp_attachment(ipr, self._device, ingress))
+                csv = stack.enter_context(self._output_files())
+                tables = ConnectionTables(destinations, fixed, config.apps, config.pids)
+                self._follow_processes(attached, owned, tables)
+                attached.callback(self._silence)
+                ours = attached.enter_context(tc_attachment(ipr, self._device, egress))
+                self._is_attached: Callable[[], bool] = lambda: ours in egress_filters(ipr, self._device)
+                csv.write_lines(",".join(COLUMNS) + "\n")
+                log.info("CLOCK_MONOTONIC 0 is %s", monotonic_epoch())
+                log.info("probing on %s, XDP %s, answers %s; rows go to %s", self._device.name, mode,
+                         "dropped" if config.ingress == "drop" else "passed", csv.path)  # fmt: skip
+                if config.debug and not attached.enter_context(run_time_stats()):
+                    log.info("what the programs take is not known: that needs Linux 5.8 and a newer BCC")
+                stack.callback(self._summarise, results)  # when all is detached
+                self._begun_at = time.monotonic()
+                try:
+                    self._measure(stop, results, csv)
+                finally:
+                    self._drain(results, csv)
 
     def _load(self) -> tuple[Any, bool]:
         """BCC's object, and whether it tells flows by their socket's owner."""
-        if self._config.by_process:
+        if self._config.by_process and has_ring_buffer():
             try:
                 return load_program(self._config, by_owner=True, ethernet=self._device.ethernet), True
             except Failure as failure:
@@ -1784,6 +2320,8 @@ class ElfProbe:
         end = now + self._config.duration if self._config.duration else float("inf")
         next_beat = next_expiry = now
         next_report = now + 10
+        next_look = now + LOOK_EVERY
+        next_table = now + DRAW_EVERY
         while not stop.asked and now < end:
             if now >= next_beat:
                 self._beat(now + ALIVE_FOR)
@@ -1792,23 +2330,34 @@ class ElfProbe:
                 if self._are_outstanding(results):
                     self._write(csv, results.expire(int((now - UNANSWERED_AFTER) * 1e9)))
                 next_expiry = now + BEAT_EVERY
+            if now >= next_look:
+                if not self._is_attached():
+                    raise Failure(f"somebody has removed our filter from '{self._device.name}'")
+                next_look = now + LOOK_EVERY
             if now >= next_report:
                 log.debug("counters: %s", self._counters())
                 next_report = now + 10
             self._write(csv, results.take())
-            self._bpf.ring_buffer_poll(int(1000 * min(DRAIN_EVERY, max(end - now, 0))))
+            if self._console and now >= next_table:
+                self._console.draw(functools.partial(self._table, results))
+                next_table = now + DRAW_EVERY
+            wait_for_events(self._bpf, min(DRAIN_EVERY, max(end - now, 0)))
             now = time.monotonic()
 
-    def _finish(self, results: Results, csv: OutputFile) -> None:
+    def _drain(self, results: Results, csv: OutputFile) -> None:
         """No more probes; then the replies that are still on their way, then what is outstanding."""
         self._silence()
-        end = time.monotonic() + STRAY_REPLIES
-        while time.monotonic() < end:
+        self._ended_at = time.monotonic()
+        while time.monotonic() < self._ended_at + STRAY_REPLIES:
             self._write(csv, results.take())
             time.sleep(STRAY_REPLIES / 10)
         self._write(csv, results.take() + results.expire(1 << 63))
         self._write(csv, results.take())
-        self._summarise(results)
+
+    def _table(self, results: Results, lines: int) -> list[str]:
+        """As many lines at most, on how it stands."""
+        ended = f"{results.replies} replies, {results.unanswered} unanswered"
+        return [f"{self._device.name}: {ended}", *results.summary.busiest(lines - 1)]
 
     def _write(self, csv: OutputFile, rows: str) -> None:
         if rows:
@@ -1839,9 +2388,29 @@ class ElfProbe:
         count = self._counters()
         return count["probes"] != count["replies"] + results.unanswered
 
+    def _unprobed(self, count: dict[str, int]) -> Iterator[str]:
+        """Why there are no probes, to some destinations or at all."""
+        length = self._bpf["paths"].Leaf.length.offset
+        paths = itertools.chain(entries(self._bpf["paths"]), entries(self._bpf["peers"]))
+        near = [address_text(key) for key, path in paths if path[length] == 1]
+        if near:
+            more = f" and {len(near) - 5} more" if len(near) > 5 else ""
+            yield f"one hop away, with no router between: {', '.join(near[:5])}{more}"
+        elif not count["probes"]:
+            seen = [f"{name} {number}" for name, number in count.items() if number and name != "not_ours"]
+            if seen:
+                yield f"packets of interest left, but none that could carry a probe: {', '.join(seen)}"
+            else:
+                way = "the way to a destination is what 'ip route get ADDRESS' says"
+                yield f"no packet of interest left by {self._device.name}; {way}"
+
     def _summarise(self, results: Results) -> None:
         """Probes are replies, unanswered ones and lost results, and the log shows where they are not."""
+        if self._console:
+            self._console.clear()
         count = self._counters()
+        for line in results.summary.tables():
+            log.info("%s", line, extra={"bare": True})
         log.info("%d probes, %d replies, %d unanswered", count["probes"], results.replies, results.unanswered)
         ended = results.replies + results.unanswered + count["results_lost"]
         if count["probes"] != ended:
@@ -1849,7 +2418,7 @@ class ElfProbe:
         lost = [f"{name} {count[name]}" for name in LOSSES if count[name]]
         if lost:
             log.warning("not measured: %s", ", ".join(lost))
-        for text in results.changes():
+        for text in itertools.chain(results.changes.texts(), self._unprobed(count)):
             log.info("%s", text)
         if results.malformed:
             log.warning("malformed extensions (RFC 4884) of %d replies are left out", results.malformed)
@@ -1860,6 +2429,10 @@ class ElfProbe:
         if count["reached"]:
             log.warning("%d probes reached their destination", count["reached"])
         log.debug("counters: %s", count)
+        if self._config.debug:
+            for text in run_time_texts(self._bpf, self._ended_at - self._begun_at):
+                log.info("%s", text)
+        save_maps(self._bpf, self._config.filebase)
 
 
 class LogFormat(logging.Formatter):
@@ -1869,17 +2442,24 @@ class LogFormat(logging.Formatter):
         super().__init__("%(asctime)s.%(msecs)03d %(message)s", "%H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(super().formatMessage(record))
+        """Lines of a table (bare) stand alone, others behind the time."""
+        return printable(record.message if hasattr(record, "bare") else super().formatMessage(record))
+
+
+CLEAR_BELOW = "\x1b[J"  # ECMA-48: ED
+UP_TO_START = "\x1b[{}F"  # CPL
 
 
 class Console(logging.Handler):
     """Standard error, written to by a thread of its own: where it takes nothing (a pipe that nobody
-    reads, a stopped terminal), only that thread waits. Lines that do not fit behind it are left out."""
+    reads, a stopped terminal), only that thread waits. Lines that do not fit behind it are left out.
+    On a terminal a table can stand below the lines."""
 
     def __init__(self) -> None:
         super().__init__()
         self._fd = os.dup(2)  # the number 2 is sometimes another file's: captured_stderr()
-        self._texts: queue.Queue[str | None] = queue.Queue(CONSOLE_LINES)
+        self.is_terminal = os.isatty(self._fd) and os.environ.get("TERM", "dumb") != "dumb"
+        self._texts: queue.Queue[str | list[str] | None] = queue.Queue(CONSOLE_LINES)
         self._left_out = 0
         self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
@@ -1897,6 +2477,21 @@ class Console(logging.Handler):
         except queue.Full:
             self._left_out += 1
 
+    def draw(self, table: Callable[[int], list[str]]) -> None:
+        """Puts in the place of the table that is there the one that this makes for so many lines."""
+        if not self.is_terminal or not self._texts.empty():
+            return
+        try:
+            columns, lines = os.get_terminal_size(self._fd)
+        except OSError:
+            return
+        self._texts.put([printable(line)[: columns - 1] for line in table(max(lines - 2, 1))])
+
+    def clear(self) -> None:
+        """Takes the table away."""
+        with contextlib.suppress(queue.Full):
+            self._texts.put_nowait([])
+
     def end(self) -> None:
         """Waits until all is written, but not long for a console that takes nothing."""
         with contextlib.suppress(queue.Full):
@@ -1904,8 +2499,14 @@ class Console(logging.Handler):
             self._thread.join(CONSOLE_PATIENCE)
 
     def _write(self) -> None:
+        table: list[str] = []
         for text in iter(self._texts.get, None):
-            data = (text + "\n").encode(errors="backslashreplace")
+            clear = UP_TO_START.format(len(table)) + CLEAR_BELOW if table else ""
+            if isinstance(text, list):
+                table, lines = text, text
+            else:
+                lines = [text, *table]
+            data = (clear + "".join(f"{line}\n" for line in lines)).encode(errors="backslashreplace")
             with contextlib.suppress(OSError):  # it has been closed
                 while data:
                     try:
@@ -1981,7 +2582,7 @@ def main(argv: list[str]) -> int:
             if not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):  # nohup
                 signal.signal(number, stop.ask)
         try:
-            ElfProbe(config).run(stop)
+            ElfProbe(config, console if config.live else None).run(stop)
         finally:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)  # all is undone: the exit status stands

@@ -1,57 +1,43 @@
 """The main job of elfprobe in a network on one machine; tests/demo calls this.
 
 A program named speedtest uploads from a client through four routers to a server, for real, while
-elfprobe measures its flow. The link behind the third router is slow, so its queue fills: that is
-what the table must show.
+elfprobe measures its flow. For some seconds the link behind the third router is slow, so its queue
+fills: that is what the table must show, and the picture, if elfplot.py finds what it draws with.
 """
 
 from __future__ import annotations
 
-import csv
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from lab import CommandFailed, Lab, interrupt_on_signals
 
 ELFPROBE = Path(__file__).resolve().parent.parent / 'elfprobe.py'
-SECONDS = 8
-RATE, BURST, QUEUE = '50mbit', '32kb', '30ms'
+SECONDS, SLOW_FROM, SLOW_UNTIL = 12, 4, 8
+RATE, BURST, QUEUE, LOAD = '50mbit', '32kb', '30ms', '200M'
 FILEBASE = 'elf-demo'
 
 
 def probe(lab: Lab, speedtest: Path) -> None:
-    """Run speedtest in the client, and elfprobe beside it."""
-    command = ('/usr/bin/python3', str(ELFPROBE), '-i', lab.client_device, '-a', 'speedtest', '-f', FILEBASE,
-               '--duration', str(SECONDS))
+    """Run speedtest in the client, and elfprobe beside it; the link is slow for a while."""
+    command = ('/usr/bin/python3', str(ELFPROBE), '-i', lab.client_device, '-a', 'speedtest', '-l',
+               '-f', FILEBASE, '--duration', str(SECONDS))
     print('$ sudo python3 elfprobe.py', *command[2:], flush=True)
+    slow = 'dev', lab.routers[2].devices[1], 'root', 'tbf', 'rate', RATE, 'burst', BURST, 'latency', QUEUE
     with lab.iperf3_server():
-        lab.client.popen(str(speedtest), '-c', lab.server_address(4), '-t', str(SECONDS + 5),
+        lab.client.popen(str(speedtest), '-c', lab.server_address(4), '-b', LOAD, '-t', str(SECONDS + 5),
                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        lab.client.run(*command, timeout=SECONDS + 30, stdout=None, stderr=None)
-
-
-def milliseconds(nanoseconds: float) -> str:
-    return f'{nanoseconds / 1e6:9.3f}'
-
-
-def show(path: Path) -> None:
-    """The rows' beginning, and what they say hop by hop."""
-    lines = path.read_text().splitlines()
-    print(f'\n$ head -4 {path}', *lines[:4], sep='\n')
-    rows = list(csv.DictReader(lines))
-    print('\nhop  responder        probes  answered   min ms  median ms     95 %       max')
-    for hop in sorted({int(row['outttl']) for row in rows}):
-        of_hop = [row for row in rows if int(row['outttl']) == hop]
-        latencies = sorted(int(row['latency']) for row in of_hop if row['responder'])
-        responders = sorted({row['responder'] for row in of_hop} - {''}) or ['(silent)']
-        figures = [latencies[0], statistics.median(latencies), latencies[len(latencies) * 95 // 100],
-                   latencies[-1]] if latencies else []
-        print(f'{hop:3}  {responders[0]:15} {len(of_hop):7} {len(latencies):9}', *map(milliseconds, figures))
+        elfprobe = lab.client.popen(*command)
+        for wait, verb in (SLOW_FROM, 'add'), (SLOW_UNTIL - SLOW_FROM, 'del'):
+            time.sleep(wait)
+            lab.routers[2].run('tc', 'qdisc', verb, *slow)
+        if elfprobe.wait(SECONDS + 30):
+            raise CommandFailed(f'elfprobe: exit status {elfprobe.returncode}')
 
 
 def main() -> int:
@@ -62,16 +48,18 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix='elf-demo-') as directory, Lab(routers=4) as lab:
             speedtest = Path(directory, 'speedtest')
             shutil.copy(iperf3, speedtest)
-            lab.routers[2].run('tc', 'qdisc', 'add', 'dev', 'eth1', 'root', 'tbf', 'rate', RATE,
-                               'burst', BURST, 'latency', QUEUE)
-            print(f'client - r1 - r2 - r3 - r4 - server; from r3 to r4 {RATE} and a queue of {QUEUE}\n')
+            print(f'client - r1 - r2 - r3 - r4 - server; from second {SLOW_FROM} to {SLOW_UNTIL} '
+                  f'{RATE} and a queue of {QUEUE} from r3 to r4\n')
             probe(lab, speedtest)
     except CommandFailed as failure:
         print(f'demo: {failure}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    show(Path(FILEBASE + '.csv'))
+    path = Path(FILEBASE + '.csv')
+    print(f'\n$ head -4 {path}', *path.read_text().splitlines()[:4], sep='\n', flush=True)
+    print(f'\n$ python3 elfplot.py {path}', flush=True)
+    subprocess.run(['/usr/bin/python3', str(ELFPROBE.with_name('elfplot.py')), str(path)], check=False)
     return 0
 
 

@@ -18,6 +18,7 @@ meet; whatever a killed process left behind, the next lab sweeps away.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -26,6 +27,7 @@ import struct
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -351,6 +353,21 @@ def attach(device: str, link: int, side: int) -> list[str]:
     return [f'address add {address(4, link, side)}/24 dev {device}',
             f'address add {address(6, link, side)}/64 dev {device} nodad',
             f'link set {device} up']
+
+
+@contextmanager
+def nft_table(host: Host, text: str) -> Iterator[None]:
+    """The nft table `inet elf` of a host; `text` is what is in it."""
+    host.run('nft', '-f', '-', input=f'table inet elf {{\n{text}\n}}\n')
+    try:
+        yield
+    finally:
+        host.run('nft', 'delete', 'table', 'inet', 'elf')
+
+
+def kernel_counters(host: Host) -> Counter[str]:
+    """What the host's stack has counted (SNMP and beyond), by the names of nstat."""
+    return Counter(json.loads(host.run('nstat', '-asjz').stdout)['kernel'])
 
 
 def batch(namespace: str, commands: Iterable[str]) -> None:

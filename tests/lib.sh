@@ -1,6 +1,6 @@
 # For bash scripts to source: what they share.
 
-# What the tests need, but for bpftool.
+# What the tests of elfprobe.py need, but for bpftool.
 test_packages=(python3-bpfcc python3-pyroute2 python3-psutil python3-pytest python3-scapy iproute2 iperf3
                iputils-ping tcpdump nftables ethtool procps traceroute)
 

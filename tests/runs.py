@@ -24,9 +24,42 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Iterator, NamedTuple, Sequence, Tuple
 
-from lab import NETNS, PATIENCE, Capture, CommandFailed, Host, Lab, end, wait_until
+from lab import NETNS, PATIENCE, Capture, CommandFailed, Host, Lab, end, kernel_counters, wait_until
 
 ELFPROBE = Path(__file__).resolve().parent.parent / 'elfprobe.py'
+
+# elfprobe, but for one function or method: it raises, or the process first gets a signal there. A Failure
+# of load_program is one to load what tells owners.
+FAULTY = """
+import builtins, os, signal, sys
+from functools import reduce
+name, fault, _, program, *arguments = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(program))
+import elfprobe
+*owners, last = name.split('.')
+owner = reduce(getattr, owners, elfprobe)
+real = getattr(owner, last)
+def faulty(*args, **kw):
+    if name == 'load_program' and fault == 'Failure' and 'by_owner' not in kw:
+        return real(*args, **kw)
+    if not fault.startswith('SIG'):
+        raise {**vars(builtins), **vars(elfprobe)}[fault]('a test broke it')
+    os.kill(os.getpid(), signal.Signals[fault])
+    return real(*args, **kw)
+setattr(owner, last, faulty)
+sys.exit(elfprobe.main(arguments))
+"""
+# elfprobe as where there are no ring buffers and no socket storage.
+OLD_MAPS = """
+import os, sys
+sys.path.insert(0, os.path.dirname(sys.argv[2]))
+import elfprobe
+elfprobe.has_ring_buffer = lambda: False
+sys.exit(elfprobe.main(sys.argv[3:]))
+"""
+OLD_MAPS_COMMAND = sys.executable, '-c', OLD_MAPS  # then elfprobe's command
+
+FAULTY_COMMAND = sys.executable, '-c', FAULTY  # then the name, the fault, and elfprobe's command
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNET = 0x40000000  # linux/sched.h
@@ -35,6 +68,9 @@ ICMP, TCP, UDP, ICMPV6 = 1, 6, 17, 58
 ECHO_TYPES = {ICMP: 8, ICMPV6: 128}
 CHECKSUM_AT = {ICMP: 2, TCP: 16, UDP: 6, ICMPV6: 2}
 TIME_EXCEEDED_TYPES = {ICMP: 11, ICMPV6: 3}
+
+VERSIONS = 4, 6
+HOPS = 1, 2, 3, 4  # of a lab of four routers
 
 # Filters for captures. A probe's TTL is below those that systems begin with, but for multicast.
 PROBES = '((ip and ip[8] <= 32 and ip[16] < 224) or (ip6 and ip6[7] <= 32 and ip6[24] != 255))'
@@ -163,6 +199,22 @@ def elfprobe(lab: Lab, *arguments: str, cwd: Path, host: Host | None = None,
         finally:
             end(process)
             run.finish()
+
+
+def both(lab: Lab) -> list[str]:
+    """The server's addresses."""
+    return [lab.server_address(version) for version in VERSIONS]
+
+
+def numbered(number: int) -> bytes:
+    """A payload that tells its packet from others, of changing length."""
+    return b'%05d' % number + bytes(number * 37 % 1400)
+
+
+def time_exceeded_received(host: Host) -> list[int]:
+    """How many, with valid checksums, the host's stack has seen: IPv4's, IPv6's."""
+    counters = kernel_counters(host)
+    return [counters[name] for name in ('IcmpInTimeExcds', 'Icmp6InTimeExcds')]
 
 
 @contextmanager

@@ -273,6 +273,8 @@ ADDRESSES = {  # text: packed, how it is written in rows, whether packets to it 
     '0.0.0.0': (V4 + bytes(4), '0.0.0.0', False),
     '::1': (bytes(15) + b'\1', '::1', False),
     '::': (bytes(16), '::', False),
+    '224.0.0.1': (V4 + bytes([224, 0, 0, 1]), '224.0.0.1', False),
+    'ff02::1': (b'\xff\2' + bytes(13) + b'\1', 'ff02::1', False),
 }
 
 
@@ -281,7 +283,7 @@ def test_address(text: str) -> None:
     packed, written, remote = ADDRESSES[text]
     assert elfprobe.pack_address(text) == packed
     assert elfprobe.address_text(packed) == written
-    assert elfprobe.is_remote(packed) == remote
+    assert (elfprobe.why_unreachable(packed) == '') == remote
 
 
 @pytest.mark.parametrize('text', [
@@ -463,28 +465,28 @@ def test_struct_format() -> None:
 
 
 PROBE: dict[str, Any] = dict(seq=7, origseq=4294967295, sendtime=1000000000001, outttl=3, outipid=65535,
-                             app=b'tool\0\0', pid=77, outtos=72)
+                             app=b'tool\0\0', pid=77, outtos=72, srtt=1500, cwnd=10, retrans=0)
 KEY: dict[str, Any] = dict(dest=elfprobe.pack_address('198.51.100.9'), sport=socket.htons(40112),
                            dport=socket.htons(443), ident=99, protocol=6)
 REPLY: dict[str, Any] = dict(recvcpu=5, recvtime=1000000250001, responder=elfprobe.pack_address('192.0.2.1'),
                              recvttl=62, inipid=0, intos=0)
 VERSION_6: dict[str, Any] = dict(app=bytes(16), pid=0, dest=elfprobe.pack_address('2001:db8::9'),
-                                 responder=elfprobe.pack_address('2001:db8:1::1'), protocol=17)
+                                 responder=elfprobe.pack_address('2001:db8:1::1'), protocol=17, cwnd=0)
 ROWS = {
     'answered': (
         {**PROBE, **REPLY, **KEY},
         '5,7,4294967295,250000,1000000000001,1000000250001,198.51.100.9,192.0.2.1,3,62,40112,443,6,65535,0,tool,77'
-        ',72,0,,\n'),
+        ',1500,10,0,72,0,,\n'),
     'answered, IPv6': (
         {**PROBE, **REPLY, **KEY, **VERSION_6},
         '5,7,4294967295,250000,1000000000001,1000000250001,2001:db8::9,2001:db8:1::1,3,62,40112,443,17,65535,0,,'
-        ',72,0,,\n'),
+        ',,,,72,0,,\n'),
     'unanswered': (
         {**PROBE, **KEY},
-        '0,7,4294967295,-1,1000000000001,-1,198.51.100.9,,3,-1,40112,443,6,65535,-1,tool,77,72,,,\n'),
+        '0,7,4294967295,-1,1000000000001,-1,198.51.100.9,,3,-1,40112,443,6,65535,-1,tool,77,1500,10,0,72,,,\n'),
     'unanswered, IPv6': (
-        {**KEY, **PROBE, 'dest': VERSION_6['dest']},
-        '0,7,4294967295,-1,1000000000001,-1,2001:db8::9,,3,-1,40112,443,6,65535,-1,tool,77,72,,,\n'),
+        {**KEY, **PROBE, 'dest': VERSION_6['dest'], 'srtt': 0},
+        '0,7,4294967295,-1,1000000000001,-1,2001:db8::9,,3,-1,40112,443,6,65535,-1,tool,77,,10,0,72,,,\n'),
 }
 
 
@@ -500,7 +502,8 @@ def test_columns() -> None:
     assert elfprobe.COLUMNS[:15] == (
         'recvcpu', 'seq', 'origseq', 'latency', 'sendtime', 'recvtime', 'dest', 'responder', 'outttl',
         'recvttl', 'sport', 'dport', 'protocol', 'outipid', 'inipid')
-    assert elfprobe.COLUMNS[15:] == ('app', 'pid', 'outtos', 'intos', 'mpls', 'ifinfo')
+    assert elfprobe.COLUMNS[15:] == (
+        'app', 'pid', 'srtt', 'cwnd', 'retrans', 'outtos', 'intos', 'mpls', 'ifinfo')
 
 
 def extension(*objects: tuple[int, int, bytes], version: int = 2, checksum: int | None = None) -> bytes:

@@ -22,7 +22,19 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 import pytest
 
 from lab import Capture, Host, Lab, batch, end, run, wait_for_line, wait_until
-from runs import ELFPROBE, PROBES, TCP, UDP, Row, Run, Summary, elfprobe, ip_packets, read_rows
+from runs import (
+    ELFPROBE,
+    FAULTY_COMMAND,
+    PROBES,
+    TCP,
+    UDP,
+    Row,
+    Run,
+    Summary,
+    elfprobe,
+    ip_packets,
+    read_rows,
+)
 
 root = pytest.mark.root
 
@@ -104,25 +116,6 @@ fcntl.ioctl(tun, 0x400454CD, int(sys.argv[2]))  # TUNSETLINK
 fcntl.ioctl(tun, 0x400454CB, 1)  # TUNSETPERSIST
 """
 
-# elfprobe, but for one function or method: it raises, or the process first gets a signal there.
-FAULTY = """
-import os, signal, sys
-from functools import reduce
-name, fault, _, program, *arguments = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(program))
-import elfprobe
-*owners, name = name.split('.')
-owner = reduce(getattr, owners, elfprobe)
-real = getattr(owner, name)
-def faulty(*args, **kw):
-    if not fault.startswith('SIG'):
-        raise {'Failure': elfprobe.Failure, 'RuntimeError': RuntimeError}[fault]('a test broke it')
-    os.kill(os.getpid(), signal.Signals[fault])
-    return real(*args, **kw)
-setattr(owner, name, faulty)
-sys.exit(elfprobe.main(arguments))
-"""
-
 # Accepts whatever comes, in either family, and forgets it.
 SINK = """
 import selectors, socket
@@ -199,7 +192,6 @@ console.end()
 """
 
 COMMAND = sys.executable, str(ELFPROBE)
-FAULTY_COMMAND = sys.executable, '-c', FAULTY  # then stage, fault, COMMAND
 
 
 # What there is to look at
@@ -639,6 +631,19 @@ def test_clsact_that_others_put_in_the_place_of_ours_stays(lab4, tmp_path, their
         assert {**attached(lab4.client), 'xdp': None} == {**during, 'xdp': None}
 
 
+@root
+@pytest.mark.parametrize('how', ['filter', 'qdisc'])
+def test_filter_that_others_remove_ends_the_run(busy, tmp_path, how):
+    """There will be no more rows, and somebody should know; what there was is written."""
+    remove = {'filter': 'filter del dev eth0 egress prio 1', 'qdisc': 'qdisc del dev eth0 clsact'}[how]
+    with undone(busy.client), elfprobe(busy, busy.server_address(4), cwd=tmp_path) as measuring:
+        has_rows(measuring)
+        tc(busy.client, remove)
+        assert measuring.wait() == 1
+    assert "somebody has removed our filter from 'eth0'" in measuring.log.splitlines()[-1]
+    assert measuring.summary.probes == len(measuring.rows()) > 0
+
+
 PROGRAMS = {  # place -> whether it is before our program on egress
     'tcx': {'tcx egress': True, 'tcx ingress': False},
     'filters': {'tc egress 1': True, 'tc egress 20': False, 'tc ingress 1': False, 'tc ingress 20': False},
@@ -1062,8 +1067,8 @@ def test_log_is_full(busy, tmp_path):
     check_end(measuring)
     log = (tmp_path / 'elf.log').read_text()
     assert LOG_LIMIT - 100 < len(log) <= LOG_LIMIT < len(measuring.log)
-    assert measuring.log.startswith(log)
-    assert log.endswith('\n')
+    said = iter(measuring.log.splitlines(True))
+    assert all(line in said for line in log.splitlines(True))  # whole ones, in order
 
 
 SMALL = 'mkdir small; mount -t tmpfs -o size=12k none small; "$@"; s=$?; cp small/elf.csv .; exit $s'

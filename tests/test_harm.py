@@ -9,7 +9,6 @@ each packet that may carries a probe. A flow in trouble is left alone.
 from __future__ import annotations
 
 import ast
-import json
 import re
 import socket
 import struct
@@ -25,27 +24,29 @@ from typing import Any, Iterator, List, Sequence, Tuple
 
 import pytest
 
-from lab import Host, Lab, end, wait_for_line, wait_until
+from lab import Host, Lab, end, kernel_counters, nft_table, wait_for_line, wait_until
 from runs import (
     ECHO_TYPES,
     ELFPROBE,
+    HOPS,
     ICMP,
     ICMPV6,
     PROBES,
     TCP,
     UDP,
+    VERSIONS,
     Packet,
     Run,
+    both,
     elfprobe,
     inside,
     ip_packets,
+    numbered,
     ones_sum,
 )
 
 pytestmark = pytest.mark.root
 
-VERSIONS = 4, 6
-HOPS = 1, 2, 3, 4
 FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 MSS = 1460  # of Ethernet, at most
 PORT, CLIENT_PORT = 7000, 7001  # the server's; the client's, where it is not the kernel's choice
@@ -129,14 +130,6 @@ chain forward {
 
 
 # Traffic
-
-def both(lab: Lab) -> list[str]:
-    return [lab.server_address(version) for version in VERSIONS]
-
-
-def numbered(number: int) -> bytes:
-    return b'%05d' % number + bytes(number * 37 % 1400)
-
 
 @contextmanager
 def udp_sockets(lab: Lab, version: int) -> Iterator[tuple[socket.socket, socket.socket]]:
@@ -234,19 +227,9 @@ def transfer(source: socket.socket, sink: socket.socket, size: int) -> None:
 
 # The lab
 
-@contextmanager
-def table(host: Host, text: str) -> Iterator[None]:
-    """An nft table of a host."""
-    host.run('nft', '-f', '-', input=f'table inet harm {{ {text} }}\n')
-    try:
-        yield
-    finally:
-        host.run('nft', 'delete', 'table', 'inet', 'harm')
-
-
 def packets_counted(host: Host, counter: str) -> int:
     """By a named counter of the table."""
-    said = host.run('nft', 'list', 'counter', 'inet', 'harm', counter).stdout
+    said = host.run('nft', 'list', 'counter', 'inet', 'elf', counter).stdout
     return int(re.findall(r'packets (\d+)', said)[0])
 
 
@@ -260,10 +243,6 @@ def sysctls(hosts: Sequence[Host], values: dict[str, int]) -> Iterator[None]:
     finally:
         for host in hosts:
             host.run('sysctl', '-qw', *(f'{name}={value}' for name, value in zip(values, before[host])))
-
-
-def kernel_counters(host: Host) -> Counter[str]:
-    return Counter(json.loads(host.run('nstat', '-asjz').stdout)['kernel'])
 
 
 def from_client(lab: Lab) -> str:
@@ -502,7 +481,7 @@ def test_stateful_firewall(lab4: Lab, tmp_path: Path, options: list[str]) -> Non
                 dict.fromkeys(names, 0)]
     with ExitStack() as stack:
         stack.enter_context(sysctls([r2], {'net.netfilter.nf_conntrack_tcp_be_liberal': 0}))
-        stack.enter_context(table(r2, STATEFUL))
+        stack.enter_context(nft_table(r2, STATEFUL))
         seen = stack.enter_context(lab4.client.capture(filter=f'tcp port {PORT}', snaplen=120))
         run = stack.enter_context(elfprobe(lab4, '-p', '0', *options, *both(lab4), cwd=tmp_path))
         listeners = [stack.enter_context(tcp_listener(lab4, version)) for version in VERSIONS]
@@ -558,7 +537,7 @@ def test_nat(lab4: Lab, tmp_path: Path) -> None:
     r1 = lab4.routers[0]
     lab4.set_checksum_offload(False)
     try:
-        with table(r1, MASQUERADE), \
+        with nft_table(r1, MASQUERADE), \
                 r1.capture(r1.devices[1], filter=from_client(lab4)) as untranslated, \
                 elfprobe(lab4, '-p', '0', *both(lab4), cwd=tmp_path) as run:
             for version in VERSIONS:
@@ -587,7 +566,7 @@ def test_suspicious_firewall(lab4: Lab, tmp_path: Path) -> None:
     """At hop 2, it takes a low TTL for an attack: the second time a flow is blocked is the last."""
     r2 = lab4.routers[1]
     with ExitStack() as stack:
-        stack.enter_context(table(r2, SUSPICIOUS))
+        stack.enter_context(nft_table(r2, SUSPICIOUS))
         seen = stack.enter_context(lab4.client.capture(filter=f'tcp port {PORT}', snaplen=120))
         run = stack.enter_context(elfprobe(lab4, *both(lab4), cwd=tmp_path))
         pairs = [stack.enter_context(tcp_pair(lab4, version)) for version in VERSIONS]
@@ -641,14 +620,14 @@ def stall(lab: Lab, run: Run, says: str) -> tuple[int, int]:
     """Block the flow, once it is probed, until elfprobe says so. From when to when, CLOCK_MONOTONIC, ns."""
     rows = len(run.rows())
     wait_until(lambda: len(run.rows()) >= rows + 50, 10, 'the flow is probed')
-    with table(lab.routers[1], BLOCK):
+    with nft_table(lab.routers[1], BLOCK):
         begin = time.monotonic_ns()
         wait_until(lambda: says in run.log, 20, says)
         return begin, time.monotonic_ns()
 
 
 def segments_sent(lab: Lab) -> int:
-    return int(lab.client.run('nstat', '-asz', 'TcpOutSegs').stdout.split()[-2])
+    return kernel_counters(lab.client)['TcpOutSegs']
 
 
 def test_stalled_flow_is_not_probed(lab4: Lab, tmp_path: Path) -> None:

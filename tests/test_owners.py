@@ -32,14 +32,13 @@ import psutil
 import pytest
 
 from lab import NETNS, PATIENCE, CommandFailed, Host, Lab, end, run, wait_until
-from runs import PROBES, TCP, UDP, Run, elfprobe, ip_packets
+from runs import FAULTY_COMMAND, PROBES, TCP, UDP, VERSIONS, Run, elfprobe, ip_packets
 
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, linux/proc_ns.h: its inode number, always
 pytestmark = [pytest.mark.root, pytest.mark.skipif(
     os.stat('/proc/self/ns/pid').st_ino != INITIAL_PID_NAMESPACE, reason='in a PID namespace of its own')]
 
 SECONDS = float(os.environ.get('ELFPROBE_TESTS_SECONDS', 5))  # beside somebody else's flows
-VERSIONS = 4, 6
 SHORT_FLOWS = 200
 ENOUGH = 20  # packets of each program, at least
 MANY = ','.join(f'10.0.5.{number}' for number in range(2, 10))  # addresses of the server
@@ -231,24 +230,6 @@ for number in range(int(sys.argv[2])):
         print(connection.getsockname()[1], flush=True)
     if number % 2:
         os._exit(0)
-"""
-
-# elfprobe, but for one function or method, which raises; load_program only where it is to tell owners.
-FAULTY = """
-import builtins, os, sys
-from functools import reduce
-name, error, _, program, *arguments = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(program))
-import elfprobe
-*owners, last = name.split('.')
-owner = reduce(getattr, owners, elfprobe)
-real = getattr(owner, last)
-def faulty(*args, **kw):
-    if name == 'load_program' and 'by_owner' not in kw:
-        return real(*args, **kw)
-    raise {**vars(builtins), **vars(elfprobe)}[error]('a test took it away')
-setattr(owner, last, faulty)
-sys.exit(elfprobe.main(arguments))
 """
 
 # elfprobe, but each process that it begins to follow has just ended.
@@ -801,13 +782,13 @@ def test_namespaces(net, stage, tmp_path, own_cgroup, enter, unshare, polling):
 
 
 @pytest.mark.parametrize('name, error, missing', [
-    ('SocketOwners._attach_to_cgroup', 'Unsupported', 'a test took it away'),
+    ('SocketOwners._attach_to_cgroup', 'Unsupported', 'a test broke it'),
     ('open_cgroup_root', 'OSError', 'cgroup version 2'),
     ('load_program', 'Failure', 'Linux 5.9'),
 ])
 def test_fallback(net, stage, tmp_path, name, error, missing):
     """Without the kernel's help, connections are looked for."""
-    via = *net.client.command(), sys.executable, '-c', FAULTY, name, error
+    via = *net.client.command(), *FAULTY_COMMAND, name, error
     older = stage.talk('./speedtest', 'talk(tcp())')
     with elfprobe(net, '-a', 'speedtest', '-p', '0', cwd=tmp_path, via=via) as elf:
         stage.go()
@@ -890,7 +871,7 @@ def test_nothing_is_left(net, tmp_path, number):
 @pytest.mark.needs('bpftool')
 @pytest.mark.parametrize('name', ['SocketOwners._adopt_running', 'tc_attachment'])
 def test_nothing_is_left_by_errors(net, tmp_path, name):
-    via = *net.client.command(), sys.executable, '-c', FAULTY, name, 'RuntimeError'
-    with nothing_left(), pytest.raises(CommandFailed, match='a test took it away'), \
+    via = *net.client.command(), *FAULTY_COMMAND, name, 'RuntimeError'
+    with nothing_left(), pytest.raises(CommandFailed, match='a test broke it'), \
             elfprobe(net, '-a', 'speedtest', cwd=tmp_path, via=via):
         pass

@@ -9,7 +9,6 @@ with it one by one, in both directions.
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 import socket
@@ -36,29 +35,34 @@ from lab import (
     attach,
     batch,
     end,
+    nft_table,
     wait_until,
 )
 from runs import (
     ECHO_TYPES,
+    HOPS,
     ICMP,
     ICMPV6,
+    OLD_MAPS_COMMAND,
     PROBES,
     TCP,
     TIME_EXCEEDED,
     UDP,
+    VERSIONS,
     Packet,
     Row,
     Run,
+    both,
     elfprobe,
     inside,
     ip_packets,
+    numbered,
     realtime_offset,
+    time_exceeded_received,
 )
 
 pytestmark = pytest.mark.root
 
-VERSIONS = 4, 6
-HOPS = 1, 2, 3, 4
 MS = 1_000_000  # ns
 # Between two readings around the same event; microseconds, but for a busy machine.
 CLOCKS_AGREE = 10 * MS * PATIENCE
@@ -71,10 +75,6 @@ UPLOAD, DOWNLOAD, STREAM = 5210, 5220, 5230  # ports; the version is added
 
 
 # Traffic
-
-def both(lab: Lab) -> list[str]:
-    return [lab.server_address(version) for version in VERSIONS]
-
 
 def client(lab: Lab, *cmd: str) -> subprocess.Popen[str]:
     return lab.client.popen(*cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -118,10 +118,6 @@ def udp_socket(host: Host, version: int, port: int = 0) -> socket.socket:
     return udp
 
 
-def numbered(number: int) -> bytes:
-    return b'%05d' % number + bytes(number * 37 % 1400)
-
-
 def stream(lab: Lab, version: int, count: int = 300) -> list[tuple[bytes, int]]:
     """Send numbered UDP packets; what arrives at the server, in that order: payload and TTL."""
     port = STREAM + version
@@ -148,12 +144,8 @@ def stream(lab: Lab, version: int, count: int = 300) -> list[tuple[bytes, int]]:
 @contextmanager
 def dropping(host: Host, rules: str) -> Iterator[None]:
     """nft rules for what the host itself sends."""
-    chain = 'type filter hook output priority 0;'
-    host.run('nft', '-f', '-', input=f'table inet elf {{ chain output {{ {chain} {rules}; }}; }}')
-    try:
+    with nft_table(host, f'chain output {{ type filter hook output priority 0; {rules}; }}'):
         yield
-    finally:
-        host.run('nft', 'delete', 'table', 'inet', 'elf')
 
 
 # Rows and packets
@@ -356,10 +348,27 @@ def test_every_probe_and_answer_has_its_row(measured):
 
 # The stack beside it
 
-def time_exceeded_received(host: Host) -> list[int]:
-    """How many the stack has seen: IPv4's, IPv6's."""
-    counters = json.loads(host.run('nstat', '-asj').stdout)['kernel']
-    return [counters.get(name, 0) for name in ('IcmpInTimeExcds', 'Icmp6InTimeExcds')]
+IP_MTU_DISCOVER, IP_PMTUDISC_DONT = 10, 0  # linux/in.h
+
+
+def test_probes_that_routers_fragment(make_lab, tmp_path):
+    """Like the packets whose payload they keep: routers behind quote the first fragment."""
+    lab = make_lab(routers=4)
+    for router, device in zip(lab.routers, ('eth1', 'eth0')):
+        batch(router.name, [f'link set {device} mtu 1000'])
+    with udp_socket(lab.client, 4) as sender, udp_socket(lab.server, 4, 7), \
+            lab.routers[3].capture(filter='ip[6] & 0x20 != 0') as parts, \
+            elfprobe(lab, '-T', '-p', '0', lab.server_address(4), cwd=tmp_path) as run:
+        sender.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)
+        output(ping(lab, 4, '-c1'))
+        for _ in range(200):
+            sender.sendto(os.urandom(1400), (lab.server_address(4), 7))
+        wait_until(lambda: len(run.rows()) > 190, 10, 'rows')
+    assert len(parts.packets()) > 200  # of packets, and of the probes that end here
+    rows = [row for row in run.rows() if row.protocol == UDP]
+    assert Counter((row.outttl, row.responder) for row in rows if row.is_answered).keys() == {
+        (hop, lab.hop(4, hop)) for hop in HOPS}
+    assert sum(row.is_answered for row in rows) > 0.97 * len(rows)
 
 
 @pytest.mark.parametrize('ingress', ['drop', 'pass'])
@@ -483,17 +492,15 @@ def test_parallel_flows(lab4, tmp_path):
 
 
 CHANGES = """\
-table inet elf {
-    chain forward {
-        type filter hook forward priority 0
-        ip dscp set cs0
-        ip6 dscp set cs0
-    }
-    chain prerouting {
-        type filter hook prerouting priority -300
-        iifname eth0 ip saddr %(client)s ip saddr set %(other)s
-        iifname eth1 ip daddr %(other)s ip daddr set %(client)s
-    }
+chain forward {
+    type filter hook forward priority 0
+    ip dscp set cs0
+    ip6 dscp set cs0
+}
+chain prerouting {
+    type filter hook prerouting priority -300
+    iifname eth0 ip saddr %(client)s ip saddr set %(other)s
+    iifname eth1 ip daddr %(other)s ip daddr set %(client)s
 }
 """
 
@@ -505,13 +512,12 @@ def test_what_the_network_changes(lab4, tmp_path):
     batch(lab4.routers[2].name, [f'route replace {other} via {address(4, 3, 1)}'])
     batch(lab4.routers[3].name, [f'route replace {other} via {address(4, 4, 1)}'])
     batch(lab4.server.name, [f'route replace {other} via {address(4, 5, 1)}'])
-    r2.run('nft', '-f', '-', input=CHANGES % dict(client=client, other=other))
     try:
-        with elfprobe(lab4, *both(lab4), cwd=tmp_path) as run, pinging(lab4, '-i.01', '-Q', str(TOS)):
+        with nft_table(r2, CHANGES % dict(client=client, other=other)), \
+                elfprobe(lab4, *both(lab4), cwd=tmp_path) as run, pinging(lab4, '-i.01', '-Q', str(TOS)):
             # But for r2 itself, whose answers in IPv4 go to the other address.
             wait_until(lambda: len(latest(run.rows())) == 7, 10, 'rows of the hops of both destinations')
     finally:
-        r2.run('nft', 'delete', 'table', 'inet', 'elf')
         for host in [*lab4.routers[2:], lab4.server]:
             batch(host.name, [f'route del {other}'])
     with open(tmp_path / 'elf.csv', newline='') as file:
@@ -573,17 +579,16 @@ def test_silent_router(lab4, tmp_path):
         assert rests[-1] > 200 * MS
 
 
+CLOSED = 'chain forward { type filter hook forward priority 0; policy drop; }'
+
+
 def test_outage(lab4, tmp_path):
     """r2 forwards nothing for a while: when the way is open again, all hops are probed at once, and go on."""
-    chain = 'type filter hook forward priority 0; policy drop;'
     with measuring(lab4, cwd=tmp_path) as run, pinging(lab4, '-i.005'):
         wait_until(lambda: len(latest(run.rows())) == 8, 10, 'rows of all hops of both destinations')
-        lab4.routers[1].run('nft', '-f', '-', input=f'table inet elf {{ chain forward {{ {chain} }}; }}')
-        try:
+        with nft_table(lab4.routers[1], CLOSED):
             begin = time.monotonic_ns()
             wait_until(lambda: time.monotonic_ns() - begin > 3000 * MS, 10, 'some rests are over')
-        finally:
-            lab4.routers[1].run('nft', 'delete', 'table', 'inet', 'elf')
         since = time.monotonic_ns()
         wait_until(lambda: len(latest(run.rows(), since)) == 8, 5, 'all hops answer again')
     later = Counter((row.dest, row.outttl) for row in run.rows() if row.sendtime > since)
@@ -760,6 +765,12 @@ def test_path_changes(make_lab, tmp_path, traffic):
             wait_for(there)
             wait_for(there)  # and stays so
     assert max(Counter(packet.dest for packet in ip_packets(reached)).values()) < 10
+    for version, dest in zip(VERSIONS, both(lab)):
+        told = re.findall(rf' to {dest}.*: hop (\d) is now (\S+), no longer (\S+)', run.log)
+        assert ('2', lab.hop(version, 2)) in [(hop, before) for hop, _, before in told]
+        assert {routers[after] for hop, after, _ in told if hop == '2'} >= {2, 3, 4}
+        assert not [hop for hop, after, before in told if hop == '1' or after == before]
+    assert run.log.count('hop 2 changed ') == len(VERSIONS)
 
 
 @pytest.mark.parametrize('ttl', ['200', '100'])
@@ -777,6 +788,27 @@ def test_odd_initial_ttl(lab4, tmp_path, ttl):
         lab4.server.run('sysctl', '-qw', *usual)
     assert set(latest(run.rows())) == {(dest, hop) for dest in both(lab4) for hop in HOPS}
     assert max(Counter(packet.dest for packet in ip_packets(reached)).values(), default=0) < 10
+
+
+@pytest.mark.parametrize('options', [[], ['-T']], ids=['truncated', 'whole'])
+def test_without_ring_buffers(lab4, tmp_path, options):
+    """Nor socket storage: the same rows by other maps."""
+    seen_at_r1 = dict(filter=f'({PROBES} and not icmp6[0] == 3) or {TIME_EXCEEDED}', snaplen=2000)
+    via = lab4.client.command(*OLD_MAPS_COMMAND)
+    with lab4.routers[0].capture(**seen_at_r1) as seen, uploading(lab4), pinging(lab4, '-i.01'), \
+            elfprobe(lab4, *options, *both(lab4), cwd=tmp_path, via=via) as run:
+        wait_until(lambda: len(run.rows()) > 1000, 30, '1000 rows')
+        assert run.stop() == 0
+    packets = ip_packets(seen)
+    rows = run.rows()
+    probes = [packet for packet in packets if packet.dest in both(lab4) and not packet.is_time_exceeded]
+    assert len(pairs(rows, probes, realtime_offset())) == len(rows)
+    assert {(row.dest, row.outttl, row.responder) for row in rows if row.is_answered} == {
+        (lab4.server_address(version), hop, lab4.hop(version, hop)) for version in VERSIONS for hop in HOPS}
+    assert sum(row.is_answered for row in rows) > 0.97 * len(rows)
+    assert {row.protocol for row in rows} == {ICMP, ICMPV6, TCP}
+    if options:
+        assert max(len(probe.payload) for probe in probes if probe.protocol == TCP) in range(900, MSS[4] + 1)
 
 
 def test_nsenter(lab4, tmp_path):

@@ -272,9 +272,10 @@ def test_vlan(lab4, tmp_path, device, options):
                 stack.callback(batch, router.name, [f'route del {net}'])
             to_r1 = f'via {address(version, VLAN, 2)}'
             batch(lab4.client.name, [f'route add {lab4.server_address(version)} {to_r1}'])
-        elf = stack.enter_context(elfprobe(lab4, '-i', device, '-p', '20', *options, *both(lab4), cwd=tmp_path))
-        check(lab4, elf, {version: {hop: address(version, VLAN, 2) if hop == 1 else lab4.hop(version, hop)
-                                    for hop in HOPS} for version in VERSIONS})
+        hops = {version: {1: address(version, VLAN, 2), **{hop: lab4.hop(version, hop) for hop in HOPS[1:]}}
+                for version in VERSIONS}
+        options = ['-p', '20', *options, *both(lab4)]
+        check(lab4, stack.enter_context(elfprobe(lab4, '-i', device, *options, cwd=tmp_path)), hops)
 
 
 # Kprobes

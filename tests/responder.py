@@ -591,6 +591,8 @@ class Routers:
         version = version_of(packet)
         turn = version, parse_packet(packet).protocol, hop
         names = self._ways[version]
+        if hop == HOPS:  # one that might be the destination is not asked again before it has answered
+            names = [name for name in names if WAYS[name].copies and not WAYS[name].unmatched] or names
         name = names[(self._turns[turn] + hop * len(names) // HOPS) % len(names)]  # each hop begins elsewhere
         self._turns[turn] += 1
         way = WAYS[name]

@@ -9,7 +9,6 @@ are compared with it one by one. A way by which a probe cannot be known says so,
 from __future__ import annotations
 
 import csv
-import json
 import socket
 import struct
 import subprocess
@@ -36,16 +35,27 @@ from responder import (
     responding,
     ways_of,
 )
-from runs import ICMP, ICMPV6, TCP, UDP, Packet, Row, elfprobe, inside, parse_packet
+from runs import (
+    ICMP,
+    ICMPV6,
+    TCP,
+    UDP,
+    VERSIONS,
+    Packet,
+    Row,
+    elfprobe,
+    inside,
+    parse_packet,
+    time_exceeded_received,
+)
 
 pytestmark = pytest.mark.root
 
-VERSIONS = 4, 6
 PROTOCOLS = {4: (ICMP, TCP, UDP), 6: (ICMPV6, TCP, UDP)}
 FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 TOS = 0x48  # a DSCP that nobody uses by default
 QUIC, DNS, WEB = 443, 53, 80  # the server's ports
-OFTEN = {1, 2}  # hops
+OFTEN = {1, 2, 3}  # hops
 SCHEDULED = 1_000_000_000  # ns within which even a busy machine lets the routers look at a packet
 DELIVERED = 50_000_000  # ns within which the kernel hands it on once it was sent
 
@@ -194,12 +204,6 @@ def is_every_way_used(responder: Responder) -> bool:
                for version in VERSIONS for protocol in PROTOCOLS[version] for hop in range(1, HOPS + 1))
 
 
-def time_exceeded_received(lab: Lab) -> list[int]:
-    """How many, with valid checksums, the client's stack has seen: IPv4's, IPv6's."""
-    counters = json.loads(lab.client.run('nstat', '-asj').stdout)['kernel']
-    return [counters.get(name, 0) for name in ('IcmpInTimeExcds', 'Icmp6InTimeExcds')]
-
-
 def key_of_row(row: Row) -> tuple[Any, ...]:
     return row.flow + (row.outttl, row.outipid)
 
@@ -231,7 +235,7 @@ def measured(lab: Lab, request: pytest.FixtureRequest,
     directory = tmp_path_factory.mktemp('measured')
     options = ['-p', '0', *([] if truncated else ['-T'])]
     lab.set_checksum_offload(offload)
-    before = time_exceeded_received(lab)
+    before = time_exceeded_received(lab.client)
     try:
         with responding(lab, directory / 'answers') as responder:
             with elfprobe(lab, *options, *map(lab.server_address, VERSIONS), cwd=directory) as run:
@@ -245,7 +249,7 @@ def measured(lab: Lab, request: pytest.FixtureRequest,
             answers = responder.answers()
     finally:
         lab.set_checksum_offload(True)
-    passed = [now - then for now, then in zip(time_exceeded_received(lab), before)]
+    passed = [now - then for now, then in zip(time_exceeded_received(lab.client), before)]
     return Measured(offload, rows, answers, pair(list(zip(rows, columns)), answers), passed)
 
 

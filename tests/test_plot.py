@@ -1,0 +1,565 @@
+"""elfplot.py: made-up rows with known figures, and what of them is in the table, the picture and the page."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from contextlib import suppress
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, Iterable
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import elfplot
+import elfprobe
+from elfprobe import Failure
+
+FigureCanvasAgg: Any = None
+with suppress(ImportError):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+if elfplot.MISSING and os.environ.get('ELFPROBE_TESTS_STRICT') != '1':
+    pytest.skip(f'not installed: {", ".join(elfplot.MISSING.values())}', allow_module_level=True)
+
+SCRIPT = Path(elfplot.__file__)
+FIRST = elfprobe.COLUMNS[:15]
+COLUMNS = elfprobe.COLUMNS
+MS, S = 10**6, 10**9  # ns
+START = 5000 * S
+EPOCH = 1793995200 * S  # CLOCK_MONOTONIC 0 in some tests: 2026-11-06T20:00:00Z
+HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;$x_{$\\'
+
+
+def row(at: float, hop: int, ms: float | None, **changes: Any) -> dict[str, Any]:
+    """A probe's row, sent so many seconds after the start; ms: None, no answer."""
+    latency, sent = -1 if ms is None else round(ms * MS), START + round(at * S)
+    return {**dict(
+        recvcpu=0, seq=7, origseq=9, latency=latency, sendtime=sent, dest='203.0.113.80', outttl=hop,
+        recvtime=-1 if ms is None else sent + latency, responder='' if ms is None else f'10.0.{hop}.2',
+        recvttl=64, sport=40112, dport=443, protocol=6, outipid=1, inipid=1, app='speedtest', pid=4127,
+        srtt='', cwnd='', retrans='', outtos=0, intos=0, mpls='', ifinfo=''), **changes}
+
+
+def text_of(rows: Iterable[dict[str, Any]], columns: Iterable[str] = COLUMNS) -> str:
+    lines = [','.join(columns), *(','.join(str(row[name]) for name in columns) for row in rows)]
+    return '\n'.join(lines) + '\n'
+
+
+def regular(hops: int = 4, probes: int = 50, every: float = 0.1, **changes: Any) -> list[dict[str, Any]]:
+    """So many probes to each hop; hop h answers after h to h + 0.49 ms."""
+    return [row(every * i + 0.001 * hop, hop, hop + i % 50 / 100, **changes)
+            for i in range(probes) for hop in range(1, hops + 1)]
+
+
+@pytest.fixture
+def csv(tmp_path: Path) -> Path:
+    return tmp_path / 'run 5.csv'
+
+
+def picture_of(rows: Iterable[dict[str, Any]], csv: Path, zero: int | None = None) -> elfplot.Picture:
+    csv.write_text(text_of(rows))
+    frame = elfplot.read_rows(str(csv))
+    return elfplot.draw(frame, elfplot.choose(frame, [])[0], zero, csv.name, [])
+
+
+def page_of(*arguments: str) -> tuple[int, str]:
+    """Exit status, and the page."""
+    status = elfplot.main(['--html', *arguments])
+    return status, Path(arguments[-1]).with_suffix('.html').read_text()
+
+
+def lines_of(axes: Any) -> dict[str, Any]:
+    return {line.get_label(): line for line in axes.get_lines() if not line.get_label().startswith('_')}
+
+
+# Arguments and errors
+
+@pytest.mark.parametrize('arguments, named', [
+    ([], ['CSV']),
+    (['a.csv', 'b.csv'], ['b.csv']),
+    (['--dest', 'nowhere', 'a.csv'], ['--dest', "'nowhere'", 'not an IPv4 or IPv6 address']),
+    ([*(f'--dest=10.0.0.{i}' for i in range(17)), 'a.csv'], ['--dest', '16']),
+    (['-o', '', 'a.csv'], ['-o/--filebase', 'empty']),
+    (['--htm', 'a.csv'], ['--htm']),
+    (['a.png'], ["'a.png'", 'overwritten', '-o']),
+    (['-o', './a', 'a.html'], ["'a.html'", 'overwritten']),
+], ids=lambda value: ' '.join(value)[:30])
+def test_wrong_usage(arguments: list[str], named: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert elfplot.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith('elfplot.py: ') and err.count('\n') == 1
+    assert not [text for text in named if text not in err]
+
+
+GOOD = text_of([row(0, 1, 1)])
+BAD_FILES = {  # content: what the message must name
+    '': ['no whole line'],
+    'recvcpu,seq': ['no whole line'],
+    '\n\n': ['run 5.csv'],
+    'a,b\n1,2\n': ['no column', 'latency', 'dest'],
+    GOOD.replace('latency', 'delay'): ['no column latency'],
+    GOOD.replace('1000000', 'soon', 1): ['not as elfprobe.py writes it', 'soon'],
+    GOOD.replace('1000000', '', 1): ['not as elfprobe.py writes it'],
+    GOOD.replace(str(START), '9' * 30): ['not as elfprobe.py writes it'],
+    GOOD + 'x,' * 40 + '\n': ['not as elfprobe.py writes it'],
+    '\0\1\2\n' * 9: ['run 5.csv'],
+}
+
+
+@pytest.mark.parametrize('content', BAD_FILES, ids=range(len(BAD_FILES)))
+def test_bad_file(content: str, csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    csv.write_text(content)
+    assert elfplot.main([str(csv)]) == 1
+    out, err = capsys.readouterr()
+    assert not out and err.startswith('elfplot.py: ') and err.count('\n') == 1
+    assert not [text for text in (str(csv), *BAD_FILES[content]) if text not in err]
+    assert list(csv.parent.iterdir()) == [csv]
+
+
+def test_files_that_cannot_be_read_or_written(csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert elfplot.main([str(csv)]) == elfplot.main([str(csv.parent)]) == 1
+    csv.write_text(GOOD)
+    assert elfplot.main(['-o', str(csv.parent / 'no' / 'x'), str(csv)]) == 1
+    missing, directory, unwritable = capsys.readouterr().err.splitlines()
+    assert str(csv) in missing and 'No such file' in missing
+    assert str(csv.parent) in directory and 'Is a directory' in directory
+    assert '-o/--filebase' in unwritable and 'no/x.png' in unwritable and 'No such file' in unwritable
+
+
+def test_without_bcc(csv: Path) -> None:
+    csv.write_text(GOOD)
+    code = ('import sys; sys.modules.update(bcc=None, pyroute2=None, psutil=None)\n'
+            'sys.path.insert(0, sys.argv[1]); import elfplot; sys.exit(elfplot.main(sys.argv[2:]))')
+    subprocess.run([sys.executable, '-c', code, str(SCRIPT.parent), str(csv)], check=True, timeout=60)
+    assert csv.with_suffix('.png').exists()
+
+
+def test_missing_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(elfplot, 'MISSING', {'pandas': 'python3-pandas', 'matplotlib': 'python3-matplotlib'})
+    assert elfplot.main(['a.csv']) == 1
+    assert capsys.readouterr().err.endswith('apt install python3-pandas python3-matplotlib\n')
+
+
+def test_reader_of_the_table_who_has_seen_enough(csv: Path) -> None:
+    csv.write_text(text_of(regular()))
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, str(SCRIPT), str(csv)]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b'') and csv.with_suffix('.png').exists()
+
+
+def test_names_of_what_is_written(csv: Path, monkeypatch: pytest.MonkeyPatch,
+                                  capsys: pytest.CaptureFixture[str]) -> None:
+    csv.write_text(GOOD)
+    monkeypatch.chdir(csv.parent.parent)
+    assert elfplot.main([str(csv)]) == 0
+    assert sorted(path.name for path in csv.parent.iterdir()) == ['run 5.csv', 'run 5.png']
+    csv.with_suffix('.png').write_text('old')
+    assert elfplot.main(['--html', '-o', 'elsewhere', str(csv)]) == elfplot.main([str(csv)]) == 0
+    assert {'elsewhere.png', 'elsewhere.html'} <= {path.name for path in Path().iterdir()}
+    assert csv.with_suffix('.png').read_bytes().startswith(b'\x89PNG') and csv.read_text() == GOOD
+    assert 'picture: elsewhere.png\npage: elsewhere.html\n' in capsys.readouterr().out
+
+
+# Rows
+
+@pytest.mark.parametrize('cut', [1, 2, 10, 40, 60, 100])
+def test_incomplete_last_line(cut: int, csv: Path) -> None:
+    rows = [row(0, 1, 1, ifinfo='"role=incoming;name=a,b"'), row(1, 2, 2, ifinfo='"role=incoming;name=c,d"')]
+    csv.write_text(text_of(rows)[:-cut])
+    assert list(elfplot.read_rows(str(csv)).outttl) == [1]
+
+
+def test_rows_come_in_the_order_of_sending(csv: Path) -> None:
+    csv.write_text(text_of([row(2, 3, 1), row(0, 1, None), row(1, 2, 1)]))
+    assert list(elfplot.read_rows(str(csv)).outttl) == [1, 2, 3]
+
+
+@pytest.mark.parametrize('columns', [FIRST, (*FIRST, 'app', 'pid'), (*COLUMNS, 'more')])
+def test_columns_of_other_versions(columns: tuple[str, ...], csv: Path) -> None:
+    rows = [dict(row, more='x', srtt=100, retrans=0) for row in regular()]
+    csv.write_text(text_of(rows, columns))
+    status, page = page_of(str(csv))
+    assert status == 0
+    section = data_of(page)['sections'][0]
+    assert probes_in(section) == len(rows)
+    assert (section['flow'] is not None) == ('srtt' in columns)
+
+
+def test_names_that_are_like_missing_values(csv: Path) -> None:
+    picture = picture_of(regular(app='nan'), csv)
+    assert '·  nan  ·' in picture.sections[0].title
+
+
+# The table
+
+def test_table(csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row(i, 1, 1 + i % 2) for i in range(100)] + [row(i, 2, None) for i in range(3)]
+    rows += [row(i, 3, i + 1, responder=f'10.0.3.{i % 5 + 1}') for i in range(101)] + [row(5, 3, None)]
+    rows += [row(0, 9, 5, dest='2001:db8::1', responder='2001:db8::9')]
+    csv.write_text(text_of(rows))
+    assert elfplot.main([str(csv)]) == 0
+    summary = elfprobe.Summary()
+    for one in rows:
+        answer = dict(recvtime=one['recvtime'], responder=elfprobe.pack_address(one['responder'])) \
+            if one['responder'] else {}
+        summary.note(elfprobe.pack_address(one['dest']), one['outttl'], one['sport'], one['dport'],
+                     one['protocol'], one['sendtime'], **answer)
+    *lines, picture, end = capsys.readouterr().out.split('\n')
+    assert lines == [*summary.tables()[1:], '']
+    assert [line.split()[:5] for line in lines[2:5]] == [
+        ['1', '100', '100.0%', '1.000', '1.000'], ['2', '3', '0.0%', 'silent'],
+        ['3', '102', '99.0%', '1.000', '51.000']]
+    assert (picture, end) == (f'picture: {csv.with_suffix(".png")}', '')
+
+
+# What is drawn
+
+def test_bins_and_lines(csv: Path) -> None:
+    picture = picture_of(regular(hops=3, probes=1000, every=0.01) + [row(5.0021, 2, None)], csv)
+    section, axes = picture.sections[0], picture.panels[0].time
+    assert section.width == 100 * MS  # a hundred of ten probes each
+    assert (section.hops, [line.hop for line in section.lines]) == ([1, 2, 3], [1, 2, 3])
+    assert section.probes.sum() == 3001 and section.probes.shape == (3, 100)
+    assert [list(line) for line in section.unanswered.nonzero()] == [[1], [50]]
+    drawn = lines_of(axes)
+    assert list(drawn) == ['1 10.0.1.2', '2 10.0.2.2', '3 10.0.3.2']
+    for hop, (label, line) in enumerate(drawn.items(), 1):
+        bins = section.lines[hop - 1].bins
+        expected = [statistics.median(hop + i % 50 / 100 for i in range(first, first + 10))
+                    for first in range(0, 1000, 10)]
+        assert list(line.get_ydata()) == pytest.approx(expected), label
+        assert list(bins['count']) == [10] * 100
+        assert list(bins.high - bins.low) == pytest.approx([0.045] * 100)
+        times = [0.045 + 0.1 * i + 0.001 * (hop - 1) for i in range(100)]
+        assert list(line.get_xdata()) == pytest.approx(times)
+    low, high = axes.get_ylim()
+    assert axes.get_yscale() == 'linear' and low == 0 and high > 3.49
+
+
+@pytest.mark.parametrize('slowest, scale', [(9, 'linear'), (11, 'log'), (2000, 'log')])
+def test_scale_of_latency(slowest: float, scale: str, csv: Path) -> None:
+    picture = picture_of([row(0, 1, 1), row(1, 2, slowest)], csv)
+    panels = picture.panels[0]
+    for axes in (panels.time, panels.hops):
+        low, high = axes.get_ylim()
+        assert axes.get_yscale() == scale and low < 1 and high > slowest
+    assert panels.time.get_ylim() == panels.hops.get_ylim()
+
+
+def test_few_probes_are_points_on_the_line(csv: Path) -> None:
+    picture = picture_of([row(at, 1, at + 1) for at in (0, 0.5, 1, 1.9)], csv)
+    points, line = picture.panels[0].time.get_lines()
+    assert sorted(points.get_xdata()) == list(line.get_xdata()) == [0, 0.5, 1, 1.9]
+    assert list(line.get_ydata()) == [1, 1.5, 2, 2.9]
+
+
+def test_lines_do_not_lead_across_gaps(csv: Path) -> None:
+    rows = [row(0.1 * i, 1, 1) for i in (*range(50), *range(80, 130))]
+    line, = lines_of(picture_of(rows, csv).panels[0].time).values()
+    broken = [x for x, y in zip(line.get_xdata(), line.get_ydata()) if y != y]
+    assert len(broken) == 1 and not any(5 < x < 8 for x in line.get_xdata())
+
+
+def test_several_responders_of_a_hop(csv: Path) -> None:
+    answers = [1, 1, 1, 1, 2, 2, 2, 3, 3, 4, 5]
+    rows = [row(0.01 * i, 2, answers[i % 11], responder=f'10.0.2.{answers[i % 11]}') for i in range(1100)]
+    drawn = lines_of(picture_of(rows, csv).panels[0].time)
+    assert list(drawn) == ['2 10.0.2.1', '2 10.0.2.2', '2 10.0.2.3', '2 2 others']
+    assert [statistics.median(line.get_ydata()) for line in drawn.values()] == [1, 2, 3, 4.5]
+    assert len({line.get_color() for line in drawn.values()}) == 1
+    assert len({str(line._dash_pattern if hasattr(line, '_dash_pattern') else line._us_dashSeq)
+                for line in drawn.values()}) == 4
+
+
+def test_silent_hops_and_lost_probes(csv: Path) -> None:
+    rows = [row(0.1 * i, hop, None if hop == 2 or (hop, i) == (3, 70) else hop)
+            for i in range(100) for hop in (1, 2, 3)]
+    picture = picture_of(rows, csv)
+    lost = picture.panels[0].lost
+    assert [label.get_text() for label in lost.get_yticklabels()] == ['2', '3']
+    image = lost.get_images()[0].get_array()
+    grey = image[1, 0]
+    assert (image[0] != grey).any(axis=1).all()
+    assert list((image[1] != grey).any(axis=1).nonzero()[0]) == [picture.sections[0].unanswered[2].argmax()]
+    shown = [text.get_text() for axes in picture.figure.axes for text in axes.texts]
+    assert '(silent)' in shown and '300 probes, 101 unanswered' in picture.sections[0].title
+
+
+def test_socket_figures(csv: Path) -> None:
+    """Two flows in turn: one retransmits 3 and 4 segments, the other's ports are used by a new socket."""
+    counts = [(0, 1, 5), (1, 2, 100), (2, 1, 5), (3, 2, 100), (4, 1, 8), (5, 2, 0), (6, 1, 12), (7, 2, 2)]
+    rows = [row(at, 1, 1, sport=port, retrans=count, srtt=2000 + at) for at, port, count in counts]
+    picture = picture_of([*rows, row(8, 1, 1)], csv)
+    section, flow = picture.sections[0], picture.panels[0].flow
+    per_second = {int(section.end_of(i) + 1e-6): n for i, n in enumerate(section.retrans) if n}
+    assert per_second == {4: 3, 6: 4, 7: 2}
+    line, = (line for line in flow.get_lines() if line.get_label() == 'srtt')
+    assert list(line.get_ydata()) == pytest.approx([2 + 0.001 * at for at in range(8)])
+    bars = [bar.get_height() for axes in picture.figure.axes for bar in axes.patches]
+    assert sorted(bars) == [2, 3, 4]
+
+
+def test_no_strips_without_need(csv: Path) -> None:
+    panels = picture_of(regular(), csv).panels[0]
+    assert panels.lost is None and panels.flow is None
+
+
+@pytest.mark.parametrize('hops', [2, 4, 16, 30])
+def test_colours_get_lighter_hop_by_hop(hops: int, csv: Path) -> None:
+    colours = elfplot.colours_of(picture_of(regular(hops, probes=3), csv).sections[0])
+    light = [0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
+             for red, green, blue, _ in colours.values()]
+    assert len(light) == hops and light == sorted(light) and len(set(light)) == hops
+    assert light[-1] < 0.6  # visible on white
+
+
+def test_many_probes_are_binned(csv: Path) -> None:
+    picture = picture_of(regular(hops=2, probes=20000, every=0.001), csv)
+    for line in picture.sections[0].lines:
+        assert elfplot.BINS_MAX / 3 < len(line.bins) <= elfplot.BINS_MAX
+        assert len(line.points) <= elfplot.POINTS_MAX + len(line.bins)
+        assert line.points.ms.max() == pytest.approx(line.hop + 0.49)
+
+
+# Time
+
+SPANS = [0.0, 0.0005, 1.0, 8.0, 100.0, 130.0, 3600.0, 20000.0, 86400.0, 8 * 86400.0]
+
+
+@pytest.mark.parametrize('span', SPANS)
+@pytest.mark.parametrize('utc', [None, EPOCH + 79_123_456_789], ids=['seconds', 'utc'])
+def test_ticks(span: float, utc: int | None) -> None:
+    scale = elfplot.TimeScale(span, utc)
+    ticks = scale.ticks()
+    assert 2 <= len(ticks) <= 9 and (len(set(ticks.values())) == len(ticks) or span == 86400)
+    assert all(scale.low <= x <= scale.high for x in ticks)
+    assert scale.low < 0 and scale.high > span
+
+
+def test_what_ticks_are_called() -> None:
+    assert list(elfplot.TimeScale(1, None).ticks().values()) == ['0', '0.2', '0.4', '0.6', '0.8', '1']
+    assert elfplot.TimeScale(1, None).label() == 'seconds since the first probe'
+    assert list(elfplot.TimeScale(3600, None).ticks().values())[:3] == ['0:00', '0:10', '0:20']
+    assert elfplot.TimeScale(3600, None).label() == 'hours:minutes since the first probe'
+    assert elfplot.TimeScale(180, None).ticks()[30] == '0:00:30'
+    second = elfplot.TimeScale(1, EPOCH + 100 * MS).ticks()
+    assert list(second) == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9])
+    assert list(second.values())[::4] == ['20:00:00.2', '20:00:01.0']
+    day = elfplot.TimeScale(86400, EPOCH)
+    assert day.ticks()[4 * 3600] == '2026-11-07' and day.ticks()[8 * 3600] == '04:00'
+    assert day.label() == 'UTC, 2026-11-06 to 2026-11-07'
+
+
+LOG = '20:20:01.123 CLOCK_MONOTONIC 0 is 2026-11-06T20:00:00.000000Z\n20:20:09.000 4 probes\n'
+
+
+def zero_of(csv: Path, log: str | None, csv_written: float, log_written: float) -> tuple[int | None, str]:
+    """With both files last written so many seconds after the start."""
+    csv.write_text(text_of(row(at, 1, 1) for at in range(9)))
+    os.utime(csv, (0, (EPOCH + START) / S + csv_written))
+    if log is not None:
+        csv.with_suffix('.log').write_text(log)
+        os.utime(csv.with_suffix('.log'), (0, (EPOCH + START) / S + log_written))
+    return elfplot.utc_of_zero(str(csv), elfplot.read_rows(str(csv)))
+
+
+@pytest.mark.parametrize('log, csv_written, log_written, known, noted', [
+    (LOG, 8, 9, True, False),
+    (LOG, 8, -5, True, False),  # it runs, or started long before
+    (LOG, 8, 5000, True, False),
+    (LOG, 9000, 9100, True, False),  # both copied
+    (LOG, -5000, -4900, False, True),  # rows later than their file
+    (LOG, 90000, 9, False, True),  # the log of an earlier run, which nobody wrote to
+    ('nothing of the kind\n', 8, 9, False, False),
+    (LOG.replace('11-06', '13-06'), 8, 9, False, False),
+    (None, 8, 9, False, False),
+])
+def test_utc(log: str | None, csv_written: float, log_written: float, known: bool, noted: bool,
+             csv: Path) -> None:
+    zero, note = zero_of(csv, log, csv_written, log_written)
+    assert zero == (EPOCH if known else None)
+    assert bool(note) == noted and (not noted or str(csv.with_suffix('.log')) in note)
+
+
+def test_utc_in_picture_and_page(csv: Path) -> None:
+    zero_of(csv, LOG, 8, 9)
+    _, page = page_of(str(csv))
+    assert data_of(page)['utc'] == (EPOCH + START) / MS
+    picture = picture_of(regular(), csv, EPOCH)
+    assert picture.panels[0].time.get_xlabel() == 'UTC, 2026-11-06'
+    assert '21:23:22' in [label.get_text() for label in picture.panels[0].time.get_xticklabels()]
+
+
+# Destinations
+
+def many_destinations(count: int) -> list[dict[str, Any]]:
+    return [row(0.1 * i, 1, 1, dest=f'10.9.0.{number}')
+            for number in range(1, count + 1) for i in range(100 - number)]
+
+
+def test_busiest_destinations(csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    csv.write_text(text_of(many_destinations(30)))
+    status, page = page_of(str(csv))
+    out = capsys.readouterr().out
+    assert status == 0 and out.count('\nhop ') == 30
+    assert '26 destinations with fewer probes: 10.9.0.5, 10.9.0.6, 10.9.0.7, 10.9.0.8 ...\n' in out
+    assert len(data_of(page)['sections']) == 4
+
+
+def test_chosen_destinations(csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    csv.write_text(text_of(many_destinations(9) + [row(0, 1, 1, dest='2001:db8::1')]))
+    status, page = page_of('--dest', '10.9.0.7', '--dest=2001:DB8:0::1', str(csv))
+    out = capsys.readouterr().out
+    assert status == 0 and re.findall(r'^(\S+): \d+ probes', out, re.M) == ['10.9.0.7', '2001:db8::1']
+    assert [probes_in(section) for section in data_of(page)['sections']] == [93, 1]
+    assert elfplot.main(['--dest', '10.9.9.9', str(csv)]) == 1
+    assert capsys.readouterr().err == (
+        'elfplot.py: argument --dest: no probe went to 10.9.9.9, but to 10.9.0.1, 10.9.0.2, 10.9.0.3, '
+        '10.9.0.4, 10.9.0.5 and 5 others\n')
+
+
+# All of it
+
+EXTREMES = {
+    'header only': [],
+    'one row': [row(0, 1, 1)],
+    'one row without answer': [row(0, 1, None)],
+    'no answers': [dict(row, latency=-1, recvtime=-1, responder='') for row in regular()],
+    'at once': [row(0, hop, hop) for hop in (1, 2, 3)],
+    'latency of nothing': [row(0, 1, 0), row(1, 2, 0)],
+    'sixteen hops': regular(16, 20),
+    'thirty hops that lose': [row(0.1 * i, hop, None if (i + hop) % 5 == 0 else hop, srtt=900, retrans=i)
+                              for i in range(60) for hop in range(1, 31)],
+    'microseconds to seconds': [row(i / 10, hop, 0.005 * 20**(hop - 1))
+                                for i in range(50) for hop in range(1, 6)],
+    'a day': regular(5, 100, 864),
+    'a second': regular(5, 100, 0.01, srtt=40000, retrans=7),
+    'nothing but IPv6': regular(12, 30, dest='2001:db8:1111:2222:3333:4444:5555:6666', protocol=58, dport=0,
+                                responder='2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff'),
+    'many destinations': many_destinations(30),
+    'hostile': regular(2, 30, app=HOSTILE, responder=HOSTILE) + regular(2, 30, dest=HOSTILE),
+}
+
+
+def overlaps(figure: Any) -> list[str]:
+    """Texts that lie on one another, or not wholly in the picture."""
+    FigureCanvasAgg(figure).draw()
+    undrawn = set()  # labels of ticks beyond the ends of their axes
+    for axis in [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]:
+        low, high = sorted(axis.get_view_interval())
+        undrawn |= {label for tick in axis.get_major_ticks() for label in (tick.label1, tick.label2)
+                    if not axis.axes.axison or not low <= tick.get_loc() <= high}
+    texts = figure.findobj(lambda artist: hasattr(artist, 'get_fontsize') and artist.get_visible())
+    shown = [(text.get_text(), text.get_window_extent()) for text in texts
+             if text.get_text().strip() and text not in undrawn]
+    width, height = figure.canvas.get_width_height()
+    outside = [text for text, box in shown if box.x0 < 0 or box.y0 < 0 or box.x1 > width or box.y1 > height]
+    return outside + [f'{a} / {b}' for i, (a, one) in enumerate(shown) for b, other in shown[:i]
+                      if one.x0 < other.x1 and other.x0 < one.x1 and one.y0 < other.y1 and other.y0 < one.y1]
+
+
+@pytest.mark.parametrize('rows', EXTREMES.values(), ids=EXTREMES)
+def test_extremes(rows: list[dict[str, Any]], csv: Path, recwarn: pytest.WarningsRecorder) -> None:
+    csv.write_text(text_of(rows))
+    status, page = page_of(str(csv))
+    assert status == 0 and csv.with_suffix('.png').read_bytes().startswith(b'\x89PNG')
+    in_page = sum(map(probes_in, data_of(page)['sections']))
+    assert in_page == (394 - 4 if rows is EXTREMES['many destinations'] else len(rows))
+    assert not overlaps(picture_of(rows, csv).figure)
+    assert not [str(warning.message) for warning in recwarn]
+
+
+# The page
+
+class Tags(HTMLParser):
+    """The tags of a page, the texts in scripts, the text of <pre>."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.table = ''
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1][0] == 'script' and data.strip():
+            self.scripts.append(data)
+        elif self.tags and self.tags[-1][0] == 'pre' and not self.table:
+            self.table = data
+
+
+def data_of(page: str) -> Any:
+    return json.loads(Tags(page).scripts[0])
+
+
+def probes_in(section: Any) -> int:
+    return sum(map(sum, section['probes']))
+
+
+def test_page(csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    csv.write_text(text_of(regular() + [row(1.0005, 2, None, srtt=2500, retrans=0)]))
+    _, page = page_of(str(csv))
+    tags = Tags(page)
+    assert tags.table and tags.table in capsys.readouterr().out
+    images = [attributes['src'] for tag, attributes in tags.tags if tag == 'img']
+    assert len(images) == 1
+    assert base64.b64decode(str(images[0]).split(',')[1]) == csv.with_suffix('.png').read_bytes()
+    section, = data_of(page)['sections']
+    assert [line['hop'] for line in section['lines']] == [1, 2, 3, 4]
+    assert [sum(row) for row in section['unanswered']] == [0, 1, 0, 0]
+    for line in section['lines']:
+        assert len({len(line[name]) for name in ('bin', 't', 'low', 'median', 'high', 'max', 'count')}) == 1
+        assert sum(line['count']) == 50 and min(line['median']) >= line['hop'] == int(line['median'][-1])
+    for name in ('time', 'lost', 'flow'):
+        left, top, width, height = section[name]
+        assert 0 < left < left + width < 1 and 0 < top < top + height < 1
+
+
+def test_page_loads_and_runs_nothing_else(csv: Path) -> None:
+    csv.write_text(text_of(EXTREMES['hostile']))
+    _, page = page_of(str(csv))
+    tags = Tags(page)
+    assert [tag for tag, _ in tags.tags] == [
+        'html', 'head', 'meta', 'title', 'meta', 'style', 'body', 'h1', 'pre', 'div', 'img', 'svg', 'path',
+        'div', 'script', 'script']
+    data, script = tags.scripts
+    assert '<' not in data and HOSTILE.replace('\\', '\\\\') in json.dumps(json.loads(data))
+    assert html.escape(HOSTILE) in page.split('<pre>')[1].split('</pre>')[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy, = (attributes['content'] for tag, attributes in tags.tags if 'http-equiv' in attributes)
+    assert f"script-src 'sha256-{digest}'" in str(policy) and "default-src 'none'" in str(policy)
+    assert not re.findall(r'(?:https?:|//\w|@import|url\()', re.sub('base64,[^"]*', '', page))
+    assert not [name for _, attributes in tags.tags for name in attributes if name.startswith('on')]
+
+
+def test_page_is_light(csv: Path) -> None:
+    picture = picture_of(regular(hops=16, probes=4000, every=0.01, srtt=900, retrans=0), csv)
+    assert len(json.dumps(elfplot.hover_data(picture))) < 400_000
+
+
+@pytest.mark.parametrize('ms, text', [
+    (0.000001, '1 ns'), (0.0049, '4.9 µs'), (0.9994, '999 µs'), (0.9996, '1 ms'), (20, '20 ms'),
+    (1500, '1.5 s')])
+def test_latency_text(ms: float, text: str) -> None:
+    assert elfplot.latency_text(ms) == text
+
+
+def test_choose_of_nothing(csv: Path) -> None:
+    csv.write_text(text_of([]))
+    with pytest.raises(Failure, match='nobody'):
+        elfplot.choose(elfplot.read_rows(str(csv)), ['10.0.0.1'])

@@ -1,0 +1,593 @@
+"""What a run says of itself: the summary, the table on a terminal, TCP's state, the hooks' maps.
+
+    client - r1 - r2 - r3 - r4 - server        a probe with TTL k ends at lab.hop(version, k)
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import os
+import pty
+import random
+import re
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
+
+import elfprobe
+from lab import Host, Lab, batch, end, kernel_counters, nft_table, wait_until
+from runs import ELFPROBE, HOPS, TCP, UDP, VERSIONS, Run, both, inside
+from runs import elfprobe as probing
+
+root = pytest.mark.root
+
+MS = 1_000_000  # ns
+DEST, OTHER = elfprobe.pack_address('198.51.100.9'), elfprobe.pack_address('2001:db8::9')
+A, B, C = (elfprobe.pack_address(f'192.0.2.{number}') for number in (1, 2, 3))
+
+
+# Figures
+
+def spread_of(values: list[int]) -> elfprobe.Spread:
+    spread = elfprobe.Spread()
+    for value in values:
+        spread.add(value)
+    return spread
+
+
+@pytest.mark.parametrize('values, figures', [
+    ([7000], (7000, 7000, 7000, 7000, 7000, 0)),
+    ([3, 1, 2], (1, 2, 3, 3, 3, 1.5)),
+    (list(range(1000, 101000, 1000)), (1000, 50000, 95000, 99000, 100000, 1000)),
+    ([5000] * 1000, (5000, 5000, 5000, 5000, 5000, 0)),
+])
+def test_figures(values: list[int], figures: tuple[float, ...]) -> None:
+    assert tuple(spread_of(values).figures()) == figures
+
+
+@pytest.mark.parametrize('low, high', [(10, 20_000_000_000), (50_000, 60_000), (1_000_000, 40_000_000)])
+def test_figures_of_many(low: int, high: int) -> None:
+    """Quantiles to 1 %, the rest in exact, whatever was asked in between."""
+    chance = random.Random(low)
+    values = [chance.randint(low, high) for _ in range(20011)]
+    spread = spread_of(values[:777])
+    assert spread.figures().least == min(values[:777])
+    for value in values[777:]:
+        spread.add(value)
+    figures, ordered = spread.figures(), sorted(values)
+    assert (figures.least, figures.greatest) == (ordered[0], ordered[-1])
+    for share, value in (0.5, figures.median), (0.95, figures.percentile95), (0.99, figures.percentile99):
+        exact = ordered[int(share * len(ordered))]
+        within = 0.01 * exact + 2 * (high - low) / len(values)
+        assert abs(value - exact) < within or exact > elfprobe.BOUNDS[-1]
+    assert figures.jitter == pytest.approx(statistics.mean(abs(a - b) for a, b in zip(values, values[1:])))
+
+
+# What the summary says of missing answers
+
+def summary_of(counts: dict[int, tuple[int, int]], retransmitted: int | None = None) -> str:
+    """The table of a destination, from probes and missing answers by hop; with TCP, whose segments too."""
+    summary = elfprobe.Summary()
+    for number, (probes, missing) in counts.items():
+        for sent in range(probes):
+            tcp = {} if retransmitted is None else dict(srtt=900, cwnd=10, retrans=retransmitted * (sent > 0))
+            answer = {} if sent < missing else dict(recvtime=sent + 10_000, responder=A)
+            summary.note(DEST, number, 1, 2, 6, sent, **tcp, **answer)
+    return '\n'.join(summary.tables())
+
+
+LIMITS, LOST, UNKNOWN = 'limits the rate of its answers', 'packets are lost at hop', 'no hop behind it tells'
+REMARKS: dict[str, tuple[dict[int, tuple[int, int]], list[str]]] = {
+    'all answered': ({1: (100, 0), 2: (100, 0)}, []),
+    'one missing': ({1: (500, 1), 2: (500, 0)}, []),
+    'too few to tell': ({1: (10, 5), 2: (10, 0)}, []),
+    'limited': ({1: (100, 0), 2: (100, 40), 3: (100, 0)}, [f'hop 2 {LIMITS}']),
+    'limited, the next as well': ({1: (100, 60), 2: (100, 40), 3: (100, 0)},
+                                  [f'hop 1 {LIMITS}', f'hop 2 {LIMITS}']),
+    'lost': ({1: (500, 0), 2: (500, 26), 3: (500, 24), 4: (500, 25)}, [f'{LOST} 2']),
+    'limited, lost behind': ({1: (500, 250), 2: (500, 26), 3: (500, 24)}, [f'hop 1 {LIMITS}', f'{LOST} 2']),
+    'lost twice': ({1: (500, 50), 2: (500, 51), 3: (500, 200), 4: (500, 203)}, [f'{LOST} 1', f'{LOST} 3']),
+    'the last one': ({1: (500, 0), 2: (500, 50)}, [UNKNOWN]),
+    'silent behind': ({1: (500, 0), 2: (500, 50), 3: (30, 30)}, [UNKNOWN]),
+}
+
+
+@pytest.mark.parametrize('counts, said', REMARKS.values(), ids=REMARKS)
+def test_remarks(counts: dict[int, tuple[int, int]], said: list[str]) -> None:
+    text = summary_of(counts)
+    remarks = [line for line in text.splitlines() if any(word in line for word in (LIMITS, LOST, UNKNOWN))]
+    assert len(remarks) == len(said)
+    assert all(word in remark for remark, word in zip(remarks, said))
+
+
+@pytest.mark.parametrize('retransmitted, doubt', [(None, False), (3, False), (0, True)])
+def test_tcp_casts_doubt_on_loss(retransmitted: int | None, doubt: bool) -> None:
+    counts = {1: (500, 250), 2: (500, 251), 3: (500, 250)}
+    assert ('TCP retransmitted nothing' in summary_of(counts, retransmitted)) == doubt
+
+
+def test_table() -> None:
+    lines = summary_of({1: (4, 0), 2: (3, 3), 3: (2, 1), 4: (5, 5)}, 7).splitlines()
+    assert lines[0] == '' and lines[1] == '198.51.100.9: 14 probes, latency in ms'
+    words = [line.split() for line in lines[3:8]]
+    assert words[0] == ['1', '4', '100.0%', *['0.010'] * 5, '0.000', '192.0.2.1']
+    assert words[1] == ['2', '3', '0.0%', 'silent']
+    assert words[2][:3] == ['3', '2', '50.0%']
+    assert words[3] == ['4', '5', '0.0%', 'silent', '(or', 'the', 'destination)']
+    assert words[4][:7] == ['TCP', *['0.900'] * 5, '0.000'] and '7 segments retransmitted' in lines[7]
+
+
+# Changes of the way, and bounds
+
+def note(summary: elfprobe.Summary, responder: bytes, sendtime: int, sport: int = 1) -> None:
+    summary.note(DEST, 3, sport, 2, 17, sendtime, recvtime=sendtime + 9, responder=responder)
+
+
+def test_changes_are_by_flow(caplog: pytest.LogCaptureFixture) -> None:
+    """Flows that go different ways change nothing; a late answer of the way that was is no change."""
+    summary = elfprobe.Summary()
+    with caplog.at_level('INFO', 'elfprobe'):
+        for sendtime in range(10):
+            note(summary, A, sendtime, socket.htons(1))
+            note(summary, B, sendtime, socket.htons(2))
+        assert not caplog.messages
+        note(summary, C, 20, socket.htons(1))
+        note(summary, A, 15, socket.htons(1))
+        note(summary, C, 21, socket.htons(1))
+    [message] = caplog.messages
+    assert message == ('UDP port 1 to 198.51.100.9 port 512: '
+                       'hop 3 is now 192.0.2.3, no longer 192.0.2.1')
+    table = summary.tables()
+    assert 'hop 3 changed once' in table[-1]
+    assert [line.split()[-2:] for line in table[3:6]] == [
+        ['192.0.2.1', '48%'], ['192.0.2.2', '43%'], ['192.0.2.3', '9%']]
+
+
+def test_changes_without_end_are_told_only_so_often(caplog: pytest.LogCaptureFixture) -> None:
+    summary = elfprobe.Summary()
+    with caplog.at_level('INFO', 'elfprobe'):
+        for sendtime in range(1001):
+            note(summary, (A, B)[sendtime % 2], sendtime)
+    assert len(caplog.messages) == elfprobe.CHANGES_TOLD
+    assert 'only counted' in caplog.messages[-1]
+    assert 'hop 3 changed 1000 times' in summary.tables()[-1]
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elfprobe, 'HOPS_MAX', 100)
+    monkeypatch.setattr(elfprobe, 'FLOWS_MAX', 40)
+    summary = elfprobe.Summary()
+    for number in range(60):
+        dest = elfprobe.pack_address(f'198.51.100.{number}')
+        for hop in 1, 2:
+            for sport in range(3):
+                summary.note(dest, hop, sport, 2, 17, 1, recvtime=2, responder=A)
+    assert len(summary._flows) <= 40
+    lines = summary.tables()
+    assert sum('latency in ms' in line for line in lines) == 50
+    assert '60 probes to more hops than have room here are only in the rows' in lines
+    assert len(summary.busiest(11)) == 11
+
+
+def test_names_are_asked_for_in_the_background(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing waits for a resolver that does not answer; what it says may be printed."""
+    answer = threading.Event()
+
+    def slow(address: str) -> Any:
+        answer.wait(20)
+        if address != '192.0.2.1':
+            raise socket.herror(1, 'Unknown host')
+        return 'one.example\x1b[2J', [], [address]
+
+    monkeypatch.setattr(socket, 'gethostbyaddr', slow)
+    names = elfprobe.Names()
+    assert [names.of(packed) for packed in (A, B)] == ['', '']
+    answer.set()
+    wait_until(lambda: names.of(A), 5, 'the name is known')
+    assert (names.with_name(A), names.with_name(B)) == ('192.0.2.1 one.example\\x1b[2J', '192.0.2.2')
+
+
+# Runs
+
+def table_of(log: str, dest: str) -> list[str]:
+    """The lines of a destination's table in the log, up to the next one or what else is logged."""
+    return re.split(r'\n(?:\n|\d\d:)', log.split(f'\n{dest}: ')[1])[0].splitlines()
+
+
+def figures_of(log: str, dest: str) -> dict[int, list[str]]:
+    """Hop -> probes, answered, least, median, 95 %, 99 %, greatest, jitter (ms), responder."""
+    rows = [line.split() for line in table_of(log, dest) if re.match(' *[0-9]+ ', line)]
+    return {int(row[0]): row[1:] for row in rows[1:]}
+
+
+def pings(lab: Lab, *options: str) -> list[subprocess.Popen[str]]:
+    return [lab.client.popen('ping', '-nq', *options, server, stdout=subprocess.DEVNULL)
+            for server in both(lab)]
+
+
+@root
+def test_summary_says_what_the_rows_say(lab4, tmp_path):
+    with probing(lab4, *both(lab4), '-l', cwd=tmp_path) as run:
+        pings(lab4, '-i.005')
+        wait_until(lambda: len(run.rows()) > 600, 20, 'rows')
+        assert run.stop() == 0
+    lab4.client.end_processes()
+    assert run.log.rstrip().splitlines()[-1].endswith('0 unanswered')
+    assert table_of(run.log, both(lab4)[0]) == table_of((tmp_path / 'elf.log').read_text(), both(lab4)[0])
+    for version, dest in zip(VERSIONS, both(lab4)):
+        found = figures_of(run.log, dest)
+        assert set(found) == set(HOPS)
+        for hop, (probes, answered, *figures, responder) in found.items():
+            latencies = [row.latency for row in run.rows() if (row.dest, row.outttl) == (dest, hop)]
+            assert (int(probes), answered, responder) == (len(latencies), '100.0%', lab4.hop(version, hop))
+            exact = [min(latencies), statistics.median(latencies), max(latencies)]
+            assert [float(figures[at]) for at in (0, 1, 4)] == pytest.approx(
+                [value / MS for value in exact], rel=0.02, abs=0.001)
+
+
+@root
+@pytest.mark.parametrize('dest, traffic, says', [
+    ('server', None, 'no packet of interest left by eth0'),
+    ('near', 'ping', 'one hop away, with no router between: 10.0.1.2'),
+    ('server', 'traceroute', 'none that could carry a probe: carrier_low_ttl'),
+])
+def test_why_there_is_nothing(lab4, tmp_path, dest, traffic, says):
+    to = {'server': lab4.server_address(4), 'near': lab4.hop(4, 1)}[dest]
+    with probing(lab4, to, cwd=tmp_path) as run:
+        if traffic == 'ping':
+            lab4.client.run('ping', '-nqc5', '-i.01', to)
+        if traffic == 'traceroute':
+            lab4.client.run('traceroute', '-n', '-q1', to)
+    assert run.summary.probes == (traffic == 'ping')  # the first left before anything was known
+    assert says in run.log
+
+
+@root
+def test_clock_in_the_log(lab4, tmp_path):
+    with probing(lab4, lab4.server_address(4), cwd=tmp_path) as run:
+        said = re.search(r'CLOCK_MONOTONIC 0 is (\S+)Z', run.log)[1]
+    then = datetime.strptime(said, '%Y-%m-%dT%H:%M:%S.%f').replace(tzinfo=timezone.utc)
+    assert abs(then.timestamp() + time.monotonic() - time.time()) < 0.1
+
+
+def is_enough(run: Run) -> bool:
+    """So many rows of each hop that chance decides nothing; the last one rests when it loses answers."""
+    counts = Counter((row.dest, row.outttl) for row in run.rows())
+    return len(counts) == 2 * len(HOPS) and all(
+        count > (250 if hop < len(HOPS) else 30) for (_, hop), count in counts.items())
+
+
+@root
+def test_icmp_limits_and_loss_are_told_apart(make_lab, tmp_path):
+    """r1 answers once in a while only; r2 loses a tenth of what it forwards."""
+    lab = make_lab(routers=4)
+    limit = 'limit rate over 20/second burst 5 packets drop'
+    limits = (f'chain output {{ type filter hook output priority 0; icmp type time-exceeded {limit};'
+              f' icmpv6 type time-exceeded {limit}; }}')
+    loss = 'chain forward { type filter hook forward priority 0; numgen random mod 10 < 1 drop; }'
+    with nft_table(lab.routers[0], limits), nft_table(lab.routers[1], loss), \
+            probing(lab, *both(lab), cwd=tmp_path) as run:
+        pings(lab, '-i.002')
+        pings(lab, '-i.002')
+        wait_until(lambda: is_enough(run), 40, 'rows')
+        assert run.stop() == 0
+    for dest in both(lab):
+        remarks = [line for line in table_of(run.log, dest) if re.search('hop [0-9]', line)]
+        assert len(remarks) == 2, remarks
+        assert remarks[0].startswith('hop 1 limits the rate of its answers: ')
+        assert remarks[1].startswith('packets are lost at hop 3 or on the way to it: ')
+
+
+@contextmanager
+def tcp_stream(lab: Lab, version: int) -> Iterator[socket.socket]:
+    """A connection over which the server takes all that comes."""
+    family = {4: socket.AF_INET, 6: socket.AF_INET6}[version]
+    with inside(lab.server):
+        listener = socket.create_server((lab.server_address(version), 7), family=family)
+    with inside(lab.client):
+        sender = socket.socket(family)
+    with listener, sender:
+        sender.connect(listener.getsockname())
+        with listener.accept()[0] as receiver:
+
+            def take() -> None:
+                while receiver.recv(1 << 16):
+                    pass
+
+            thread = threading.Thread(target=take)
+            thread.start()
+            try:
+                yield sender
+            finally:
+                sender.close()
+                thread.join()
+
+
+def tcp_info(connection: socket.socket) -> tuple[int, int, int]:
+    """srtt (us), cwnd, retransmitted segments (struct tcp_info, linux/tcp.h)."""
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    rtt, cwnd, retrans = (struct.unpack_from('=I', info, at)[0] for at in (68, 80, 100))
+    return rtt, cwnd, retrans
+
+
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline='') as file:
+        return list(csv.DictReader(file))
+
+
+@root
+@pytest.mark.parametrize('version', VERSIONS)
+def test_tcp_state_beside_each_probe(lab4, tmp_path, version):
+    """What the kernel itself says of the socket, before and after; nothing for UDP and before it is known."""
+    loss = 'chain forward { type filter hook forward priority 0; tcp dport 7 numgen random mod 30 < 1 drop; }'
+    server = lab4.server_address(version)
+    with probing(lab4, '-p0', server, cwd=tmp_path) as run, tcp_stream(lab4, version) as sender:
+        before = tcp_info(sender)
+        with nft_table(lab4.routers[1], loss):
+            wait_until(lambda: sender.send(bytes(20000)) and tcp_info(sender)[2] > 5, 20, 'segments are lost')
+        last = tcp_info(sender)[2] - 1
+        wait_until(lambda: sender.send(bytes(2000)) and any(
+            int(row['retrans'] or 0) >= last for row in csv_rows(tmp_path / 'elf.csv')), 20, 'rows know it')
+        after = tcp_info(sender)
+        with inside(lab4.client), socket.socket(
+                {4: socket.AF_INET, 6: socket.AF_INET6}[version], socket.SOCK_DGRAM) as udp:
+            udp.sendto(bytes(40), (server, 7))
+        assert run.stop() == 0
+    rows = csv_rows(tmp_path / 'elf.csv')
+    assert [(row['srtt'], row['cwnd'], row['retrans']) for row in rows if row['protocol'] == str(UDP)] == [
+        ('', '', '')]
+    tcp = [row for row in rows if row['protocol'] == str(TCP)]
+    retrans = [int(row['retrans']) for row in sorted(tcp, key=lambda row: int(row['sendtime']))]
+    assert retrans == sorted(retrans)
+    assert (retrans[0], before[2]) == (0, 0) and after[2] - 1 <= retrans[-1] <= after[2]
+    assert int(min(tcp, key=lambda row: int(row['sendtime']))['cwnd']) == before[1] == 10  # RFC 6928
+    srtt = [int(row['srtt']) for row in tcp]
+    assert min(before[0], after[0]) / 10 < statistics.median(srtt) < 10 * max(before[0], after[0])
+    assert any(f'{retrans[-1]} segments retransmitted' in line for line in table_of(run.log, server))
+
+
+@root
+def test_a_queue_that_grows_for_a_while(make_lab, tmp_path):
+    """The link behind r2 is slow in the middle of a transfer: the summary shows the hop behind it, rows show
+    when, and the flow's own round-trip time with it."""
+    lab = make_lab(routers=4)
+    slow = 'qdisc', 'add', 'dev', 'eth1', 'root', 'tbf', 'rate', '20mbit', 'burst', '16kb', 'latency', '40ms'
+
+    def answers(since: int, enough: int) -> bool:
+        later = [row for row in run.rows() if row.sendtime > since and row.is_answered]
+        return all(sum(row.outttl == hop for row in later) > enough for hop in HOPS)
+
+    with lab.iperf3_server(), probing(lab, lab.server_address(4), cwd=tmp_path) as run:
+        lab.client.popen('iperf3', '-c', lab.server_address(4), '-t', '60', '-b', '60M',
+                         stdout=subprocess.DEVNULL)
+        wait_until(lambda: answers(0, 50), 20, 'a fast way')
+        lab.routers[1].run('tc', *slow)
+        begin = time.monotonic_ns()
+        wait_until(lambda: answers(begin, 50), 20, 'a slow way')
+        stop = time.monotonic_ns()
+        lab.routers[1].run('tc', 'qdisc', 'del', 'dev', 'eth1', 'root')
+        wait_until(lambda: answers(stop + 500 * MS, 50), 20, 'a fast way again')
+        assert run.stop() == 0
+    rows = [row for row in csv_rows(tmp_path / 'elf.csv') if row['responder']]
+
+    def median(column: str, hop: int, since: int, until: int) -> float:
+        return statistics.median(int(row[column]) for row in rows if row[column]
+                                 and int(row['outttl']) == hop and since < int(row['sendtime']) < until)
+
+    middle, end_of_run = (begin + stop) // 2, time.monotonic_ns()
+    for hop in HOPS:
+        calm, busy = median('latency', hop, 0, begin), median('latency', hop, middle, stop)
+        after = median('latency', hop, stop + 500 * MS, end_of_run)
+        if hop >= 3:
+            assert busy > 5 * MS > 5 * max(calm, after), hop
+        else:
+            assert max(busy, calm, after) < MS, hop
+    for hop in HOPS:  # the flow's own, whichever hop its probe went to
+        assert median('srtt', hop, middle, stop) > 5000 > 2 * median('srtt', hop, 0, begin)
+    found = figures_of(run.log, lab.server_address(4))
+    assert [float(found[hop][4]) > 5 for hop in HOPS] == [False, False, True, True]  # 95 %
+    assert any('round trip by the kernel' in line for line in table_of(run.log, lab.server_address(4)))
+
+
+@contextmanager
+def hosts_file(host: Host, text: str) -> Iterator[None]:
+    """What /etc/hosts is for commands in a namespace (ip-netns(8))."""
+    path = Path('/etc/netns', host.name, 'hosts')
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    try:
+        yield
+    finally:
+        path.unlink()
+        path.parent.rmdir()
+
+
+@contextmanager
+def on_a_terminal(host: Host, lines: int, columns: int, *arguments: str, cwd: Path) -> Iterator[Any]:
+    """elfprobe there, with a terminal of this size; yields its process, and what reads all it wrote."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack('4H', lines, columns, 0, 0))
+    said = bytearray()
+
+    def read() -> str:
+        while True:
+            try:
+                data = os.read(ours, 65536)
+            except OSError:  # EAGAIN, or EIO at the end
+                return said.decode().replace('\r\n', '\n')
+            said.extend(data)
+
+    os.set_blocking(ours, False)
+    process = host.popen(sys.executable, str(ELFPROBE), '-i', host.device, *arguments, stdin=its, stdout=its,
+                         stderr=its, cwd=cwd, env={**os.environ, 'TERM': 'xterm'})
+    os.close(its)
+    try:
+        yield process, read
+    finally:
+        end(process)
+        os.close(ours)
+
+
+def screen(written: str) -> list[str]:
+    """The lines that a terminal then shows, as far as elfprobe uses one: lines, CPL, ED."""
+    shown: list[str] = ['']
+    for part in re.split(r'(\n|\x1b\[\d*[A-Z])', written):
+        if part == '\n':
+            shown.append('')
+        elif part.endswith('F') and part.startswith('\x1b['):
+            del shown[len(shown) - 1 - int(part[2:-1]) :]
+            shown.append('')
+        elif part != '\x1b[J':
+            assert '\x1b' not in part
+            shown[-1] += part
+    return shown
+
+
+@root
+def test_table_on_a_terminal(lab4, tmp_path):
+    """Redrawn in place, fitting, with names; log lines stand above it; in the end only the log is left."""
+    names = ''.join(f'{lab4.hop(version, hop)} r{hop}.example\n' for version in VERSIONS for hop in HOPS)
+    with hosts_file(lab4.client, names), on_a_terminal(lab4.client, 12, 100, *both(lab4), cwd=tmp_path) as (
+            process, written):
+        wait_until(lambda: 'probing on' in written(), 20, 'it is attached')
+        pings(lab4, '-i.01')
+        wait_until(lambda: written().count('\x1b[J') > 2 and 'r4.example' in written(), 20, 'tables')
+        # Half a table may have been read: up to the last beginning of one.
+        tables = written().split('\x1b[J')[1:-1]
+        batch(lab4.client.name, ['link set eth0 txqueuelen 500'])
+        process.terminate()
+        assert process.wait(20) == 0
+        final = screen(written())
+    lab4.client.end_processes()
+    for table in tables:
+        lines = re.sub('\x1b.*', '', table).splitlines()
+        assert len(lines) < 12 and max(map(len, lines)) < 100
+        assert lines[0].startswith('eth0: ')
+    assert any('10.0.4.2 r4.example' in table for table in tables)
+    assert sum('latency in ms' in line for line in final) == 2  # of the summary
+    assert not any(line.startswith('eth0: ') for line in final)
+    assert final[-2].endswith(' unanswered') and final[-1] == ''
+
+
+@root
+@pytest.mark.parametrize('option', ['--no-live', '-q'])
+def test_no_table_on_a_terminal(lab4, tmp_path, option):
+    with on_a_terminal(lab4.client, 30, 90, option, '--duration', '2.5', *both(lab4), cwd=tmp_path) as (
+            process, written):
+        pings(lab4, '-i.01')
+        assert process.wait(20) == 0
+        assert '\x1b' not in written()
+        assert ('latency in ms' in written()) == (option != '-q')
+    lab4.client.end_processes()
+    assert 'latency in ms' in (tmp_path / 'elf.log').read_text() if option == '-q' else True
+
+
+# Hooks and cost
+
+HOOKS = Path(__file__).parent / 'hooks'
+
+
+@root
+def test_bytes_by_dscp(lab4, tmp_path):
+    """The first worked example: two flows that differ in their DSCP."""
+    server = lab4.server_address(4)
+    with lab4.client.capture(filter='ip[8] <= 32 and ip[16] < 224') as seen, \
+            probing(lab4, '-H', str(HOOKS / 'dscp.c'), '-T', '-p0', server, cwd=tmp_path) as run:
+        for tos, size in (0, 100), (0xB8, 500):
+            lab4.client.run('ping', '-nq', '-c50', '-i.002', '-Q', str(tos), '-s', str(size), server)
+    counted = {}
+    for _, frame in seen.packets():
+        counted[frame[15] >> 2] = counted.get(frame[15] >> 2, 0) + len(frame) - 14
+    saved = json.loads((tmp_path / 'elf.bytes_by_dscp.json').read_text())
+    assert saved['map'] == 'bytes_by_dscp'
+    assert {entry['key']: entry['value'] for entry in saved['entries']} == counted
+    assert set(counted) == {0, 0x2E}
+    assert len(run.rows()) == len(seen.packets())
+
+
+@root
+def test_histogram_of_reply_ttls(lab4, tmp_path):
+    """The second worked example; an older file of the same name is kept."""
+    (tmp_path / 'elf.reply_ttl.json').write_text('old')
+    with probing(lab4, '-H', str(HOOKS / 'reply_ttl.c'), *both(lab4), cwd=tmp_path) as run:
+        pings(lab4, '-i.005')
+        wait_until(lambda: len(run.rows()) > 200, 20, 'rows')
+        assert run.stop() == 0
+    lab4.client.end_processes()
+    saved = json.loads((tmp_path / 'elf.reply_ttl.json').read_text())['entries']
+    assert {len(entry['value']) for entry in saved} == {os.cpu_count()}
+    found = {entry['key']: sum(entry['value']) for entry in saved if any(entry['value'])}
+    hops = [row.outttl for row in run.rows() if row.is_answered]
+    assert found == {65 - hop: hops.count(hop) for hop in HOPS}
+    assert (tmp_path / 'elf.reply_ttl.1.json').read_text() == 'old'
+
+
+ODD_MAPS = """\
+struct inner { u16 half; char name[6]; };
+struct pair { u32 number; struct inner inner[2]; };
+BPF_HASH(path, u32, struct pair);
+BPF_QUEUE(waiting, u64, 10);
+BPF_RINGBUF_OUTPUT(stream, 1);
+BPF_HISTOGRAM(sizes);
+
+static inline int elf_v4_icmp_beforesend(struct __sk_buff *ctx)
+{
+	struct pair pair = { 7, { { 1, "one" }, { 2, "two" } } };
+	u32 key = 1 << 31;
+	u64 number = 5;
+
+	path.update(&key, &pair);
+	waiting.push(&number, 0);
+	sizes.increment(bpf_log2l(ctx->len));
+	return 0;
+}
+"""
+
+
+@root
+def test_maps_of_all_kinds(lab4, tmp_path):
+    """Named as a type of ours, with structs and texts, without keys; one that cannot be read is told of."""
+    (tmp_path / 'hooks.c').write_text(ODD_MAPS)
+    with probing(lab4, '-H', 'hooks.c', lab4.server_address(4), cwd=tmp_path) as run:
+        lab4.client.run('ping', '-nc1', lab4.server_address(4))
+        wait_until(run.rows, 10, 'a row')
+    maps = {path.name: json.loads(path.read_text())['entries'] for path in tmp_path.glob('elf.*.json')}
+    assert maps['elf.path.json'] == [{'key': 1 << 31, 'value': {
+        'number': 7, 'inner': [{'half': 1, 'name': 'one'}, {'half': 2, 'name': 'two'}]}}]
+    assert maps['elf.waiting.json'] == [{'value': 5}]
+    assert [entry for entry in maps['elf.sizes.json'] if entry['value']] == [{'key': 6, 'value': 1}]
+    assert set(maps) == {'elf.path.json', 'elf.waiting.json', 'elf.sizes.json'}
+    assert "the hooks' map 'stream' is not saved" in run.log
+
+
+@root
+def test_what_the_programs_take(lab4, tmp_path):
+    """Measured by the kernel with -d, and only meanwhile."""
+    switch = Path('/proc/sys/kernel/bpf_stats_enabled')
+    before = switch.read_text()
+    for options in ['-d'], []:
+        with probing(lab4, *options, lab4.server_address(4), cwd=tmp_path) as run:
+            sent = kernel_counters(lab4.client)['IcmpOutEchos']
+            lab4.client.run('ping', '-nq', '-c100', '-i.002', lab4.server_address(4))
+            sent = kernel_counters(lab4.client)['IcmpOutEchos'] - sent
+        found = re.findall(r'(elf_\w+) ran (\d+) times, (\d+) ns each: ([0-9.]+)% of a core', run.log)
+        assert bool(found) == bool(options)
+        if found:
+            ran = {name: (int(times), int(each)) for name, times, each, _ in found}
+            assert sent <= ran['elf_egress'][0] <= sent + len(run.rows()) + 100
+            assert sent <= ran['elf_ingress'][0] and ran['elf_ingress'][1] > 0
+    assert switch.read_text() == before
