@@ -212,7 +212,7 @@ def handed(what):
     number = os.dup(getattr(what, 'sock', what).fileno())
     os.set_inheritable(number, True)
     return ('talk(Flow(%s))' if isinstance(what, Flow) else 'answer(%s)') % f'socket.socket(fileno={number})'
-""".replace('ENOUGH', str(ENOUGH)).replace('0.005', str(0.005 * PATIENCE))
+""".replace('ENOUGH', str(ENOUGH)).replace('0.005', str(0.005 * PATIENCE**2))  # dozens run at once
 
 # Prints the ports of flows of 20 to 30 ms each, every other one a child's.
 FLOWS = """

@@ -234,8 +234,6 @@ def check(lab: Lab, elf: Run, hops: dict[int, dict[int, str]]) -> None:
     assert sum(row.is_answered for row in rows) > 0.9 * len(rows) > 30
 
 
-# On eth0 the packets of a tunnel whose checksums are left to the device cannot be trimmed by BPF; of TCP
-# those without data need not be.
 @pytest.mark.parametrize('kind, version, device, encapsulation, inside, options', [
     ('ipip', 4, 'tunnel', 'ethernet', True, []),
     ('ipip', 4, 'tunnel', 'ipinip', True, ['-T']),
@@ -250,10 +248,13 @@ def check(lab: Lab, elf: Run, hops: dict[int, dict[int, str]]) -> None:
 ])  # fmt: skip
 def test_tunnel(lab4, tmp_path, kind, version, device, encapsulation, inside, options):
     """The hops of the packets inside are those behind the tunnel."""
-    with tunnel(lab4, kind, version, inside) as hops, \
-            elfprobe(lab4, '-i', device, '-e', encapsulation, '-p', '20', *options,
-                     lab4.server_address(version), cwd=tmp_path) as elf:
-        check(lab4, elf, {version: hops})
+    options = ['-i', device, '-e', encapsulation, '-p', '20', *options, lab4.server_address(version)]
+    with tunnel(lab4, kind, version, inside) as hops:
+        if device == 'eth0':
+            # BPF cannot trim what the tunnel has wrapped and left to the device below to finish.
+            lab4.client.run('ethtool', '-K', 'tunnel', 'tx', 'off')
+        with elfprobe(lab4, *options, cwd=tmp_path) as elf:
+            check(lab4, elf, {version: hops})
 
 
 @pytest.mark.parametrize('options', [[], ['-T']], ids=['truncated', 'whole'])

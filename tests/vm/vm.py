@@ -48,7 +48,7 @@ RUNS = {
     'paths': ['test_paths.py', '-k', 'test_rows_ or test_probes_are or arrive_as_sent or every_probe'],
     'owners': ['test_owners.py', '-k', 'by_name or by_pid or only_its or fallback or nothing'],
     'others': ['test_faults.py', 'test_paths.py', '-k', 'others or taken_away or clsact or left_alone'],
-    'ends': ['test_faults.py', '-k', 'orderly or sigkill or stopped or killed or is_left or clean'],
+    'ends': ['test_faults.py', '-k', 'orderly or sigkill or stopped or killed or is_clean'],
     'kernel': ['vm/test_kernel.py'],
 }
 
