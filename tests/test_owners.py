@@ -41,6 +41,7 @@ pytestmark = [pytest.mark.root, pytest.mark.skipif(
 SECONDS = float(os.environ.get('ELFPROBE_TESTS_SECONDS', 5))  # beside somebody else's flows
 SHORT_FLOWS = 200
 ENOUGH = 20  # packets of each program, at least
+SLOWLY = 0.9  # of them have probes on a slow machine, where hops are waited for while others send
 MANY = ','.join(f'10.0.5.{number}' for number in range(2, 10))  # addresses of the server
 PORTS = count(20000)
 PEER_OFFSET = 5000  # to the port of the one who connects, from that of the program that listens
@@ -489,7 +490,7 @@ def check(case: Case, program: Program, rows: list[Row]) -> None:
     assert len(rows) >= ENOUGH
     assert {row.app for row in rows} == {case.app}
     assert {int(row.pid) for row in rows} <= set(program.pids)
-    assert case.late or case.older or len(rows) >= program.sent
+    assert case.late or case.older or len(rows) >= program.sent * (1 if PATIENCE == 1 else SLOWLY)
     assert not case.servers or {row.dest for row in rows} == set(case.servers.split(','))
 
 

@@ -12,7 +12,7 @@ import re
 import socket
 import subprocess
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -226,7 +226,8 @@ def check(lab: Lab, elf: Run, hops: dict[int, dict[int, str]]) -> None:
                              stdout=subprocess.DEVNULL)
         for version in hops:
             output(iperf3(lab, version, UPLOAD + version, '-t', '2', '-b', '1M', '-l', '5000'))
-        wait_until(lambda: answered() >= right, 20, f'destinations, protocols, hops, routers: {right}')
+        with suppress(TimeoutError):  # the difference is shown below
+            wait_until(lambda: answered() >= right, 10, 'all hops answer')
         lab.client.end_processes()
     assert elf.stop() == 0
     assert answered() == right
