@@ -38,6 +38,7 @@ NETNS = Path('/run/netns')
 NAME = re.compile(r'elf-\d+-[0-9a-f]{6}-\w+')  # elf-PID-RANDOM-HOST
 MAX_ROUTERS = 200  # links are numbered in one octet
 TCPDUMP_BUFFER = 65536  # KiB
+PATIENCE = int(os.environ.get('ELFPROBE_TESTS_PATIENCE', '1'))  # how many times as slow as usual all may be
 
 COMMON_SYSCTLS = (
     'net.ipv6.conf.all.accept_dad=0',
@@ -69,15 +70,18 @@ class CommandFailed(RuntimeError):
 
 
 def wait_until(predicate: Callable[[], T], timeout: float, what: str) -> T:
-    """Poll until `predicate()` is true, and return it; TimeoutError with `what` after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
+    """Poll until `predicate()` is true, and return it; TimeoutError with `what` after `timeout` seconds.
+
+    Where PATIENCE is more than 1, it takes as many times longer, and polls as rarely.
+    """
+    deadline = time.monotonic() + timeout * PATIENCE
     while True:
         value = predicate()
         if value:
             return value
         if time.monotonic() > deadline:
             raise TimeoutError(f'not within {timeout:g} s: {what}')
-        time.sleep(0.005)
+        time.sleep(0.005 * PATIENCE)
 
 
 def run(*cmd: str, timeout: float = 30, check: bool = True, **kw: Any) -> subprocess.CompletedProcess[str]:
@@ -90,7 +94,7 @@ def run(*cmd: str, timeout: float = 30, check: bool = True, **kw: Any) -> subpro
                    stdin=subprocess.DEVNULL if text is None else subprocess.PIPE, start_new_session=True)
     process = subprocess.Popen(cmd, **{**options, **kw})
     try:
-        out, err = process.communicate(text, timeout)
+        out, err = process.communicate(text, timeout * PATIENCE)
     except subprocess.TimeoutExpired:
         raise CommandFailed(f'{" ".join(cmd)}: took more than {timeout:g} s') from None
     finally:

@@ -1,5 +1,9 @@
 # For bash scripts to source: what they share.
 
+# What the tests of elfprobe.py need, but for bpftool.
+test_packages=(python3-bpfcc python3-pyroute2 python3-psutil python3-pytest python3-scapy iproute2 iperf3
+               iputils-ping tcpdump nftables ethtool procps traceroute)
+
 # need_packages PACKAGE...: install those that are missing, on Debian and its kin, when root.
 # Where that is not possible it says what is missing and fails.
 need_packages() {

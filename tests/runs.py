@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Iterator, NamedTuple, Sequence, Tuple
 
-from lab import NETNS, Capture, CommandFailed, Host, Lab, end, kernel_counters, wait_until
+from lab import NETNS, PATIENCE, Capture, CommandFailed, Host, Lab, end, kernel_counters, wait_until
 
 ELFPROBE = Path(__file__).resolve().parent.parent / 'elfprobe.py'
 
@@ -167,7 +167,7 @@ class Run:
     def wait(self, timeout: float = 20) -> int:
         """Wait for the end and return the exit status; CommandFailed after `timeout` seconds."""
         try:
-            return self.process.wait(timeout)
+            return self.process.wait(timeout * PATIENCE)
         except subprocess.TimeoutExpired:
             raise CommandFailed(f'elfprobe does not end:\n{self.log}') from None
 

@@ -26,6 +26,7 @@ import pytest
 
 from lab import (
     NETNS,
+    PATIENCE,
     ROUTER_SYSCTLS,
     CommandFailed,
     Host,
@@ -63,7 +64,8 @@ from runs import (
 pytestmark = pytest.mark.root
 
 MS = 1_000_000  # ns
-CLOCKS_AGREE = 10 * MS  # between two readings around the same event; microseconds, but for a busy machine
+# Between two readings around the same event; microseconds, but for a busy machine.
+CLOCKS_AGREE = 10 * MS * PATIENCE
 TCP_PSH, TCP_ACK = 0x08, 0x10
 MSS = {4: 1500 - 20 - 32, 6: 1500 - 40 - 32}  # with the timestamp option
 EXPLORE_EVERY = 20000  # one probe in so many looks whether the path has become longer
@@ -175,7 +177,7 @@ def measured(lab4: Lab, request: pytest.FixtureRequest, tmp_path_factory: pytest
     options = ['-p', '0', *([] if truncated else ['-T'])]
     ports = [port + version for port in (UPLOAD, DOWNLOAD) for version in VERSIONS]
     seen_at_r1 = dict(filter=f'{both_ends} or {TIME_EXCEEDED}', snaplen=2000)  # of GSO packets not all
-    bulk = ['-t', '1', '-b', '4M', '-l', '3000', '-S', str(TOS)]
+    bulk = ['-t', str(PATIENCE), '-b', f'{4000 // PATIENCE}K', '-l', '3000', '-S', str(TOS)]
     lab4.set_checksum_offload(offload)
     try:
         with lab4.iperf3_server(*ports), \
@@ -183,7 +185,8 @@ def measured(lab4: Lab, request: pytest.FixtureRequest, tmp_path_factory: pytest
                 elfprobe(lab4, *options, *both(lab4), cwd=tmp_path_factory.mktemp('measured')) as run:
             for version in VERSIONS:  # from then on the path's length is known
                 output(ping(lab4, version, '-c1'))
-            pings = {version: ping(lab4, version, '-c200', '-i.005', '-Q', str(TOS)) for version in VERSIONS}
+            often = f'-i{0.005 * PATIENCE:g}'
+            pings = {version: ping(lab4, version, '-c200', often, '-Q', str(TOS)) for version in VERSIONS}
             bulks = [iperf3(lab4, version, UPLOAD + version, *bulk) for version in VERSIONS]
             bulks += [iperf3(lab4, version, DOWNLOAD + version, '-R', *bulk) for version in VERSIONS]
             streams = {version: stream(lab4, version) for version in VERSIONS}

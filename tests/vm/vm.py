@@ -1,0 +1,244 @@
+"""elfprobe on Debian's stock kernels, each in a virtual machine with its suite's own packages; tests/vm/run
+calls this.
+
+Virtual machines are emulated, since KVM is not to be had everywhere: they are some ten times as slow as the
+machine. Everything that a suite needs is in one image, which is built by mmdebstrap from the mirror that this
+machine's apt uses, and kept in $ELFPROBE_VM_CACHE (default: ~/.cache/elfprobe-vm) until it is deleted there.
+So is what the last run of a suite said: its console, and output and results of its tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lab import interrupt_on_signals
+
+TREE = Path(__file__).resolve().parents[2]
+
+# By what they are called here: the suite, and one that the kernel is taken from in its place.
+SUITES = {
+    'bullseye': ('bullseye', None),
+    'bookworm': ('bookworm', None),
+    'trixie': ('trixie', None),
+    'trixie-backports': ('trixie', 'trixie-backports'),
+    'sid': ('sid', None),
+}
+
+IMAGE_MIB = 2048
+MEMORY_MIB = 2048
+PATIENCE = 10  # how many times as slow as usual tests let all be
+RUN_SECONDS = 1800  # for one run of pytest
+
+# pytest's arguments for each of its runs.
+RUNS = {
+    'paths': ['test_paths.py', '-k', 'test_rows_ or test_probes_are or arrive_as_sent or every_probe'],
+    'owners': ['test_owners.py', '-k', 'by_name or by_pid or only_its or fallback or nothing'],
+    'others': ['test_faults.py', 'test_paths.py', '-k', 'others or taken_away or clsact or left_alone'],
+    'ends': ['test_faults.py', '-k', 'orderly or sigkill or stopped or killed or is_clean'],
+    'kernel': ['vm/test_kernel.py'],
+}
+
+# Rows of the table, and which tests count: by what matches `module.test[parameters]`.
+CELLS = {('IPv4', 'ICMP'): '4-1', ('IPv4', 'TCP'): '4-6', ('IPv4', 'UDP'): '4-17',
+         ('IPv6', 'ICMP'): '6-58', ('IPv6', 'TCP'): '6-6', ('IPv6', 'UDP'): '6-17'}
+ROWS = {
+    **{f'{" ".join(cell)}{option}': rf'test_paths\.test_(rows|probes)_.*\[{mode}-.*-{end}\]'
+       for cell, end in CELLS.items() for mode, option in (('truncated', ''), ('whole', ', `-T`'))},
+    'whole paths: every probe has its row, packets arrive as sent':
+        r'test_paths\.test_(application|every_probe)',
+    '`-a` and `-P` exact': r'test_owners\.(?!test_nothing)',
+    "others' filters and XDP programs": r'(others|taken_away|clsact)',
+    'clean exit': r'test_owners\.test_nothing|test_faults\.(?!.*(others|taken_away|clsact))',
+    'netem: latencies': r'test_kernel\.test_netem',
+    'fq and BBR: order and pacing': r'test_kernel\.test_fq',
+    'ipip, sit, ip6tnl': r'test_kernel\.test_tunnel',
+    '802.1Q devices': r'test_kernel\.test_vlan',
+    'no kprobes': r'test_kernel\.test_kprobes',
+}
+
+
+class Failure(Exception):
+    """Cannot go on; the text says why."""
+
+
+class Result(NamedTuple):
+    """What became of a test: `passed`, `skipped` or `failed`, and why."""
+
+    test: str
+    outcome: str
+    reason: str
+
+
+def cache() -> Path:
+    default = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'elfprobe-vm')
+    return Path(os.environ.get('ELFPROBE_VM_CACHE') or default)
+
+
+def mirror() -> str:
+    """Where this machine's apt gets Debian's main archive from."""
+    uris = subprocess.run(['apt-get', 'indextargets', '--format', '$(REPO_URI)'], stdout=subprocess.PIPE,
+                          text=True, check=True).stdout.split()
+    for uri in uris:
+        if uri.rstrip('/').endswith('/debian'):
+            return uri
+    raise Failure('none of this machine\'s apt sources is a mirror of Debian, whose address ends in /debian')
+
+
+def image(name: str, packages: list[str]) -> Path:
+    """The folder with a suite's disk image, kernel and initrd; builds it where it is missing."""
+    suite, kernel_suite = SUITES[name]
+    kernel = f'linux-image-amd64/{kernel_suite or suite}'
+    packages = [kernel, 'initramfs-tools', 'kmod', 'mount', *packages]
+    sources = [f'deb {mirror()} {one} main' for one in (suite, kernel_suite) if one]
+    recipe = hashlib.sha256('\n'.join([*packages, *sources, str(IMAGE_MIB)]).encode()).hexdigest()[:8]
+    folder = cache() / f'{name}-{recipe}'
+    if folder.exists():
+        return folder
+    print(f'{name}: building the image', file=sys.stderr)
+    cache().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix='build.', dir=cache()) as build:
+        root, new = Path(build, 'root'), Path(build, 'image')
+        new.mkdir()
+        # The initrd is to have what mounts the image and no more, so that it is unpacked in a moment.
+        modules = ('mkdir -p "$1/etc/initramfs-tools/conf.d" "$1/usr/share/initramfs-tools/modules.d"; '
+                   'echo MODULES=list >"$1/etc/initramfs-tools/conf.d/vm"; '
+                   'printf "%s\\n" virtio_pci virtio_blk ext4 >"$1/usr/share/initramfs-tools/modules.d/vm"')
+        options = ['APT::Install-Recommends "false"', 'Acquire::Check-Valid-Until "false"']  # mirrors may lag
+        subprocess.run(['mmdebstrap', '--quiet', '--variant=apt', *(f'--aptopt={one}' for one in options),
+                        f'--setup-hook={modules}', f'--include={",".join(packages)}', suite, root, *sources],
+                       check=True, timeout=1800)
+        for file in 'vmlinuz', 'initrd.img':
+            (found,) = root.glob(f'boot/{file}-*')
+            shutil.copy(found, new / file)
+        (new / 'disk').touch()  # mke2fs would say that it makes it
+        subprocess.run(['mke2fs', '-q', '-t', 'ext4', '-O', '^has_journal', '-m', '0', '-d', root,
+                        new / 'disk', f'{IMAGE_MIB}M'], check=True)
+        new.rename(folder)
+    return folder
+
+
+def job(runs: dict[str, list[str]]) -> str:
+    """The script that the virtual machine runs: each run's output and results have its name."""
+    lines = [f'export ELFPROBE_TESTS_PATIENCE={PATIENCE} PYTHONDONTWRITEBYTECODE=1',
+             'python3 elfprobe.py --version >/host/out/version 2>&1', 'cd tests']
+    for name, arguments in runs.items():
+        out = f'/host/out/{name}'
+        lines += [f'echo "== {name}"',
+                  f'timeout {RUN_SECONDS} python3 -m pytest --junit-xml={out}.xml --durations=10 '
+                  f'{shlex.join(arguments)} >{out}.log 2>&1',
+                  f'tail -n 1 {out}.log']
+    return '\n'.join(lines) + '\n'
+
+
+def boot(name: str, folder: Path, runs: dict[str, list[str]]) -> Path:
+    """Run tests in a virtual machine; the folder that it shares, with what came of them."""
+    share = cache() / f'{name}.run'
+    shutil.rmtree(share, ignore_errors=True)
+    (share / 'out').mkdir(parents=True)
+    shutil.copytree(TREE, share / 'elfprobe', ignore=shutil.ignore_patterns('.git', '__pycache__'))
+    (share / 'job').write_text(job(runs))
+    start = ('modprobe -a 9pnet_virtio 9p; mkdir -p /host; mount -t 9p -o msize=262144 host /host; '
+             'exec sh /host/elfprobe/tests/vm/init')
+    with open(share / 'console', 'wb') as console:
+        subprocess.run(
+            ['qemu-system-x86_64', '-accel', 'tcg', '-machine', 'q35', '-cpu', 'max', '-smp', '1',
+             '-m', str(MEMORY_MIB), '-nodefaults', '-display', 'none', '-serial', 'stdio', '-no-reboot',
+             '-kernel', folder / 'vmlinuz', '-initrd', folder / 'initrd.img', '-snapshot',
+             '-drive', f'file={folder / "disk"},format=raw,if=virtio', '-device', 'virtio-rng-pci',
+             '-virtfs', f'local,path={share},mount_tag=host,security_model=none',
+             '-append', f'console=ttyS0 quiet panic=-1 root=/dev/vda rw init=/bin/sh -- -c "{start}"'],
+            stdin=subprocess.DEVNULL, stdout=console, stderr=console,
+            timeout=RUN_SECONDS * len(runs) + 300, check=True)
+    return share
+
+
+def results(file: Path) -> list[Result]:
+    """What pytest wrote of a run; nothing where it did not come to its end."""
+    if not file.exists():
+        return []
+    found = []
+    for case in ElementTree.parse(file).iter('testcase'):
+        outcome, reason = 'passed', ''
+        for child in case:
+            if child.tag in ('failure', 'error', 'skipped'):
+                outcome = 'skipped' if child.tag == 'skipped' else 'failed'
+                reason = child.get('message', '').partition('\n')[0]
+        module = case.get('classname', '').rpartition('.')[2]
+        found.append(Result(f'{module}.{case.get("name")}', outcome, reason))
+    return found
+
+
+def cell(tests: list[Result]) -> str:
+    passed = sum(test.outcome == 'passed' for test in tests)
+    return f'{passed}' if passed and passed == len(tests) else f'**{passed} of {len(tests)}**'
+
+
+def table(shares: dict[str, Path]) -> str:
+    """How many tests pass, by row and suite, and below what became of the others."""
+    versions = {name: (share / 'out/version').read_text() for name, share in shares.items()}
+    lines = ['| | ' + ' | '.join(shares) + ' |', '| --- ' * (len(shares) + 1) + '|']
+    for part in 'Linux', 'BCC', 'pyroute2', 'psutil', 'Python':
+        found = [re.search(rf'{part} (\S+?)(,|$)', version, re.MULTILINE) for version in versions.values()]
+        lines.append(f'| {part} | ' + ' | '.join(match[1] if match else '' for match in found) + ' |')
+    every = {name: [test for file in sorted(share.glob('out/*.xml')) for test in results(file)]
+             for name, share in shares.items()}
+    for title, pattern in ROWS.items():
+        cells = [cell([test for test in tests if re.search(pattern, test.test)]) for tests in every.values()]
+        lines.append(f'| {title} | ' + ' | '.join(cells) + ' |')
+    lines.append('')
+    lines += [f'- {name}, {test.test}: {test.outcome}: {test.reason}' for name, tests in every.items()
+              for test in tests if test.outcome != 'passed']
+    return '\n'.join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog='tests/vm/run', usage='%(prog)s [SUITE...] [-- pytest\'s arguments]',
+        description='Run end-to-end tests on stock kernels in virtual machines, and show a table.',
+        epilog='Of what pytest is told to run, with paths as seen from tests/, the output is shown instead.')
+    parser.add_argument('--packages', type=str.split, help=argparse.SUPPRESS)
+    parser.add_argument('suites', nargs='*', metavar='SUITE', help=f'{", ".join(SUITES)} (default: all)')
+    own, chosen = sys.argv[1:], None
+    if '--' in own:
+        at = own.index('--')
+        own, chosen = own[:at], own[at + 1 :]
+    arguments = parser.parse_args(own)
+    for name in arguments.suites:
+        if name not in SUITES:
+            parser.error(f'{name}: no suite; there are {", ".join(SUITES)}')
+    runs = RUNS if chosen is None else {'chosen': chosen}
+    shares = {}
+    for name in arguments.suites or SUITES:
+        folder = image(name, arguments.packages)
+        start = time.monotonic()
+        shares[name] = boot(name, folder, runs)
+        print(f'{name}: {time.monotonic() - start:.0f} s, see {shares[name]}', file=sys.stderr)
+        if chosen is not None:
+            print((shares[name] / 'out/chosen.log').read_text())
+    if chosen is None:
+        print(table(shares))
+    return 0
+
+
+if __name__ == '__main__':
+    interrupt_on_signals()
+    try:
+        sys.exit(main())
+    except (Failure, OSError, subprocess.SubprocessError) as error:
+        sys.exit(f'vm: {error}')
+    except KeyboardInterrupt:
+        sys.exit(130)
