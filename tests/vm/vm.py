@@ -5,6 +5,9 @@ Virtual machines are emulated, since KVM is not to be had everywhere: they are s
 machine. Everything that a suite needs is in one image, which is built by mmdebstrap from the mirror that this
 machine's apt uses, and kept in $ELFPROBE_VM_CACHE (default: ~/.cache/elfprobe-vm) until it is deleted there.
 So is what the last run of a suite said: its console, and output and results of its tests.
+
+With --userland there is no virtual machine: the suite's packages, in a directory tree, meet this machine's
+kernel, which soon shows whether its BCC compiles and loads the programs, and its pyroute2 attaches them.
 """
 
 from __future__ import annotations
@@ -43,6 +46,15 @@ MEMORY_MIB = 2048
 PATIENCE = 10  # how many times as slow as usual tests let all be
 RUN_SECONDS = 1800  # for one run of pytest
 
+# Only with --userland, and with the address of a mirror of Ubuntu in the environment.
+UBUNTU_SUITES = {'focal': ('focal', None), 'jammy': ('jammy', None), 'noble': ('noble', None)}
+UBUNTU_MIRROR = 'ELFPROBE_UBUNTU_MIRROR'
+USERLAND_RUNS = {
+    'builds': ['test_packets.py', '-k', 'all_builds'],
+    'paths': ['test_paths.py', '-k', 'test_rows_ or every_probe or without_ring'],
+    'owners': ['test_owners.py', '-k', 'by_name or fallback or nothing'],
+}
+
 # pytest's arguments for each of its runs.
 RUNS = {
     'paths': ['test_paths.py', '-k', 'test_rows_ or test_probes_are or arrive_as_sent or every_probe'],
@@ -68,6 +80,12 @@ ROWS = {
     'ipip, sit, ip6tnl': r'test_kernel\.test_tunnel',
     '802.1Q devices': r'test_kernel\.test_vlan',
     'no kprobes': r'test_kernel\.test_kprobes',
+}
+USERLAND_ROWS = {
+    'all builds compile without a warning, and load': r'test_packets\.',
+    'right rows, IPv4 and IPv6, ICMP, TCP and UDP, with and without `-T`': r'test_paths\.(?!.*ring_buffers)',
+    'without ring buffers': r'ring_buffers',
+    '`-a` exact, clean exit': r'test_owners\.',
 }
 
 
@@ -98,14 +116,62 @@ def mirror() -> str:
     raise Failure('none of this machine\'s apt sources is a mirror of Debian, whose address ends in /debian')
 
 
+def sources(name: str) -> tuple[str, list[str]]:
+    """A suite, and the apt sources for what is called so here."""
+    if name in UBUNTU_SUITES:
+        if UBUNTU_MIRROR not in os.environ:
+            raise Failure(f'{name}: {UBUNTU_MIRROR} must have the address of a mirror of Ubuntu')
+        lines = [f'deb {os.environ[UBUNTU_MIRROR]} {name}{part} main universe' for part in ('', '-updates')]
+        return name, lines
+    suite, kernel_suite = SUITES[name]
+    return suite, [f'deb {mirror()} {one} main' for one in (suite, kernel_suite) if one]
+
+
+def bootstrap(name: str, packages: list[str], to: Path, *options: str) -> None:
+    suite, lines = sources(name)
+    apt = ['APT::Install-Recommends "false"', 'Acquire::Check-Valid-Until "false"']  # mirrors may lag
+    subprocess.run(['mmdebstrap', '--quiet', '--variant=apt', *(f'--aptopt={one}' for one in apt), *options,
+                    f'--include={",".join(packages)}', suite, to, *lines], check=True, timeout=1800)
+
+
+def recipe(*ingredients: str) -> str:
+    return hashlib.sha256('\n'.join(ingredients).encode()).hexdigest()[:8]
+
+
+def userland(name: str, packages: list[str]) -> Path:
+    """The directory tree with a suite's packages; builds it where it is missing."""
+    root = cache() / f'{name}-{recipe(*packages, *sources(name)[1])}.root'
+    if not root.exists():
+        print(f'{name}: building the directory tree', file=sys.stderr)
+        cache().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix='build.', dir=cache()) as build:
+            bootstrap(name, packages, Path(build, 'root'))
+            Path(build, 'root').rename(root)
+    return root
+
+
+def enter(name: str, root: Path, runs: dict[str, list[str]]) -> Path:
+    """Run tests in a suite's tree, on this machine's kernel; the folder with what came of it."""
+    share = prepare(f'{name}.userland', runs, patience=1)
+    mounts = [f'mount --rbind {shlex.quote(there)} {shlex.quote(str(root / here))}' for there, here in (
+        ('/proc', 'proc'), ('/sys', 'sys'), ('/dev', 'dev'), (str(share), 'host'))]
+    (root / 'host').mkdir(exist_ok=True)
+    script = '; '.join(['set -e', *mounts, 'mount -t tmpfs tmpfs ' + shlex.quote(str(root / 'run')),
+                        f'exec chroot {shlex.quote(str(root))} '
+                        'sh -c "cp -r /host/elfprobe /run && cd /run/elfprobe && sh /host/job"'])
+    with open(share / 'console', 'wb') as console:
+        subprocess.run(['unshare', '--mount', '--propagation', 'private', 'sh', '-c', script], check=True,
+                       stdin=subprocess.DEVNULL, stdout=console, stderr=console,
+                       env={'PATH': '/usr/sbin:/usr/bin:/sbin:/bin', 'HOME': '/root'},
+                       timeout=RUN_SECONDS * len(runs))
+    return share
+
+
 def image(name: str, packages: list[str]) -> Path:
     """The folder with a suite's disk image, kernel and initrd; builds it where it is missing."""
-    suite, kernel_suite = SUITES[name]
-    kernel = f'linux-image-amd64/{kernel_suite or suite}'
+    kernel = f'linux-image-amd64/{SUITES[name][1] or SUITES[name][0]}'
     packages = [kernel, 'initramfs-tools', 'kmod', 'mount', *packages]
-    sources = [f'deb {mirror()} {one} main' for one in (suite, kernel_suite) if one]
-    recipe = hashlib.sha256('\n'.join([*packages, *sources, str(IMAGE_MIB)]).encode()).hexdigest()[:8]
-    folder = cache() / f'{name}-{recipe}'
+    folder = cache() / f'{name}-{recipe(*packages, *sources(name)[1], str(IMAGE_MIB))}'
     if folder.exists():
         return folder
     print(f'{name}: building the image', file=sys.stderr)
@@ -117,10 +183,7 @@ def image(name: str, packages: list[str]) -> Path:
         modules = ('mkdir -p "$1/etc/initramfs-tools/conf.d" "$1/usr/share/initramfs-tools/modules.d"; '
                    'echo MODULES=list >"$1/etc/initramfs-tools/conf.d/vm"; '
                    'printf "%s\\n" virtio_pci virtio_blk ext4 >"$1/usr/share/initramfs-tools/modules.d/vm"')
-        options = ['APT::Install-Recommends "false"', 'Acquire::Check-Valid-Until "false"']  # mirrors may lag
-        subprocess.run(['mmdebstrap', '--quiet', '--variant=apt', *(f'--aptopt={one}' for one in options),
-                        f'--setup-hook={modules}', f'--include={",".join(packages)}', suite, root, *sources],
-                       check=True, timeout=1800)
+        bootstrap(name, packages, root, f'--setup-hook={modules}')
         for file in 'vmlinuz', 'initrd.img':
             (found,) = root.glob(f'boot/{file}-*')
             shutil.copy(found, new / file)
@@ -131,9 +194,9 @@ def image(name: str, packages: list[str]) -> Path:
     return folder
 
 
-def job(runs: dict[str, list[str]]) -> str:
-    """The script that the virtual machine runs: each run's output and results have its name."""
-    lines = [f'export ELFPROBE_TESTS_PATIENCE={PATIENCE} PYTHONDONTWRITEBYTECODE=1',
+def job(runs: dict[str, list[str]], patience: int) -> str:
+    """The script that runs the tests: each run's output and results have its name."""
+    lines = [f'export ELFPROBE_TESTS_PATIENCE={patience} PYTHONDONTWRITEBYTECODE=1',
              'python3 elfprobe.py --version >/host/out/version 2>&1', 'cd tests']
     for name, arguments in runs.items():
         out = f'/host/out/{name}'
@@ -144,13 +207,19 @@ def job(runs: dict[str, list[str]]) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def boot(name: str, folder: Path, runs: dict[str, list[str]]) -> Path:
-    """Run tests in a virtual machine; the folder that it shares, with what came of them."""
-    share = cache() / f'{name}.run'
+def prepare(name: str, runs: dict[str, list[str]], patience: int) -> Path:
+    """The folder that is shared with the tests: elfprobe's tree, the job, a place for what comes of it."""
+    share = cache() / name
     shutil.rmtree(share, ignore_errors=True)
     (share / 'out').mkdir(parents=True)
     shutil.copytree(TREE, share / 'elfprobe', ignore=shutil.ignore_patterns('.git', '__pycache__'))
-    (share / 'job').write_text(job(runs))
+    (share / 'job').write_text(job(runs, patience))
+    return share
+
+
+def boot(name: str, folder: Path, runs: dict[str, list[str]]) -> Path:
+    """Run tests in a virtual machine; the folder that it shares, with what came of them."""
+    share = prepare(f'{name}.run', runs, PATIENCE)
     start = ('modprobe -a 9pnet_virtio 9p; mkdir -p /host; mount -t 9p -o msize=262144 host /host; '
              'exec sh /host/elfprobe/tests/vm/init')
     with open(share / 'console', 'wb') as console:
@@ -187,7 +256,7 @@ def cell(tests: list[Result]) -> str:
     return f'{passed}' if passed and passed == len(tests) else f'**{passed} of {len(tests)}**'
 
 
-def table(shares: dict[str, Path]) -> str:
+def table(shares: dict[str, Path], rows: dict[str, str]) -> str:
     """How many tests pass, by row and suite, and below what became of the others."""
     versions = {name: (share / 'out/version').read_text() for name, share in shares.items()}
     lines = ['| | ' + ' | '.join(shares) + ' |', '| --- ' * (len(shares) + 1) + '|']
@@ -196,7 +265,7 @@ def table(shares: dict[str, Path]) -> str:
         lines.append(f'| {part} | ' + ' | '.join(match[1] if match else '' for match in found) + ' |')
     every = {name: [test for file in sorted(share.glob('out/*.xml')) for test in results(file)]
              for name, share in shares.items()}
-    for title, pattern in ROWS.items():
+    for title, pattern in rows.items():
         cells = [cell([test for test in tests if re.search(pattern, test.test)]) for tests in every.values()]
         lines.append(f'| {title} | ' + ' | '.join(cells) + ' |')
     lines.append('')
@@ -211,26 +280,33 @@ def main() -> int:
         description='Run end-to-end tests on stock kernels in virtual machines, and show a table.',
         epilog='Of what pytest is told to run, with paths as seen from tests/, the output is shown instead.')
     parser.add_argument('--packages', type=str.split, help=argparse.SUPPRESS)
+    parser.add_argument('--userland', action='store_true',
+                        help='the suites\' packages on this machine\'s kernel, without virtual machines; '
+                        f'with {UBUNTU_MIRROR} in the environment {", ".join(UBUNTU_SUITES)}, too')
     parser.add_argument('suites', nargs='*', metavar='SUITE', help=f'{", ".join(SUITES)} (default: all)')
     own, chosen = sys.argv[1:], None
     if '--' in own:
         at = own.index('--')
         own, chosen = own[:at], own[at + 1 :]
     arguments = parser.parse_args(own)
+    possible = [*SUITES, *(UBUNTU_SUITES if arguments.userland else ())]
     for name in arguments.suites:
-        if name not in SUITES:
-            parser.error(f'{name}: no suite; there are {", ".join(SUITES)}')
-    runs = RUNS if chosen is None else {'chosen': chosen}
+        if name not in possible:
+            parser.error(f'{name}: no suite; there are {", ".join(possible)}')
+    usual, rows = (USERLAND_RUNS, USERLAND_ROWS) if arguments.userland else (RUNS, ROWS)
+    runs = usual if chosen is None else {'chosen': chosen}
     shares = {}
     for name in arguments.suites or SUITES:
-        folder = image(name, arguments.packages)
         start = time.monotonic()
-        shares[name] = boot(name, folder, runs)
+        if arguments.userland:
+            shares[name] = enter(name, userland(name, arguments.packages), runs)
+        else:
+            shares[name] = boot(name, image(name, arguments.packages), runs)
         print(f'{name}: {time.monotonic() - start:.0f} s, see {shares[name]}', file=sys.stderr)
         if chosen is not None:
             print((shares[name] / 'out/chosen.log').read_text())
     if chosen is None:
-        print(table(shares))
+        print(table(shares, rows))
     return 0
 
 
