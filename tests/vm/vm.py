@@ -46,9 +46,6 @@ MEMORY_MIB = 2048
 PATIENCE = 10  # how many times as slow as usual tests let all be
 RUN_SECONDS = 1800  # for one run of pytest
 
-# Only with --userland, and with the address of a mirror of Ubuntu in the environment.
-UBUNTU_SUITES = {'focal': ('focal', None), 'jammy': ('jammy', None), 'noble': ('noble', None)}
-UBUNTU_MIRROR = 'ELFPROBE_UBUNTU_MIRROR'
 USERLAND_RUNS = {
     'builds': ['test_packets.py', '-k', 'all_builds'],
     'paths': ['test_paths.py', '-k', 'test_rows_ or every_probe or without_ring'],
@@ -118,11 +115,6 @@ def mirror() -> str:
 
 def sources(name: str) -> tuple[str, list[str]]:
     """A suite, and the apt sources for what is called so here."""
-    if name in UBUNTU_SUITES:
-        if UBUNTU_MIRROR not in os.environ:
-            raise Failure(f'{name}: {UBUNTU_MIRROR} must have the address of a mirror of Ubuntu')
-        lines = [f'deb {os.environ[UBUNTU_MIRROR]} {name}{part} main universe' for part in ('', '-updates')]
-        return name, lines
     suite, kernel_suite = SUITES[name]
     return suite, [f'deb {mirror()} {one} main' for one in (suite, kernel_suite) if one]
 
@@ -153,14 +145,14 @@ def userland(name: str, packages: list[str]) -> Path:
 def enter(name: str, root: Path, runs: dict[str, list[str]]) -> Path:
     """Run tests in a suite's tree, on this machine's kernel; the folder with what came of it."""
     share = prepare(f'{name}.userland', runs, patience=1)
-    mounts = [f'mount --rbind {shlex.quote(there)} {shlex.quote(str(root / here))}' for there, here in (
-        ('/proc', 'proc'), ('/sys', 'sys'), ('/dev', 'dev'), (str(share), 'host'))]
     (root / 'host').mkdir(exist_ok=True)
-    script = '; '.join(['set -e', *mounts, 'mount -t tmpfs tmpfs ' + shlex.quote(str(root / 'run')),
-                        f'exec chroot {shlex.quote(str(root))} '
-                        'sh -c "cp -r /host/elfprobe /run && cd /run/elfprobe && sh /host/job"'])
+    script = 'mount --bind "$1" "$1"; '  # ip-netns wants the root to be a mount
+    script += ''.join(f'mount --rbind /{there} "$1/{there}"; ' for there in ('proc', 'sys', 'dev'))
+    script += ('mount --bind "$2" "$1/host"; mount -t tmpfs tmpfs "$1/run"; exec chroot "$1" '
+               'sh -c "cp -r /host/elfprobe /run && cd /run/elfprobe && sh /host/job"')
     with open(share / 'console', 'wb') as console:
-        subprocess.run(['unshare', '--mount', '--propagation', 'private', 'sh', '-c', script], check=True,
+        private = 'unshare', '--mount', '--propagation', 'private'
+        subprocess.run([*private, 'sh', '-ec', script, 'sh', root, share], check=True,
                        stdin=subprocess.DEVNULL, stdout=console, stderr=console,
                        env={'PATH': '/usr/sbin:/usr/bin:/sbin:/bin', 'HOME': '/root'},
                        timeout=RUN_SECONDS * len(runs))
@@ -281,18 +273,16 @@ def main() -> int:
         epilog='Of what pytest is told to run, with paths as seen from tests/, the output is shown instead.')
     parser.add_argument('--packages', type=str.split, help=argparse.SUPPRESS)
     parser.add_argument('--userland', action='store_true',
-                        help='the suites\' packages on this machine\'s kernel, without virtual machines; '
-                        f'with {UBUNTU_MIRROR} in the environment {", ".join(UBUNTU_SUITES)}, too')
+                        help='the suites\' packages on this machine\'s kernel, without virtual machines')
     parser.add_argument('suites', nargs='*', metavar='SUITE', help=f'{", ".join(SUITES)} (default: all)')
     own, chosen = sys.argv[1:], None
     if '--' in own:
         at = own.index('--')
         own, chosen = own[:at], own[at + 1 :]
     arguments = parser.parse_args(own)
-    possible = [*SUITES, *(UBUNTU_SUITES if arguments.userland else ())]
     for name in arguments.suites:
-        if name not in possible:
-            parser.error(f'{name}: no suite; there are {", ".join(possible)}')
+        if name not in SUITES:
+            parser.error(f'{name}: no suite; there are {", ".join(SUITES)}')
     usual, rows = (USERLAND_RUNS, USERLAND_ROWS) if arguments.userland else (RUNS, ROWS)
     runs = usual if chosen is None else {'chosen': chosen}
     shares = {}
