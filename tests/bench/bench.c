@@ -121,12 +121,12 @@ int clone_egress(struct __sk_buff *skb)
 
 int one_result(struct xdp_md *ctx)
 {
-	struct result *result;
+	struct extended_result *extended;
 	int zero = 0;
 
-	result = result_layout.lookup(&zero);
+	extended = result_layout.lookup(&zero);
 	COUNT(replies);
-	if (result && results.ringbuf_output(result, sizeof(*result), wakeup_flag()))
+	if (extended && submit_result(ctx, &extended->result, sizeof(extended->result)))
 		COUNT(results_lost);
 	return XDP_PASS;
 }

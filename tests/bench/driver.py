@@ -61,6 +61,7 @@ def drained(programs: Programs, path: Path, rate: int, seconds: float) -> tuple[
     """Rows written, results lost, and s of CPU time, while results come at a rate."""
     programs.clear()
     probe = elfprobe.ElfProbe(elfprobe.Config(LOOPBACK.name, duration=seconds))
+    probe._is_attached = lambda: True
     probe._bpf, probe._device = programs.bpf, LOOPBACK
     csv = elfprobe.OutputFile(str(path))
     results = programs.results
