@@ -71,6 +71,8 @@ TIME_EXCEEDED_TYPES = {ICMP: 11, ICMPV6: 3}
 
 VERSIONS = 4, 6
 HOPS = 1, 2, 3, 4  # of a lab of four routers
+FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
+CLOSED = 'chain forward { type filter hook forward priority 0; policy drop; }'  # for nft_table()
 
 # Filters for captures. A probe's TTL is below those that systems begin with, but for multicast.
 PROBES = '((ip and ip[8] <= 32 and ip[16] < 224) or (ip6 and ip6[7] <= 32 and ip6[24] != 255))'
@@ -231,6 +233,19 @@ def inside(host: Host) -> Iterator[None]:
             yield
         finally:
             enter(here)
+
+
+@contextmanager
+def tcp_connected(lab: Lab, version: int, port: int) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A connection from client to server: its end there, and the server's."""
+    with inside(lab.server):
+        listener = socket.create_server((lab.server_address(version), port), family=FAMILY[version])
+    with inside(lab.client):
+        sender = socket.socket(FAMILY[version])
+    with listener, sender:
+        sender.connect(listener.getsockname())
+        with listener.accept()[0] as receiver:
+            yield sender, receiver
 
 
 def read_rows(path: Path) -> list[Row]:

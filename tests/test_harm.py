@@ -28,6 +28,7 @@ from lab import Host, Lab, end, kernel_counters, nft_table, wait_for_line, wait_
 from runs import (
     ECHO_TYPES,
     ELFPROBE,
+    FAMILY,
     HOPS,
     ICMP,
     ICMPV6,
@@ -47,7 +48,6 @@ from runs import (
 
 pytestmark = pytest.mark.root
 
-FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 MSS = 1460  # of Ethernet, at most
 PORT, CLIENT_PORT = 7000, 7001  # the server's; the client's, where it is not the kernel's choice
 MIB = 1 << 20

@@ -39,6 +39,7 @@ from lab import (
     wait_until,
 )
 from runs import (
+    CLOSED,
     ECHO_TYPES,
     HOPS,
     ICMP,
@@ -58,6 +59,7 @@ from runs import (
     ip_packets,
     numbered,
     realtime_offset,
+    tcp_connected,
     time_exceeded_received,
 )
 
@@ -579,9 +581,6 @@ def test_silent_router(lab4, tmp_path):
         assert rests[-1] > 200 * MS
 
 
-CLOSED = 'chain forward { type filter hook forward priority 0; policy drop; }'
-
-
 def test_outage(lab4, tmp_path):
     """r2 forwards nothing for a while: when the way is open again, all hops are probed at once, and go on."""
     with measuring(lab4, cwd=tmp_path) as run, pinging(lab4, '-i.005'):
@@ -614,18 +613,11 @@ def refused_packets(lab: Lab, version: int) -> None:
 
 def single_bytes(lab: Lab, version: int) -> None:
     """TCP whose sequence numbers grow as slowly as those of probes do."""
-    family = socket.AF_INET if version == 4 else socket.AF_INET6
-    with inside(lab.server):
-        listener = socket.create_server((lab.server_address(version), 7), family=family)
-    with inside(lab.client):
-        sender = socket.socket(family)
-    with listener, sender:
-        sender.connect(listener.getsockname())
+    with tcp_connected(lab, version, 7) as (sender, receiver):
         sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with listener.accept()[0] as receiver:
-            for _ in range(300):
-                sender.send(b'x')
-                receiver.recv(1)
+        for _ in range(300):
+            sender.send(b'x')
+            receiver.recv(1)
 
 
 @pytest.mark.parametrize('traffic, options', [

@@ -36,6 +36,7 @@ from responder import (
     ways_of,
 )
 from runs import (
+    FAMILY,
     ICMP,
     ICMPV6,
     TCP,
@@ -52,7 +53,6 @@ from runs import (
 pytestmark = pytest.mark.root
 
 PROTOCOLS = {4: (ICMP, TCP, UDP), 6: (ICMPV6, TCP, UDP)}
-FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 TOS = 0x48  # a DSCP that nobody uses by default
 QUIC, DNS, WEB = 443, 53, 80  # the server's ports
 OFTEN = {1, 2, 3}  # hops

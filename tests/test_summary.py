@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import elfprobe
 from lab import Host, Lab, end, nft_table, run, wait_until
-from runs import ELFPROBE, HOPS, TCP, UDP, VERSIONS, Run, both, inside
+from runs import CLOSED, ELFPROBE, FAMILY, HOPS, TCP, UDP, VERSIONS, Run, both, inside, tcp_connected
 from runs import elfprobe as probing
 
 root = pytest.mark.root
@@ -330,9 +330,6 @@ def test_names_of_responders(lab4, tmp_path):
         f'{lab4.hop(4, hop)} r{hop}.example' for hop in HOPS]
 
 
-CLOSED = 'chain forward { type filter hook forward priority 0; policy drop; }'
-
-
 @root
 def test_an_outage_is_named(make_lab, tmp_path):
     """r2 forwards nothing for some seconds. Few probes are missing: what is silent is asked less often."""
@@ -393,26 +390,19 @@ def test_icmp_limits_and_loss_are_told_apart(make_lab, tmp_path):
 @contextmanager
 def tcp_stream(lab: Lab, version: int) -> Iterator[socket.socket]:
     """A connection over which the server takes all that comes."""
-    family = {4: socket.AF_INET, 6: socket.AF_INET6}[version]
-    with inside(lab.server):
-        listener = socket.create_server((lab.server_address(version), 7), family=family)
-    with inside(lab.client):
-        sender = socket.socket(family)
-    with listener, sender:
-        sender.connect(listener.getsockname())
-        with listener.accept()[0] as receiver:
+    with tcp_connected(lab, version, 7) as (sender, receiver):
 
-            def take() -> None:
-                while receiver.recv(1 << 16):
-                    pass
+        def take() -> None:
+            while receiver.recv(1 << 16):
+                pass
 
-            thread = threading.Thread(target=take)
-            thread.start()
-            try:
-                yield sender
-            finally:
-                sender.close()
-                thread.join()
+        thread = threading.Thread(target=take)
+        thread.start()
+        try:
+            yield sender
+        finally:
+            sender.close()
+            thread.join()
 
 
 def tcp_info(connection: socket.socket) -> tuple[int, int, int]:
@@ -440,8 +430,7 @@ def test_tcp_state_beside_each_probe(lab4, tmp_path, version):
         last = tcp_info(sender)[2] - 1
         wait_until(lambda: sender.send(bytes(2000)) and any(
             int(row['retrans'] or 0) >= last for row in csv_rows(tmp_path / 'elf.csv')), 20, 'rows know it')
-        with inside(lab4.client), socket.socket(
-                {4: socket.AF_INET, 6: socket.AF_INET6}[version], socket.SOCK_DGRAM) as udp:
+        with inside(lab4.client), socket.socket(FAMILY[version], socket.SOCK_DGRAM) as udp:
             udp.sendto(bytes(40), (server, 7))
         assert run.stop() == 0
         after = tcp_info(sender)
