@@ -27,8 +27,11 @@
 
 /* ---- Build parameters: the driver's -D flags ---------------------------------------------- */
 
-#ifndef ETHERNET
-#error "ETHERNET: 1 where packets on the device begin with an Ethernet header, 0 where they begin with IP"
+#define FRAME_ETHERNET 0
+#define FRAME_IP 1
+#define FRAME_TUNNEL 2
+#ifndef FRAME
+#error "FRAME: packets on the device begin with 0: Ethernet's header, 1: IP's, 2: IP's, a tunnel's may be in front"
 #endif
 #ifndef TUNNEL
 #error "TUNNEL: 0, or 4 or 41: the flows are inside IPv4 packets of this protocol"
@@ -148,8 +151,10 @@
 #define IPPROTO_TCP 6
 #define IPPROTO_UDP 17
 #define IPPROTO_HOPOPTS 0 /* and other extension headers of IPv6 (RFC 8200) */
+#define IPPROTO_IPV6 41
 #define IPPROTO_ROUTING 43
 #define IPPROTO_FRAGMENT 44
+#define IPPROTO_GRE 47
 #define IPPROTO_DSTOPTS 60
 #define IP6_EXTENSIONS_MAX 4
 #define IP6_EXTENSIONS_MASK 1023 /* and most bytes of them, a power of two less 1 */
@@ -158,6 +163,10 @@
 #define IP_OFFSET 0x1fff
 #define IP6_MF 0x0001
 #define IP6_OFFSET 0xfff8
+#define GRE_CHECKSUM 0x8000 /* each of these adds 4 bytes (RFC 2784, RFC 2890) */
+#define GRE_KEY 0x2000
+#define GRE_SEQUENCE 0x1000
+#define GRE_FLAGS (GRE_CHECKSUM | GRE_KEY | GRE_SEQUENCE)
 #define ICMP_ECHO_REPLY 0
 #define ICMP_DEST_UNREACH 3
 #define ICMP_ECHO 8
@@ -207,6 +216,11 @@ struct ip6hdr {
 /* Those that are understood begin like this, the fragment header with its offset behind nexthdr. */
 struct ip6ext {
 	__u8 nexthdr, len, type, segments_left;
+};
+
+struct grehdr {
+	__be16 flags; /* and version, 0 */
+	__be16 protocol;
 };
 
 struct tcphdr {
@@ -745,6 +759,42 @@ static inline int parse_inner(struct hdr_cursor *nh, struct packet *pkt)
 	return TUNNEL == IPPROTO_IPIP ? parse_iphdr(nh, pkt) : parse_ip6hdr(nh, pkt);
 }
 
+/* Bytes of an IP header `off` bytes behind the cursor and of GRE's, if that one is next; 0 unless there is one,
+ * of a packet that ends with the frame and has another inside. */
+static inline __u32 outer_len(const struct hdr_cursor *nh, __u32 off)
+{
+	struct hdr_cursor at = { nh->pos + off, nh->end };
+	struct packet outer = {};
+	struct grehdr *gre;
+	__u8 *first = at.pos;
+
+	if ((void *)(first + 1) > at.end ||
+	    (*first >> 4 == 4 ? parse_iphdr(&at, &outer) : parse_ip6hdr(&at, &outer)) < 0 ||
+	    off + outer.ip_len + outer.l4_len != (__u32)(nh->end - nh->pos))
+		return 0;
+	if (outer.protocol == IPPROTO_IPIP || outer.protocol == IPPROTO_IPV6)
+		return outer.ip_len;
+	gre = at.pos;
+	if (outer.protocol != IPPROTO_GRE || (void *)(gre + 1) > at.end || gre->flags & ~bpf_htons(GRE_FLAGS))
+		return 0;
+	return outer.ip_len + sizeof(*gre) + (gre->flags & bpf_htons(GRE_CHECKSUM) ? 4 : 0) +
+	       (gre->flags & bpf_htons(GRE_KEY) ? 4 : 0) + (gre->flags & bpf_htons(GRE_SEQUENCE) ? 4 : 0);
+}
+
+/* Before Linux 5.14 XDP on a tunnel device is shown what the tunnel has taken off already: the outer headers,
+ * and Ethernet's in front of some. The cursor is behind them then. */
+static inline void skip_outer(struct hdr_cursor *nh)
+{
+	__u32 len = outer_len(nh, 0);
+
+	if (!len) {
+		len = outer_len(nh, sizeof(struct ethhdr));
+		if (len)
+			len += sizeof(struct ethhdr);
+	}
+	nh->pos += len;
+}
+
 /* What is in front of the IP header, and the IP header. Leaves the cursor behind; -1: not whole, or
  * something else. */
 static inline int parse_frame(struct hdr_cursor *nh, struct packet *pkt)
@@ -756,7 +806,7 @@ static inline int parse_frame(struct hdr_cursor *nh, struct packet *pkt)
 	__u32 i;
 	int err;
 
-	if (ETHERNET) {
+	if (FRAME == FRAME_ETHERNET) {
 		if ((void *)(eth + 1) > nh->end)
 			return -1;
 		if (eth->h_dest[0] & 1)
@@ -1945,7 +1995,7 @@ int elf_egress(struct __sk_buff *skb)
 		COUNT(build_failed);
 		return TC_ACT_SHOT;
 	}
-	if (parse_frame(&nh, &pkt) < 0 || (TUNNEL && ETHERNET && !pkt.wrapped))
+	if (parse_frame(&nh, &pkt) < 0 || (TUNNEL && FRAME == FRAME_ETHERNET && !pkt.wrapped))
 		return TC_ACT_UNSPEC;
 	mark = mark_of(&pkt.daddr);
 	if (!mark)
@@ -2133,6 +2183,8 @@ int elf_ingress(struct xdp_md *ctx)
 	struct icmphdr *icmp;
 	struct path *path;
 
+	if (FRAME == FRAME_TUNNEL)
+		skip_outer(&nh);
 	if (parse_frame(&nh, &pkt) < 0)
 		return XDP_PASS;
 	icmp = nh.pos;

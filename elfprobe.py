@@ -27,6 +27,7 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import enum
 import errno
 import fcntl
 import functools
@@ -192,6 +193,14 @@ class Failure(Exception):
 # ---- Configuration ------------------------------------------------------------------------------
 
 
+class Frame(enum.IntEnum):
+    """What packets on a device begin with; as in elfprobe.c."""
+
+    ETHERNET = 0
+    IP = 1
+    TUNNEL = 2  # IP, but XDP may be shown the tunnel's headers in front
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The command line, checked as far as it can be without looking at the machine."""
@@ -220,13 +229,13 @@ class Config:
         return bool(self.apps or self.pids)
 
     def build_flags(
-        self, ethernet: bool = True, by_owner: bool = False, tick: int = 0, old_maps: bool = False
+        self, frame: Frame = Frame.ETHERNET, by_owner: bool = False, tick: int = 0, old_maps: bool = False
     ) -> dict[str, str]:
         """The -D flags of elfprobe.c; tick in ns, 0: not to be used."""
         waiting = self.max_rate * (UNANSWERED_AFTER + 1)
         pages = power_of_two(max(self.max_rate * RING_HOLDS * RESULT_BYTES / RING_PAGE, RING_PAGES_MIN))
         return {
-            "ETHERNET": str(int(ethernet)),
+            "FRAME": str(int(frame)),
             "TUNNEL": str(TUNNELS[self.encapsulation]),
             "NOTRUNC": str(int(self.notrunc)),
             "RATE_GLOBAL": str(int(self.rate_global)),
@@ -1070,12 +1079,13 @@ def wait_for_events(bpf: Any, seconds: float) -> None:
 
 
 def load_program(
-    config: Config, by_owner: bool = False, warnings: bool = False, ticks: bool = True, ethernet: bool = True
+    config: Config, by_owner: bool = False, warnings: bool = False, ticks: bool = True,
+    frame: Frame = Frame.ETHERNET,
 ) -> Any:
     """Compiles and loads elfprobe.c; gives BCC's object, its programs in .funcs. Raises Failure."""
     text = program_text(config.hooks)
     tick = round(time.clock_getres(CLOCK_MONOTONIC_COARSE) * 1e9) if ticks else 0
-    parameters = config.build_flags(ethernet, by_owner, tick, not has_ring_buffer())
+    parameters = config.build_flags(frame, by_owner, tick, not has_ring_buffer())
     flags = [f"-D{name}={value}" for name, value in parameters.items()]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"] if warnings else ["-w"]
     messages: list[str] = []
@@ -1106,7 +1116,7 @@ def load_program(
         except Exception as err:
             if ticks and "#118" in messages[-1]:  # bpf_jiffies64()
                 unload(bpf)
-                return load_program(config, by_owner, warnings, False, ethernet)
+                return load_program(config, by_owner, warnings, False, frame)
             detail = "\n".join(messages[-1].strip().splitlines()[-40 if config.debug else -3 :])
             kernel = f"the kernel (Linux {os.uname().release})"
             raise Failure(f"{kernel} does not take {name}: {err}", detail=detail) from err
@@ -1133,7 +1143,7 @@ def interface_failure(message: str) -> Failure:
 class Device(NamedTuple):
     name: str
     ifindex: int
-    ethernet: bool = True  # packets begin with an Ethernet header; otherwise with IP
+    frame: Frame = Frame.ETHERNET
 
 
 def find_device(ipr: Any, name: str, encapsulation: str = "ethernet") -> Device:
@@ -1153,7 +1163,8 @@ def find_device(ipr: Any, name: str, encapsulation: str = "ethernet") -> Device:
     if kind in CARRIED and encapsulation not in ("ethernet", *CARRIED[kind]):
         fit = f"{IP_LINKS[kind]}, which takes {' or '.join(('ethernet', *CARRIED[kind]))}"
         raise Failure(f"argument -e/--encapsulation: '{encapsulation}' does not fit '{name}', {fit}")
-    return Device(name, ifindex, kind == ARPHRD_ETHER)
+    frame = Frame.TUNNEL if kind in CARRIED else Frame.ETHERNET if kind == ARPHRD_ETHER else Frame.IP
+    return Device(name, ifindex, frame)
 
 
 def device_is_up(device: Device) -> bool:
@@ -2382,11 +2393,11 @@ class ElfProbe:
         """BCC's object, and whether it tells flows by their socket's owner."""
         if self._config.by_process and has_ring_buffer():
             try:
-                return load_program(self._config, by_owner=True, ethernet=self._device.ethernet), True
+                return load_program(self._config, by_owner=True, frame=self._device.frame), True
             except Failure as failure:
                 for line in str(failure).splitlines():
                     log.debug("%s", line)
-        return load_program(self._config, ethernet=self._device.ethernet), False
+        return load_program(self._config, frame=self._device.frame), False
 
     def _follow_processes(
         self, stack: contextlib.ExitStack, owned: bool, tables: ConnectionTables

@@ -105,8 +105,9 @@ def own_namespace() -> Iterator[None]:
 class Programs:
     """elfprobe.c compiled with warnings on and loaded; `config` goes to `elfprobe.Config`."""
 
-    def __init__(self, by_owner: bool = False, **config: Any) -> None:
-        self.bpf = elfprobe.load_program(elfprobe.Config('none', **config), by_owner, warnings=True)
+    def __init__(self, by_owner: bool = False, frame: elfprobe.Frame = elfprobe.Frame.ETHERNET,
+                 **config: Any) -> None:
+        self.bpf = elfprobe.load_program(elfprobe.Config('none', **config), by_owner, True, frame=frame)
         self.results = elfprobe.Results(self.bpf)
         self._destinations = elfprobe.Destinations(self.bpf)
         self._out = ctypes.create_string_buffer(FRAME_MAX)

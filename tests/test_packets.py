@@ -45,7 +45,7 @@ from scapy.layers.inet6 import (
     IPv6ExtHdrRouting,
     PadN,
 )
-from scapy.layers.l2 import ARP, Dot1Q, Ether
+from scapy.layers.l2 import ARP, GRE, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
 from lab import run
@@ -988,6 +988,56 @@ def test_quotes_with_extension_headers(load: Load, front: Callable[[bytes], byte
     programs, probe = load(), PROBES['TCP'](6)
     programs.put_in_flight(flight_of(probe, **KNOWN))
     assert programs.run('elf_ingress', time_exceeded(6, front(bytes(probe))[14:])).verdict == XDP_DROP
+
+
+GRE_FLAGS = dict(chksum_present=1, key_present=1, seqnum_present=1)
+
+
+def in_tunnel(*headers: Packet) -> Callable[[bytes], bytes]:
+    """Inside another IP packet, which begins with these headers; the last says what is inside."""
+
+    def put_in(packet: bytes) -> bytes:
+        outer = headers[0].copy()
+        for header in headers[1:]:
+            outer /= header
+        last, inner_is_4 = outer.lastlayer(), packet[0] >> 4 == 4
+        if isinstance(last, GRE):
+            last.proto = 0x0800 if inner_is_4 else 0x86DD
+        else:
+            setattr(last, 'proto' if isinstance(last, IP) else 'nh', 4 if inner_is_4 else 41)
+        return bytes(outer / Raw(packet))
+
+    return put_in
+
+
+OUTER = {4: IP(src='192.0.2.77', dst='192.0.2.78'), 6: IPv6(src='2001:db8::77', dst='2001:db8::78')}
+IN_TUNNELS = {
+    'IPv4': in_tunnel(OUTER[4]),
+    'IPv4 with options': in_tunnel(IP(options=RECORD_ROUTE)),
+    'IPv6': in_tunnel(OUTER[6]),
+    "IPv6 with ip6tnl's limit": in_tunnel(OUTER[6], IPv6ExtHdrDestOpt(options=[PadN(optdata=bytes(4))])),
+    'GRE in IPv4': in_tunnel(OUTER[4], GRE()),
+    'GRE in IPv4, with a key': in_tunnel(OUTER[4], GRE(key_present=1, key=7)),
+    'GRE in IPv6, with all': in_tunnel(OUTER[6], GRE(**GRE_FLAGS)),
+}
+
+
+def in_ethernet(packet: bytes) -> bytes:
+    return bytes(12) + (b'\x08\0' if packet[0] >> 4 == 4 else b'\x86\xdd') + packet
+
+
+@pytest.mark.parametrize('in_front', [bytes, *IN_TUNNELS.values(), *(
+    lambda packet, put_in=put_in: in_ethernet(put_in(packet)) for put_in in IN_TUNNELS.values()
+)], ids=['nothing', *IN_TUNNELS, *(f'Ethernet and {name}' for name in IN_TUNNELS)])
+@BOTH_VERSIONS
+def test_what_xdp_on_a_tunnel_is_shown_in_front(
+        load: Load, version: int, in_front: Callable[[bytes], bytes]) -> None:
+    programs, probe = load(frame=elfprobe.Frame.TUNNEL), PROBES['TCP'](version)
+    programs.put_in_flight(flight_of(probe, **KNOWN))
+    reply = bytes(time_exceeded(version, bytes(probe)[14:]))[14:]
+    assert programs.run('elf_ingress', in_front(reply)).verdict == XDP_DROP
+    [row] = programs.rows()
+    assert row['responder'] == ROUTER[version]
 
 
 # elf_ingress: what packets of the destination teach

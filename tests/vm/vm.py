@@ -32,19 +32,46 @@ from lab import interrupt_on_signals
 
 TREE = Path(__file__).resolve().parents[2]
 
-# By what they are called here: the suite, and one that the kernel is taken from in its place.
+
+
+class Suite(NamedTuple):
+    """What a virtual machine is made of."""
+
+    name: str
+    kernel: str  # the suite that the kernel is from
+    architecture: str = 'amd64'
+
+
 SUITES = {
-    'bullseye': ('bullseye', None),
-    'bookworm': ('bookworm', None),
-    'trixie': ('trixie', None),
-    'trixie-backports': ('trixie', 'trixie-backports'),
-    'sid': ('sid', None),
+    'bullseye': Suite('bullseye', 'bullseye'),
+    'bookworm': Suite('bookworm', 'bookworm'),
+    'trixie': Suite('trixie', 'trixie'),
+    'trixie-backports': Suite('trixie', 'trixie-backports'),
+    'sid': Suite('sid', 'sid'),
+    'bookworm-arm64': Suite('bookworm', 'bookworm', 'arm64'),
+    'trixie-arm64': Suite('trixie', 'trixie', 'arm64'),
+}
+
+class Machine(NamedTuple):
+    """What QEMU is to emulate."""
+
+    emulator: str
+    machine: str
+    cpu: str
+    console: str
+
+
+MACHINES = {
+    'amd64': Machine('qemu-system-x86_64', 'q35', 'max', 'ttyS0'),
+    # Pointers are signed by a simpler algorithm; the usual one takes half of the time.
+    'arm64': Machine('qemu-system-aarch64', 'virt', 'max,pauth-impdef=on', 'ttyAMA0'),
 }
 
 IMAGE_MIB = 2048
 MEMORY_MIB = 2048
 PATIENCE = 10  # how many times as slow as usual tests let all be
 RUN_SECONDS = 1800  # for one run of pytest
+BUILD_SECONDS = 3600
 
 USERLAND_RUNS = {
     'builds': ['test_packets.py', '-k', 'all_builds'],
@@ -74,7 +101,7 @@ ROWS = {
     'clean exit': r'test_owners\.test_nothing|test_faults\.(?!.*(others|taken_away|clsact))',
     'netem: latencies': r'test_kernel\.test_netem',
     'fq and BBR: order and pacing': r'test_kernel\.test_fq',
-    'ipip, sit, ip6tnl': r'test_kernel\.test_tunnel',
+    'ipip, sit, ip6tnl, gre, ip6gre': r'test_kernel\.test_tunnel',
     '802.1Q devices': r'test_kernel\.test_vlan',
     'no kprobes': r'test_kernel\.test_kprobes',
 }
@@ -113,17 +140,16 @@ def mirror() -> str:
     raise Failure('none of this machine\'s apt sources is a mirror of Debian, whose address ends in /debian')
 
 
-def sources(name: str) -> tuple[str, list[str]]:
-    """A suite, and the apt sources for what is called so here."""
-    suite, kernel_suite = SUITES[name]
-    return suite, [f'deb {mirror()} {one} main' for one in (suite, kernel_suite) if one]
+def sources(suite: Suite) -> list[str]:
+    """The lines for apt."""
+    return [f'deb {mirror()} {one} main' for one in dict.fromkeys((suite.name, suite.kernel))]
 
 
-def bootstrap(name: str, packages: list[str], to: Path, *options: str) -> None:
-    suite, lines = sources(name)
+def bootstrap(suite: Suite, packages: list[str], to: Path, *options: str) -> None:
     apt = ['APT::Install-Recommends "false"', 'Acquire::Check-Valid-Until "false"']  # mirrors may lag
     subprocess.run(['mmdebstrap', '--quiet', '--variant=apt', *(f'--aptopt={one}' for one in apt), *options,
-                    f'--include={",".join(packages)}', suite, to, *lines], check=True, timeout=1800)
+                    f'--architectures={suite.architecture}', f'--include={",".join(packages)}',
+                    suite.name, to, *sources(suite)], check=True, timeout=BUILD_SECONDS)
 
 
 def recipe(*ingredients: str) -> str:
@@ -132,12 +158,13 @@ def recipe(*ingredients: str) -> str:
 
 def userland(name: str, packages: list[str]) -> Path:
     """The directory tree with a suite's packages; builds it where it is missing."""
-    root = cache() / f'{name}-{recipe(*packages, *sources(name)[1])}.root'
+    suite = SUITES[name]
+    root = cache() / f'{name}-{recipe(*packages, *sources(suite))}.root'
     if not root.exists():
         print(f'{name}: building the directory tree', file=sys.stderr)
         cache().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix='build.', dir=cache()) as build:
-            bootstrap(name, packages, Path(build, 'root'))
+            bootstrap(suite, packages, Path(build, 'root'))
             Path(build, 'root').rename(root)
     return root
 
@@ -161,9 +188,10 @@ def enter(name: str, root: Path, runs: dict[str, list[str]]) -> Path:
 
 def image(name: str, packages: list[str]) -> Path:
     """The folder with a suite's disk image, kernel and initrd; builds it where it is missing."""
-    kernel = f'linux-image-amd64/{SUITES[name][1] or SUITES[name][0]}'
+    suite = SUITES[name]
+    kernel = f'linux-image-{suite.architecture}/{suite.kernel}'
     packages = [kernel, 'initramfs-tools', 'kmod', 'mount', *packages]
-    folder = cache() / f'{name}-{recipe(*packages, *sources(name)[1], str(IMAGE_MIB))}'
+    folder = cache() / f'{name}-{recipe(*packages, *sources(suite), str(IMAGE_MIB))}'
     if folder.exists():
         return folder
     print(f'{name}: building the image', file=sys.stderr)
@@ -175,7 +203,7 @@ def image(name: str, packages: list[str]) -> Path:
         modules = ('mkdir -p "$1/etc/initramfs-tools/conf.d" "$1/usr/share/initramfs-tools/modules.d"; '
                    'echo MODULES=list >"$1/etc/initramfs-tools/conf.d/vm"; '
                    'printf "%s\\n" virtio_pci virtio_blk ext4 >"$1/usr/share/initramfs-tools/modules.d/vm"')
-        bootstrap(name, packages, root, f'--setup-hook={modules}')
+        bootstrap(suite, packages, root, f'--setup-hook={modules}')
         for file in 'vmlinuz', 'initrd.img':
             (found,) = root.glob(f'boot/{file}-*')
             shutil.copy(found, new / file)
@@ -211,17 +239,18 @@ def prepare(name: str, runs: dict[str, list[str]], patience: int) -> Path:
 
 def boot(name: str, folder: Path, runs: dict[str, list[str]]) -> Path:
     """Run tests in a virtual machine; the folder that it shares, with what came of them."""
-    share = prepare(f'{name}.run', runs, PATIENCE)
+    share, machine = prepare(f'{name}.run', runs, PATIENCE), MACHINES[SUITES[name].architecture]
     start = ('modprobe -a 9pnet_virtio 9p; mkdir -p /host; mount -t 9p -o msize=262144 host /host; '
              'exec sh /host/elfprobe/tests/vm/init')
     with open(share / 'console', 'wb') as console:
         subprocess.run(
-            ['qemu-system-x86_64', '-accel', 'tcg', '-machine', 'q35', '-cpu', 'max', '-smp', '1',
+            [machine.emulator, '-accel', 'tcg', '-machine', machine.machine, '-cpu', machine.cpu, '-smp', '1',
              '-m', str(MEMORY_MIB), '-nodefaults', '-display', 'none', '-serial', 'stdio', '-no-reboot',
              '-kernel', folder / 'vmlinuz', '-initrd', folder / 'initrd.img', '-snapshot',
              '-drive', f'file={folder / "disk"},format=raw,if=virtio', '-device', 'virtio-rng-pci',
              '-virtfs', f'local,path={share},mount_tag=host,security_model=none',
-             '-append', f'console=ttyS0 quiet panic=-1 root=/dev/vda rw init=/bin/sh -- -c "{start}"'],
+             '-append', f'console={machine.console} quiet panic=-1 root=/dev/vda rw init=/bin/sh '
+                        f'-- -c "{start}"'],
             stdin=subprocess.DEVNULL, stdout=console, stderr=console,
             timeout=RUN_SECONDS * len(runs) + 300, check=True)
     return share
