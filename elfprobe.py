@@ -163,17 +163,33 @@ INTERPRETERS: dict[str, tuple[str, tuple[str, ...]]] = {
     **dict.fromkeys(("sh", "bash", "dash", "zsh", "ksh"), SHELL),
 }
 
-# The counters of elfprobe.c that say why a probe was not made, or its reply not written.
-LOSSES = (
-    "results_lost", "send_failed", "clone_lost", "build_failed", "key_busy", "in_flight_full",
-    "over_max_rate",
-)  # fmt: skip
-
-
+# The counters of elfprobe.c that say why a probe was not made, or its reply not written -> in words.
+LOSSES = {
+    "results_lost": "replies came faster than they could be written",
+    "send_failed": "dropped by another filter, the queue or the device",
+    "clone_lost": "copies were lost: no memory, a filter before ours, or a kind of device that this kernel "
+                  "does not send copies to",
+    "build_failed": "copies could not be trimmed",
+    "key_busy": "not to be told from a probe in flight",
+    "in_flight_full": "no room to wait for more answers",
+    "over_max_rate": "more than --max-rate",
+}  # fmt: skip
 # Those that say why a packet of interest carried none.
-UNFIT = "carrier_low_ttl", "carrier_unfit", "carrier_resent", "flow_stalled", "driver_silent", "hook_dropped"
+UNFIT = {
+    "carrier_low_ttl": "TTL of 32 or less, as traceroute's",
+    "carrier_unfit": "SYN, FIN, RST, fragments, other protocols",
+    "carrier_resent": "retransmissions and keep-alives",
+    "flow_stalled": "nothing was acknowledged any more",
+    "driver_silent": "elfprobe was stopped or starved",
+    "hook_dropped": "the hook's verdict",
+}
 
 log = logging.getLogger("elfprobe")
+
+
+def counted(words: dict[str, str], count: dict[str, int]) -> str:
+    """Those counters, with the words for them, that are not 0."""
+    return ", ".join(f"{name} {count[name]} ({words[name]})" for name in words if count[name])
 
 
 def printable(text: str) -> str:
@@ -1079,7 +1095,10 @@ def wait_for_events(bpf: Any, seconds: float) -> None:
 
 
 def load_program(
-    config: Config, by_owner: bool = False, warnings: bool = False, ticks: bool = True,
+    config: Config,
+    by_owner: bool = False,
+    warnings: bool = False,
+    ticks: bool = True,
     frame: Frame = Frame.ETHERNET,
 ) -> Any:
     """Compiles and loads elfprobe.c; gives BCC's object, its programs in .funcs. Raises Failure."""
@@ -2399,9 +2418,7 @@ class ElfProbe:
                     log.debug("%s", line)
         return load_program(self._config, frame=self._device.frame), False
 
-    def _follow_processes(
-        self, stack: contextlib.ExitStack, owned: bool, tables: ConnectionTables
-    ) -> None:
+    def _follow_processes(self, stack: contextlib.ExitStack, owned: bool, tables: ConnectionTables) -> None:
         """Follows the processes of interest until the stack unwinds, in the best way that there is."""
         if not self._config.by_process:
             return
@@ -2525,9 +2542,9 @@ class ElfProbe:
             more = f" and {len(near) - 5} more" if len(near) > 5 else ""
             yield f"one hop away, with no router between: {', '.join(near[:5])}{more}"
         elif not count["probes"]:
-            seen = [f"{name} {count[name]}" for name in (*UNFIT, *LOSSES) if count[name]]
+            seen = counted({**UNFIT, **LOSSES}, count)
             if seen:
-                yield f"packets of interest left, but none that could carry a probe: {', '.join(seen)}"
+                yield f"packets of interest left, but none that could carry a probe: {seen}"
             else:
                 way = "the way to a destination is what 'ip route get ADDRESS' says"
                 yield f"no packet of interest left by {self._device.name}; {way}"
@@ -2543,9 +2560,9 @@ class ElfProbe:
         ended = results.replies + results.unanswered + count["results_lost"]
         if count["probes"] != ended:
             log.warning("this does not add up: %d probes, of which %d ended", count["probes"], ended)
-        lost = [f"{name} {count[name]}" for name in LOSSES if count[name]]
+        lost = counted(LOSSES, count)
         if lost:
-            log.warning("not measured: %s", ", ".join(lost))
+            log.warning("not measured: %s", lost)
         for text in itertools.chain(results.changes.texts(), self._unprobed(count)):
             log.info("%s", text)
         if results.malformed:
