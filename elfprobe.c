@@ -141,6 +141,14 @@
 
 /* ---- Headers (no kernel header is needed to compile this) --------------------------------- */
 
+/* BCC's own swap the bytes wherever they run. */
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+#define bpf_htons(host) ((__be16)(host))
+#define bpf_ntohs(wire) ((__u16)(wire))
+#define bpf_htonl(host) ((__be32)(host))
+#define bpf_ntohl(wire) ((__u32)(wire))
+#endif
+
 #define ETH_P_IP 0x0800
 #define ETH_P_IPV6 0x86dd
 #define ETH_P_8021Q 0x8100
