@@ -2,9 +2,10 @@
 calls this.
 
 Virtual machines are emulated, since KVM is not to be had everywhere: they are some ten times as slow as the
-machine. Everything that a suite needs is in one image, which is built by mmdebstrap from the mirror that this
-machine's apt uses, and kept in $ELFPROBE_VM_CACHE (default: ~/.cache/elfprobe-vm) until it is deleted there.
-So is what the last run of a suite said: its console, and output and results of its tests.
+machine, and may be of another architecture. Everything that a suite needs is in one image, which is built by
+mmdebstrap from the mirror that this machine's apt uses, and kept in $ELFPROBE_VM_CACHE (default:
+~/.cache/elfprobe-vm) until it is deleted there. So is what the last run of a suite said: its console, and
+output and results of its tests.
 
 With --userland there is no virtual machine: the suite's packages, in a directory tree, meet this machine's
 kernel, which soon shows whether its BCC compiles and loads the programs, and its pyroute2 attaches them.
@@ -141,6 +142,11 @@ def mirror() -> str:
     raise Failure('none of this machine\'s apt sources is a mirror of Debian, whose address ends in /debian')
 
 
+def native() -> str:
+    return subprocess.run(['dpkg', '--print-architecture'], stdout=subprocess.PIPE, text=True,
+                          check=True).stdout.strip()
+
+
 def sources(suite: Suite) -> list[str]:
     """The lines for apt."""
     return [f'deb {mirror()} {one} main' for one in dict.fromkeys((suite.name, suite.kernel))]
@@ -257,6 +263,11 @@ def boot(name: str, folder: Path, runs: dict[str, list[str]]) -> Path:
     return share
 
 
+def text(file: Path) -> str:
+    """Nothing where the machine ended before there was anything."""
+    return file.read_text() if file.exists() else ''
+
+
 def results(file: Path) -> list[Result]:
     """What pytest wrote of a run; nothing where it did not come to its end."""
     if not file.exists():
@@ -280,7 +291,7 @@ def cell(tests: list[Result]) -> str:
 
 def table(shares: dict[str, Path], rows: dict[str, str]) -> str:
     """How many tests pass, by row and suite, and below what became of the others."""
-    versions = {name: (share / 'out/version').read_text() for name, share in shares.items()}
+    versions = {name: text(share / 'out/version') for name, share in shares.items()}
     lines = ['| | ' + ' | '.join(shares) + ' |', '| --- ' * (len(shares) + 1) + '|']
     for part in 'Linux', 'BCC', 'pyroute2', 'psutil', 'Python':
         found = [re.search(rf'{part} (\S+?)(,|$)', version, re.MULTILINE) for version in versions.values()]
@@ -310,24 +321,32 @@ def main() -> int:
         at = own.index('--')
         own, chosen = own[:at], own[at + 1 :]
     arguments = parser.parse_args(own)
-    for name in arguments.suites:
-        if name not in SUITES:
-            parser.error(f'{name}: no suite; there are {", ".join(SUITES)}')
+    possible = [name for name in SUITES if not arguments.userland or SUITES[name].architecture == native()]
+    names = arguments.suites or possible
+    for name in names:
+        if name not in possible:
+            parser.error(f'{name}: no such suite; there are {", ".join(possible)}')
     usual, rows = (USERLAND_RUNS, USERLAND_ROWS) if arguments.userland else (RUNS, ROWS)
     runs = usual if chosen is None else {'chosen': chosen}
     shares = {}
-    for name in arguments.suites or SUITES:
+    for name in names:
         start = time.monotonic()
-        if arguments.userland:
-            shares[name] = enter(name, userland(name, arguments.packages), runs)
-        else:
-            shares[name] = boot(name, image(name, arguments.packages), runs)
+        try:
+            if arguments.userland:
+                shares[name] = enter(name, userland(name, arguments.packages), runs)
+            else:
+                shares[name] = boot(name, image(name, arguments.packages), runs)
+        except subprocess.SubprocessError as error:  # the others may do better
+            print(f'{name}: {error}', file=sys.stderr)
+            continue
         print(f'{name}: {time.monotonic() - start:.0f} s, see {shares[name]}', file=sys.stderr)
         if chosen is not None:
-            print((shares[name] / 'out/chosen.log').read_text())
+            print(text(shares[name] / 'out/chosen.log'))
     if chosen is None:
         print(table(shares, rows))
-    return 0
+    tests = [test for share in shares.values() for file in share.glob('out/*.xml') for test in results(file)]
+    whole = all((share / f'out/{run}.xml').exists() for share in shares.values() for run in runs)
+    return 0 if len(shares) == len(names) and whole and all(test.outcome != 'failed' for test in tests) else 1
 
 
 if __name__ == '__main__':
