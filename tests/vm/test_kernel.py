@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import accumulate
@@ -185,6 +186,25 @@ def test_fq(lab4, tmp_path, traffic, version):
 
 # Devices
 
+# Sets a WireGuard device's own key, or its peer, and prints the public key.
+WIREGUARD = """
+import base64, os, sys
+from pyroute2 import WireGuard
+wireguard, peer = WireGuard(), sys.argv[1:]
+if peer:
+    wireguard.set('tunnel', peer={'public_key': peer[0], 'endpoint_addr': peer[1], 'endpoint_port': 51820,
+                                  'allowed_ips': ['0.0.0.0/0', '::/0']})
+else:
+    wireguard.set('tunnel', private_key=base64.b64encode(os.urandom(32)).decode(), listen_port=51820)
+key = wireguard.info('tunnel')[0].get_attr('WGDEVICE_A_PUBLIC_KEY')
+print((key if len(key) == 44 else base64.b64encode(key)).decode())
+"""
+
+
+def wireguard(host: Host, *peer: str) -> str:
+    return host.run(sys.executable, '-c', WIREGUARD, *peer).stdout.strip()
+
+
 @contextmanager
 def tunnel(lab: Lab, kind: str, version: int, inside: bool) -> Iterator[dict[int, str]]:
     """A tunnel from the client to r2, and the client's way to the server through it; who answers by hop.
@@ -201,10 +221,15 @@ def tunnel(lab: Lab, kind: str, version: int, inside: bool) -> Iterator[dict[int
     with ExitStack() as stack:
         for host, own, other, address_inside in (lab.client, *ends, near), (r2, *ends[::-1], far):
             # By default the outer TTL is the inner one, and probes of the first hop do not reach it.
-            make(host, 'ip', f'link add tunnel type {kind} local {own} remote {other} ttl 64')
+            ends_and_ttl = '' if kind == 'wireguard' else f'local {own} remote {other} ttl 64'
+            make(host, 'ip', f'link add tunnel type {kind} {ends_and_ttl}')
             stack.callback(batch, host.name, ['link del tunnel'])
             batch(host.name, [f'address add {address_inside}/{BITS[version]} dev tunnel'
                               + (' nodad' if version == 6 else ''), 'link set tunnel up'])
+        if kind == 'wireguard':
+            keys = wireguard(lab.client), wireguard(r2)
+            wireguard(lab.client, keys[1], ends[1])
+            wireguard(r2, keys[0], ends[0])
         for host, link in (r3, 3), (r4, 4):
             batch(host.name, [f'route add {net} via {address(version, link, 1)}'])
             stack.callback(batch, host.name, [f'route del {net}'])
@@ -253,6 +278,8 @@ def check(lab: Lab, elf: Run, hops: dict[int, dict[int, str]]) -> None:
     ('gre key 7', 6, 'tunnel', 'ethernet', True, []),
     ('ip6gre', 4, 'tunnel', 'ethernet', True, []),
     ('ip6gre', 6, 'tunnel', 'ethernet', True, ['-T']),
+    ('wireguard', 4, 'tunnel', 'ethernet', True, []),
+    ('wireguard', 6, 'tunnel', 'ethernet', True, ['-T']),
 ])  # fmt: skip
 def test_tunnel(lab4, tmp_path, kind, version, device, encapsulation, inside, options):
     """The hops of the packets inside are those behind the tunnel."""

@@ -103,7 +103,7 @@ ROWS = {
     'clean exit': r'test_owners\.test_nothing|test_faults\.(?!.*(others|taken_away|clsact))',
     'netem: latencies': r'test_kernel\.test_netem',
     'fq and BBR: order and pacing': r'test_kernel\.test_fq',
-    'ipip, sit, ip6tnl, gre, ip6gre': r'test_kernel\.test_tunnel',
+    'ipip, sit, ip6tnl, gre, ip6gre, WireGuard': r'test_kernel\.test_tunnel',
     '802.1Q devices': r'test_kernel\.test_vlan',
     'no kprobes': r'test_kernel\.test_kprobes',
 }
