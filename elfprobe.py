@@ -2463,13 +2463,17 @@ class ElfProbe:
     def _measure(self, stop: Stop, results: Results, csv: OutputFile) -> None:
         now = time.monotonic()
         end = now + self._config.duration if self._config.duration else float("inf")
-        next_beat = next_expiry = now
+        alive_until = next_beat = next_expiry = now
         next_report = now + 10
         next_look = now + LOOK_EVERY
         next_table = now + DRAW_EVERY
         while not stop.asked and now < end:
             if now >= next_beat:
-                self._beat(now + ALIVE_FOR)
+                if now > alive_until:
+                    why = "elfprobe was stopped, or waited for a processor or its file"
+                    log.warning("no probes for %.1f s: %s", now - alive_until, why)
+                alive_until = now + ALIVE_FOR
+                self._beat(alive_until)
                 next_beat = now + BEAT_EVERY
             if now >= next_expiry:
                 if self._are_outstanding(results):

@@ -797,6 +797,8 @@ def test_silence_while_stopped(busy, tmp_path):
             measuring.process.send_signal(signal.SIGCONT)
             wait_until(lambda: measuring.rows()[-1].sendtime > resumed, 10, 'a probe after SIGCONT')
             assert measuring.stop() == 0
+        [gap] = re.findall(r'no probes for ([\d.]+) s: elfprobe was stopped', measuring.log)
+        assert float(gap) > 0
         assert attached(busy.client) == before
     check_end(measuring)
 
