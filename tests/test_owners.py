@@ -194,13 +194,15 @@ def daemon():
         time.sleep(0.005)
 
 def thread(function):
-    started = threading.Thread(target=function)
+    with open('/proc/self/comm') as file:  # its own name would be the thread's from Python 3.14 on
+        started = threading.Thread(target=function, name=file.read()[:-1])
     started.start()
     started.join()
 
 def outlive(function):
     threading.Thread(target=lambda: [time.sleep(0.01), function()]).start()
-    ctypes.CDLL(None).syscall({'x86_64': 60}.get(os.uname().machine, 93))  # exit, of this thread only
+    exit_thread = {'x86_64': 60, 's390x': 1}.get(os.uname().machine, 93)
+    ctypes.CDLL(None).syscall(exit_thread)
 
 def name(text):
     with open('/proc/thread-self/comm', 'wb', 0) as file:
