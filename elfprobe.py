@@ -87,6 +87,8 @@ BATCH = 4096  # entries of a hash that are read at once
 STRAY_REPLIES = 0.5  # s to wait for replies after the last probe
 LOOK_EVERY = 5.0  # s between two looks whether our TC filter is still there
 SCAN_EVERY = 1.0  # s between two looks at the processes
+MAKE_UP_SHARE = 0.05  # of a processor, at most, to look for processes whose events were missed
+FORKS_SAMPLED, FORKS_SAMPLED_MAX = 3, 30  # to find out where a task has its PID; so many may be missed
 LINGER = 30.0  # s that a destination stays of interest after its last connection ended
 CHANGES_MAX = 1000  # of what the network changes on the way that are kept in mind
 HOPS_MAX = 8192  # of all destinations together that the summary has
@@ -780,6 +782,8 @@ class SocketOwners:
     the process that makes it, processes of interest are known there from their exec or fork on, and
     what only this side can see of a process, its executable and its script, is added as it starts."""
 
+    AT_TRACEPOINTS = b"elf_exit", b"elf_fork", b"elf_exec"
+
     def __init__(self, bpf: Any, apps: Iterable[str], pids: Iterable[int]) -> None:
         self._bpf = bpf
         self._apps = frozenset(app.lower() for app in apps)
@@ -815,8 +819,8 @@ class SocketOwners:
             table[table.Key.from_buffer_copy(comm_bytes(app))] = table.Leaf(exact)
 
     def _attach_tracepoints(self, stack: contextlib.ExitStack) -> None:
-        for event, program in (("exit", "elf_exit"), ("fork", "elf_fork"), ("exec", "elf_exec")):
-            tracepoint = f"sched_process_{event}"
+        for program in self.AT_TRACEPOINTS:
+            tracepoint = program.replace(b"elf", b"sched_process").decode()
             try:
                 self._bpf.attach_raw_tracepoint(tp=tracepoint, fn_name=program)
             except Exception as err:  # BCC raises a bare Exception
@@ -829,7 +833,8 @@ class SocketOwners:
         samples = self._bpf["task_sample"]
         offset = self._bpf["task_pid_offset"]
         possible: set[int] = set()
-        for attempt in range(3):
+        taken = 0
+        for _ in range(FORKS_SAMPLED_MAX):
             samples[samples.Key(0)] = samples.Leaf(parent=os.getpid())
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of threads: the child does nothing that could meet a lock
@@ -838,9 +843,14 @@ class SocketOwners:
                 os._exit(0)
             os.waitpid(child, 0)
             sample = bytes(samples[samples.Key(0)].task)
+            if not any(sample):
+                continue  # elf_fork was not run: see _missed()
             twice = struct.pack("=II", child, child)
             found = {at for at in range(0, len(sample) - 4, 4) if sample.startswith(twice, at)}
-            possible = found & possible if attempt else found
+            possible = found & possible if taken else found
+            taken += 1
+            if taken == FORKS_SAMPLED:
+                break
         samples[samples.Key(0)] = samples.Leaf(parent=0)
         if len(possible) != 1:
             raise Unsupported("the place of the PID in struct task_struct")
@@ -886,6 +896,22 @@ class SocketOwners:
                 self._adopt(pid, time.monotonic_ns(), chosen[pid])
             adopted |= chosen.keys()
 
+    def _missed(self) -> int:
+        """How often the kernel has not run our programs at tracepoints, since another run of the same was
+        preempted on that CPU (seen on Linux 7.2; up to 6.18 none is preempted)."""
+        return sum(program_info(self._bpf.funcs[name].fd).recursion_misses for name in self.AT_TRACEPOINTS)
+
+    def _make_up(self) -> None:
+        """For execs, forks and exits that were missed."""
+        for pid, name in choose_processes(running_processes(), self._apps, self._pids).items():
+            entry = self._processes.get(self._processes.Key(pid))
+            if entry is None or entry.interest != OF_INTEREST:
+                self._adopt(pid, time.monotonic_ns(), name)
+        for key, value in list(entries(self._processes)):
+            pid = self._processes.Key.from_buffer_copy(key).value
+            if not os.path.exists(f"/proc/{pid}"):
+                self._forget(self._processes.Leaf.from_buffer_copy(value).id, pid)
+
     def _adopt(self, pid: int, process_id: int, name: str) -> None:
         """From now on the process is of interest, with the sockets that it has."""
         entry = self._processes.Leaf(id=process_id, interest=OF_INTEREST)
@@ -915,15 +941,21 @@ class SocketOwners:
 
     def _decide_on_events(self) -> None:
         ending: set[tuple[int, int]] = set()  # IDs and PIDs of processes whose first thread has ended
-        next_look = 0.0
+        next_look = next_make_up = 0.0
+        made_up = 0  # misses
         while True:
             event = None
             with contextlib.suppress(queue.Empty):
-                event = self._events.get(timeout=SCAN_EVERY if ending else None)
+                event = self._events.get(timeout=SCAN_EVERY)
                 if event is None:
                     return
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + SCAN_EVERY
+                missed, begun = self._missed(), time.monotonic()
+                if missed != made_up and begun >= next_make_up:
+                    made_up = missed
+                    self._make_up()
+                    next_make_up = begun + (time.monotonic() - begun) / MAKE_UP_SHARE
                 for process_id, pid in list(ending):
                     if not os.path.exists(f"/proc/{pid}") or not self._is_entered(process_id, pid):
                         ending.remove((process_id, pid))
@@ -1225,6 +1257,7 @@ class ProgInfo(ctypes.Structure):
         ("nr_jited_line_info", ctypes.c_uint32), ("line_info_rec_size", ctypes.c_uint32),
         ("jited_line_info_rec_size", ctypes.c_uint32), ("nr_prog_tags", ctypes.c_uint32),
         ("prog_tags", ctypes.c_uint64), ("run_time_ns", ctypes.c_uint64), ("run_cnt", ctypes.c_uint64),
+        ("recursion_misses", ctypes.c_uint64),
     ]  # fmt: skip
 
 

@@ -487,7 +487,7 @@ def perform(lab: Lab, programs: Path, folder: Path, cases: dict[str, Case],
 
 
 def check(case: Case, program: Program, rows: list[Row], starved: int) -> None:
-    assert program.sent >= ENOUGH
+    assert program.sent >= (ENOUGH // 2 if case.peer else ENOUGH)  # one answer may be to two of the peer's
     if case.app is None:
         assert rows == []
         return
@@ -859,6 +859,36 @@ def nothing_left() -> Iterator[None]:
     before = left()
     yield
     wait_until(lambda: left() <= before, 10, 'nothing of ours is attached without a process')
+
+
+BRANCHES = 150
+BASE_PORT = 30000
+BRANCH = f'''
+exec 9<>"$1"
+read -u 9
+for ((i = 0; i < {BRANCHES}; i++)); do
+    (exec 3<>/dev/udp/"$2"/$(({BASE_PORT} + i)); until read -t 1 -u 9; do echo >&3; done) &
+done
+wait
+'''
+
+
+def test_each_fork_among_many(net, tmp_path):
+    """Linux 7.2 does not run a program at a tracepoint where another run of it was preempted on that CPU."""
+    fifo = tmp_path / 'fifo'
+    os.mkfifo(fifo)
+    tree = net.client.popen('bash', '-c', BRANCH, 'bash', str(fifo), net.server_address(4),
+                            stderr=subprocess.DEVNULL)
+    with elfprobe(net, '-P', str(tree.pid), '-p', '0', cwd=tmp_path) as elf:
+        for _ in range(4):
+            net.client.popen('sh', '-c', 'while :; do (:); done')
+        fifo.write_text('go\n')
+        with suppress(TimeoutError):  # the difference is shown below
+            wait_until(lambda: len({row.dport for row in elf.rows()}) == BRANCHES, 20, 'rows of all')
+        net.client.end_processes()
+        ports = {row.dport for row in elf.rows()}
+        assert elf.stop() == 0
+    assert ports == set(range(BASE_PORT, BASE_PORT + BRANCHES))
 
 
 @pytest.mark.needs('bpftool')

@@ -320,9 +320,12 @@ def test_probes_are_copies(measured, version, protocol):
 @CELLS
 def test_probes_are_valid(measured, version, protocol):
     finished = measured.offload is False or protocol in ECHO_TYPES
-    for probe in measured.cell(version, protocol, measured.probes):
+    probes = measured.cell(version, protocol, measured.probes)
+    assert finished or any(probe.has_unfinished_checksum for probe in probes)
+    for probe in probes:
         assert probe.has_valid_header_checksum
-        assert probe.has_valid_checksum if finished else probe.has_unfinished_checksum
+        # Without a socket the kernel finishes checksums itself: ACKs of connections in TIME-WAIT, IPv4.
+        assert probe.has_valid_checksum or not finished and probe.has_unfinished_checksum
         assert protocol != UDP or probe.segment[4:6] == len(probe.segment).to_bytes(2, 'big')
 
 

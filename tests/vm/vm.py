@@ -84,7 +84,7 @@ USERLAND_RUNS = {
 # pytest's arguments for each of its runs.
 RUNS = {
     'paths': ['test_paths.py', '-k', 'test_rows_ or test_probes_are or arrive_as_sent or every_probe'],
-    'owners': ['test_owners.py', '-k', 'by_name or by_pid or only_its or nothing_is_left'],
+    'owners': ['test_owners.py', '-k', 'by_name or by_pid or each_fork or only_its or nothing_is_left'],
     'others': ['test_faults.py', '-k', 'of_others or taken_away'],
     'ends': ['test_faults.py', '-k', 'orderly or sigkill or killed'],
     'kernel': ['vm/test_kernel.py'],
