@@ -951,11 +951,11 @@ class SocketOwners:
                     return
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + SCAN_EVERY
-                missed, begun = self._missed(), time.monotonic()
-                if missed != made_up and begun >= next_make_up:
+                missed, begun = self._missed(), time.thread_time()
+                if missed != made_up and time.monotonic() >= next_make_up:
                     made_up = missed
                     self._make_up()
-                    next_make_up = begun + (time.monotonic() - begun) / MAKE_UP_SHARE
+                    next_make_up = time.monotonic() + (time.thread_time() - begun) / MAKE_UP_SHARE
                 for process_id, pid in list(ending):
                     if not os.path.exists(f"/proc/{pid}") or not self._is_entered(process_id, pid):
                         ending.remove((process_id, pid))
