@@ -903,14 +903,17 @@ class SocketOwners:
 
     def _make_up(self) -> None:
         """For execs, forks and exits that were missed."""
-        for pid, name in choose_processes(running_processes(), self._apps, self._pids).items():
-            entry = self._processes.get(self._processes.Key(pid))
-            if entry is None or entry.interest != OF_INTEREST:
-                self._adopt(pid, time.monotonic_ns(), name)
+        known = set()  # to be of interest; no PID of -P that another process may have by now
         for key, value in list(entries(self._processes)):
             pid = self._processes.Key.from_buffer_copy(key).value
+            process = self._processes.Leaf.from_buffer_copy(value)
             if not os.path.exists(f"/proc/{pid}"):
-                self._forget(self._processes.Leaf.from_buffer_copy(value).id, pid)
+                self._forget(process.id, pid)
+            elif process.interest == OF_INTEREST:
+                known.add(pid)
+        chosen = choose_processes(running_processes(), self._apps, known)
+        for pid in chosen.keys() - known:
+            self._adopt(pid, time.monotonic_ns(), chosen[pid])
 
     def _adopt(self, pid: int, process_id: int, name: str) -> None:
         """From now on the process is of interest, with the sockets that it has."""

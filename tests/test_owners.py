@@ -32,7 +32,7 @@ import psutil
 import pytest
 
 from lab import NETNS, PATIENCE, CommandFailed, Host, Lab, end, run, wait_until
-from runs import FAULTY_COMMAND, PROBES, TCP, UDP, VERSIONS, Run, elfprobe, ip_packets
+from runs import FAULTY_COMMAND, NO_FORKS_COMMAND, PROBES, TCP, UDP, VERSIONS, Run, elfprobe, ip_packets
 
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, linux/proc_ns.h: its inode number, always
 pytestmark = [pytest.mark.root, pytest.mark.skipif(
@@ -873,13 +873,15 @@ wait
 '''
 
 
-def test_each_fork_among_many(net, tmp_path):
+@pytest.mark.parametrize('command', [(), NO_FORKS_COMMAND], ids=['told', 'missed'])
+def test_each_fork_among_many(net, tmp_path, command):
     """Linux 7.2 does not run a program at a tracepoint where another run of it was preempted on that CPU."""
     fifo = tmp_path / 'fifo'
     os.mkfifo(fifo)
     tree = net.client.popen('bash', '-c', BRANCH, 'bash', str(fifo), net.server_address(4),
                             stderr=subprocess.DEVNULL)
-    with elfprobe(net, '-P', str(tree.pid), '-p', '0', cwd=tmp_path) as elf:
+    via = *net.client.command(), *command
+    with elfprobe(net, '-P', str(tree.pid), '-p', '0', cwd=tmp_path, via=via) as elf:
         for _ in range(4):
             net.client.popen('sh', '-c', 'while :; do (:); done')
         fifo.write_text('go\n')
