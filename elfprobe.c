@@ -767,8 +767,8 @@ static inline int parse_inner(struct hdr_cursor *nh, struct packet *pkt)
 	return TUNNEL == IPPROTO_IPIP ? parse_iphdr(nh, pkt) : parse_ip6hdr(nh, pkt);
 }
 
-/* Bytes of an IP header `off` bytes behind the cursor and of GRE's, if that one is next; 0 unless there is one,
- * of a packet that ends with the frame and has another inside. */
+/* Bytes up to the end of an IP header that is `off` bytes behind the cursor, and of GRE's, if that one is next; 0
+ * unless there is one, of a packet that ends with the frame and has another inside. */
 static inline __u32 outer_len(const struct hdr_cursor *nh, __u32 off)
 {
 	struct hdr_cursor at = { nh->pos + off, nh->end };
@@ -781,11 +781,11 @@ static inline __u32 outer_len(const struct hdr_cursor *nh, __u32 off)
 	    off + outer.ip_len + outer.l4_len != (__u32)(nh->end - nh->pos))
 		return 0;
 	if (outer.protocol == IPPROTO_IPIP || outer.protocol == IPPROTO_IPV6)
-		return outer.ip_len;
+		return off + outer.ip_len;
 	gre = at.pos;
 	if (outer.protocol != IPPROTO_GRE || (void *)(gre + 1) > at.end || gre->flags & ~bpf_htons(GRE_FLAGS))
 		return 0;
-	return outer.ip_len + sizeof(*gre) + (gre->flags & bpf_htons(GRE_CHECKSUM) ? 4 : 0) +
+	return off + outer.ip_len + sizeof(*gre) + (gre->flags & bpf_htons(GRE_CHECKSUM) ? 4 : 0) +
 	       (gre->flags & bpf_htons(GRE_KEY) ? 4 : 0) + (gre->flags & bpf_htons(GRE_SEQUENCE) ? 4 : 0);
 }
 
@@ -801,11 +801,8 @@ static inline void skip_outer(struct hdr_cursor *nh)
 	if (!walk)
 		return;
 	len = outer_len(nh, 0);
-	if (!len) {
+	if (!len)
 		len = outer_len(nh, sizeof(struct ethhdr));
-		if (len)
-			len += sizeof(struct ethhdr);
-	}
 	walk->len = len <= IP6_EXTENSIONS_MASK ? len : 0;
 	/* From a map, so that the verifier follows one way, not all: that of Linux 7.3 gives up. */
 	nh->pos += READ_ONCE(walk->len) & IP6_EXTENSIONS_MASK;

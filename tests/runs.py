@@ -57,6 +57,8 @@ import elfprobe
 elfprobe.has_ring_buffer = lambda: False
 sys.exit(elfprobe.main(sys.argv[3:]))
 """
+OLD_MAPS_COMMAND = sys.executable, '-c', OLD_MAPS  # then elfprobe's command
+
 # elfprobe as where the kernel never runs its program at the tracepoint of forks, and counts that it has not.
 NO_FORKS = """
 import itertools, os, sys
@@ -72,7 +74,6 @@ elfprobe.SocketOwners._missed = lambda self: next(counter)
 sys.exit(elfprobe.main(sys.argv[3:]))
 """
 NO_FORKS_COMMAND = sys.executable, '-c', NO_FORKS  # then elfprobe's command
-OLD_MAPS_COMMAND = sys.executable, '-c', OLD_MAPS  # then elfprobe's command
 
 FAULTY_COMMAND = sys.executable, '-c', FAULTY  # then the name, the fault, and elfprobe's command
 

@@ -324,7 +324,7 @@ def test_probes_are_valid(measured, version, protocol):
     assert finished or any(probe.has_unfinished_checksum for probe in probes)
     for probe in probes:
         assert probe.has_valid_header_checksum
-        # Without a socket the kernel finishes checksums itself: ACKs of connections in TIME-WAIT, IPv4.
+        # Linux 7.3 finishes some in spite of offload, perhaps ACKs that it sends without a socket.
         assert probe.has_valid_checksum or not finished and probe.has_unfinished_checksum
         assert protocol != UDP or probe.segment[4:6] == len(probe.segment).to_bytes(2, 'big')
 

@@ -142,9 +142,11 @@ def mirror() -> str:
     raise Failure('none of this machine\'s apt sources is a mirror of Debian, whose address ends in /debian')
 
 
-def native() -> str:
-    return subprocess.run(['dpkg', '--print-architecture'], stdout=subprocess.PIPE, text=True,
-                          check=True).stdout.strip()
+def native_suites() -> list[str]:
+    """Those whose programs this machine itself runs."""
+    native = subprocess.run(['dpkg', '--print-architecture'], stdout=subprocess.PIPE, text=True,
+                            check=True).stdout.strip()
+    return [name for name, suite in SUITES.items() if suite.architecture == native]
 
 
 def sources(suite: Suite) -> list[str]:
@@ -289,15 +291,13 @@ def cell(tests: list[Result]) -> str:
     return f'{passed}' if passed and passed == len(tests) else f'**{passed} of {len(tests)}**'
 
 
-def table(shares: dict[str, Path], rows: dict[str, str]) -> str:
+def table(shares: dict[str, Path], every: dict[str, list[Result]], rows: dict[str, str]) -> str:
     """How many tests pass, by row and suite, and below what became of the others."""
     versions = {name: text(share / 'out/version') for name, share in shares.items()}
     lines = ['| | ' + ' | '.join(shares) + ' |', '| --- ' * (len(shares) + 1) + '|']
     for part in 'Linux', 'BCC', 'pyroute2', 'psutil', 'Python':
         found = [re.search(rf'{part} (\S+?)(,|$)', version, re.MULTILINE) for version in versions.values()]
         lines.append(f'| {part} | ' + ' | '.join(match[1] if match else '' for match in found) + ' |')
-    every = {name: [test for file in sorted(share.glob('out/*.xml')) for test in results(file)]
-             for name, share in shares.items()}
     for title, pattern in rows.items():
         cells = [cell([test for test in tests if re.search(pattern, test.test)]) for tests in every.values()]
         lines.append(f'| {title} | ' + ' | '.join(cells) + ' |')
@@ -321,7 +321,7 @@ def main() -> int:
         at = own.index('--')
         own, chosen = own[:at], own[at + 1 :]
     arguments = parser.parse_args(own)
-    possible = [name for name in SUITES if not arguments.userland or SUITES[name].architecture == native()]
+    possible = native_suites() if arguments.userland else [*SUITES]
     names = arguments.suites or possible
     for name in names:
         if name not in possible:
@@ -342,11 +342,14 @@ def main() -> int:
         print(f'{name}: {time.monotonic() - start:.0f} s, see {shares[name]}', file=sys.stderr)
         if chosen is not None:
             print(text(shares[name] / 'out/chosen.log'))
+    every = {name: [test for file in sorted(share.glob('out/*.xml')) for test in results(file)]
+             for name, share in shares.items()}
     if chosen is None:
-        print(table(shares, rows))
-    tests = [test for share in shares.values() for file in share.glob('out/*.xml') for test in results(file)]
-    whole = all((share / f'out/{run}.xml').exists() for share in shares.values() for run in runs)
-    return 0 if len(shares) == len(names) and whole and all(test.outcome != 'failed' for test in tests) else 1
+        print(table(shares, every, rows))
+    ended = len(shares) == len(names) and all(
+        (share / f'out/{run}.xml').exists() for share in shares.values() for run in runs)
+    failed = any(test.outcome == 'failed' for tests in every.values() for test in tests)
+    return 1 if failed or not ended else 0
 
 
 if __name__ == '__main__':
