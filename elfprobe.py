@@ -1693,9 +1693,10 @@ def map_entries(table: Any) -> Iterator[dict[str, Any]]:
 
 def hook_maps(bpf: Any) -> list[str]:
     """Names of the maps that the hooks file defines: all but those of elfprobe.c."""
-    name_of = bcc.lib.bpf_table_name
+    count, name_of = bcc.lib.bpf_num_tables, bcc.lib.bpf_table_name  # whose types BCC does not declare
+    count.restype, count.argtypes = ctypes.c_size_t, (ctypes.c_void_p,)
     name_of.restype, name_of.argtypes = ctypes.c_char_p, (ctypes.c_void_p, ctypes.c_size_t)
-    names = [name_of(bpf.module, number).decode() for number in range(bcc.lib.bpf_num_tables(bpf.module))]
+    names = [name_of(bpf.module, number).decode() for number in range(count(bpf.module))]
     # The first argument of a macro, or where that is the type of map the fourth.
     ours = re.findall(r'^BPF_\w+\((?:"\w+", [^,]+, [^,]+, )?(\w+)', read_source(C_FILE, "program"), re.M)
     return [name for name in names if name not in ours]

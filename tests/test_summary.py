@@ -666,6 +666,32 @@ def test_maps_of_all_kinds(lab4, tmp_path):
     assert "the hooks' map 'stream' is not saved" in run.log
 
 
+# In a thread, for which glibc allocates above 4 GiB.
+NAMES_FROM_A_THREAD = """\
+import sys
+import threading
+sys.path.insert(0, sys.argv[1])
+import elfprobe
+
+def find():
+    bpf = elfprobe.load_program(elfprobe.Config('lo', hooks=sys.argv[2]))
+    print(bpf.module >> 32 > 0, *elfprobe.hook_maps(bpf))
+    elfprobe.unload(bpf)
+
+thread = threading.Thread(target=find)
+thread.start()
+thread.join()
+"""
+
+
+@root
+def test_names_of_maps_wherever_memory_is(tmp_path):
+    """Where Python is a position-independent executable, BCC has its memory there, too."""
+    (tmp_path / 'hooks.c').write_text(ODD_MAPS)
+    done = run(sys.executable, '-c', NAMES_FROM_A_THREAD, str(ELFPROBE.parent), str(tmp_path / 'hooks.c'))
+    assert sorted(done.stdout.split()) == ['True', 'path', 'sizes', 'stream', 'waiting']
+
+
 def run_counts() -> dict[int, int]:
     """Of elfprobe's programs, by ID, as far as the kernel has counted."""
     programs = json.loads(run('bpftool', '-j', 'prog', 'show').stdout)
