@@ -49,15 +49,31 @@ def faulty(*args, **kw):
 setattr(owner, last, faulty)
 sys.exit(elfprobe.main(arguments))
 """
-# elfprobe as where there are no ring buffers and no socket storage.
-OLD_MAPS = """
+# elfprobe as with BCC 0.12 on Linux 5.4: no ring buffers and no socket storage, no BPF links, no look-up in
+# batches, no run-time statistics, and programs cannot count ticks.
+OLD = """
 import os, sys
 sys.path.insert(0, os.path.dirname(sys.argv[2]))
 import elfprobe
-elfprobe.has_ring_buffer = lambda: False
+class OldLibrary:
+    def __getattr__(self, name, real=elfprobe.bcc.lib):
+        if name in ('bpf_link_create', 'bpf_lookup_batch', 'bpf_enable_stats'):
+            raise AttributeError(name)
+        return getattr(real, name)
+class OldBPF(elfprobe.bcc.BPF):
+    def __init__(self, text, cflags):
+        self._ticks = '-DTICK_NS=0ULL' not in cflags
+        super().__init__(text=text, cflags=cflags)
+    def load_func(self, name, *kind):
+        if self._ticks:
+            os.write(2, b'invalid func unknown#118\\n')
+            raise Exception('Failed to load BPF program')
+        return super().load_func(name, *kind)
+del elfprobe.bcc.BPF.ring_buffer_poll
+elfprobe.bcc.BPF, elfprobe.bcc.lib = OldBPF, OldLibrary()
 sys.exit(elfprobe.main(sys.argv[3:]))
 """
-OLD_MAPS_COMMAND = sys.executable, '-c', OLD_MAPS  # then elfprobe's command
+OLD_COMMAND = sys.executable, '-c', OLD  # then elfprobe's command
 
 # elfprobe as where the kernel never runs its program at the tracepoint of forks, and counts that it has not.
 NO_FORKS = """

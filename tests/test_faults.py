@@ -25,6 +25,7 @@ from lab import Capture, Host, Lab, batch, end, run, wait_for_line, wait_until
 from runs import (
     ELFPROBE,
     FAULTY_COMMAND,
+    OLD_COMMAND,
     PROBES,
     TCP,
     UDP,
@@ -804,12 +805,13 @@ def test_silence_while_stopped(busy, tmp_path):
 
 
 @root
-@pytest.mark.parametrize(('killed', 'clsact'), [
-    ('at work', 'ours'),
-    ('at work', 'of others'),
-    ('in the start', 'ours'),
-])
-def test_next_start_clears_what_a_killed_one_left(busy, tmp_path, killed, clsact):
+@pytest.mark.parametrize(('killed', 'clsact', 'command'), [
+    ('at work', 'ours', ()),
+    ('at work', 'of others', ()),
+    ('at work', 'ours', OLD_COMMAND),  # whose kernel does not see to XDP
+    ('in the start', 'ours', ()),
+], ids=['at work', 'with filters of others', 'old system', 'in the start'])
+def test_next_start_clears_what_a_killed_one_left(busy, tmp_path, killed, clsact, command):
     client = busy.client
     with undone(client):
         if clsact != 'ours':
@@ -819,16 +821,17 @@ def test_next_start_clears_what_a_killed_one_left(busy, tmp_path, killed, clsact
             client.run(*FAULTY_COMMAND, 'tc_attachment', 'SIGKILL', *COMMAND, '-i', 'eth0', ANYWHERE,
                        check=False, cwd=tmp_path)
         else:
-            with elfprobe(busy, ANYWHERE, cwd=tmp_path) as first:
+            with elfprobe(busy, ANYWHERE, cwd=tmp_path, via=client.command(*command)) as first:
                 first.stop(signal.SIGKILL)
         left = attached(client)
-        assert left['xdp'] is None  # the kernel itself saw to that
+        assert bool(left['xdp']) == bool(command)
         assert (left != before) == (killed == 'at work')
         with elfprobe(busy, busy.server_address(4), cwd=tmp_path) as measuring:
             has_rows(measuring)
         assert attached(client) == before
     check_end(measuring)
     assert ('filter that a killed elfprobe left' in measuring.log) == (killed == 'at work')
+    assert ('XDP program that a killed elfprobe left' in measuring.log) == bool(command)
 
 
 @root

@@ -44,7 +44,7 @@ from runs import (
     HOPS,
     ICMP,
     ICMPV6,
-    OLD_MAPS_COMMAND,
+    OLD_COMMAND,
     PROBES,
     TCP,
     TIME_EXCEEDED,
@@ -786,14 +786,15 @@ def test_odd_initial_ttl(lab4, tmp_path, ttl):
 
 
 @pytest.mark.parametrize('options', [[], ['-T']], ids=['truncated', 'whole'])
-def test_without_ring_buffers(lab4, tmp_path, options):
-    """Nor socket storage: the same rows by other maps."""
+def test_old_system(lab4, tmp_path, options):
+    """The same rows in other ways."""
     seen_at_r1 = dict(filter=f'({PROBES} and not icmp6[0] == 3) or {TIME_EXCEEDED}', snaplen=2000)
-    via = lab4.client.command(*OLD_MAPS_COMMAND)
+    via = lab4.client.command(*OLD_COMMAND)
     with lab4.routers[0].capture(**seen_at_r1) as seen, uploading(lab4), pinging(lab4, '-i.01'), \
-            elfprobe(lab4, *options, *both(lab4), cwd=tmp_path, via=via) as run:
+            elfprobe(lab4, '-d', *options, *both(lab4), cwd=tmp_path, via=via) as run:
         wait_until(lambda: len(run.rows()) > 1000, 30, '1000 rows')
         assert run.stop() == 0
+    assert 'what the programs take is not known' in run.log
     packets = ip_packets(seen)
     rows = run.rows()
     probes = [packet for packet in packets if packet.dest in both(lab4) and not packet.is_time_exceeded]

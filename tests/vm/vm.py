@@ -77,7 +77,7 @@ BUILD_SECONDS = 3600
 
 USERLAND_RUNS = {
     'builds': ['test_packets.py', '-k', 'all_builds'],
-    'paths': ['test_paths.py', '-k', 'test_rows_ or every_probe or without_ring'],
+    'paths': ['test_paths.py', '-k', 'test_rows_ or every_probe or old_system'],
     'owners': ['test_owners.py', '-k', 'by_name or fallback or nothing'],
 }
 
@@ -109,8 +109,8 @@ ROWS = {
 }
 USERLAND_ROWS = {
     'all builds compile without a warning, and load': r'test_packets\.',
-    'right rows, IPv4 and IPv6, ICMP, TCP and UDP, with and without `-T`': r'test_paths\.(?!.*ring_buffers)',
-    'without ring buffers': r'ring_buffers',
+    'right rows, IPv4 and IPv6, ICMP, TCP and UDP, with and without `-T`': r'test_paths\.(?!.*old_system)',
+    'as with BCC 0.12 on Linux 5.4': r'old_system',
     '`-a` exact, clean exit': r'test_owners\.',
 }
 
