@@ -793,6 +793,7 @@ class SocketOwners:
         self._sockets = bcc.lib.bpf_table_fd(bpf.module, b"sockets")
         self._layout = bpf["process_event_layout"].Leaf
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._adopted: list[tuple[int, int]] = []  # IDs and PIDs, since the last look
 
     @contextlib.contextmanager
     def followed(self) -> Iterator[None]:
@@ -921,7 +922,17 @@ class SocketOwners:
         entry.app.text = comm_bytes(name)
         self._processes[self._processes.Key(pid)] = entry
         self._tag_sockets(pid, entry)
+        self._adopted.append((process_id, pid))
         log.info("of interest: %s (%d)", name, pid)
+
+    def _look_again(self) -> None:
+        """At processes adopted since the last look: a socket may have been in the making, past the program
+        that notes it and without a descriptor yet."""
+        adopted, self._adopted = self._adopted, []
+        for process_id, pid in adopted:
+            entry = self._entered(process_id, pid)
+            if entry:
+                self._tag_sockets(pid, entry)
 
     def _tag_sockets(self, pid: int, process: Any) -> None:
         """Notes this process as owner of its sockets, but for those that one of interest has already."""
@@ -944,7 +955,7 @@ class SocketOwners:
 
     def _decide_on_events(self) -> None:
         ending: set[tuple[int, int]] = set()  # IDs and PIDs of processes whose first thread has ended
-        next_look = next_make_up = 0.0
+        next_look, next_make_up = time.monotonic() + SCAN_EVERY, 0.0
         made_up = 0  # misses
         while True:
             event = None
@@ -954,13 +965,14 @@ class SocketOwners:
                     return
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + SCAN_EVERY
+                self._look_again()
                 missed, begun = self._missed(), time.thread_time()
                 if missed != made_up and time.monotonic() >= next_make_up:
                     made_up = missed
                     self._make_up()
                     next_make_up = time.monotonic() + (time.thread_time() - begun) / MAKE_UP_SHARE
                 for process_id, pid in list(ending):
-                    if not os.path.exists(f"/proc/{pid}") or not self._is_entered(process_id, pid):
+                    if not os.path.exists(f"/proc/{pid}") or not self._entered(process_id, pid):
                         ending.remove((process_id, pid))
                         self._forget(process_id, pid)
             if event and event.interest:
@@ -974,7 +986,7 @@ class SocketOwners:
         except OSError:  # it has ended
             self._forget(process_id, pid)
             return
-        if not self._is_entered(process_id, pid):  # so has it; this is another one
+        if not self._entered(process_id, pid):  # so has it; this is another one
             return
         parent = self._processes.get(self._processes.Key(process.ppid))
         inherits = parent is not None and parent.interest == OF_INTEREST  # it was found so after the fork
@@ -983,12 +995,13 @@ class SocketOwners:
         else:
             self._forget(process_id, pid)
 
-    def _is_entered(self, process_id: int, pid: int) -> bool:
+    def _entered(self, process_id: int, pid: int) -> Any:
+        """A process's entry, None where it has none."""
         entry = self._processes.get(self._processes.Key(pid))
-        return entry is not None and entry.id == process_id
+        return entry if entry is not None and entry.id == process_id else None
 
     def _forget(self, process_id: int, pid: int) -> None:
-        if self._is_entered(process_id, pid):
+        if self._entered(process_id, pid):
             with contextlib.suppress(KeyError):
                 del self._processes[self._processes.Key(pid)]
 

@@ -28,14 +28,24 @@ from lab import NETNS, PATIENCE, Capture, CommandFailed, Host, Lab, end, kernel_
 
 ELFPROBE = Path(__file__).resolve().parent.parent / 'elfprobe.py'
 
-# elfprobe, but for one function or method: it raises, or the process first gets a signal there. A Failure
-# of load_program is one to load what tells owners.
-FAULTY = """
-import builtins, os, signal, sys
+def with_change(change: str) -> tuple[str, ...]:
+    """The command that runs the module `elfprobe` after this change; then elfprobe's command."""
+    code = ('import os, sys', 'sys.path.insert(0, os.path.dirname(sys.argv[2]))', 'import elfprobe', change,
+            'sys.exit(elfprobe.main(sys.argv[3:]))')
+    return sys.executable, '-c', '\n'.join(code)
+
+
+def with_fault(name: str, fault: str) -> tuple[str, ...]:
+    """The same, where one function or method raises, or the process first gets a signal there.
+
+    A Failure of load_program is one to load what tells owners.
+    """
+    return with_change(f'name, fault = {name!r}, {fault!r}{FAULT}')
+
+
+FAULT = """
+import builtins, signal
 from functools import reduce
-name, fault, _, program, *arguments = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(program))
-import elfprobe
 *owners, last = name.split('.')
 owner = reduce(getattr, owners, elfprobe)
 real = getattr(owner, last)
@@ -47,14 +57,10 @@ def faulty(*args, **kw):
     os.kill(os.getpid(), signal.Signals[fault])
     return real(*args, **kw)
 setattr(owner, last, faulty)
-sys.exit(elfprobe.main(arguments))
 """
-# elfprobe as with BCC 0.12 on Linux 5.4: no ring buffers and no socket storage, no BPF links, no look-up in
-# batches, no run-time statistics, and programs cannot count ticks.
-OLD = """
-import os, sys
-sys.path.insert(0, os.path.dirname(sys.argv[2]))
-import elfprobe
+# As with BCC 0.12 on Linux 5.4: no ring buffers and no socket storage, no BPF links, no look-up in batches,
+# no run-time statistics, and programs cannot count ticks.
+OLD_COMMAND = with_change("""
 class OldLibrary:
     def __getattr__(self, name, real=elfprobe.bcc.lib):
         if name in ('bpf_link_create', 'bpf_lookup_batch', 'bpf_enable_stats'):
@@ -71,15 +77,10 @@ class OldBPF(elfprobe.bcc.BPF):
         return super().load_func(name, *kind)
 del elfprobe.bcc.BPF.ring_buffer_poll
 elfprobe.bcc.BPF, elfprobe.bcc.lib = OldBPF, OldLibrary()
-sys.exit(elfprobe.main(sys.argv[3:]))
-"""
-OLD_COMMAND = sys.executable, '-c', OLD  # then elfprobe's command
-
-# elfprobe as where the kernel never runs its program at the tracepoint of forks, and counts that it has not.
-NO_FORKS = """
-import itertools, os, sys
-sys.path.insert(0, os.path.dirname(sys.argv[2]))
-import elfprobe
+""")
+# As where the kernel never runs the program at the tracepoint of forks, and counts that it has not.
+NO_FORKS_COMMAND = with_change("""
+import itertools
 find, counter = elfprobe.SocketOwners._find_task_pid_offset, itertools.count(1)
 def find_and_go(self):
     find(self)
@@ -87,11 +88,16 @@ def find_and_go(self):
     self._bpf.raw_tracepoint_fds[b'sched_process_fork'] = os.open(os.devnull, os.O_RDONLY)
 elfprobe.SocketOwners._find_task_pid_offset = find_and_go
 elfprobe.SocketOwners._missed = lambda self: next(counter)
-sys.exit(elfprobe.main(sys.argv[3:]))
-"""
-NO_FORKS_COMMAND = sys.executable, '-c', NO_FORKS  # then elfprobe's command
-
-FAULTY_COMMAND = sys.executable, '-c', FAULTY  # then the name, the fault, and elfprobe's command
+""")
+# As where no process has its sockets yet when it is first looked at.
+LATE_SOCKETS_COMMAND = with_change("""
+find, seen = elfprobe.duplicated_sockets, set()
+def find_later(pid):
+    if pid in seen:
+        yield from find(pid)
+    seen.add(pid)
+elfprobe.duplicated_sockets = find_later
+""")
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNET = 0x40000000  # linux/sched.h

@@ -24,7 +24,6 @@ import pytest
 from lab import Capture, Host, Lab, batch, end, run, wait_for_line, wait_until
 from runs import (
     ELFPROBE,
-    FAULTY_COMMAND,
     OLD_COMMAND,
     PROBES,
     TCP,
@@ -35,6 +34,7 @@ from runs import (
     elfprobe,
     ip_packets,
     read_rows,
+    with_fault,
 )
 
 root = pytest.mark.root
@@ -818,7 +818,7 @@ def test_next_start_clears_what_a_killed_one_left(busy, tmp_path, killed, clsact
             tc(client, 'qdisc add dev eth0 clsact', u32('egress', f'dst {ANYWHERE}', 'classid', '1:1'))
         before = attached(client)
         if killed == 'in the start':
-            client.run(*FAULTY_COMMAND, 'tc_attachment', 'SIGKILL', *COMMAND, '-i', 'eth0', ANYWHERE,
+            client.run(*with_fault('tc_attachment', 'SIGKILL'), *COMMAND, '-i', 'eth0', ANYWHERE,
                        check=False, cwd=tmp_path)
         else:
             with elfprobe(busy, ANYWHERE, cwd=tmp_path, via=client.command(*command)) as first:
@@ -853,7 +853,7 @@ def test_nothing_is_left_of_a_start_that_fails(lab4, tmp_path, stage, fault):
     (tmp_path / 'elf.csv').write_text(OLD)
     before = attached(lab4.client), files(tmp_path)
     with undone(lab4.client):
-        ended = lab4.client.run(*FAULTY_COMMAND, stage, fault, *COMMAND, '-i', 'eth0', '-a', 'speedtest',
+        ended = lab4.client.run(*with_fault(stage, fault), *COMMAND, '-i', 'eth0', '-a', 'speedtest',
                                 ANYWHERE, check=False, cwd=tmp_path)
         assert ended.returncode == 1
         assert 'a test broke it' in ended.stderr.splitlines()[-1]
@@ -870,7 +870,7 @@ def test_nothing_is_left_of_a_start_that_fails(lab4, tmp_path, stage, fault):
 def test_interface_is_clean_after_a_fault_at_work(busy, tmp_path, stage, fault, status):
     before = attached(busy.client)
     with undone(busy.client):
-        ended = busy.client.run(*FAULTY_COMMAND, stage, fault, *COMMAND, '-i', 'eth0', '--duration', '0.1',
+        ended = busy.client.run(*with_fault(stage, fault), *COMMAND, '-i', 'eth0', '--duration', '0.1',
                                 busy.server_address(4), check=False, cwd=tmp_path)
         assert ended.returncode == status, ended.stderr
         assert attached(busy.client) == before

@@ -32,7 +32,18 @@ import psutil
 import pytest
 
 from lab import NETNS, PATIENCE, CommandFailed, Host, Lab, end, run, wait_until
-from runs import FAULTY_COMMAND, NO_FORKS_COMMAND, PROBES, TCP, UDP, VERSIONS, Run, elfprobe, ip_packets
+from runs import (
+    LATE_SOCKETS_COMMAND,
+    NO_FORKS_COMMAND,
+    PROBES,
+    TCP,
+    UDP,
+    VERSIONS,
+    Run,
+    elfprobe,
+    ip_packets,
+    with_fault,
+)
 
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, linux/proc_ns.h: its inode number, always
 pytestmark = [pytest.mark.root, pytest.mark.skipif(
@@ -171,12 +182,16 @@ def talk(flow):
 def answer(listener):
     connection, sent = listener.accept()[0], 0
     note_pid()
-    while True:
-        data = connection.recv(9000)
-        if not data:
-            return note('sent', sent)
-        connection.send(data)
-        sent += 1
+    try:
+        while True:
+            data = connection.recv(9000)
+            if not data:
+                break
+            connection.send(data)
+            sent += 1
+    except ConnectionError:  # the other end was closed before the last answer came
+        pass
+    note('sent', sent)
 
 def fork():
     if os.fork():
@@ -793,7 +808,7 @@ def test_namespaces(net, stage, tmp_path, own_cgroup, enter, unshare, polling):
 ])
 def test_fallback(net, stage, tmp_path, name, error, missing):
     """Without the kernel's help, connections are looked for."""
-    via = *net.client.command(), *FAULTY_COMMAND, name, error
+    via = *net.client.command(), *with_fault(name, error)
     older = stage.talk('./speedtest', 'talk(tcp())')
     with elfprobe(net, '-a', 'speedtest', '-p', '0', cwd=tmp_path, via=via) as elf:
         stage.go()
@@ -802,6 +817,16 @@ def test_fallback(net, stage, tmp_path, name, error, missing):
             wait_for_rows(elf, sport=program.port, app='', pid='')
         stage.finish(older, younger)
     assert is_polling(elf, missing)
+
+
+def test_socket_in_the_making(net, stage, tmp_path):
+    """One that has no descriptor yet, as in the midst of socket(2), when its process is found."""
+    program = stage.talk('./speedtest')
+    stage.go()
+    via = *net.client.command(), *LATE_SOCKETS_COMMAND
+    with elfprobe(net, '-a', 'speedtest', cwd=tmp_path, via=via) as elf:
+        wait_for_rows(elf, sport=program.port)
+        stage.finish(program)
 
 
 def test_pid_namespace(net, stage, tmp_path):
@@ -908,7 +933,7 @@ def test_nothing_is_left(net, tmp_path, number):
 @pytest.mark.needs('bpftool')
 @pytest.mark.parametrize('name', ['SocketOwners._adopt_running', 'tc_attachment'])
 def test_nothing_is_left_by_errors(net, tmp_path, name):
-    via = *net.client.command(), *FAULTY_COMMAND, name, 'RuntimeError'
+    via = *net.client.command(), *with_fault(name, 'RuntimeError')
     with nothing_left(), pytest.raises(CommandFailed, match='a test broke it'), \
             elfprobe(net, '-a', 'speedtest', cwd=tmp_path, via=via):
         pass
