@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from typing import Callable, Iterator, NamedTuple
 
 import pytest
 
-from lab import PATIENCE, CommandFailed, Host, Lab, address, attach, batch, run, wait_until
+from lab import PATIENCE, CommandFailed, Host, Lab, address, attach, batch, end, run, wait_until
 from runs import ICMP, ICMPV6, PROBES, TCP, TIME_EXCEEDED, Packet, Run, elfprobe, ip_packets, realtime_offset
 from test_paths import (
     HOPS,
@@ -206,6 +208,24 @@ def wireguard(host: Host, *peer: str) -> str:
 
 
 @contextmanager
+def ppp(client: Host, server: Host) -> Iterator[None]:
+    """Devices that speak PPP to each other through a pseudo-terminal, with link-local addresses only."""
+    command = 'pppd', 'nodetach', 'noauth', 'local', 'ifname', 'tunnel', 'noip', '+ipv6'
+    answering = shlex.join(client.command(*command, 'notty'))
+    process = server.popen(*command, 'pty', answering, stdout=subprocess.DEVNULL)
+
+    def is_up(host: Host) -> bool:
+        return 'inet6' in run('ip', '-n', host.name, 'address', 'show', 'dev', 'tunnel', check=False).stdout
+
+    try:
+        wait_until(lambda: is_up(client) and is_up(server), 20, 'PPP is up')
+        yield
+    finally:
+        end(process)
+        wait_until(lambda: not is_up(client), 10, 'PPP has ended')
+
+
+@contextmanager
 def tunnel(lab: Lab, kind: str, version: int, inside: bool) -> Iterator[dict[int, str]]:
     """A tunnel from the client to r2, and the client's way to the server through it; who answers by hop.
 
@@ -219,11 +239,14 @@ def tunnel(lab: Lab, kind: str, version: int, inside: bool) -> Iterator[dict[int
     near, far = (INSIDE[version].format(number) for number in (1, 2))
     net = f'{INSIDE[version].format(0 if version == 4 else "")}/{BITS[version]}'
     with ExitStack() as stack:
+        if kind == 'ppp':
+            stack.enter_context(ppp(lab.client, r2))
         for host, own, other, address_inside in (lab.client, *ends, near), (r2, *ends[::-1], far):
-            # By default the outer TTL is the inner one, and probes of the first hop do not reach it.
-            ends_and_ttl = '' if kind == 'wireguard' else f'local {own} remote {other} ttl 64'
-            make(host, 'ip', f'link add tunnel type {kind} {ends_and_ttl}')
-            stack.callback(batch, host.name, ['link del tunnel'])
+            if kind != 'ppp':
+                # By default the outer TTL is the inner one, and probes of the first hop do not reach it.
+                ends_and_ttl = '' if kind == 'wireguard' else f'local {own} remote {other} ttl 64'
+                make(host, 'ip', f'link add tunnel type {kind} {ends_and_ttl}')
+                stack.callback(batch, host.name, ['link del tunnel'])
             batch(host.name, [f'address add {address_inside}/{BITS[version]} dev tunnel'
                               + (' nodad' if version == 6 else ''), 'link set tunnel up'])
         if kind == 'wireguard':
@@ -280,11 +303,15 @@ def check(lab: Lab, elf: Run, hops: dict[int, dict[int, str]]) -> None:
     ('ip6gre', 6, 'tunnel', 'ethernet', True, ['-T']),
     ('wireguard', 4, 'tunnel', 'ethernet', True, []),
     ('wireguard', 6, 'tunnel', 'ethernet', True, ['-T']),
+    ('ppp', 4, 'tunnel', 'ethernet', True, ['-T']),
+    ('ppp', 6, 'tunnel', 'ethernet', True, []),
 ])  # fmt: skip
 def test_tunnel(lab4, tmp_path, kind, version, device, encapsulation, inside, options):
     """The hops of the packets inside are those behind the tunnel."""
     if kind == 'ip6gre' and LINUX < (5, 14):
         pytest.skip('bpf_clone_redirect() takes ip6gre for Ethernet here (dev_is_mac_header_xmit())')
+    if kind == 'ppp' and not (Path('/dev/ppp').exists() and shutil.which('pppd')):
+        pytest.skip('no PPP here, or no pppd')
     options = ['-i', device, '-e', encapsulation, '-p', '20', *options, lab4.server_address(version)]
     with tunnel(lab4, kind, version, inside) as hops:
         if device == 'eth0':

@@ -142,11 +142,11 @@ def mirror() -> str:
     raise Failure('none of this machine\'s apt sources is a mirror of Debian, whose address ends in /debian')
 
 
-def native_suites() -> list[str]:
-    """Those whose programs this machine itself runs."""
+def userland_suites() -> list[str]:
+    """Those whose programs this machine itself runs, each once."""
     native = subprocess.run(['dpkg', '--print-architecture'], stdout=subprocess.PIPE, text=True,
                             check=True).stdout.strip()
-    return [name for name, suite in SUITES.items() if suite.architecture == native]
+    return [name for name, suite in SUITES.items() if name == suite.name and suite.architecture == native]
 
 
 def sources(suite: Suite) -> list[str]:
@@ -321,7 +321,7 @@ def main() -> int:
         at = own.index('--')
         own, chosen = own[:at], own[at + 1 :]
     arguments = parser.parse_args(own)
-    possible = native_suites() if arguments.userland else [*SUITES]
+    possible = userland_suites() if arguments.userland else [*SUITES]
     names = arguments.suites or possible
     for name in names:
         if name not in possible:
