@@ -1709,9 +1709,9 @@ int elf_fork(struct bpf_raw_tracepoint_args *ctx)
 
 	sample = task_sample.lookup(&zero);
 	if (sample && sample->parent == pid)
-		bpf_probe_read(sample->task, sizeof(sample->task), (void *)ctx->args[1]);
+		bpf_probe_read_kernel(sample->task, sizeof(sample->task), (void *)ctx->args[1]);
 	offset = task_pid_offset.lookup(&zero);
-	if (!offset || bpf_probe_read(&child, sizeof(child), (void *)(ctx->args[1] + *offset)))
+	if (!offset || bpf_probe_read_kernel(&child, sizeof(child), (void *)(ctx->args[1] + *offset)))
 		return 0;
 	if (child.pid != child.tgid)
 		return 0;

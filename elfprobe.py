@@ -2429,7 +2429,7 @@ class ElfProbe:
                     raise Failure(f"argument -P/--pid: there is no process {pid}")
             fixed = resolve_all(config.addresses)
             stack.enter_context(sole_user(self._device))
-            self._bpf, owned = self._load()
+            self._bpf, refused = self._load()
             stack.callback(unload, self._bpf)
             results = Results(self._bpf)
             FlowEvents(self._bpf)
@@ -2441,7 +2441,7 @@ class ElfProbe:
                 mode = attached.enter_context(xdp_attachment(ipr, self._device, ingress))
                 csv = stack.enter_context(self._output_files())
                 tables = ConnectionTables(destinations, fixed, config.apps, config.pids)
-                self._follow_processes(attached, owned, tables)
+                self._follow_processes(attached, refused, tables)
                 attached.callback(self._silence)
                 ours = attached.enter_context(tc_attachment(ipr, self._device, egress))
                 self._is_attached: Callable[[], bool] = lambda: ours in egress_filters(ipr, self._device)
@@ -2458,23 +2458,25 @@ class ElfProbe:
                 finally:
                     self._drain(results, csv)
 
-    def _load(self) -> tuple[Any, bool]:
-        """BCC's object, and whether it tells flows by their socket's owner."""
+    def _load(self) -> tuple[Any, str]:
+        """BCC's object, and why it does not tell flows by their socket's owner, empty if it does."""
+        refused = "no ring buffers"
         if self._config.by_process and has_ring_buffer():
             try:
-                return load_program(self._config, by_owner=True, frame=self._device.frame), True
+                return load_program(self._config, by_owner=True, frame=self._device.frame), ""
             except Failure as failure:
-                for line in str(failure).splitlines():
+                refused, *detail = str(failure).splitlines()
+                for line in detail:
                     log.debug("%s", line)
-        return load_program(self._config, frame=self._device.frame), False
+        return load_program(self._config, frame=self._device.frame), refused
 
-    def _follow_processes(self, stack: contextlib.ExitStack, owned: bool, tables: ConnectionTables) -> None:
+    def _follow_processes(self, stack: contextlib.ExitStack, refused: str, tables: ConnectionTables) -> None:
         """Follows the processes of interest until the stack unwinds, in the best way that there is."""
         if not self._config.by_process:
             return
         try:
-            if not owned:
-                raise Unsupported("socket storage in sock_create (Linux 5.9)")
+            if refused:
+                raise Unsupported(f"what Linux has since 5.9 ({refused})")
             owners = SocketOwners(self._bpf, self._config.apps, self._config.pids)
             stack.enter_context(owners.followed())
         except Unsupported as err:
