@@ -103,7 +103,7 @@ ROWS = {
     'clean exit': r'test_owners\.test_nothing|test_faults\.(?!.*(others|taken_away|clsact))',
     'netem: latencies': r'test_kernel\.test_netem',
     'fq and BBR: order and pacing': r'test_kernel\.test_fq',
-    'ipip, sit, ip6tnl, gre, ip6gre, WireGuard': r'test_kernel\.test_tunnel',
+    'ipip, sit, ip6tnl, gre, ip6gre, WireGuard, PPP': r'test_kernel\.test_tunnel',
     '802.1Q devices': r'test_kernel\.test_vlan',
     'no kprobes': r'test_kernel\.test_kprobes',
 }
@@ -302,8 +302,13 @@ def table(shares: dict[str, Path], every: dict[str, list[Result]], rows: dict[st
         cells = [cell([test for test in tests if re.search(pattern, test.test)]) for tests in every.values()]
         lines.append(f'| {title} | ' + ' | '.join(cells) + ' |')
     lines.append('')
-    lines += [f'- {name}, {test.test}: {test.outcome}: {test.reason}' for name, tests in every.items()
-              for test in tests if test.outcome != 'passed']
+    causes: dict[tuple[str, str, str], list[str]] = {}
+    for name, tests in every.items():
+        for test in tests:
+            causes.setdefault((name, test.outcome, test.reason), []).append(test.test)
+    for (name, outcome, reason), (one, *more) in causes.items():
+        if outcome != 'passed':
+            lines.append(f'- {name}, {one}{f" and {len(more)} more" if more else ""}: {outcome}: {reason}')
     return '\n'.join(lines)
 
 
