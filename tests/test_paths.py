@@ -132,7 +132,7 @@ def stream(lab: Lab, version: int, count: int = 300) -> list[tuple[bytes, int]]:
             try:
                 while True:
                     payload, ((_, _, ttl),), *_ = receiver.recvmsg(2000, 100)
-                    arrived.append((payload, int.from_bytes(ttl, 'little')))
+                    arrived.append((payload, int.from_bytes(ttl, sys.byteorder)))
             except BlockingIOError:
                 return len(arrived) >= number
 
