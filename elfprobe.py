@@ -793,7 +793,9 @@ class SocketOwners:
         self._sockets = bcc.lib.bpf_table_fd(bpf.module, b"sockets")
         self._layout = bpf["process_event_layout"].Leaf
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._adopted: list[tuple[int, int]] = []  # IDs and PIDs, since the last look
+        # IDs and PIDs of processes adopted since the last look, and before it.
+        self._adopted: list[tuple[int, int]] = []
+        self._adopted_before: list[tuple[int, int]] = []
 
     @contextlib.contextmanager
     def followed(self) -> Iterator[None]:
@@ -921,21 +923,22 @@ class SocketOwners:
         entry = self._processes.Leaf(id=process_id, interest=OF_INTEREST)
         entry.app.text = comm_bytes(name)
         self._processes[self._processes.Key(pid)] = entry
-        self._tag_sockets(pid, entry)
-        self._adopted.append((process_id, pid))
+        if self._tag_sockets(pid, entry):
+            self._adopted.append((process_id, pid))
         log.info("of interest: %s (%d)", name, pid)
 
     def _look_again(self) -> None:
-        """At processes adopted since the last look: a socket may have been in the making, past the program
-        that notes it and without a descriptor yet."""
-        adopted, self._adopted = self._adopted, []
-        for process_id, pid in adopted:
-            entry = self._entered(process_id, pid)
+        """At each process once more, a second or more after it was adopted: a socket may have been in the
+        making, past the program that notes it and without a descriptor yet."""
+        due, self._adopted_before, self._adopted = self._adopted_before, self._adopted, []
+        for process_id, pid in due:
+            entry = self._entry(process_id, pid)
             if entry:
                 self._tag_sockets(pid, entry)
 
-    def _tag_sockets(self, pid: int, process: Any) -> None:
-        """Notes this process as owner of its sockets, but for those that one of interest has already."""
+    def _tag_sockets(self, pid: int, process: Any) -> bool:
+        """Notes this process as owner of its sockets, but for those that one of interest has already.
+        False where they cannot be had, or the process has ended."""
         owner = self._owner(process=process.id, interest=process.interest, pid=pid)
         owner.app.text = process.app.text
         known = self._owner()
@@ -948,6 +951,8 @@ class SocketOwners:
         except OSError as err:
             if err.errno not in (errno.ESRCH, errno.ENOENT):
                 log.warning("sockets that %d has open already are not probed: %s", pid, err.strerror)
+            return False
+        return True
 
     def _hear(self, _context: Any, data: int, size: int) -> int:
         self._events.put(self._layout.from_buffer_copy(ctypes.string_at(data, size)))
@@ -972,7 +977,7 @@ class SocketOwners:
                     self._make_up()
                     next_make_up = time.monotonic() + (time.thread_time() - begun) / MAKE_UP_SHARE
                 for process_id, pid in list(ending):
-                    if not os.path.exists(f"/proc/{pid}") or not self._entered(process_id, pid):
+                    if not os.path.exists(f"/proc/{pid}") or not self._entry(process_id, pid):
                         ending.remove((process_id, pid))
                         self._forget(process_id, pid)
             if event and event.interest:
@@ -986,7 +991,7 @@ class SocketOwners:
         except OSError:  # it has ended
             self._forget(process_id, pid)
             return
-        if not self._entered(process_id, pid):  # so has it; this is another one
+        if not self._entry(process_id, pid):  # so has it; this is another one
             return
         parent = self._processes.get(self._processes.Key(process.ppid))
         inherits = parent is not None and parent.interest == OF_INTEREST  # it was found so after the fork
@@ -995,13 +1000,13 @@ class SocketOwners:
         else:
             self._forget(process_id, pid)
 
-    def _entered(self, process_id: int, pid: int) -> Any:
+    def _entry(self, process_id: int, pid: int) -> Any:
         """A process's entry, None where it has none."""
         entry = self._processes.get(self._processes.Key(pid))
         return entry if entry is not None and entry.id == process_id else None
 
     def _forget(self, process_id: int, pid: int) -> None:
-        if self._entered(process_id, pid):
+        if self._entry(process_id, pid):
             with contextlib.suppress(KeyError):
                 del self._processes[self._processes.Key(pid)]
 
@@ -2459,15 +2464,18 @@ class ElfProbe:
                     self._drain(results, csv)
 
     def _load(self) -> tuple[Any, str]:
-        """BCC's object, and why it does not tell flows by their socket's owner, empty if it does."""
-        refused = "no ring buffers"
-        if self._config.by_process and has_ring_buffer():
+        """BCC's object, and why it does not tell flows by their socket's owner: empty if it does."""
+        if not self._config.by_process:
+            refused = "nobody asks for it"
+        elif not has_ring_buffer():
+            refused = "no ring buffers"
+        else:
             try:
                 return load_program(self._config, by_owner=True, frame=self._device.frame), ""
             except Failure as failure:
-                refused, *detail = str(failure).splitlines()
-                for line in detail:
+                for line in str(failure).splitlines():
                     log.debug("%s", line)
+                refused = str(failure).splitlines()[0]
         return load_program(self._config, frame=self._device.frame), refused
 
     def _follow_processes(self, stack: contextlib.ExitStack, refused: str, tables: ConnectionTables) -> None:
@@ -2476,13 +2484,13 @@ class ElfProbe:
             return
         try:
             if refused:
-                raise Unsupported(f"what Linux has since 5.9 ({refused})")
+                raise Unsupported(f"programs that note who owns a socket (Linux 5.9 and BCC 0.16): {refused}")
             owners = SocketOwners(self._bpf, self._config.apps, self._config.pids)
             stack.enter_context(owners.followed())
         except Unsupported as err:
             log.warning(
-                "flows by process need %s, which is not to be had here; instead the connection tables are "
-                "looked at every %g s: short flows are missed, and others' to the same addresses probed",
+                "flows by process are not exact without %s; instead the connection tables are looked at "
+                "every %g s: short flows are missed, and others' to the same addresses probed",
                 err, SCAN_EVERY,
             )  # fmt: skip
             stack.enter_context(tables.followed())

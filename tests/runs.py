@@ -28,21 +28,8 @@ from lab import NETNS, PATIENCE, Capture, CommandFailed, Host, Lab, end, kernel_
 
 ELFPROBE = Path(__file__).resolve().parent.parent / 'elfprobe.py'
 
-def with_change(change: str) -> tuple[str, ...]:
-    """The command that runs the module `elfprobe` after this change; then elfprobe's command."""
-    code = ('import os, sys', 'sys.path.insert(0, os.path.dirname(sys.argv[2]))', 'import elfprobe', change,
-            'sys.exit(elfprobe.main(sys.argv[3:]))')
-    return sys.executable, '-c', '\n'.join(code)
-
-
-def with_fault(name: str, fault: str) -> tuple[str, ...]:
-    """The same, where one function or method raises, or the process first gets a signal there.
-
-    A Failure of load_program is one to load what tells owners.
-    """
-    return with_change(f'name, fault = {name!r}, {fault!r}{FAULT}')
-
-
+# `fault` is raised by the function or method `name`, or it is a signal that comes there first. A Failure of
+# load_program is one to load what tells owners.
 FAULT = """
 import builtins, signal
 from functools import reduce
@@ -58,6 +45,21 @@ def faulty(*args, **kw):
     return real(*args, **kw)
 setattr(owner, last, faulty)
 """
+
+
+def with_change(change: str) -> tuple[str, ...]:
+    """The beginning of a command that changes the module `elfprobe` and then runs it; the interpreter, the
+    path of elfprobe.py and its arguments are to follow.
+    """
+    code = ('import os, sys', 'sys.path.insert(0, os.path.dirname(sys.argv[2]))', 'import elfprobe', change,
+            'sys.exit(elfprobe.main(sys.argv[3:]))')
+    return sys.executable, '-c', '\n'.join(code)
+
+
+def with_fault(name: str, fault: str) -> tuple[str, ...]:
+    return with_change(f'name, fault = {name!r}, {fault!r}\n{FAULT}')
+
+
 # As with BCC 0.12 on Linux 5.4: no ring buffers and no socket storage, no BPF links, no look-up in batches,
 # no run-time statistics, and programs cannot count ticks.
 OLD_COMMAND = with_change("""
@@ -75,7 +77,8 @@ class OldBPF(elfprobe.bcc.BPF):
             os.write(2, b'invalid func unknown#118\\n')
             raise Exception('Failed to load BPF program')
         return super().load_func(name, *kind)
-del elfprobe.bcc.BPF.ring_buffer_poll
+if hasattr(elfprobe.bcc.BPF, 'ring_buffer_poll'):
+    del elfprobe.bcc.BPF.ring_buffer_poll
 elfprobe.bcc.BPF, elfprobe.bcc.lib = OldBPF, OldLibrary()
 """)
 # As where the kernel never runs the program at the tracepoint of forks, and counts that it has not.

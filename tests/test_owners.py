@@ -42,6 +42,7 @@ from runs import (
     Run,
     elfprobe,
     ip_packets,
+    with_change,
     with_fault,
 )
 
@@ -250,11 +251,9 @@ for number in range(int(sys.argv[2])):
         os._exit(0)
 """
 
-# elfprobe, but each process that it begins to follow has just ended.
-TOO_LATE = """
-import os, sys
-sys.path.insert(0, os.path.dirname(sys.argv[2]))
-import elfprobe, psutil
+# As where each process that it begins to follow has just ended.
+TOO_LATE_COMMAND = with_change("""
+import psutil
 real = elfprobe.SocketOwners._adopt
 def adopt(self, pid, *args):
     with elfprobe.contextlib.suppress(psutil.NoSuchProcess):
@@ -263,8 +262,7 @@ def adopt(self, pid, *args):
         process.wait()
     real(self, pid, *args)
 elfprobe.SocketOwners._adopt = adopt
-sys.exit(elfprobe.main(sys.argv[3:]))
-"""
+""")
 
 
 class Row(NamedTuple):
@@ -646,7 +644,6 @@ def test_only_its_flows(net, stage, tmp_path):
     assert set(rows) == {Row(dest, program.port, protocol, name, str(program.process.pid))
                          for (name, dest, protocol), program in flows.items() if name == 'speedtest'}
     assert sorted(row[:3] for row in rows) == sorted((p.dest, p.sport, p.protocol) for p in ip_packets(seen))
-    assert min(program.sent for program in flows.values()) > SECONDS
 
 
 def test_short_flows(net, programs, tmp_path):
@@ -714,7 +711,7 @@ def test_reused_pid_of_short_program(net, stage, tmp_path):
     """The driver comes to look at a program that has ended already: its PID is free all the same."""
     path = tmp_path / f'short-{os.getpid()}'  # nobody else's, since those of this name are killed
     path.symlink_to(PYTHON)
-    via = *net.client.command(), sys.executable, '-c', TOO_LATE
+    via = *net.client.command(), *TOO_LATE_COMMAND
     with elfprobe(net, '-a', path.name, '-p', '0', cwd=tmp_path, via=via) as elf:
         short = net.client.popen(str(path), '-c', 'import time; time.sleep(60)')
         wait_until(lambda: short.poll() and f'({short.pid})' in elf.log, 10, 'it was of interest')
@@ -804,7 +801,7 @@ def test_namespaces(net, stage, tmp_path, own_cgroup, enter, unshare, polling):
 @pytest.mark.parametrize('name, error, missing', [
     ('SocketOwners._attach_to_cgroup', 'Unsupported', 'a test broke it'),
     ('open_cgroup_root', 'OSError', 'cgroup version 2'),
-    ('load_program', 'Failure', 'Linux has since 5.9 (a test broke it)'),
+    ('load_program', 'Failure', '(Linux 5.9 and BCC 0.16): a test broke it'),
 ])
 def test_fallback(net, stage, tmp_path, name, error, missing):
     """Without the kernel's help, connections are looked for."""
@@ -825,7 +822,7 @@ def test_socket_in_the_making(net, stage, tmp_path):
     stage.go()
     via = *net.client.command(), *LATE_SOCKETS_COMMAND
     with elfprobe(net, '-a', 'speedtest', cwd=tmp_path, via=via) as elf:
-        wait_for_rows(elf, sport=program.port)
+        wait_for_rows(elf, sport=program.port, app='speedtest')
         stage.finish(program)
 
 

@@ -787,7 +787,7 @@ def test_odd_initial_ttl(lab4, tmp_path, ttl):
 
 @pytest.mark.parametrize('options', [[], ['-T']], ids=['truncated', 'whole'])
 def test_old_system(lab4, tmp_path, options):
-    """The same rows in other ways."""
+    """The same rows, without what newer kernels and BCC offer."""
     seen_at_r1 = dict(filter=f'({PROBES} and not icmp6[0] == 3) or {TIME_EXCEEDED}', snaplen=2000)
     via = lab4.client.command(*OLD_COMMAND)
     with lab4.routers[0].capture(**seen_at_r1) as seen, uploading(lab4), pinging(lab4, '-i.01'), \

@@ -214,15 +214,15 @@ def ppp(client: Host, server: Host) -> Iterator[None]:
     answering = shlex.join(client.command(*command, 'notty'))
     process = server.popen(*command, 'pty', answering, stdout=subprocess.DEVNULL)
 
-    def is_up(host: Host) -> bool:
-        return 'inet6' in run('ip', '-n', host.name, 'address', 'show', 'dev', 'tunnel', check=False).stdout
+    def shown(host: Host) -> str:
+        return run('ip', '-n', host.name, 'address', 'show', 'dev', 'tunnel', check=False).stdout
 
     try:
-        wait_until(lambda: is_up(client) and is_up(server), 20, 'PPP is up')
+        wait_until(lambda: 'inet6' in shown(client) and 'inet6' in shown(server), 20, 'PPP is up')
         yield
     finally:
         end(process)
-        wait_until(lambda: not is_up(client), 10, 'PPP has ended')
+        wait_until(lambda: not shown(client) and not shown(server), 10, 'PPP has ended')
 
 
 @contextmanager

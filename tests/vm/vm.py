@@ -305,10 +305,10 @@ def table(shares: dict[str, Path], every: dict[str, list[Result]], rows: dict[st
     causes: dict[tuple[str, str, str], list[str]] = {}
     for name, tests in every.items():
         for test in tests:
-            causes.setdefault((name, test.outcome, test.reason), []).append(test.test)
-    for (name, outcome, reason), (one, *more) in causes.items():
-        if outcome != 'passed':
-            lines.append(f'- {name}, {one}{f" and {len(more)} more" if more else ""}: {outcome}: {reason}')
+            if test.outcome != 'passed':
+                causes.setdefault((name, test.outcome, test.reason), []).append(test.test)
+    lines += [f'- {name}, {outcome}: {reason}: {", ".join(found)}'
+              for (name, outcome, reason), found in causes.items()]
     return '\n'.join(lines)
 
 
