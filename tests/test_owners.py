@@ -644,6 +644,7 @@ def test_only_its_flows(net, stage, tmp_path):
     assert set(rows) == {Row(dest, program.port, protocol, name, str(program.process.pid))
                          for (name, dest, protocol), program in flows.items() if name == 'speedtest'}
     assert sorted(row[:3] for row in rows) == sorted((p.dest, p.sport, p.protocol) for p in ip_packets(seen))
+    assert min(program.sent for program in flows.values()) > 10 * SECONDS / PATIENCE
 
 
 def test_short_flows(net, programs, tmp_path):
