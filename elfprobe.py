@@ -904,8 +904,10 @@ class SocketOwners:
         preempted on that CPU (seen on Linux 7.2; up to 6.18 none is preempted)."""
         return sum(program_info(self._bpf.funcs[name].fd).recursion_misses for name in self.AT_TRACEPOINTS)
 
-    def _make_up(self) -> None:
-        """For execs, forks and exits that were missed."""
+    def _make_up(self) -> float:
+        """For execs, forks and exits that were missed. Gives the time from which on it may be done again:
+        to look takes each time what it takes for all processes, to adopt one is done once."""
+        begun = time.thread_time()
         known = set()  # to be of interest; no PID of -P that another process may have by now
         for key, value in list(entries(self._processes)):
             pid = self._processes.Key.from_buffer_copy(key).value
@@ -915,8 +917,10 @@ class SocketOwners:
             elif process.interest == OF_INTEREST:
                 known.add(pid)
         chosen = choose_processes(running_processes(), self._apps, known)
+        again = time.monotonic() + (time.thread_time() - begun) / MAKE_UP_SHARE
         for pid in chosen.keys() - known:
             self._adopt(pid, time.monotonic_ns(), chosen[pid])
+        return again
 
     def _adopt(self, pid: int, process_id: int, name: str) -> None:
         """From now on the process is of interest, with the sockets that it has."""
@@ -971,11 +975,10 @@ class SocketOwners:
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + SCAN_EVERY
                 self._look_again()
-                missed, begun = self._missed(), time.thread_time()
+                missed = self._missed()
                 if missed != made_up and time.monotonic() >= next_make_up:
                     made_up = missed
-                    self._make_up()
-                    next_make_up = time.monotonic() + (time.thread_time() - begun) / MAKE_UP_SHARE
+                    next_make_up = self._make_up()
                 for process_id, pid in list(ending):
                     if not os.path.exists(f"/proc/{pid}") or not self._entry(process_id, pid):
                         ending.remove((process_id, pid))
