@@ -581,11 +581,31 @@ def choose_processes(
     return chosen
 
 
+def look_at_process(pid: int) -> Process:
+    """Straight from /proc, as many may be started each second, and psutil remembers what a process was
+    before it was another program. Raises OSError when it has ended."""
+    with open(f"/proc/{pid}/comm", "rb") as file:
+        name = os.fsdecode(file.read().rstrip(b"\n"))
+    try:
+        exe = re.sub(r" \(deleted\)$", "", os.readlink(f"/proc/{pid}/exe"))  # there may be a newer one
+    except OSError:  # a kernel thread
+        exe = ""
+    words: tuple[str, ...] = ()
+    if len(name) >= TASK_COMM_LEN - 1 or is_interpreter(os.path.basename(exe)):
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = tuple(os.fsdecode(word) for word in file.read().split(b"\0")[:-1])
+        full = os.path.basename(words[0]) if words else ""
+        if len(name) == TASK_COMM_LEN - 1 and full.startswith(name):
+            name = full
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        ppid = int(file.read().rpartition(b")")[2].split()[1])
+    return Process(pid, ppid, name, exe, words)
+
+
 def running_processes() -> Iterator[Process]:
-    for found in psutil.process_iter(["pid", "ppid", "name", "exe", "cmdline"]):
-        info = found.info
-        words = tuple(info["cmdline"] or ())
-        yield Process(info["pid"], info["ppid"] or 0, info["name"] or "", info["exe"] or "", words)
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError):
+            yield look_at_process(pid)
 
 
 def connected_addresses(chosen: dict[int, str]) -> dict[bytes, str]:
@@ -696,26 +716,6 @@ class ConnectionTables:
 
 class Unsupported(Exception):
     """What is missing for telling in the kernel whose a packet is."""
-
-
-def look_at_process(pid: int) -> Process:
-    """Straight from /proc, as many may be started each second. Raises OSError when it has ended."""
-    with open(f"/proc/{pid}/comm", "rb") as file:
-        name = os.fsdecode(file.read().rstrip(b"\n"))
-    try:
-        exe = os.readlink(f"/proc/{pid}/exe")
-    except OSError:  # a kernel thread
-        exe = ""
-    words: tuple[str, ...] = ()
-    if len(name) >= TASK_COMM_LEN - 1 or is_interpreter(os.path.basename(exe)):
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            words = tuple(os.fsdecode(word) for word in file.read().split(b"\0")[:-1])
-        full = os.path.basename(words[0]) if words else ""
-        if len(name) == TASK_COMM_LEN - 1 and full.startswith(name):
-            name = full
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        ppid = int(file.read().rpartition(b")")[2].split()[1])
-    return Process(pid, ppid, name, exe, words)
 
 
 def comm_bytes(name: str) -> bytes:

@@ -9,6 +9,7 @@ import ctypes
 import logging
 import os
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import elfprobe
 from elfprobe import Config, Failure, OutputFile, Process
+from lab import wait_until
 
 SCRIPT = Path(elfprobe.__file__)
 LIMITED_WRITES = """
@@ -407,6 +409,37 @@ PROGRAMS = {  # process name, executable, command line: all names that it goes b
 def test_names_of_a_process(process: tuple[str, str, str], wanted: set[str]) -> None:
     name, exe, command = process
     assert elfprobe.process_names(Process(1, 0, name, exe, tuple(command.split()))) == wanted
+
+
+def test_process_that_becomes_another_program(tmp_path: Path) -> None:
+    """It goes by the name of what it runs now, as often as it has been looked at before."""
+    (tmp_path / 'speedtest').symlink_to(shutil.which('sh') or '')
+    command = 'read line; exec "$0" -c "read line; :"', tmp_path / 'speedtest'
+    with subprocess.Popen(['/bin/bash', '-c', *command], stdin=subprocess.PIPE, text=True) as running:
+        assert running.stdin
+
+        def names() -> set[str]:
+            (found,) = (one for one in elfprobe.running_processes() if one.pid == running.pid)
+            return elfprobe.process_names(found)
+
+        assert wait_until(lambda: 'bash' in names(), 5, 'it runs')
+        running.stdin.write('go\n')
+        running.stdin.flush()
+        wait_until(lambda: 'speedtest' in names(), 5, 'it runs the other program')
+        assert names() == {'speedtest', os.path.basename(os.path.realpath(tmp_path / 'speedtest'))}
+
+
+def test_process_whose_executable_was_removed(tmp_path: Path) -> None:
+    """As by an update of the package. It is an interpreter all the same."""
+    interpreter, script = tmp_path / 'bash', tmp_path / 'speedtest.sh'
+    shutil.copy('/bin/bash', interpreter)
+    script.write_text('read line\n')
+    with subprocess.Popen([interpreter, script], stdin=subprocess.PIPE) as running:
+        wait_until(lambda: elfprobe.look_at_process(running.pid).exe == str(interpreter), 5, 'it runs')
+        interpreter.unlink()
+        names = elfprobe.process_names(elfprobe.look_at_process(running.pid))
+        assert running.stdin
+    assert names == {'bash', 'speedtest.sh', 'speedtest'}
 
 
 def process(pid: int, ppid: int, name: str, command: str = '') -> Process:
