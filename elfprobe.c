@@ -75,6 +75,9 @@
 #ifndef OLD_MAPS
 #error "OLD_MAPS: 1 where there are no ring buffers and no socket storage (before Linux 5.8, BCC 0.13); not with BY_OWNER"
 #endif
+#ifndef PREEMPTIBLE
+#error "PREEMPTIBLE: 1 where a run of a program may be interrupted by another on its CPU (PREEMPT_RT)"
+#endif
 #ifndef RESULTS_PAGES
 #error "RESULTS_PAGES: size of the result ring, pages, a power of two"
 #endif
@@ -486,6 +489,14 @@ BPF_PERCPU_ARRAY(sum_buffers, struct sum_buffer, 1);
 BPF_PERCPU_ARRAY(extended_results, struct extended_result, 1);
 BPF_PROG_ARRAY(programs, 1); /* 0: elf_probe */
 
+#if PREEMPTIBLE
+#define TASKS_MAX 8192
+BPF_TABLE("lru_hash", __u64, struct claim, task_claims, TASKS_MAX);
+BPF_TABLE("lru_hash", __u64, struct ip6ext_walk, task_ip6ext_walks, TASKS_MAX);
+BPF_TABLE("lru_hash", __u64, struct sum_buffer, task_sum_buffers, TASKS_MAX);
+BPF_TABLE("lru_hash", __u64, struct extended_result, task_extended_results, TASKS_MAX);
+#endif
+
 /* Never written: they tell the driver how what it gets from no map looks. */
 BPF_ARRAY(result_layout, struct extended_result, 1);
 BPF_ARRAY(flow_event_layout, struct flow_event, 1);
@@ -529,7 +540,9 @@ BPF_ANNOTATE_KV_PAIR(sockets, int, struct owner);
 #define COUNT(field)                                                                                 \
 	do {                                                                                         \
 		struct counters *counters_ = this_cpu_counters();                                    \
-		if (counters_)                                                                       \
+		if (counters_ && PREEMPTIBLE)                                                        \
+			__sync_fetch_and_add(&counters_->field, 1);                                  \
+		else if (counters_)                                                                  \
 			counters_->field++;                                                          \
 	} while (0)
 
@@ -538,6 +551,52 @@ static inline struct counters *this_cpu_counters(void)
 	int zero = 0;
 
 	return counters.lookup(&zero);
+}
+
+/* What a run needs beside the stack is the CPU's. Where another run may interrupt it there, and use that, too,
+ * it is the task's, made of the CPU's, which is never written then. Both runs of a probe are one task's. */
+static inline struct claim *own_claim(struct claim *claim)
+{
+#if PREEMPTIBLE
+	__u64 task = bpf_get_current_task();
+
+	return claim ? task_claims.lookup_or_try_init(&task, claim) : 0;
+#else
+	return claim;
+#endif
+}
+
+static inline struct ip6ext_walk *own_walk(struct ip6ext_walk *walk)
+{
+#if PREEMPTIBLE
+	__u64 task = bpf_get_current_task();
+
+	return walk ? task_ip6ext_walks.lookup_or_try_init(&task, walk) : 0;
+#else
+	return walk;
+#endif
+}
+
+static inline struct sum_buffer *own_buffer(struct sum_buffer *buffer)
+{
+#if PREEMPTIBLE
+	__u64 task = bpf_get_current_task();
+
+	return buffer ? task_sum_buffers.lookup_or_try_init(&task, buffer) : 0;
+#else
+	return buffer;
+#endif
+}
+
+static inline struct extended_result *own_extended(struct extended_result *extended)
+{
+#if PREEMPTIBLE
+	__u64 task = bpf_get_current_task();
+
+	return extended ? task_extended_results.lookup_or_try_init(&task, extended) : 0;
+#else
+	return extended;
+#endif
 }
 
 /* Hands a result of this size to the driver, which looks for them now and then, and is woken when so much
@@ -704,7 +763,7 @@ static inline int parse_ip6ext(struct hdr_cursor *nh, struct packet *pkt)
 	__u32 i, len;
 	__be16 frag;
 
-	walk = ip6ext_walks.lookup(&zero);
+	walk = own_walk(ip6ext_walks.lookup(&zero));
 	if (!walk)
 		return -1;
 	walk->len = 0;
@@ -797,7 +856,7 @@ static inline void skip_outer(struct hdr_cursor *nh)
 	__u32 len;
 	int zero = 0;
 
-	walk = ip6ext_walks.lookup(&zero);
+	walk = own_walk(ip6ext_walks.lookup(&zero));
 	if (!walk)
 		return;
 	len = outer_len(nh, 0);
@@ -1357,7 +1416,7 @@ static inline __u32 csum_chunk(struct __sk_buff *skb, __u32 off, __u32 len, __u3
 	int zero = 0;
 	__u8 *end;
 
-	buffer = sum_buffers.lookup(&zero);
+	buffer = own_buffer(sum_buffers.lookup(&zero));
 	if (!buffer || !len)
 		return 0;
 	end = buffer->bytes;
@@ -1379,7 +1438,7 @@ static inline __u32 csum_skb(struct __sk_buff *skb, __u32 off, __u32 len)
 	__u32 i, sum = 0;
 	int zero = 0;
 
-	buffer = sum_buffers.lookup(&zero);
+	buffer = own_buffer(sum_buffers.lookup(&zero));
 	if (!buffer)
 		return 0;
 #pragma unroll
@@ -1869,7 +1928,7 @@ int elf_probe(struct __sk_buff *skb)
 	struct claim *claim;
 	int zero = 0;
 
-	claim = claims.lookup(&zero);
+	claim = own_claim(claims.lookup(&zero));
 	if (!claim)
 		return TC_ACT_SHOT;
 	if (build_probe(skb, claim, &built) < 0) {
@@ -1999,7 +2058,7 @@ int elf_egress(struct __sk_buff *skb)
 	__u64 now, *alive;
 	__u8 *mark;
 
-	claim = claims.lookup(&zero);
+	claim = own_claim(claims.lookup(&zero));
 	if (!claim)
 		return TC_ACT_UNSPEC;
 	if (claim->cloning) {
@@ -2094,7 +2153,7 @@ static inline struct extended_result *read_extension(const struct hdr_cursor *nh
 	from = (void *)(icmp + 1) + quoted;
 	if ((void *)(from + 1) > nh->end || (old_style && *(__u8 *)from >> 4 != EXTENSION_VERSION))
 		return 0; /* the quote is so long */
-	extended = extended_results.lookup(&zero);
+	extended = own_extended(extended_results.lookup(&zero));
 	if (!extended)
 		return 0;
 #pragma clang loop unroll(disable)

@@ -247,7 +247,12 @@ class Config:
         return bool(self.apps or self.pids)
 
     def build_flags(
-        self, frame: Frame = Frame.ETHERNET, by_owner: bool = False, tick: int = 0, old_maps: bool = False
+        self,
+        frame: Frame = Frame.ETHERNET,
+        by_owner: bool = False,
+        tick: int = 0,
+        old_maps: bool = False,
+        preemptible: bool = False,
     ) -> dict[str, str]:
         """The -D flags of elfprobe.c; tick in ns, 0: not to be used."""
         waiting = self.max_rate * (UNANSWERED_AFTER + 1)
@@ -268,6 +273,7 @@ class Config:
             "PEERS_MAX": str(PEERS_MAX if by_owner else 1),
             "IN_FLIGHT_MAX": str(power_of_two(min(max(waiting, 1024), 1 << 18))),
             "OLD_MAPS": str(int(old_maps)),
+            "PREEMPTIBLE": str(int(preemptible)),
             "RESULTS_PAGES": str(pages),
             "WAKE_EVERY": str(max(pages * RING_PAGE // RESULT_BYTES // 4 // (os.cpu_count() or 1), 1)),
         }
@@ -1125,6 +1131,12 @@ def has_ring_buffer() -> bool:
     return bool(fd >= 0)
 
 
+def is_preemptible() -> bool:
+    """Whether a program's run may be interrupted by another on its CPU: with PREEMPT_RT, since Linux 6.18
+    takes no lock any more while softirqs are off (CONFIG_PREEMPT_RT_NEEDS_BH_LOCK)."""
+    return "PREEMPT_RT" in os.uname().version
+
+
 def hear(bpf: Any, name: str, callback: Callable[[Any, int, int], Any], pages: int = 64) -> None:
     """Has the callback called for each event in a ring buffer or, of so many pages for each CPU, a perf
     buffer, whose events may be longer than they are in the C program by some bytes of padding."""
@@ -1160,7 +1172,7 @@ def load_program(
     """Compiles and loads elfprobe.c; gives BCC's object, its programs in .funcs. Raises Failure."""
     text = program_text(config.hooks)
     tick = round(time.clock_getres(CLOCK_MONOTONIC_COARSE) * 1e9) if ticks else 0
-    parameters = config.build_flags(frame, by_owner, tick, not has_ring_buffer())
+    parameters = config.build_flags(frame, by_owner, tick, not has_ring_buffer(), is_preemptible())
     flags = [f"-D{name}={value}" for name, value in parameters.items()]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"] if warnings else ["-w"]
     messages: list[str] = []

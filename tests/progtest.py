@@ -166,8 +166,9 @@ class Programs:
     def clear(self) -> None:
         """Forgets everything that was seen, but lets probes be made."""
         self.rows()
-        for name in 'paths', 'in_flight', 'unfinished', 'schedules', 'counters', 'claims':
+        for name in 'paths', 'in_flight', 'unfinished', 'schedules', 'counters':
             self.bpf[name].clear()
+        self.set_claim()
         self.set_alive_until(1 << 63)
 
     def set_alive_until(self, when: int) -> None:
@@ -176,7 +177,9 @@ class Programs:
         table[table.Key(0)] = table.Leaf(when)
 
     def set_claim(self, **fields: int) -> None:
-        """What elf_probe finds, on whichever CPU it runs."""
+        """What elf_probe finds, on whichever CPU it runs, and with PREEMPT_RT in whichever task."""
+        if elfprobe.is_preemptible():
+            self.bpf['task_claims'].clear()
         table = self.bpf['claims']
         per_cpu = table.Leaf()
         for claim in per_cpu:

@@ -81,6 +81,8 @@ if hasattr(elfprobe.bcc.BPF, 'ring_buffer_poll'):
     del elfprobe.bcc.BPF.ring_buffer_poll
 elfprobe.bcc.BPF, elfprobe.bcc.lib = OldBPF, OldLibrary()
 """)
+# As with PREEMPT_RT.
+PREEMPTIBLE_COMMAND = with_change('elfprobe.is_preemptible = lambda: True')
 # As where the kernel never runs the program at the tracepoint of forks, and counts that it has not.
 NO_FORKS_COMMAND = with_change("""
 import itertools

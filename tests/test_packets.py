@@ -227,18 +227,19 @@ def load() -> Iterator[Load]:
 
 
 FLAGS = list(itertools.product([False, True], repeat=3))
-# Every combination of the flags with every interval; every pair of one of these with the other two.
+# Every combination of the flags with every interval; every pair of two of all that is varied.
 BUILDS = [
-    (*flags, probeint, (1, 50000)[(i + j) % 2], (sum(flags) + j) % 2 == 1)
+    (*flags, probeint, (1, 50000)[(i + j) % 2], (sum(flags) + j) % 2 == 1, (i // 2 + j) % 2 == 1)
     for i, flags in enumerate(FLAGS)
     for j, probeint in enumerate([0, 10, 1000])
 ]
 
 
-@pytest.mark.parametrize('notrunc, rate_global, drop, probeint, max_rate, by_owner', BUILDS)
+@pytest.mark.parametrize('notrunc, rate_global, drop, probeint, max_rate, by_owner, preemptible', BUILDS)
 def test_all_builds_load_and_give_no_warning(
         notrunc: bool, rate_global: bool, drop: bool, probeint: int, max_rate: int, by_owner: bool,
-        caplog: pytest.LogCaptureFixture) -> None:
+        preemptible: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elfprobe, 'is_preemptible', lambda: preemptible)
     config = dict(notrunc=notrunc, rate_global=rate_global, ingress='drop' if drop else 'pass',
                   probeint=probeint, max_rate=max_rate, apps=('ping',) if by_owner else ())
     with caplog.at_level(logging.DEBUG, 'elfprobe'), Programs(by_owner, **config) as programs:

@@ -45,6 +45,7 @@ from runs import (
     ICMP,
     ICMPV6,
     OLD_COMMAND,
+    PREEMPTIBLE_COMMAND,
     PROBES,
     TCP,
     TIME_EXCEEDED,
@@ -786,15 +787,16 @@ def test_odd_initial_ttl(lab4, tmp_path, ttl):
 
 
 @pytest.mark.parametrize('options', [[], ['-T']], ids=['truncated', 'whole'])
-def test_old_system(lab4, tmp_path, options):
-    """The same rows, without what newer kernels and BCC offer."""
+@pytest.mark.parametrize('command', [OLD_COMMAND, PREEMPTIBLE_COMMAND], ids=['old', 'preemptible'])
+def test_other_system(lab4, tmp_path, command, options):
+    """The same rows, without what newer kernels and BCC offer, or with what PREEMPT_RT asks for."""
     seen_at_r1 = dict(filter=f'({PROBES} and not icmp6[0] == 3) or {TIME_EXCEEDED}', snaplen=2000)
-    via = lab4.client.command(*OLD_COMMAND)
+    via = lab4.client.command(*command)
     with lab4.routers[0].capture(**seen_at_r1) as seen, uploading(lab4), pinging(lab4, '-i.01'), \
             elfprobe(lab4, '-d', *options, *both(lab4), cwd=tmp_path, via=via) as run:
         wait_until(lambda: len(run.rows()) > 1000, 30, '1000 rows')
         assert run.stop() == 0
-    assert 'what the programs take is not known' in run.log
+    assert ('what the programs take is not known' in run.log) == (command is OLD_COMMAND)
     packets = ip_packets(seen)
     rows = run.rows()
     probes = [packet for packet in packets if packet.dest in both(lab4) and not packet.is_time_exceeded]

@@ -1,4 +1,5 @@
-"""What stock kernels have and the usual test machine may lack: netem, fq and BBR, tunnels, 802.1Q, kprobes.
+"""What stock kernels have and the usual test machine may lack: netem, fq and BBR, PREEMPT_RT, tunnels,
+802.1Q, kprobes.
 
     client - r1 - r2 - r3 - r4 - server
 
@@ -46,7 +47,7 @@ US, MS, NS = 1_000, 1_000_000, 1_000_000_000  # ns; of a second
 ECHO = {4: ICMP, 6: ICMPV6}
 DELAYS = 3, 7, 13, 5  # ms that r1 ... r4 keep what they send towards the client
 PACE = 60_000  # bytes a second; from 68,750 on fq lets two packets go at once
-SO_MAX_PACING_RATE = 47  # asm-generic/socket.h
+SO_RCVBUFFORCE, SO_MAX_PACING_RATE = 33, 47  # asm-generic/socket.h
 CONGESTION_CONTROL = Path('/proc/sys/net/ipv4/tcp_available_congestion_control')
 KPROBES = Path('/sys/kernel/debug/kprobes')
 LINUX = tuple(int(number) for number in os.uname().release.split('-')[0].split('.')[:2])
@@ -184,6 +185,59 @@ def test_fq(lab4, tmp_path, traffic, version):
         numbers = [packet.number for packet in packets]
         assert numbers == sorted(set(numbers))
     assert early(during) < early(without) + 0.1
+
+
+# PREEMPT_RT
+
+# Sends numbered packets, with a real-time priority and a pause in s, until its input ends; prints how many.
+SENDER = """
+import os, select, socket, sys
+server, port, priority, pause = sys.argv[1], *map(int, sys.argv[2:4]), float(sys.argv[4])
+os.sched_setaffinity(0, {0})
+if priority:
+    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+number = 0
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+    while not select.select([sys.stdin], [], [], pause)[0]:
+        number += 1
+        udp.sendto(b'%08d' % number + bytes(200), (server, port))
+print(number)
+"""
+
+
+def test_preempted_sender(lab4, tmp_path):
+    """The packets of two on one CPU arrive as they were sent, once each. With PREEMPT_RT one is preempted by
+    the other now and then while a probe is made."""
+    server, ports = lab4.server_address(4), (STREAM, STREAM + 1)
+    with ExitStack() as stack:
+        receivers = [stack.enter_context(udp_socket(lab4.server, 4, port)) for port in ports]
+        for receiver in receivers:
+            receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 28)
+            receiver.setblocking(False)
+        elf = stack.enter_context(elfprobe(lab4, '-p', '0', server, cwd=tmp_path))
+        senders = [lab4.client.popen(sys.executable, '-c', SENDER, server, str(port), priority, pause,
+                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                   for port, priority, pause in zip(ports, ('0', '50'), ('0.0001', '0.001'))]
+        wait_until(lambda: sum(row.dport == ports[1] for row in elf.rows()) > 1000, 60, '1000 rows')
+        sent = [int(sender.communicate(timeout=20 * PATIENCE)[0]) for sender in senders]
+        arrived: list[list[int]] = [[], []]
+
+        def all_have_arrived() -> bool:
+            for receiver, numbers in zip(receivers, arrived):
+                with suppress(BlockingIOError):
+                    while True:
+                        packet = receiver.recv(1000)
+                        if len(packet) == 2:  # a probe: how far the server is away must be found out
+                            continue
+                        assert packet[8:] == bytes(200)
+                        numbers.append(int(packet[:8]))
+            return all(len(numbers) >= count for numbers, count in zip(arrived, sent))
+
+        with suppress(TimeoutError):  # the difference is shown below
+            wait_until(all_have_arrived, 2, 'all packets arrive')
+        assert elf.stop() == 0
+    for numbers, count in zip(arrived, sent):
+        assert sorted(numbers) == [*range(1, count + 1)]
 
 
 # Devices

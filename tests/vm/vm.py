@@ -40,6 +40,7 @@ class Suite(NamedTuple):
     name: str
     kernel: str  # the suite that the kernel is from
     architecture: str = 'amd64'
+    flavour: str = ''  # of the kernel; default: the architecture
 
 
 SUITES = {
@@ -50,6 +51,8 @@ SUITES = {
     'sid': Suite('sid', 'sid'),
     'bookworm-arm64': Suite('bookworm', 'bookworm', 'arm64'),
     'bookworm-s390x': Suite('bookworm', 'bookworm', 's390x'),
+    'trixie-arm64-16k': Suite('trixie', 'trixie', 'arm64', 'arm64-16k'),  # pages of 16 KiB
+    'sid-rt': Suite('sid', 'sid', 'amd64', 'rt-amd64'),  # PREEMPT_RT
 }
 
 
@@ -77,7 +80,7 @@ BUILD_SECONDS = 3600
 
 USERLAND_RUNS = {
     'builds': ['test_packets.py', '-k', 'all_builds'],
-    'paths': ['test_paths.py', '-k', 'test_rows_ or every_probe or old_system'],
+    'paths': ['test_paths.py', '-k', 'test_rows_ or every_probe or other_system'],
     'owners': ['test_owners.py', '-k', 'by_name or fallback or nothing'],
 }
 
@@ -103,14 +106,15 @@ ROWS = {
     'clean exit': r'test_owners\.test_nothing|test_faults\.(?!.*(others|taken_away|clsact))',
     'netem: latencies': r'test_kernel\.test_netem',
     'fq and BBR: order and pacing': r'test_kernel\.test_fq',
+    'two senders on a CPU: all packets arrive, once': r'test_kernel\.test_preempted',
     'ipip, sit, ip6tnl, gre, ip6gre, WireGuard, PPP': r'test_kernel\.test_tunnel',
     '802.1Q devices': r'test_kernel\.test_vlan',
     'no kprobes': r'test_kernel\.test_kprobes',
 }
 USERLAND_ROWS = {
     'all builds compile without a warning, and load': r'test_packets\.',
-    'right rows, IPv4 and IPv6, ICMP, TCP and UDP, with and without `-T`': r'test_paths\.(?!.*old_system)',
-    'as with BCC 0.12 on Linux 5.4': r'old_system',
+    'right rows, IPv4 and IPv6, ICMP, TCP and UDP, with and without `-T`': r'test_paths\.(?!.*other_system)',
+    'as with BCC 0.12 on Linux 5.4, as with PREEMPT_RT': r'other_system',
     '`-a` exact, clean exit': r'test_owners\.',
 }
 
@@ -198,7 +202,7 @@ def enter(name: str, root: Path, runs: dict[str, list[str]]) -> Path:
 def image(name: str, packages: list[str]) -> Path:
     """The folder with a suite's disk image, kernel and initrd; builds it where it is missing."""
     suite = SUITES[name]
-    kernel = f'linux-image-{suite.architecture}/{suite.kernel}'
+    kernel = f'linux-image-{suite.flavour or suite.architecture}/{suite.kernel}'
     packages = [kernel, 'initramfs-tools', 'kmod', 'mount', *packages]
     folder = cache() / f'{name}-{recipe(*packages, *sources(suite), str(IMAGE_MIB))}'
     if folder.exists():
