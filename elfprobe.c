@@ -445,7 +445,7 @@ struct schedule {
 
 /* Carries a claim into the run of the clone, and what came of it back. */
 struct claim {
-	__u32 cloning;  /* the next packet on this CPU is the clone */
+	__u32 cloning;  /* the next packet on this CPU, or with PREEMPTIBLE from this task, is the clone */
 	__u32 recorded; /* it is in flight, under key */
 	__u32 seq;
 	__u32 ttl;
@@ -491,6 +491,7 @@ BPF_PROG_ARRAY(programs, 1); /* 0: elf_probe */
 
 #if PREEMPTIBLE
 #define TASKS_MAX 8192
+BPF_PERCPU_ARRAY(tasks_cloning, __u32, 1); /* how many have a clone on its way, mostly none */
 BPF_TABLE("lru_hash", __u64, struct claim, task_claims, TASKS_MAX);
 BPF_TABLE("lru_hash", __u64, struct ip6ext_walk, task_ip6ext_walks, TASKS_MAX);
 BPF_TABLE("lru_hash", __u64, struct sum_buffer, task_sum_buffers, TASKS_MAX);
@@ -564,6 +565,32 @@ static inline struct claim *own_claim(struct claim *claim)
 #else
 	return claim;
 #endif
+}
+
+/* The claim whose clone comes next on this CPU, or from this task; 0: no clone does. */
+static inline struct claim *claim_of_clone(struct claim *claim)
+{
+#if PREEMPTIBLE
+	int zero = 0;
+	__u32 *any;
+
+	any = tasks_cloning.lookup(&zero);
+	claim = any && *any ? own_claim(claim) : 0;
+#endif
+	return claim && claim->cloning ? claim : 0;
+}
+
+static inline void set_cloning(struct claim *claim, __u32 on)
+{
+#if PREEMPTIBLE
+	int zero = 0;
+	__u32 *tasks;
+
+	tasks = tasks_cloning.lookup(&zero);
+	if (tasks)
+		__sync_fetch_and_add(tasks, on - claim->cloning);
+#endif
+	claim->cloning = on;
 }
 
 static inline struct ip6ext_walk *own_walk(struct ip6ext_walk *walk)
@@ -2029,10 +2056,10 @@ static inline int send_probe(struct __sk_buff *skb, struct claim *claim)
 	int ret;
 
 	claim->recorded = 0;
-	claim->cloning = 1;
+	set_cloning(claim, 1);
 	ret = bpf_clone_redirect(skb, skb->ifindex, 0);
 	if (claim->cloning) {
-		claim->cloning = 0;
+		set_cloning(claim, 0);
 		COUNT(clone_lost);
 		return 0;
 	}
@@ -2051,18 +2078,19 @@ int elf_egress(struct __sk_buff *skb)
 {
 	struct hdr_cursor nh = { (void *)(long)skb->data, (void *)(long)skb->data_end };
 	struct packet pkt = {};
-	struct claim *claim;
+	struct claim *claim, *cloned;
 	struct owner *owner;
 	struct path *path;
 	int zero = 0;
 	__u64 now, *alive;
 	__u8 *mark;
 
-	claim = own_claim(claims.lookup(&zero));
+	claim = claims.lookup(&zero);
 	if (!claim)
 		return TC_ACT_UNSPEC;
-	if (claim->cloning) {
-		claim->cloning = 0;
+	cloned = claim_of_clone(claim);
+	if (cloned) {
+		set_cloning(cloned, 0);
 		programs.call(skb, 0);
 		COUNT(build_failed);
 		return TC_ACT_SHOT;
@@ -2098,6 +2126,9 @@ int elf_egress(struct __sk_buff *skb)
 		COUNT(driver_silent);
 		return TC_ACT_UNSPEC;
 	}
+	claim = own_claim(claim);
+	if (!claim)
+		return TC_ACT_UNSPEC;
 	__builtin_memset(&claim->tcp, 0, sizeof(claim->tcp));
 	if (!flow_is_well(skb, &nh, &pkt, path, &claim->tcp, now) || claim_probe(path, claim, now) < 0)
 		return TC_ACT_UNSPEC;
