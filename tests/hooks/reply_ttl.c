@@ -4,7 +4,7 @@
  * FILEBASE.reply_ttl.json after the run: how many ways back there are, and how long.
  */
 
-BPF_PERCPU_ARRAY(reply_ttl, u64, 256); /* by TTL; a CPU's own, so no atomic operation is needed */
+BPF_PERCPU_ARRAY(reply_ttl, u64, 256); /* by TTL; a CPU's own: atomic operations only with PREEMPT_RT */
 
 static inline void count_ttl(struct xdp_md *ctx)
 {
