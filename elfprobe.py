@@ -594,10 +594,10 @@ def look_at_process(pid: int) -> Process:
         name = os.fsdecode(file.read().rstrip(b"\n"))
     try:
         exe = re.sub(r" \(deleted\)$", "", os.readlink(f"/proc/{pid}/exe"))  # there may be a newer one
-    except OSError:  # a kernel thread
+    except OSError:  # a kernel thread, a zombie, or somebody else's
         exe = ""
     words: tuple[str, ...] = ()
-    if len(name) >= TASK_COMM_LEN - 1 or is_interpreter(os.path.basename(exe)):
+    if not exe or len(name) >= TASK_COMM_LEN - 1 or is_interpreter(os.path.basename(exe)):
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             words = tuple(os.fsdecode(word) for word in file.read().split(b"\0")[:-1])
         full = os.path.basename(words[0]) if words else ""
@@ -1132,8 +1132,8 @@ def has_ring_buffer() -> bool:
 
 
 def is_preemptible() -> bool:
-    """Whether a program's run may be interrupted by another on its CPU: with PREEMPT_RT, since Linux 6.18
-    takes no lock any more while softirqs are off (CONFIG_PREEMPT_RT_NEEDS_BH_LOCK)."""
+    """Whether a program's run may be interrupted by another on its CPU: with PREEMPT_RT, as from Linux 6.18
+    on softirqs being off takes no lock (CONFIG_PREEMPT_RT_NEEDS_BH_LOCK). Before, it is taken to be."""
     return "PREEMPT_RT" in os.uname().version
 
 
