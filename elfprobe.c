@@ -490,6 +490,7 @@ BPF_PERCPU_ARRAY(extended_results, struct extended_result, 1);
 BPF_PROG_ARRAY(programs, 1); /* 0: elf_probe */
 
 #if PREEMPTIBLE
+/* The entry of a task that stopped in the midst of its run goes to another where so many others send meanwhile. */
 #define TASKS_MAX 8192
 BPF_PERCPU_ARRAY(tasks_cloning, __u32, 1); /* how many have a clone on its way, mostly none */
 BPF_TABLE("lru_hash", __u64, struct claim, task_claims, TASKS_MAX);

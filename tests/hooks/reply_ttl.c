@@ -4,7 +4,7 @@
  * FILEBASE.reply_ttl.json after the run: how many ways back there are, and how long.
  */
 
-BPF_PERCPU_ARRAY(reply_ttl, u64, 256); /* by TTL; a CPU's own: atomic operations only with PREEMPT_RT */
+BPF_PERCPU_ARRAY(reply_ttl, u64, 256); /* by TTL; no CPU waits for another's count */
 
 static inline void count_ttl(struct xdp_md *ctx)
 {
@@ -18,7 +18,7 @@ static inline void count_ttl(struct xdp_md *ctx)
 	ttl = pkt.ttl;
 	count = reply_ttl.lookup(&ttl);
 	if (count)
-		(*count)++;
+		__sync_fetch_and_add(count, 1); /* with PREEMPT_RT another reply may come in between */
 }
 
 static inline void elf_v4_afterrecv(struct xdp_md *ctx) { count_ttl(ctx); }

@@ -206,8 +206,8 @@ print(number)
 
 
 def test_preempted_sender(lab4, tmp_path):
-    """The packets of two on one CPU arrive as they were sent, once each. With PREEMPT_RT one is preempted by
-    the other now and then while a probe is made."""
+    """All packets of two on one CPU arrive, once each. With PREEMPT_RT one is preempted by the other now and
+    then while a probe is made."""
     server, ports = lab4.server_address(4), (STREAM, STREAM + 1)
     with ExitStack() as stack:
         receivers = [stack.enter_context(udp_socket(lab4.server, 4, port)) for port in ports]
