@@ -428,6 +428,7 @@ struct counters {
 	__u64 carrier_low_ttl; /* due, but the packet is somebody's traceroute */
 	__u64 carrier_unfit;   /* due, but the packet may not carry one: SYN, FIN, RST, fragment, other protocol */
 	__u64 carrier_resent;  /* due, but the packet is a retransmission or a keep-alive */
+	__u64 hop_silent;      /* due, but the hop whose turn it was was just then found silent: it rests now */
 	__u64 flow_stalled;    /* due, but nothing of the flow is acknowledged any more */
 	__u64 driver_silent;   /* due, but the driver has not been heard for too long */
 	__u64 processes_full;  /* a process of interest for which there was no room */
@@ -1200,6 +1201,7 @@ found:
 		hop->resting |= RESTING;
 		if (hop->rests < 16)
 			hop->rests++;
+		err = -3;
 		goto unlock; /* the next packet may carry a probe to another hop */
 	}
 	if (schedule->budget > now + BUDGET_BURST) {
@@ -1231,6 +1233,8 @@ unlock:
 	bpf_spin_unlock(&schedule->lock);
 	if (err == -2)
 		COUNT(over_max_rate);
+	if (err == -3)
+		COUNT(hop_silent);
 	return err;
 }
 

@@ -181,6 +181,7 @@ UNFIT = {
     "carrier_low_ttl": "TTL of 32 or less, as traceroute's",
     "carrier_unfit": "SYN, FIN, RST, fragments, other protocols",
     "carrier_resent": "retransmissions and keep-alives",
+    "hop_silent": "the hop whose turn it was had fallen silent",
     "flow_stalled": "nothing was acknowledged any more",
     "driver_silent": "elfprobe was stopped or starved",
     "hook_dropped": "the hook's verdict",

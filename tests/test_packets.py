@@ -1267,7 +1267,7 @@ def test_rests(load: Load, path: dict[str, int], number: int, hop: dict[str, int
     assert (known.resting, known.rests) == (1, min(hop.get('rests', 0) + 1, 16))
     # A last router that is silent is no longer what proves that those before it are routers.
     assert after.responsive == path.get('responsive', 0) - (number == path.get('responsive', 0))
-    assert (after.turn, programs.counters()) == (number, {})
+    assert (after.turn, programs.counters()) == (number, {'hop_silent': 1})
 
 
 @pytest.mark.parametrize('path, latency, waited, rest', [
