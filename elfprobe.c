@@ -428,7 +428,7 @@ struct counters {
 	__u64 carrier_low_ttl; /* due, but the packet is somebody's traceroute */
 	__u64 carrier_unfit;   /* due, but the packet may not carry one: SYN, FIN, RST, fragment, other protocol */
 	__u64 carrier_resent;  /* due, but the packet is a retransmission or a keep-alive */
-	__u64 hop_silent;      /* due, but the hop whose turn it was was just then found silent: it rests now */
+	__u64 hop_silent;      /* due, but just then the hop whose turn it was is found silent, and rests */
 	__u64 flow_stalled;    /* due, but nothing of the flow is acknowledged any more */
 	__u64 driver_silent;   /* due, but the driver has not been heard for too long */
 	__u64 processes_full;  /* a process of interest for which there was no room */
@@ -1153,19 +1153,22 @@ static inline void set_next_due(struct path *path, __u64 due, __u64 now, __u64 t
 	path->quiet = TICK_NS && due > now ? ticks + (due - now) / (TICK_NS + !TICK_NS) : 0;
 }
 
-/* Claims the right to send one probe: fills in seq, ttl, time and due. 0, or -1 where none is due
- * after all (another CPU was first, all hops rest, the budget is spent). */
+/* Why there is none: another CPU was first, or all hops rest; the budget is spent; the hop whose turn it was
+ * is found silent. */
+enum { NONE_DUE = -1, OVER_MAX_RATE = -2, HOP_SILENT = -3 };
+
+/* Claims the right to send one probe: fills in seq, ttl, time and due. 0, or one of these. */
 static inline int claim_probe(struct path *path, struct claim *claim, __u64 now)
 {
 	__u64 earliest = now + NSEC_PER_SEC, ticks = ticks_now();
 	struct schedule *schedule;
 	__u32 i, nr, farthest;
-	int zero = 0, err = -1;
+	int zero = 0, err = NONE_DUE;
 	struct hop *hop;
 
 	schedule = schedules.lookup(&zero);
 	if (!schedule)
-		return -1;
+		return NONE_DUE;
 	bpf_spin_lock(&schedule->lock);
 	if (now < path->next_due || path->left_alone)
 		goto unlock;
@@ -1201,12 +1204,12 @@ found:
 		hop->resting |= RESTING;
 		if (hop->rests < 16)
 			hop->rests++;
-		err = -3;
+		err = HOP_SILENT;
 		goto unlock; /* the next packet may carry a probe to another hop */
 	}
 	if (schedule->budget > now + BUDGET_BURST) {
 		path->turn = nr - 1;
-		err = -2;
+		err = OVER_MAX_RATE;
 		goto unlock;
 	}
 	schedule->budget = max64(schedule->budget, now) + BUDGET_COST;
@@ -1231,9 +1234,9 @@ found:
 	err = 0;
 unlock:
 	bpf_spin_unlock(&schedule->lock);
-	if (err == -2)
+	if (err == OVER_MAX_RATE)
 		COUNT(over_max_rate);
-	if (err == -3)
+	if (err == HOP_SILENT)
 		COUNT(hop_silent);
 	return err;
 }
