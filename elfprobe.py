@@ -777,7 +777,12 @@ def duplicated_sockets(pid: int) -> Iterator[socket.socket]:
                 if err.errno == errno.EBADF:
                     continue
                 raise
-            with socket.socket(fileno=duplicate) as found:
+            try:
+                found = socket.socket(fileno=duplicate)
+            except OSError:  # another file has the number by now
+                os.close(duplicate)
+                continue
+            with found:
                 if found.family in (socket.AF_INET, socket.AF_INET6):
                     yield found
     finally:

@@ -440,7 +440,8 @@ def test_interpreter_whose_executable_is(
     shutil.copy('/bin/bash', interpreter)
     script.write_text('read line\n')
     with subprocess.Popen([interpreter, script], stdin=subprocess.PIPE) as running:
-        wait_until(lambda: elfprobe.look_at_process(running.pid).exe == str(interpreter), 5, 'it runs')
+        command = str(interpreter), str(script)
+        wait_until(lambda: elfprobe.look_at_process(running.pid).cmdline == command, 5, 'it runs')
         if change == 'removed':
             interpreter.unlink()
         else:
@@ -448,6 +449,22 @@ def test_interpreter_whose_executable_is(
         names = elfprobe.process_names(elfprobe.look_at_process(running.pid))
         monkeypatch.undo()
     assert names == {'bash', 'speedtest.sh', 'speedtest'}
+
+
+def test_descriptors_that_change_hands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was a socket when it was looked at may be another file when it is duplicated."""
+    readlink, own = os.readlink, f'/proc/{os.getpid()}/fd'
+
+    def was_a_socket(path: str) -> str:
+        return 'socket:[1]' if path.startswith(own) else readlink(path)
+
+    with socket.socket() as ours, open(os.devnull):
+        descriptors = len(os.listdir(own))
+        monkeypatch.setattr(os, 'readlink', was_a_socket)
+        found = [one.getsockname() for one in elfprobe.duplicated_sockets(os.getpid())]
+        monkeypatch.undo()
+        assert ours.getsockname() in found
+        assert len(os.listdir(own)) == descriptors
 
 
 def process(pid: int, ppid: int, name: str, command: str = '') -> Process:
