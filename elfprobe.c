@@ -569,32 +569,6 @@ static inline struct claim *own_claim(struct claim *claim)
 #endif
 }
 
-/* The claim whose clone comes next on this CPU, or from this task; 0: no clone does. */
-static inline struct claim *claim_of_clone(struct claim *claim)
-{
-#if PREEMPTIBLE
-	int zero = 0;
-	__u32 *any;
-
-	any = tasks_cloning.lookup(&zero);
-	claim = any && *any ? own_claim(claim) : 0;
-#endif
-	return claim && claim->cloning ? claim : 0;
-}
-
-static inline void set_cloning(struct claim *claim, __u32 on)
-{
-#if PREEMPTIBLE
-	int zero = 0;
-	__u32 *tasks;
-
-	tasks = tasks_cloning.lookup(&zero);
-	if (tasks)
-		__sync_fetch_and_add(tasks, on - claim->cloning);
-#endif
-	claim->cloning = on;
-}
-
 static inline struct ip6ext_walk *own_walk(struct ip6ext_walk *walk)
 {
 #if PREEMPTIBLE
@@ -626,6 +600,32 @@ static inline struct extended_result *own_extended(struct extended_result *exten
 #else
 	return extended;
 #endif
+}
+
+/* The claim whose clone comes next on this CPU, or from this task; 0: no clone does. */
+static inline struct claim *claim_of_clone(struct claim *claim)
+{
+#if PREEMPTIBLE
+	int zero = 0;
+	__u32 *any;
+
+	any = tasks_cloning.lookup(&zero);
+	claim = any && *any ? own_claim(claim) : 0;
+#endif
+	return claim && claim->cloning ? claim : 0;
+}
+
+static inline void set_cloning(struct claim *claim, __u32 on)
+{
+#if PREEMPTIBLE
+	int zero = 0;
+	__u32 *tasks;
+
+	tasks = tasks_cloning.lookup(&zero);
+	if (tasks)
+		__sync_fetch_and_add(tasks, on - claim->cloning);
+#endif
+	claim->cloning = on;
 }
 
 /* Hands a result of this size to the driver, which looks for them now and then, and is woken when so much
