@@ -12,6 +12,7 @@ import csv
 import os
 import re
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -67,8 +68,7 @@ from runs import (
 pytestmark = pytest.mark.root
 
 MS = 1_000_000  # ns
-# Between two readings around the same event; microseconds, but for a busy machine.
-CLOCKS_AGREE = (10 if PATIENCE == 1 else 1000) * MS  # virtual machines stand still when others run
+CLOCKS_AGREE = 10 * PATIENCE * MS  # between two readings around the same event; microseconds, as a rule
 TCP_PSH, TCP_ACK = 0x08, 0x10
 MSS = {4: 1500 - 20 - 32, 6: 1500 - 40 - 32}  # with the timestamp option
 EXPLORE_EVERY = 20000  # one probe in so many looks whether the path has become longer
@@ -214,7 +214,7 @@ CELLS = pytest.mark.parametrize('version, protocol', [
 
 
 def pairs(rows: list[Row], probes: list[Packet], offset: int) -> list[tuple[Row, Packet]]:
-    """Each row with the captured probe that it stands for: same identity, same order, same time."""
+    """Each row with the captured probe that it stands for: same identity, same order, sent when it was seen."""
     sent, seen = defaultdict(list), defaultdict(list)
     for row in rows:
         sent[row.flow + (row.outttl, row.outipid)].append(row)
@@ -224,9 +224,15 @@ def pairs(rows: list[Row], probes: list[Packet], offset: int) -> list[tuple[Row,
     found = []
     for key, some in sent.items():
         found += zip(sorted(some, key=lambda row: row.sendtime), sorted(seen[key]))
-    wrong = [(row, probe) for row, probe in found if abs(row.sendtime + offset - probe.time) > CLOCKS_AGREE]
-    assert not wrong
+    check_delays([probe.time - (row.sendtime + offset) for row, probe in found])
     return found
+
+
+def check_delays(delays: list[int]) -> None:
+    """Of two readings for each event (ns), none comes too early, and the second follows at once; that of some
+    is late, since whole processors stand still now and then where others use the machine, too."""
+    assert min(delays) > -CLOCKS_AGREE
+    assert statistics.median(delays) < CLOCKS_AGREE
 
 
 def blanked(data: bytes, *ranges: tuple[int, int]) -> bytes:
@@ -288,10 +294,12 @@ def test_rows_agree_with_the_packets(measured, version, protocol):
         quoting[reply.quote.identity].append(reply)
     answered = [(row, probe) for row, probe in pairs(rows, measured.cell(version, protocol, measured.probes),
                                                      measured.offset) if row.is_answered]
+    delays = []
     for row, probe in answered:
         (reply,) = quoting[probe.identity]
         assert (row.responder, row.recvttl, row.inipid) == (reply.source, reply.ttl, reply.quote.ip_id)
-        assert abs(row.recvtime + measured.offset - reply.time) < CLOCKS_AGREE
+        delays.append(row.recvtime + measured.offset - reply.time)
+    check_delays(delays)
 
 
 @CELLS
