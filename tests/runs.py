@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import sys
@@ -421,3 +422,11 @@ def realtime_offset() -> int:
     before = time.monotonic_ns()
     realtime = time.time_ns()
     return realtime - (before + time.monotonic_ns()) // 2
+
+
+def check_delays(delays: Sequence[int], usual: int, early: int = 0) -> None:
+    """Of two readings around each of many events, ns: the second is nowhere before the first, by more than
+    clocks may differ, and most follow at once. Some do not: where others use the machine, too, each of its
+    processors stands still now and then."""
+    assert all(delay > -early for delay in delays)
+    assert not delays or statistics.median(delays) < usual
