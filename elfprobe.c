@@ -1415,7 +1415,9 @@ static inline void learn_reached(struct path *path, __u32 ttl)
 		return;
 	bpf_spin_lock(&schedule->lock);
 	if (ttl && (!path->length || ttl <= path->length)) {
-		set_length(path, ttl);
+		if (ttl != path->length)
+			set_length(path, ttl);
+		path->explore = 0;
 		path->shortened = now;
 		last = hop_at(path, ttl - 1);
 		if (last && last->rtt && !last->unanswered)

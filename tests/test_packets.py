@@ -1115,6 +1115,20 @@ def test_destination_that_answers_a_probe_is_nearer_than_was_thought(
     assert programs.counters() == {'reached': 1}
 
 
+@pytest.mark.parametrize('length, distances', [(TTL, 0x30), (TTL + 2, 0)], ids=['as long', 'shorter'])
+def test_destination_that_answers_from_where_it_was_thought_to_be(
+        load: Load, length: int, distances: int) -> None:
+    """How far its last router seems to be stays known: else replies with two TTLs have probes sent to the
+    destination again and again, where the router is asked so often that an answer is always due."""
+    programs, probe = load(), PROBES['UDP'](4)
+    programs.put_in_flight(flight_of(probe, **KNOWN))
+    programs.follow(SERVER[4], {TTL - 1: dict(rtt=9, unanswered=1)}, length=length, reverse=9, distances=0x30)
+    source = ip(4, src=SERVER[4], dst=CLIENT[4], ttl=56)
+    programs.run('elf_ingress', frame(source, ICMP(type=3, code=3), Raw(bytes(probe.payload))))
+    path = programs.path(SERVER[4])
+    assert (path.length, path.distances) == (TTL, distances)
+
+
 @BOTH_VERSIONS
 @pytest.mark.parametrize('length', [0, 2, 4, 56])
 def test_echo_replies_to_a_packet_and_its_probe(load: Load, version: int, length: int) -> None:

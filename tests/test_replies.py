@@ -330,7 +330,7 @@ def answered_by(lab: Lab, directory: Path, *ways: str) -> list[Observed]:
 def test_two_ttls_of_the_last_router(lab: Lab, tmp_path: Path) -> None:
     """As from two routers at the same hop, with ways back of different lengths: few probes go farther."""
     observed = answered_by(lab, tmp_path, 'all of it', 'odd TTL')
-    assert sum(one.row.outttl > HOPS for one in observed) < 10 * len(VERSIONS)
+    assert sum(one.row.outttl > HOPS for one in observed) <= 3 * len(VERSIONS)
 
 
 def test_checksums_of_a_nat(lab: Lab, tmp_path: Path) -> None:
