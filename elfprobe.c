@@ -1996,6 +1996,8 @@ static inline int may_carry(struct hdr_cursor *nh, const struct packet *pkt)
 		return (void *)(icmp + 1) <= nh->end && is_echo(pkt, icmp);
 	return pkt->protocol == IPPROTO_UDP;
 }
+	if (pkt->version == 6 && pkt->ip_len + pkt->l4_len == sizeof(struct ip6hdr))
+		return 0; /* BIG TCP: a length option that no probe may have (RFC 2675), and the device takes out */
 
 static inline void tell_of_flow(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp,
 				__u32 kind)

@@ -43,6 +43,7 @@ from scapy.layers.inet6 import (
     IPv6ExtHdrFragment,
     IPv6ExtHdrHopByHop,
     IPv6ExtHdrRouting,
+    Jumbo,
     PadN,
 )
 from scapy.layers.l2 import ARP, GRE, Dot1Q, Ether
@@ -467,6 +468,8 @@ UNFIT = {  # description: the packet, by version; None: nothing is counted, it i
         4: ip(4, flags=0, frag=2, proto=17) / data(8), 6: IPv6ExtHdrFragment(offset=2) / data(8)},
     'behind five extension headers': {6: IPv6ExtHdrHopByHop() / IPv6ExtHdrDestOpt() / IPv6ExtHdrDestOpt() /
                                       IPv6ExtHdrDestOpt() / IPv6ExtHdrDestOpt() / segment()},
+    'BIG TCP (RFC 2675)': {6: ip(6, plen=0) / IPv6ExtHdrHopByHop(options=[Jumbo(jumboplen=66038)]) /
+                           segment() / data(1400)},
     'SCTP': {4: ip(4, proto=132) / data(20), 6: ip(6, nh=132) / data(20)},
     'GRE': {4: ip(4, proto=47) / data(20), 6: ip(6, nh=47) / data(20)},
 }
