@@ -2231,8 +2231,8 @@ static inline int receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, const
 	if (!probe)
 		return 0;
 	balance = nh->pos + sizeof(struct udphdr);
-	if (probe->balance && (void *)(balance + 1) <= nh->end && *balance != probe->balance)
-		return 0; /* the checksum is another's, changed on the way */
+	if (probe->balance && (void *)(balance + 1) <= nh->end && *balance && *balance != probe->balance)
+		return 0; /* the checksum is another's, changed on the way; 0 may be padding (RFC 4884) */
 	path = path_to(&result.key.dest);
 	if (!is_time_exceeded(outer, icmp)) {
 		/* The application's own packets, which with NOTRUNC have a probe's identity, say nothing. */

@@ -656,7 +656,7 @@ def with_options(quote: Packet) -> Packet:
     return altered(options.payload, id=quote.id, ttl=1)
 
 
-def extended(quote: Packet) -> bytes:
+def extended(quote: Packet | bytes) -> bytes:
     """Padded to 128 bytes, an MPLS label stack behind (RFC 4950)."""
     return bytes(quote).ljust(128, b'\0') + bytes.fromhex('2000 0000 0008 0101 0001 01ff')
 
@@ -717,18 +717,19 @@ def test_reply(load: Load, version: int, protocol: str, quote: Callable[[Packet]
 @TRIMMED_OR_NOT
 @EVERY_CARRIER
 def test_reply_finds_the_probe_that_was_made(load: Load, sent: Packet, notrunc: bool) -> None:
-    """As quoted by a router behind a device that finishes checksums, and behind one that does not."""
+    """As quoted by a router behind a device that finishes checksums, and behind one that does not, and with
+    padding and extensions behind the least."""
     programs, version = load(notrunc=notrunc), version_of(sent)
-    programs.set_claim(seq=SEQ, ttl=TTL)
-    probe = Ether(programs.run('elf_probe', sent).frame)
-    [flight] = programs.in_flight()
-    on_the_wire = finished(probe) if is_unfinished(probe) else probe
-    for quote in bytes(probe.payload), bytes(on_the_wire.payload), least(on_the_wire.payload):
-        assert programs.run('elf_ingress', time_exceeded(version, quote)).verdict == XDP_DROP
+    for finishes, quote in (False, bytes), (True, bytes), (True, least), (True, lambda q: extended(least(q))):
+        programs.set_claim(seq=SEQ, ttl=TTL)
+        probe = Ether(programs.run('elf_probe', sent).frame)
+        [flight] = programs.in_flight()
+        on_the_wire = finished(probe) if finishes and is_unfinished(probe) else probe
+        reply = time_exceeded(version, quote(on_the_wire.payload))
+        assert programs.run('elf_ingress', reply).verdict == XDP_DROP
         assert programs.in_flight() == []
         [row] = programs.rows()
         assert row_of(flight, row, version, flight.outipid).items() <= row.items()
-        programs.put_in_flight(flight)
 
 
 @BOTH_VERSIONS
