@@ -399,7 +399,7 @@ struct task_sample {
 
 /* How a TCP flow gets on that carried probes. */
 struct tcp_progress {
-	__u64 since;  /* when it last moved, or had nothing outstanding */
+	__u64 since;  /* when it was seen to have moved last; 0: it had nothing outstanding when it was last seen */
 	__u32 acked;  /* its first sequence number that was not acknowledged then */
 	__u16 stalled;
 	__u16 stalls; /* how often it came to that */
@@ -2042,9 +2042,9 @@ static inline int flow_is_well(struct __sk_buff *skb, struct hdr_cursor *nh, con
 			tell_of_flow(skb, pkt, tcp, FLOW_MOVES);
 		progress->stalled = 0;
 		progress->acked = tp->snd_una;
-		progress->since = now;
+		progress->since = tp->packets_out ? now : 0;
 	}
-	if (now - progress->since <= STALL) {
+	if (!progress->since || now - progress->since <= STALL) {
 		if ((__s32)(bpf_ntohl(tcp->seq) - tp->snd_nxt) >= 0)
 			return 1;
 		COUNT(carrier_resent);

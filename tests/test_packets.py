@@ -49,7 +49,7 @@ from scapy.layers.inet6 import (
 from scapy.layers.l2 import ARP, GRE, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
-from lab import run
+from lab import run, wait_until
 from progtest import (
     TC_ACT_SHOT,
     TC_ACT_UNSPEC,
@@ -1330,6 +1330,45 @@ def test_steps_while_the_length_is_unknown(load: Load, where: tuple[int, int, in
         [probe] = send(frame(ip(4), segment()))
     assert programs.path(SERVER[4]).horizon == horizon
     assert Ether(probe)[IP].ttl == (horizon if horizon > farthest else 1)
+
+
+def test_idle_flow_does_not_stall(load: Load) -> None:
+    """Its last packet was looked at when it had nothing outstanding, then it is idle, or its packets were
+    others' turns, and then the second of two at once is due: it is not to be taken for one of a flow that
+    has waited for an acknowledgement all the time."""
+    client, server = '127.0.0.3', '127.0.0.4'
+    programs = load(probeint=0)
+    programs.follow(server, length=2, next_due=NEVER)
+
+    def is_due(due: bool) -> None:
+        programs.set_path(server, programs.bpf['paths'].Leaf(length=2, next_due=0 if due else NEVER))
+
+    def probes() -> int:
+        return programs.counters().get('probes', 0)
+
+    with socket.create_server((server, 0)) as listener, programs.attached(), \
+            socket.create_connection(listener.getsockname(), source_address=(client, 0)) as ours:
+        ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        theirs, _ = listener.accept()
+        with theirs:
+            ours.send(b'question')
+            theirs.recv(100)
+            is_due(True)
+            ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+            theirs.send(b'answer')  # which is acknowledged
+            wait_until(lambda: probes() == 1, 10, 'a packet without data is looked at')
+            ours.recv(100)
+            is_due(False)
+            idle = time.monotonic()
+            wait_until(lambda: time.monotonic() > idle + 3.1, 10, 'it would stall')
+            theirs.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+            ours.send(b'another')
+            is_due(True)
+            info = ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+            ours.send(b'question')
+            wait_until(lambda: programs.counters() != {'probes': 1}, 10, 'it is looked at again')
+    assert struct.unpack_from('=I', info, 24) == (1,)  # unacknowledged: only then could it be mistaken
+    assert programs.counters() == {'probes': 2}
 
 
 REPLIES: dict[str, tuple[dict[str, int], tuple[int, int], dict[str, int]]] = {
