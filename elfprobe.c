@@ -121,6 +121,8 @@
 #define LONGER_AFTER 16
 /* One probe in so many is sent one hop farther than the path is thought to be long. */
 #define EXPLORE_EVERY 20000
+/* Replies of the last router that say that it may be longer have one sent at most once in this time. */
+#define LOOK_AGAIN (10 * NSEC_PER_SEC)
 
 /* A TCP flow of which nothing is acknowledged for so long is in trouble, perhaps by our doing. */
 #define STALL (3 * NSEC_PER_SEC)
@@ -352,6 +354,7 @@ struct path {
 	__u8 of_flows;    /* of interest only for the flows of processes of interest */
 	__u8 is_told;     /* how far the destination is, by a probe that reached it */
 	__u64 distances;  /* bits: of the last router, by the TTLs of its replies, since length is what it is */
+	__u64 looked;     /* when such a reply last had one hop beyond probed; 0: never */
 	struct hop hops[MAX_HOPS + 1];
 };
 
@@ -1139,7 +1142,7 @@ static inline __u32 farthest_hop(struct path *path, __u64 now)
 		path->horizon = path->responsive + 1;
 	} else if (path->horizon < MAX_HOPS) {
 		hop = hop_at(path, path->horizon);
-		if (hop && hop->unanswered &&
+		if (hop && hop->unanswered && now > hop->since && /* or another CPU has just asked it */
 		    now - hop->since > STEP_WAIT << min64(2 * (__u32)(path->horizon - 1 - path->responsive), STEP_SHIFT_MAX))
 			path->horizon++;
 	}
@@ -1301,7 +1304,8 @@ static inline void set_length(struct path *path, __u32 length)
  * packet after a gap says that the way is open again: hops that fell silent meanwhile need rest no more. */
 static inline void learn_length(struct path *path, __u32 ttl)
 {
-	__u64 now, ticks = ticks_now(), gap = ticks - path->heard;
+	__u64 now, ticks = ticks_now(), heard = READ_ONCE(path->heard);
+	__u64 gap = ticks > heard ? ticks - heard : 0; /* another CPU may have noted a later one */
 	__u32 distance = ttl_distance(ttl);
 	struct schedule *schedule;
 	int zero = 0;
@@ -1316,12 +1320,13 @@ static inline void learn_length(struct path *path, __u32 ttl)
 	if (!schedule)
 		return;
 	bpf_spin_lock(&schedule->lock);
-	if (gap > TOGETHER_TICKS && path->heard) {
+	if (gap > TOGETHER_TICKS && heard) {
 		path->closed = now - gap * TICK_NS;
 		path->reopened = now;
 		reschedule(path, now);
 	}
-	path->heard = ticks;
+	if (gap)
+		path->heard = ticks;
 	if (distance == path->reverse) {
 		path->longer = 0;
 	} else if (path->reverse && distance > path->reverse && path->longer < LONGER_AFTER) {
@@ -1386,11 +1391,15 @@ static inline void learn_hop(struct path *path, const struct probe *probe, __u32
 	} else if (nr + 1 == path->length) {
 		/* Seen from here, the last router is one hop nearer than the destination. Where it
 		 * is not, the way there may be longer than the way back: look one hop farther, once
-		 * for each distance that it seems to have. */
+		 * for each distance that it seems to have; and not often, where the way back changes. */
 		ttl = ttl_distance(ttl);
 		bit = 1ULL << (ttl & 63);
-		if (!path->is_told && !(path->distances & bit) && ttl + 1 != path->reverse)
+		if (!path->is_told && !(path->distances & bit) && ttl + 1 != path->reverse) {
+			if (path->looked && now - path->looked < LOOK_AGAIN)
+				goto unlock;
+			path->looked = now;
 			path->explore = 1;
+		}
 		path->is_told = 0;
 		path->distances |= bit;
 	}
@@ -1987,6 +1996,8 @@ static inline int may_carry(struct hdr_cursor *nh, const struct packet *pkt)
 
 	if (pkt->fragment || l4_header_len(nh, pkt) < 0)
 		return 0;
+	if (pkt->version == 6 && pkt->ip_len + pkt->l4_len == sizeof(struct ip6hdr))
+		return 0; /* BIG TCP: a length option that no probe may have (RFC 2675), and the device takes out */
 	if (pkt->protocol == IPPROTO_TCP) {
 		if ((void *)(tcp + 1) > nh->end)
 			return 0;
@@ -1996,8 +2007,6 @@ static inline int may_carry(struct hdr_cursor *nh, const struct packet *pkt)
 		return (void *)(icmp + 1) <= nh->end && is_echo(pkt, icmp);
 	return pkt->protocol == IPPROTO_UDP;
 }
-	if (pkt->version == 6 && pkt->ip_len + pkt->l4_len == sizeof(struct ip6hdr))
-		return 0; /* BIG TCP: a length option that no probe may have (RFC 2675), and the device takes out */
 
 static inline void tell_of_flow(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp,
 				__u32 kind)

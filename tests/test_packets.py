@@ -1317,6 +1317,7 @@ STEPS = {  # horizon, responsive, and for how many ms it has been silent: the ne
     'behind two silent ones': ((3, 0, 8100), 4),
     'nearer than what has answered': ((3, 5, 0), 6),
     'no farther': ((32, 31, 60000), 32),
+    'asked a little later, by another CPU': ((3, 2, -50), 3),
 }
 
 
@@ -1330,6 +1331,43 @@ def test_steps_while_the_length_is_unknown(load: Load, where: tuple[int, int, in
         [probe] = send(frame(ip(4), segment()))
     assert programs.path(SERVER[4]).horizon == horizon
     assert Ether(probe)[IP].ttl == (horizon if horizon > farthest else 1)
+
+
+def test_ticks_of_two_cpus(load: Load) -> None:
+    """Where another CPU has just noted the next tick, nothing was silent meanwhile."""
+    programs = load()
+    programs.follow(SERVER[4])
+    arrived = frame(ip(4, src=SERVER[4], dst=CLIENT[4], ttl=60), segment())
+    programs.run('elf_ingress', arrived)
+    path = programs.path(SERVER[4])
+    path.heard = later = path.heard + 1000
+    programs.set_path(SERVER[4], path)
+    programs.run('elf_ingress', arrived)
+    path = programs.path(SERVER[4])
+    assert (path.heard, path.closed, path.reopened) == (later, 0, 0)
+
+
+def test_ways_back_that_take_turns(load: Load) -> None:
+    """The destination's packets come by two, and so the path seems to be of one length, then of the other;
+    the last router's replies fit neither. Few probes go one hop farther."""
+    programs = load(probeint=0)
+    programs.follow(SERVER[4])
+    shorter, longer = (frame(ip(4, src=SERVER[4], dst=CLIENT[4], ttl=ttl), segment()) for ttl in (61, 60))
+    came = []
+    with programs.attached() as send:
+        for _ in range(20):
+            for packet in [longer] * 17 + [shorter]:
+                programs.run('elf_ingress', packet)
+            for _ in range(10):
+                for probe in send(frame(ip(4), segment())):
+                    ttl = Ether(probe)[IP].ttl
+                    came.append(ttl)
+                    if ttl < 4:
+                        reply = time_exceeded(4, Ether(probe).payload)
+                        recvttl = 61 if ttl == 3 else 65 - ttl
+                        programs.run('elf_ingress', frame(altered(reply.payload, ttl=recvttl)))
+    assert came.count(3) > 20
+    assert came.count(4) <= 2
 
 
 def test_idle_flow_does_not_stall(load: Load) -> None:
