@@ -1378,11 +1378,8 @@ def test_idle_flow_does_not_stall(load: Load) -> None:
     programs = load(probeint=0)
     programs.follow(server, length=2, next_due=NEVER)
 
-    def is_due(due: bool) -> None:
-        programs.set_path(server, programs.bpf['paths'].Leaf(length=2, next_due=0 if due else NEVER))
-
-    def probes() -> int:
-        return programs.counters().get('probes', 0)
+    def set_next_due(when: int) -> None:
+        programs.set_path(server, programs.bpf['paths'].Leaf(length=2, next_due=when))
 
     with socket.create_server((server, 0)) as listener, programs.attached(), \
             socket.create_connection(listener.getsockname(), source_address=(client, 0)) as ours:
@@ -1391,17 +1388,17 @@ def test_idle_flow_does_not_stall(load: Load) -> None:
         with theirs:
             ours.send(b'question')
             theirs.recv(100)
-            is_due(True)
+            set_next_due(0)
             ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             theirs.send(b'answer')  # which is acknowledged
-            wait_until(lambda: probes() == 1, 10, 'a packet without data is looked at')
+            wait_until(lambda: programs.counters() == {'probes': 1}, 10, 'a packet without data is looked at')
             ours.recv(100)
-            is_due(False)
+            set_next_due(NEVER)
             idle = time.monotonic()
             wait_until(lambda: time.monotonic() > idle + 3.1, 10, 'it would stall')
             theirs.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
             ours.send(b'another')
-            is_due(True)
+            set_next_due(0)
             info = ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
             ours.send(b'question')
             wait_until(lambda: programs.counters() != {'probes': 1}, 10, 'it is looked at again')
