@@ -480,7 +480,7 @@ struct sum_buffer {
 /* BCC's macro for a hash that takes memory only for what is in it. */
 BPF_F_TABLE("hash", struct address, struct path, paths, DESTINATIONS_MAX, BPF_F_NO_PREALLOC);
 BPF_TABLE("lru_hash", struct address, struct path, peers, PEERS_MAX);
-BPF_ARRAY(blank_path, struct path, 1); /* never written: what a new peer starts from */
+BPF_ARRAY(blank_path, struct path, 1); /* what a new peer starts from: of_flows, and no more */
 BPF_ARRAY(marks, struct mark_line, MARK_LINES);
 BPF_HASH(in_flight, struct probe_key, struct probe, IN_FLIGHT_MAX);
 BPF_TABLE("lru_hash", struct udp_unfinished, __u32, unfinished, IN_FLIGHT_MAX);
@@ -1957,12 +1957,10 @@ static inline struct path *new_peer(struct address *dest, __u8 *mark)
 	path = blank_path.lookup(&zero);
 	if (!path)
 		return 0;
+	path->of_flows = 1; /* before it is in the map, where packets of others find it at once */
 	*mark |= IN_PEERS; /* the driver writes no marks any more when packets come */
 	peers.insert(dest, path); /* or another CPU has */
-	path = peers.lookup(dest);
-	if (path)
-		path->of_flows = 1;
-	return path;
+	return peers.lookup(dest);
 }
 
 /* ---- TC egress ---------------------------------------------------------------------------- */

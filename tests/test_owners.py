@@ -114,6 +114,25 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
         time.sleep(0.005)
 """
 
+# The one of interest goes from one destination to the next, the other sends to the same all the time.
+SAME_PEERS = """
+import mmap, os, socket, struct
+shared, cpus = mmap.mmap(-1, 4), sorted(os.sched_getaffinity(0))
+child = os.fork()
+os.sched_setaffinity(0, [cpus[-1 if child else 0]])
+if child:
+    with open('/proc/self/comm', 'w') as file:
+        file.write('manypeers')
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+    number = 1
+    while number:
+        if child:
+            number = (number + 1) % 16000
+            struct.pack_into('I', shared, 0, number)
+        [number] = struct.unpack('I', shared)
+        udp.sendto(b'x', ('198.18.%d.%d' % (number // 250, number % 250 + 1), 9))
+"""
+
 # talk.py. Files PORT.pids get who has had the socket, PORT.sent, at the end, how many packets were sent.
 TALK = """
 import ctypes, os, socket, struct, threading, time
@@ -667,6 +686,16 @@ def test_many_peers(net, tmp_path):
         wait_until(lambda: {row.outttl for row in elf.rows() if row.dest == server} == {1, 2, 3, 4}, 20,
                    'the server is among those that are kept in mind')
     assert len({row.dest for row in elf.rows()}) > 100
+
+
+def test_peers_that_others_have_too(net, tmp_path):
+    """A destination is of interest from one packet to the next, and no packet of others is taken for one."""
+    with elfprobe(net, '-a', 'manypeers', '--max-rate', '100000', cwd=tmp_path) as elf:
+        net.client.run(sys.executable, '-c', SAME_PEERS, timeout=60)
+        assert elf.stop() == 0
+    rows = read_rows(elf)
+    assert len(rows) > 1000
+    assert {row.app for row in rows} == {'manypeers'}
 
 
 def test_other_network_namespace(net, stage, programs, tmp_path, make_lab):
