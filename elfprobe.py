@@ -1648,18 +1648,18 @@ def struct_format(layout: Any) -> tuple[str, list[str]]:
 
 
 def entries(table: Any) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of a BPF hash; what comes or goes meanwhile may be missed or come twice."""
+    """Keys and values of a BPF hash or trie; what comes or goes meanwhile may be missed or come twice."""
     size, value_size = ctypes.sizeof(table.Key), ctypes.sizeof(table.Leaf)
     keys = ctypes.create_string_buffer(BATCH * size)
     values = ctypes.create_string_buffer(BATCH * value_size)
-    place = ctypes.c_uint32()
+    place = (ctypes.c_uint32 * (size // 4 + 1))()  # a number; of a trie a key
     after = None
     failed = 0
     while not failed:
         count = ctypes.c_uint32(BATCH)
         try:
             failed = bcc.lib.bpf_lookup_batch(
-                table.map_fd, after, ctypes.byref(place), keys, values, ctypes.byref(count)
+                table.map_fd, after, place, keys, values, ctypes.byref(count)
             )
             reason = ctypes.get_errno()
         except AttributeError:  # BCC before 0.19
@@ -1667,7 +1667,7 @@ def entries(table: Any) -> Iterator[tuple[bytes, bytes]]:
         if failed and reason != errno.ENOENT:  # which is the end
             yield from ((bytes(key), bytes(value)) for key, value in table.items())  # Linux before 5.6, too
             return
-        after = ctypes.byref(place)
+        after = place
         for (key,), (value,) in zip(
             struct.iter_unpack(f"{size}s", keys.raw[: count.value * size]),
             struct.iter_unpack(f"{value_size}s", values.raw[: count.value * value_size]),
@@ -2237,6 +2237,7 @@ class Summary:
         """A probe with this TTL has ended; without a responder it was not answered. Times in ns, srtt in
         us, ports as on the wire."""
         destination = self._destinations.get(dest)
+        self._are_forgotten = False  # some flows
         if destination is None:
             destination = self._destinations[dest] = Destination()
             self._text_of(dest)  # so that its name is asked for
@@ -2251,7 +2252,7 @@ class Summary:
             destination.seen = sendtime
         flow = self._flows.get((dest, sport, dport, protocol))
         if flow is None:
-            flow = self._new_flow((dest, sport, dport, protocol))
+            flow = self._new_flow((dest, sport, dport, protocol), retrans)
         if cwnd:
             if retrans > flow.retrans:
                 destination.retransmitted += retrans - flow.retrans
@@ -2286,7 +2287,7 @@ class Summary:
                 self._hops -= len(destination.hops)
                 del self._destinations[dest]
 
-    def _new_flow(self, key: tuple[Any, int, int, int]) -> Flow:
+    def _new_flow(self, key: tuple[Any, int, int, int], retrans: int) -> Flow:
         if len(self._flows) >= FLOWS_MAX:
             for oldest in list(itertools.islice(self._flows, FLOWS_MAX // 4)):
                 del self._flows[oldest]
@@ -2298,9 +2299,12 @@ class Summary:
     ) -> None:
         hop.changes += 1
         if hop.changes > CHANGES_TOLD:
+            self._are_forgotten = True
             return
         more = "; from now on its changes are only counted" if hop.changes == CHANGES_TOLD else ""
         log.info("%s: hop %d is now %s, no longer %s%s", flow_text(self._text_of(flow[0]), *flow[1:]), number,
+        if self._are_forgotten:  # perhaps this one was, and what it sent again is counted
+            flow.retrans = retrans
                  self._text_of(after), self._text_of(before), more)  # fmt: skip
 
     def tables(self, most: int = TABLES_MAX) -> list[str]:

@@ -243,6 +243,18 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(summary._destinations[DEST].hops[3].responders) == elfprobe.RESPONDERS_MAX
 
 
+def test_retransmissions_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a flow beside which there are so many others that it is forgotten now and then."""
+    monkeypatch.setattr(elfprobe, 'FLOWS_MAX', 40)
+    summary = elfprobe.Summary()
+    for number in range(1000):
+        answered = dict(cwnd=10, recvtime=number + 1, responder=A)
+        summary.note(DEST, 3, 1, 2, TCP, number, retrans=min(number, 30), **answered)
+        if number >= 30:
+            summary.note(DEST, 3, 1000 + number, 2, TCP, number, **answered)
+    assert summary._destinations[DEST].retransmitted == 30
+
+
 def test_names_are_asked_for_in_the_background(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing waits for a resolver that does not answer; what it says may be printed."""
     answer = threading.Event()
@@ -632,6 +644,8 @@ ODD_MAPS = """\
 struct inner { u16 half; char name[6]; };
 struct pair { u32 number; struct inner inner[2]; };
 BPF_HASH(path, u32, struct pair);
+struct prefix { u32 length; u32 address[4]; };
+BPF_LPM_TRIE(prefixes, struct prefix, u64, 10);
 BPF_QUEUE(waiting, u64, 10);
 BPF_RINGBUF_OUTPUT(stream, 1);
 BPF_HISTOGRAM(sizes);
@@ -641,8 +655,10 @@ static inline int elf_v4_icmp_beforesend(struct __sk_buff *ctx)
 	struct pair pair = { 7, { { 1, "one" }, { 2, "two" } } };
 	u32 key = 1 << 31;
 	u64 number = 5;
+	struct prefix prefix = { 128, { 1, 2, 3, 4 } };
 
 	path.update(&key, &pair);
+	prefixes.update(&prefix, &number);
 	waiting.push(&number, 0);
 	sizes.increment(bpf_log2l(ctx->len));
 	return 0;
@@ -660,9 +676,10 @@ def test_maps_of_all_kinds(lab4, tmp_path):
     maps = {path.name: json.loads(path.read_text())['entries'] for path in tmp_path.glob('elf.*.json')}
     assert maps['elf.path.json'] == [{'key': 1 << 31, 'value': {
         'number': 7, 'inner': [{'half': 1, 'name': 'one'}, {'half': 2, 'name': 'two'}]}}]
+    assert maps['elf.prefixes.json'] == [{'key': {'length': 128, 'address': [1, 2, 3, 4]}, 'value': 5}]
     assert maps['elf.waiting.json'] == [{'value': 5}]
     assert [entry for entry in maps['elf.sizes.json'] if entry['value']] == [{'key': 6, 'value': 1}]
-    assert set(maps) == {'elf.path.json', 'elf.waiting.json', 'elf.sizes.json'}
+    assert set(maps) == {f'elf.{name}.json' for name in ('path', 'prefixes', 'waiting', 'sizes')}
     assert "the hooks' map 'stream' is not saved" in run.log
 
 
@@ -689,7 +706,7 @@ def test_names_of_maps_wherever_memory_is(tmp_path):
     """Where Python is a position-independent executable, BCC has its memory there, too."""
     (tmp_path / 'hooks.c').write_text(ODD_MAPS)
     done = run(sys.executable, '-c', NAMES_FROM_A_THREAD, str(ELFPROBE.parent), str(tmp_path / 'hooks.c'))
-    assert sorted(done.stdout.split()) == ['True', 'path', 'sizes', 'stream', 'waiting']
+    assert sorted(done.stdout.split()) == ['True', 'path', 'prefixes', 'sizes', 'stream', 'waiting']
 
 
 def run_counts() -> dict[int, int]:
