@@ -741,14 +741,15 @@ def system_call(number: int, *args: Any) -> int:
 def open_cgroup_root() -> int:
     """A descriptor of the topmost cgroup (version 2) that can be seen from here, mounted or not: a new
     network namespace comes with a new /sys, without the mount. Raises OSError."""
-    mounts: dict[str, str] = {}  # what is mounted, seen from our cgroup namespace's root -> where
-    with open("/proc/self/mountinfo", encoding="utf-8") as file:
-        for fields in map(str.split, file):
-            if fields[fields.index("-") + 1] == "cgroup2" and re.fullmatch(r"/|(/\.\.)+", fields[3]):
+    mounts: dict[bytes, bytes] = {}  # what is mounted, seen from our cgroup namespace's root -> where
+    with open("/proc/self/mountinfo", "rb") as file:
+        for fields in (line.split(b" ") for line in file):
+            if fields[fields.index(b"-") + 1] == b"cgroup2" and re.fullmatch(rb"/|(/\.\.)+", fields[3]):
                 mounts[fields[3]] = fields[4]
     if mounts:
         top = mounts[max(mounts, key=len)]
-        return os.open(top.encode().decode("unicode_escape"), os.O_RDONLY | os.O_DIRECTORY)
+        path = re.sub(rb"\\([0-7]{3})", lambda escape: bytes([int(escape[1], 8)]), top)
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     context = system_call(SYS_FSOPEN, b"cgroup2", 0)
     try:
         system_call(SYS_FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
@@ -856,7 +857,8 @@ class SocketOwners:
                 child = os.fork()
             if child == 0:
                 os._exit(0)
-            os.waitpid(child, 0)
+            with contextlib.suppress(ChildProcessError):  # SIGCHLD is ignored; it has ended all the same
+                os.waitpid(child, 0)
             sample = bytes(samples[samples.Key(0)].task)
             if not any(sample):
                 continue  # elf_fork was not run: see _missed()
@@ -895,21 +897,29 @@ class SocketOwners:
         except FileNotFoundError:
             return True
         for pid in psutil.pids():
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/cgroup", encoding="utf-8") as file:
-                if any(line.startswith("0::/..") for line in file):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/cgroup", "rb") as file:
+                if any(line.startswith(b"0::/..") for line in file):
                     return False
         return True
 
     def _adopt_running(self) -> None:
-        """Enters the processes of interest that are there already, and those that they fork meanwhile."""
-        adopted: set[int] = set()
+        """Enters the processes of interest that are there already, and those that they forked before they
+        were entered; elf_fork enters the others."""
         while True:
             chosen = choose_processes(running_processes(), self._apps, self._pids)
-            if not chosen.keys() - adopted:
+            missing = chosen.keys() - self._known()
+            if not missing:
                 return
-            for pid in chosen.keys() - adopted:
+            for pid in missing:
                 self._adopt(pid, time.monotonic_ns(), chosen[pid])
-            adopted |= chosen.keys()
+
+    def _known(self) -> set[int]:
+        """PIDs of the processes that the kernel knows to be of interest."""
+        return {
+            self._processes.Key.from_buffer_copy(key).value
+            for key, value in entries(self._processes)
+            if self._processes.Leaf.from_buffer_copy(value).interest == OF_INTEREST
+        }
 
     def _missed(self) -> int:
         """How often the kernel has not run our programs at tracepoints, since another run of the same was
@@ -920,14 +930,11 @@ class SocketOwners:
         """For execs, forks and exits that were missed. Gives the time from which on it may be done again:
         to look takes each time what it takes for all processes, to adopt one is done once."""
         begun = time.thread_time()
-        known = set()  # to be of interest; no PID of -P that another process may have by now
         for key, value in list(entries(self._processes)):
             pid = self._processes.Key.from_buffer_copy(key).value
-            process = self._processes.Leaf.from_buffer_copy(value)
             if not os.path.exists(f"/proc/{pid}"):
-                self._forget(process.id, pid)
-            elif process.interest == OF_INTEREST:
-                known.add(pid)
+                self._forget(self._processes.Leaf.from_buffer_copy(value).id, pid)
+        known = self._known()  # no PID of -P that another process may have by now
         chosen = choose_processes(running_processes(), self._apps, known)
         again = time.monotonic() + (time.thread_time() - begun) / MAKE_UP_SHARE
         for pid in chosen.keys() - known:
@@ -1006,8 +1013,11 @@ class SocketOwners:
         except OSError:  # it has ended
             self._forget(process_id, pid)
             return
-        if not self._entry(process_id, pid):  # so has it; this is another one
+        entry = self._processes.get(self._processes.Key(pid))
+        if entry is not None and entry.id != process_id:  # it has ended, or is another program by now
             return
+        if entry is None:  # taken away with that of the program before, or this is another process
+            interest = UNDECIDED
         parent = self._processes.get(self._processes.Key(process.ppid))
         inherits = parent is not None and parent.interest == OF_INTEREST  # it was found so after the fork
         if interest == OF_INTEREST or inherits or self._apps & process_names(process):
@@ -2227,6 +2237,7 @@ class Summary:
         self._text_of = text_of
         self._destinations: dict[Any, Destination] = {}
         self._flows: dict[tuple[Any, int, int, int], Flow] = {}
+        self._are_forgotten = False  # some flows
         self._hops = 0
         self._left_out = 0  # probes
 
@@ -2237,7 +2248,6 @@ class Summary:
         """A probe with this TTL has ended; without a responder it was not answered. Times in ns, srtt in
         us, ports as on the wire."""
         destination = self._destinations.get(dest)
-        self._are_forgotten = False  # some flows
         if destination is None:
             destination = self._destinations[dest] = Destination()
             self._text_of(dest)  # so that its name is asked for
@@ -2289,9 +2299,12 @@ class Summary:
 
     def _new_flow(self, key: tuple[Any, int, int, int], retrans: int) -> Flow:
         if len(self._flows) >= FLOWS_MAX:
+            self._are_forgotten = True
             for oldest in list(itertools.islice(self._flows, FLOWS_MAX // 4)):
                 del self._flows[oldest]
         flow = self._flows[key] = Flow()
+        if self._are_forgotten:  # perhaps this one was, and what it sent again is counted
+            flow.retrans = retrans
         return flow
 
     def _note_change(
@@ -2299,12 +2312,9 @@ class Summary:
     ) -> None:
         hop.changes += 1
         if hop.changes > CHANGES_TOLD:
-            self._are_forgotten = True
             return
         more = "; from now on its changes are only counted" if hop.changes == CHANGES_TOLD else ""
         log.info("%s: hop %d is now %s, no longer %s%s", flow_text(self._text_of(flow[0]), *flow[1:]), number,
-        if self._are_forgotten:  # perhaps this one was, and what it sent again is counted
-            flow.retrans = retrans
                  self._text_of(after), self._text_of(before), more)  # fmt: skip
 
     def tables(self, most: int = TABLES_MAX) -> list[str]:

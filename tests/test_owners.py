@@ -114,6 +114,14 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
         time.sleep(0.005)
 """
 
+SENDING = """
+import socket, sys, time
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+    while True:
+        udp.sendto(b'x', (sys.argv[1], 7))
+        time.sleep(0.005)
+"""
+
 # The one of interest goes from one destination to the next, the other sends to the same all the time.
 SAME_PEERS = """
 import mmap, os, socket, struct
@@ -958,6 +966,78 @@ def test_nothing_is_left(net, tmp_path, number):
         assert elf.stop(number) == (-number if number == signal.SIGKILL else 0)
         assert not held(elf.process.pid)
         wait_until(lambda: not during & ours(), 10, 'all is gone')
+
+
+# Forks a child that stays each time it is told to.
+FORKING = """
+import os, signal, time
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+with open('/proc/self/comm', 'w') as file:
+    file.write('forking')
+while True:
+    if signal.sigwait([signal.SIGUSR1]) and os.fork() == 0:
+        time.sleep(60)
+        break
+"""
+# As where a process of interest forks so often that there is a new child whenever all were looked at.
+FORKS_EACH_TIME = """
+import glob, signal, time
+look = elfprobe.running_processes
+def look_and_fork():
+    found = [process for process in look() if process.name == 'forking']
+    [parent] = [process.pid for process in found if process.ppid not in {other.pid for other in found}]
+    os.kill(parent, signal.SIGUSR1)
+    children = f'/proc/{parent}/task/{parent}/children'
+    while len(open(children).read().split()) < len(found):
+        time.sleep(0.001)
+    return found
+elfprobe.running_processes = look_and_fork
+"""
+
+
+def test_process_that_forks_all_the_time(net, tmp_path):
+    """elfprobe starts nonetheless."""
+    process = net.client.popen(sys.executable, '-c', FORKING)
+    ready = Path('/proc', str(process.pid), 'comm')
+    wait_until(lambda: ready.read_text() == 'forking\n', 10, 'it waits to be told')
+    via = *net.client.command(), *with_change(FORKS_EACH_TIME)
+    with elfprobe(net, '-a', 'forking', cwd=tmp_path, via=via) as elf:
+        wait_until(lambda: elf.log.count('of interest: forking') >= 2, 10, 'parent and child are known')
+        assert elf.stop() == 0
+
+
+# As where a process is another program by the time its first one's entry is taken away.
+SLOW_TO_FORGET = """
+import time
+def forget_slowly(self, process_id, pid):
+    if self._entry(process_id, pid):
+        time.sleep(0.5)
+        with elfprobe.contextlib.suppress(KeyError):
+            del self._processes[self._processes.Key(pid)]
+elfprobe.SocketOwners._forget = forget_slowly
+"""
+
+
+def test_program_that_follows_one_that_is_forgotten(net, tmp_path):
+    """An interpreter, whose script must be looked for."""
+    (tmp_path / 'speedtest').write_text(SENDING)
+    via = *net.client.command(), *with_change(SLOW_TO_FORGET)
+    with elfprobe(net, '-a', 'speedtest', cwd=tmp_path, via=via) as elf:
+        net.client.popen('sh', '-c', 'sleep 0.1; exec "$0" speedtest "$1"', sys.executable,
+                         net.server_address(4), cwd=tmp_path)
+        wait_until(elf.rows, 20, 'it is probed')
+        assert elf.stop() == 0
+
+
+def test_unusual_surroundings(net, tmp_path):
+    """SIGCHLD is ignored, which is inherited, and something is mounted at a name that is no UTF-8."""
+    mount = os.fsdecode(b'mkdir m\xff && mount -t tmpfs none m\xff && exec "$0" "$@"')
+    ignore = 'signal.signal(signal.SIGCHLD, signal.SIG_IGN)'
+    via = *net.client.command(), 'unshare', '-m', 'sh', '-c', mount, sys.executable, '-c', (
+        f'import os, signal, sys; {ignore}; os.execv(sys.argv[1], sys.argv[1:])')
+    with elfprobe(net, '-a', 'speedtest', cwd=tmp_path, via=via) as elf:
+        assert elf.stop() == 0
+    assert 'connection tables' not in elf.log
 
 
 @pytest.mark.needs('bpftool')
