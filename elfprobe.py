@@ -537,6 +537,7 @@ class Process(NamedTuple):
     name: str
     exe: str
     cmdline: tuple[str, ...]
+    started: int = 0  # ticks after the machine's start: tells it from others that have had its PID
 
 
 def process_names(process: Process) -> set[str]:
@@ -605,8 +606,8 @@ def look_at_process(pid: int) -> Process:
         if len(name) == TASK_COMM_LEN - 1 and full.startswith(name):
             name = full
     with open(f"/proc/{pid}/stat", "rb") as file:
-        ppid = int(file.read().rpartition(b")")[2].split()[1])
-    return Process(pid, ppid, name, exe, words)
+        fields = file.read().rpartition(b")")[2].split()  # the third and those behind it, see proc(5)
+    return Process(pid, int(fields[1]), name, exe, words, int(fields[19]))
 
 
 def running_processes() -> Iterator[Process]:
@@ -680,12 +681,19 @@ class ConnectionTables:
         self._fixed = frozenset(fixed)
         self._apps = tuple(apps)
         self._pids = tuple(pids)
+        self._chosen: set[tuple[int, int]] | None = None  # PID and start, at the last look
         self._last_seen: dict[bytes, float] = {}
 
     def scan(self) -> None:
         """One look at the processes' connections."""
         now = time.monotonic()
-        current = connected_addresses(choose_processes(running_processes(), self._apps, self._pids))
+        running = list(running_processes())
+        known: Iterable[int] = self._pids
+        if self._chosen is not None:  # nobody else who has a PID by now, but whose parent has ended
+            known = [process.pid for process in running if (process.pid, process.started) in self._chosen]
+        chosen = choose_processes(running, self._apps, known)
+        self._chosen = {(process.pid, process.started) for process in running if process.pid in chosen}
+        current = connected_addresses(chosen)
         for packed, owner in current.items():
             if packed in self._fixed:
                 continue

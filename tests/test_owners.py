@@ -35,6 +35,7 @@ from lab import NETNS, PATIENCE, CommandFailed, Host, Lab, end, run, wait_until
 from runs import (
     LATE_SOCKETS_COMMAND,
     NO_FORKS_COMMAND,
+    OLD_COMMAND,
     PROBES,
     TCP,
     UDP,
@@ -759,6 +760,46 @@ def test_reused_pid_of_short_program(net, stage, tmp_path):
         stage.go()
         stage.finish(with_pid(short.pid, lambda: stage.talk('./other')))
     assert read_rows(elf) == []
+
+
+# The child connects once the file is there; the parent ends when told to.
+ORPHAN = """
+import os, socket, sys, time
+if os.fork():
+    sys.stdin.read()
+    os._exit(0)
+os.setsid()  # the PID would be taken as long as it is that of our session
+while not os.path.exists('connect'):
+    time.sleep(0.005)
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+    udp.connect((sys.argv[1], 7))
+    time.sleep(60)
+"""
+CONNECTED = """
+import socket, sys, time
+with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as udp:
+    udp.connect((sys.argv[1], 7))
+    print('connected', flush=True)
+    time.sleep(60)
+"""
+
+
+def test_connection_tables_follow_processes_not_pids(net, tmp_path):
+    """A child whose parent has ended, and not who has the parent's PID by then."""
+    popen, server, other = net.client.popen, net.server_address(4), net.server_address(6)
+    parent = popen(sys.executable, '-c', ORPHAN, server, stdin=subprocess.PIPE, cwd=tmp_path)
+    children = Path(f'/proc/{parent.pid}/task/{parent.pid}/children')
+    wait_until(children.read_text, 10, 'the child is there')
+    via = *net.client.command(), *OLD_COMMAND
+    with elfprobe(net, '-P', str(parent.pid), cwd=tmp_path, via=via) as elf:
+        parent.communicate('')
+        latecomer = with_pid(parent.pid, lambda: Program(
+            tmp_path, 0, popen(sys.executable, '-c', CONNECTED, other, stdout=subprocess.PIPE)))
+        assert latecomer.process.stdout.readline()
+        (tmp_path / 'connect').touch()
+        wait_until(lambda: f'of interest: {server}' in elf.log, 10, 'the child is followed')
+        assert elf.stop() == 0
+    assert f'of interest: {other}' not in elf.log
 
 
 # Columns
