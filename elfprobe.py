@@ -912,14 +912,20 @@ class SocketOwners:
 
     def _adopt_running(self) -> None:
         """Enters the processes of interest that are there already, and those that they forked before they
-        were entered; elf_fork enters the others."""
+        were entered. elf_fork enters the others, whose sockets their parents may have closed by now."""
+        adopted: set[int] = set()
         while True:
             chosen = choose_processes(running_processes(), self._apps, self._pids)
             missing = chosen.keys() - self._known()
             if not missing:
-                return
+                break
             for pid in missing:
                 self._adopt(pid, time.monotonic_ns(), chosen[pid])
+            adopted |= missing
+        for pid in chosen.keys() - adopted:
+            entry = self._processes.get(self._processes.Key(pid))
+            if entry is not None:
+                self._tag_sockets(pid, entry)
 
     def _known(self) -> set[int]:
         """PIDs of the processes that the kernel knows to be of interest."""
