@@ -1799,7 +1799,9 @@ int elf_exec(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* sched_process_fork, in the parent: the child is what the parent is. */
+/* sched_wakeup_new, in the parent, before the child runs: the child is what the parent is. At sched_process_fork
+ * Linux 7.2 leaves a program out while another run of it is preempted on that CPU; here none is, with the run queue
+ * locked. */
 int elf_fork(struct bpf_raw_tracepoint_args *ctx)
 {
 	__u32 pid = bpf_get_current_pid_tgid() >> 32, *offset;
@@ -1814,9 +1816,9 @@ int elf_fork(struct bpf_raw_tracepoint_args *ctx)
 
 	sample = task_sample.lookup(&zero);
 	if (sample && sample->parent == pid)
-		bpf_probe_read_kernel(sample->task, sizeof(sample->task), (void *)ctx->args[1]);
+		bpf_probe_read_kernel(sample->task, sizeof(sample->task), (void *)ctx->args[0]);
 	offset = task_pid_offset.lookup(&zero);
-	if (!offset || bpf_probe_read_kernel(&child, sizeof(child), (void *)(ctx->args[1] + *offset)))
+	if (!offset || bpf_probe_read_kernel(&child, sizeof(child), (void *)(ctx->args[0] + *offset)))
 		return 0;
 	if (child.pid != child.tgid)
 		return 0;

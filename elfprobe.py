@@ -803,7 +803,11 @@ class SocketOwners:
     the process that makes it, processes of interest are known there from their exec or fork on, and
     what only this side can see of a process, its executable and its script, is added as it starts."""
 
-    AT_TRACEPOINTS = b"elf_exit", b"elf_fork", b"elf_exec"
+    AT_TRACEPOINTS = {
+        b"elf_exit": "sched_process_exit",
+        b"elf_fork": "sched_wakeup_new",
+        b"elf_exec": "sched_process_exec",
+    }
 
     def __init__(self, bpf: Any, apps: Iterable[str], pids: Iterable[int]) -> None:
         self._bpf = bpf
@@ -843,8 +847,7 @@ class SocketOwners:
             table[table.Key.from_buffer_copy(comm_bytes(app))] = table.Leaf(exact)
 
     def _attach_tracepoints(self, stack: contextlib.ExitStack) -> None:
-        for program in self.AT_TRACEPOINTS:
-            tracepoint = program.replace(b"elf", b"sched_process").decode()
+        for program, tracepoint in self.AT_TRACEPOINTS.items():
             try:
                 self._bpf.attach_raw_tracepoint(tp=tracepoint, fn_name=program)
             except Exception as err:  # BCC raises a bare Exception
@@ -937,7 +940,7 @@ class SocketOwners:
 
     def _missed(self) -> int:
         """How often the kernel has not run our programs at tracepoints, since another run of the same was
-        preempted on that CPU (seen on Linux 7.2; up to 6.18 none is preempted)."""
+        preempted on that CPU (seen on Linux 7.2 with execs and exits; up to 6.18 none is preempted)."""
         return sum(program_info(self._bpf.funcs[name].fd).recursion_misses for name in self.AT_TRACEPOINTS)
 
     def _make_up(self) -> float:
@@ -1225,7 +1228,7 @@ def load_program(
     if by_owner:
         # Without an attach type, which older BCC cannot pass on, the kernel takes it for sock_create's.
         kinds["elf_sock_create"] = (bcc.BPF.CGROUP_SOCK,)
-        kinds.update(elf_exec=tracepoint, elf_fork=tracepoint, elf_exit=tracepoint)
+        kinds.update({name.decode(): tracepoint for name in SocketOwners.AT_TRACEPOINTS})
     for name, kind in kinds.items():
         try:
             with captured_stderr(messages):

@@ -90,8 +90,8 @@ import itertools
 find, counter = elfprobe.SocketOwners._find_task_pid_offset, itertools.count(1)
 def find_and_go(self):
     find(self)
-    os.close(self._bpf.raw_tracepoint_fds[b'sched_process_fork'])
-    self._bpf.raw_tracepoint_fds[b'sched_process_fork'] = os.open(os.devnull, os.O_RDONLY)
+    os.close(self._bpf.raw_tracepoint_fds[b'sched_wakeup_new'])
+    self._bpf.raw_tracepoint_fds[b'sched_wakeup_new'] = os.open(os.devnull, os.O_RDONLY)
 elfprobe.SocketOwners._find_task_pid_offset = find_and_go
 elfprobe.SocketOwners._missed = lambda self: next(counter)
 """)
