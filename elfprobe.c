@@ -197,6 +197,7 @@
 #define TC_ACT_SHOT 2
 #define EEXIST 17
 #define NET_XMIT_CN 2
+#define SOCK_STREAM 1
 
 struct ethhdr {
 	__u8 h_dest[6], h_source[6];
@@ -2023,7 +2024,7 @@ static inline void tell_of_flow(struct __sk_buff *skb, const struct packet *pkt,
 
 /* May the TCP flow that the packet, parsed up to the cursor, belongs to be probed now? Not from what
  * it sends again (a firewall knows newer numbers), nor while it stalls: some firewalls take a low TTL
- * for an attack and block the flow. A flow whose socket is not here passes; otherwise notes its state. */
+ * for an attack and block the flow. A flow whose TCP socket is not here passes; otherwise notes its state. */
 static inline int flow_is_well(struct __sk_buff *skb, struct hdr_cursor *nh, const struct packet *pkt,
 			       struct path *path, struct tcp_state *state, __u64 now)
 {
@@ -2035,7 +2036,7 @@ static inline int flow_is_well(struct __sk_buff *skb, struct hdr_cursor *nh, con
 	if (pkt->protocol != IPPROTO_TCP || (void *)(tcp + 1) > nh->end)
 		return 1;
 	sk = skb->sk ? bpf_sk_fullsock(skb->sk) : 0;
-	if (!sk)
+	if (!sk || sk->type != SOCK_STREAM) /* bpf_tcp_sock() takes raw ones for TCP, too, such as the kernel's own */
 		return 1;
 	tp = bpf_tcp_sock(sk);
 	if (!tp)

@@ -9,6 +9,7 @@ each packet that may carries a probe. A flow in trouble is left alone.
 from __future__ import annotations
 
 import ast
+import csv
 import re
 import socket
 import struct
@@ -601,6 +602,24 @@ def test_suspicious_firewall(lab4: Lab, tmp_path: Path) -> None:
     assert {row.dest for row in run.rows()} == set(both(lab4))
     assert max(row.sendtime for row in run.rows()) < quiet
     assert max(since_acknowledged(ip_packets(seen))) < STALL + 5e8
+
+
+@pytest.mark.parametrize('version', VERSIONS)
+def test_raw_sockets(lab4: Lab, tmp_path: Path, version: int) -> None:
+    """TCP that the kernel knows nothing of has no state that could be told, or keep probes from it."""
+    # Whatever the kernel took for the next sequence number, it would be beyond one of these.
+    segments = [struct.pack('!HHIIBBHHH', CLIENT_PORT, PORT, number, 1, 5 << 4, 0x10, 1000, 0, 0)
+                for number in (1, 1 + (1 << 31))]
+    server = lab4.server_address(version)
+    with elfprobe(lab4, '-p', '0', '-d', server, cwd=tmp_path) as measuring, inside(lab4.client), \
+            socket.socket(FAMILY[version], socket.SOCK_RAW, TCP) as raw:
+        for number in range(40):
+            raw.sendto(segments[number % 2], (server, 0))
+        wait_until(lambda: len(measuring.rows()) >= 30, 10, 'they have their rows')  # of those due
+        assert measuring.stop() == 0
+    assert measuring.counters['carrier_resent'] == measuring.counters['flow_stalled'] == 0
+    with open(tmp_path / 'elf.csv', encoding='ascii') as file:
+        assert {(row['srtt'], row['cwnd'], row['retrans']) for row in csv.DictReader(file)} == {('', '', '')}
 
 
 def since_acknowledged(packets: list[Packet]) -> Iterator[int]:
