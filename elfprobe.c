@@ -6,6 +6,7 @@
  *                      | a probe is due: bpf_clone_redirect()
  *                      +--> the clone comes through elf_egress again, at once, on this CPU
  *                             '-- tail call --> elf_probe: trim, lower the TTL, record --> device
+ *                                    (once more through elf_egress, if it is shorter than the packet now)
  *
  *   process --> cgroup sock_create: elf_sock_create, notes with each socket whose it is; which
  *               processes are of interest, elf_exec, elf_fork, elf_exit and the driver keep current
@@ -351,7 +352,7 @@ struct path {
 	__u8 turn;        /* hop probed last */
 	__u8 longer;      /* packets in a row that say that the way has become longer */
 	__u8 explore;     /* probe one hop beyond, once */
-	__u8 left_alone;  /* no more probes: flows there stalled under them */
+	__u8 left_alone;  /* no more probes: flows there stalled under them, or clones left as they were */
 	__u8 of_flows;    /* of interest only for the flows of processes of interest */
 	__u8 is_told;     /* how far the destination is, by a probe that reached it */
 	__u64 distances;  /* bits: of the last router, by the TTLs of its replies, since length is what it is */
@@ -409,8 +410,8 @@ struct tcp_progress {
 	__u16 stalls; /* how often it came to that */
 };
 
-/* What the driver tells the user of a flow. */
-enum { FLOW_STALLED = 1, FLOW_MOVES = 2, DESTINATION_LEFT_ALONE = 3 };
+/* What the driver tells the user of a flow, or of a destination, which is all that is known of CLONE_TAKEN. */
+enum { FLOW_STALLED = 1, FLOW_MOVES = 2, DESTINATION_LEFT_ALONE = 3, CLONE_TAKEN = 4 };
 
 struct flow_event {
 	struct probe_key flow;
@@ -423,11 +424,11 @@ struct counters {
 	__u64 replies;         /* time exceeded that answered one of them */
 	__u64 results_lost;    /* replies for which the result ring had no room */
 	__u64 send_failed;     /* dropped behind us: by a filter, the queue, the device */
-	__u64 clone_lost;      /* the clone never came through: no memory, or a filter before us took it */
+	__u64 clone_lost;      /* the clone never came to us: no memory, or a filter before us had another end for it */
 	__u64 build_failed;    /* the clone could not be trimmed or parsed */
 	__u64 hook_dropped;    /* by the hook's verdict */
 	__u64 key_busy;        /* one in flight could not have been told from it */
-	__u64 in_flight_full;  /* no room to wait for the reply */
+	__u64 in_flight_full;  /* no room to wait for the reply, or none to be had just then */
 	__u64 over_max_rate;   /* due, but over the budget */
 	__u64 carrier_low_ttl; /* due, but the packet is somebody's traceroute */
 	__u64 carrier_unfit;   /* due, but the packet may not carry one: SYN, FIN, RST, fragment, other protocol */
@@ -448,10 +449,15 @@ struct schedule {
 	__u64 budget;              /* theoretical arrival time of the next probe (GCRA) */
 };
 
+/* What the next packet on this CPU, or with PREEMPTIBLE from this task, is: a clone to make a probe of; the probe. */
+enum { CLONE = 1, PROBE = 2 };
+
 /* Carries a claim into the run of the clone, and what came of it back. */
 struct claim {
-	__u32 cloning;  /* the next packet on this CPU, or with PREEMPTIBLE from this task, is the clone */
+	__u32 expected; /* one of these; 0: just a packet */
 	__u32 recorded; /* it is in flight, under key */
+	__u32 resent;   /* in place of the clone; with this result: */
+	__s32 result;
 	__u32 seq;
 	__u32 ttl;
 	__u64 time;     /* of the claim */
@@ -497,7 +503,7 @@ BPF_PROG_ARRAY(programs, 1); /* 0: elf_probe */
 #if PREEMPTIBLE
 /* The entry of a task that stopped in the midst of its run goes to another where so many others send meanwhile. */
 #define TASKS_MAX 8192
-BPF_PERCPU_ARRAY(tasks_cloning, __u32, 1); /* how many have a clone on its way, mostly none */
+BPF_PERCPU_ARRAY(tasks_expecting, __u32, 1); /* how many expect a packet, mostly none */
 BPF_TABLE("lru_hash", __u64, struct claim, task_claims, TASKS_MAX);
 BPF_TABLE("lru_hash", __u64, struct ip6ext_walk, task_ip6ext_walks, TASKS_MAX);
 BPF_TABLE("lru_hash", __u64, struct sum_buffer, task_sum_buffers, TASKS_MAX);
@@ -613,23 +619,23 @@ static inline struct claim *claim_of_clone(struct claim *claim)
 	int zero = 0;
 	__u32 *any;
 
-	any = tasks_cloning.lookup(&zero);
+	any = tasks_expecting.lookup(&zero);
 	claim = any && *any ? own_claim(claim) : 0;
 #endif
-	return claim && claim->cloning ? claim : 0;
+	return claim && claim->expected ? claim : 0;
 }
 
-static inline void set_cloning(struct claim *claim, __u32 on)
+static inline void expect(struct claim *claim, __u32 what)
 {
 #if PREEMPTIBLE
 	int zero = 0;
 	__u32 *tasks;
 
-	tasks = tasks_cloning.lookup(&zero);
+	tasks = tasks_expecting.lookup(&zero);
 	if (tasks)
-		__sync_fetch_and_add(tasks, on - claim->cloning);
+		__sync_fetch_and_add(tasks, (__u32)!!what - !!claim->expected);
 #endif
-	claim->cloning = on;
+	claim->expected = what;
 }
 
 /* Hands a result of this size to the driver, which looks for them now and then, and is woken when so much
@@ -1174,7 +1180,7 @@ static inline int claim_probe(struct path *path, struct claim *claim, __u64 now)
 	if (!schedule)
 		return NONE_DUE;
 	bpf_spin_lock(&schedule->lock);
-	if (now < path->next_due || path->left_alone)
+	if (now < path->next_due)
 		goto unlock;
 	farthest = farthest_hop(path, now);
 	if (path->length && path->length <= MAX_HOPS &&
@@ -1726,6 +1732,15 @@ static inline int record_probe(const struct built *built, struct claim *claim)
 	return 0;
 }
 
+/* The probe leaves now. */
+static inline void stamp_probe(struct claim *claim)
+{
+	struct probe *probe = in_flight.lookup(&claim->key);
+
+	if (probe)
+		claim->sendtime = probe->sendtime = bpf_ktime_get_ns();
+}
+
 /* ---- Processes and their sockets ---------------------------------------------------------- */
 
 #if BY_OWNER
@@ -1986,7 +2001,17 @@ int elf_probe(struct __sk_buff *skb)
 		COUNT(hook_dropped);
 		return TC_ACT_SHOT;
 	}
-	return record_probe(&built, claim) < 0 ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+	if (record_probe(&built, claim) < 0)
+		return TC_ACT_SHOT;
+	if (skb->wire_len <= skb->len)
+		return TC_ACT_UNSPEC;
+	/* Queues go by the length that the kernel noted as it took the clone in, the whole packet's: a shaper would
+	 * have the probe pay for that. It notes the length anew of what is sent anew. */
+	claim->resent = 1;
+	expect(claim, PROBE);
+	claim->result = bpf_clone_redirect(skb, skb->ifindex, 0);
+	expect(claim, 0);
+	return TC_ACT_SHOT;
 }
 
 /* May a copy of this packet, with a low TTL, harm nobody? At the cursor: what follows the IP header. */
@@ -2048,7 +2073,7 @@ static inline int flow_is_well(struct __sk_buff *skb, struct hdr_cursor *nh, con
 	if (!progress)
 		return 1;
 	if (!tp->packets_out || progress->acked != tp->snd_una || !progress->since) {
-		if (progress->stalled && !path->left_alone)
+		if (progress->stalled)
 			tell_of_flow(skb, pkt, tcp, FLOW_MOVES);
 		progress->stalled = 0;
 		progress->acked = tp->snd_una;
@@ -2072,21 +2097,37 @@ static inline int flow_is_well(struct __sk_buff *skb, struct hdr_cursor *nh, con
 	return 0;
 }
 
+/* A filter before us took the clone, or let it out as it was: for those of the next packets it would do the same. */
+static inline void leave_alone(struct __sk_buff *skb, struct path *path, const struct address *dest)
+{
+	struct flow_event event = { .kind = CLONE_TAKEN };
+
+	event.flow.dest = *dest;
+	path->left_alone = 1;
+	if (submit_flow_event(skb, &event))
+		COUNT(events_lost);
+}
+
 /* Sends the probe that was claimed as a copy of the packet. 1 if it left. */
-static inline int send_probe(struct __sk_buff *skb, struct claim *claim)
+static inline int send_probe(struct __sk_buff *skb, struct path *path, const struct address *dest,
+			     struct claim *claim)
 {
 	int ret;
 
-	claim->recorded = 0;
-	set_cloning(claim, 1);
+	claim->recorded = claim->resent = 0;
+	expect(claim, CLONE);
 	ret = bpf_clone_redirect(skb, skb->ifindex, 0);
-	if (claim->cloning) {
-		set_cloning(claim, 0);
+	if (claim->expected) {
+		expect(claim, 0);
 		COUNT(clone_lost);
+		if (!ret)
+			leave_alone(skb, path, dest);
 		return 0;
 	}
 	if (!claim->recorded)
 		return 0;
+	if (claim->resent)
+		ret = claim->result;
 	if (ret && ret != NET_XMIT_CN && in_flight.delete(&claim->key) == 0) {
 		COUNT(send_failed);
 		return 0;
@@ -2105,6 +2146,7 @@ int elf_egress(struct __sk_buff *skb)
 	struct path *path;
 	int zero = 0;
 	__u64 now, *alive;
+	__u32 expected;
 	__u8 *mark;
 
 	claim = claims.lookup(&zero);
@@ -2112,7 +2154,12 @@ int elf_egress(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	cloned = claim_of_clone(claim);
 	if (cloned) {
-		set_cloning(cloned, 0);
+		expected = cloned->expected;
+		expect(cloned, 0);
+		if (expected == PROBE) {
+			stamp_probe(cloned);
+			return TC_ACT_UNSPEC;
+		}
 		programs.call(skb, 0);
 		COUNT(build_failed);
 		return TC_ACT_SHOT;
@@ -2123,7 +2170,7 @@ int elf_egress(struct __sk_buff *skb)
 	if (!mark)
 		return TC_ACT_UNSPEC;
 	path = known_path(&pkt.daddr, mark);
-	if (path && ticks_now() < path->quiet)
+	if (path && (ticks_now() < path->quiet || path->left_alone))
 		return TC_ACT_UNSPEC;
 	owner = packet_owner(skb);
 	if (!owner && (!path || path->of_flows))
@@ -2160,7 +2207,7 @@ int elf_egress(struct __sk_buff *skb)
 		claim->pid = owner->pid;
 		claim->app = owner->app;
 	}
-	settle_claim(path, claim, send_probe(skb, claim));
+	settle_claim(path, claim, send_probe(skb, path, &pkt.daddr, claim));
 	return TC_ACT_UNSPEC;
 }
 

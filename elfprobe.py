@@ -2425,12 +2425,14 @@ def rows_of(names: list[str]) -> Callable[[tuple[Any, ...]], str]:
     return answered
 
 
-# What the kernel's half says of TCP flows, by enum of elfprobe.c.
+# What the kernel's half says of flows and destinations, by enum of elfprobe.c.
 FLOW_EVENTS = {
-    1: "nothing is acknowledged any more: no probes until it moves again",
-    2: "moves again, and is probed again",
-    3: "stalled under probes again: its destination is left alone for the rest of this run",
-}
+    1: "{flow}: nothing is acknowledged any more: no probes until it moves again",
+    2: "{flow}: moves again, and is probed again",
+    3: "{flow}: stalled under probes again: its destination is left alone for the rest of this run",
+    4: "{dest}: a filter in front of ours took the copy of a packet, or let it out whole: the destination "
+       "is left alone for the rest of this run",
+}  # fmt: skip
 
 
 class FlowEvents:
@@ -2443,8 +2445,9 @@ class FlowEvents:
     def _hear(self, _context: Any, data: int, size: int) -> int:
         event = self._layout.from_buffer_copy(ctypes.string_at(data, size))
         flow = event.flow
-        text = flow_text(address_text(bytes(flow.dest)), flow.sport, flow.dport, flow.protocol)
-        log.warning("%s: %s", text, FLOW_EVENTS[event.kind])
+        dest = address_text(bytes(flow.dest))
+        text = flow_text(dest, flow.sport, flow.dport, flow.protocol)
+        log.warning("%s", FLOW_EVENTS[event.kind].format(flow=text, dest=dest))
         return 0
 
 

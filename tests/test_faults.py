@@ -48,7 +48,8 @@ PINGS = 20
 SMALL_MTU = 1300
 LOG_LIMIT = 2011  # bytes; lines about processes do not fill it exactly
 
-# Attaches somebody else's program: to XDP, native or generic, or to TC egress, where it drops mark 9.
+# Attaches somebody else's program: to XDP, native or generic, or to TC egress, where it drops mark 9, or has
+# the last word on packets without a socket: to drop them, or to let them out.
 SOMEONES = """
 import socket, sys
 from bcc import BPF, lib
@@ -56,12 +57,14 @@ from pyroute2 import IPRoute
 from elfprobe import kernel_headers
 where = sys.argv[1]
 kind, context, verdict = BPF.XDP, 'xdp_md', '2'
-if where == 'egress':
-    kind, context, verdict = BPF.SCHED_CLS, '__sk_buff', 'ctx->mark == 9 ? 2 : -1'
+on_egress = {'egress': 'ctx->mark == 9 ? 2 : -1',
+             'dropping': 'ctx->sk ? -1 : 2', 'letting out': 'ctx->sk ? -1 : 0'}
+if where in on_egress:
+    kind, context, verdict = BPF.SCHED_CLS, '__sk_buff', on_egress[where]
 with kernel_headers():
     bpf = BPF(text='int someones(struct %s *ctx) { return %s; }' % (context, verdict))
 fd = bpf.load_func('someones', kind).fd
-if where == 'egress':
+if where in on_egress:
     with IPRoute() as ipr:
         ipr.tc('add-filter', 'bpf', socket.if_nametoindex('eth0'), handle=1, prio=1, protocol=3, fd=fd,
                name='someones', parent=0xFFFFFFF3, direct_action=True, classid=1)
@@ -701,6 +704,26 @@ def test_programs_of_others_see_each_packet_once(lab4, tmp_path, places, since):
     probes = len(measuring.rows())
     assert probes > PINGS // 2
     assert with_us == [count for is_before in places.values() for count in (PINGS, probes * is_before)]
+
+
+@root
+@pytest.mark.parametrize('where', ['dropping', 'letting out'])
+def test_copies_that_a_filter_of_others_ends(lab4, tmp_path, where):
+    """Those that it drops do no harm; of those that it lets out the destination gets one, and no second."""
+    servers = [lab4.server_address(version) for version in (4, 6)]
+    with undone(lab4.client), lab4.server.capture(filter='icmp[0] == 8 or icmp6[0] == 128') as arrived:
+        tc(lab4.client, 'qdisc add dev eth0 clsact')
+        someones(lab4.client, where)
+        with elfprobe(lab4, '-p0', '-d', *servers, cwd=tmp_path) as measuring:
+            for server in servers:
+                lab4.client.run('ping', '-nqi.005', f'-c{PINGS}', server)
+            assert measuring.stop() == 0
+    assert measuring.rows() == []
+    copies = {'dropping': 0, 'letting out': 1}[where]
+    assert len(arrived.packets()) == 2 * (PINGS + copies)
+    assert measuring.counters['clone_lost'] >= (2 if copies else PINGS)
+    assert [server for server in servers if f'{server}: a filter in front of ours' in measuring.log] == \
+        (servers if copies else [])
 
 
 @root

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import json
 import re
 import socket
 import struct
@@ -25,7 +26,7 @@ from typing import Any, Iterator, List, Sequence, Tuple
 
 import pytest
 
-from lab import Host, Lab, end, kernel_counters, nft_table, wait_for_line, wait_until
+from lab import Host, Lab, end, kernel_counters, nft_table, run, wait_for_line, wait_until
 from runs import (
     ECHO_TYPES,
     ELFPROBE,
@@ -330,6 +331,38 @@ def test_each_byte_of_a_stream_is_sent_once(lab4: Lab, tmp_path: Path, version: 
     assert max(lengths) > 10 * MSS
     assert not probes.packets()
     assert len(run.rows()) > 100
+
+
+SHAPERS = {
+    'htb': ['qdisc add dev eth0 root handle 1: htb default 1',
+            'class add dev eth0 parent 1: classid 1:1 htb rate 50mbit'],
+    'tbf': ['qdisc add dev eth0 root handle 1: tbf rate 50mbit burst 16kb latency 40ms'],
+}
+
+
+@pytest.mark.parametrize('shaper', SHAPERS)
+def test_shaper_reckons_with_probes_as_they_are(lab4: Lab, tmp_path: Path, shaper: str) -> None:
+    """And not with the packets that they are copies of, which are up to a thousand times as long."""
+    def told(*command: str) -> Any:
+        return json.loads(lab4.client.run(*command).stdout)
+
+    def bytes_sent() -> int:
+        return int(told('ip', '-s', '-j', 'link', 'show', 'eth0')[0]['stats64']['tx']['bytes'])
+
+    with ExitStack() as stack:
+        stack.callback(run, 'tc', '-n', lab4.client.name, 'qdisc', 'del', 'dev', 'eth0', 'root', check=False)
+        run('tc', '-n', lab4.client.name, '-batch', '-', input='\n'.join(SHAPERS[shaper]) + '\n')
+        before = bytes_sent()
+        measuring = stack.enter_context(elfprobe(lab4, '-p', '0', '-d', lab4.server_address(6), cwd=tmp_path))
+        sender, receiver = stack.enter_context(tcp_pair(lab4, 6))
+        transfer(sender, receiver, 8 * MIB)
+        sent = bytes_sent() - before
+        [reckoned] = [qdisc['bytes'] for qdisc in told('tc', '-s', '-j', 'qdisc', 'show', 'dev', 'eth0')
+                      if qdisc['kind'] == shaper]
+        assert measuring.stop() == 0
+    assert len(measuring.rows()) > 50
+    assert measuring.counters['send_failed'] == 0
+    assert sent <= reckoned < 1.1 * sent  # which counts the headers of each segment
 
 
 @pytest.mark.parametrize('version', VERSIONS)

@@ -386,7 +386,7 @@ def test_notrunc_keeps_the_first_segment_of_a_packet_yet_to_be_segmented(
     programs.set_claim(seq=SEQ, ttl=TTL)
     sent = unfinished(frame(ip(version), *layers, data(1000)))
     verdict, out = programs.run('elf_probe', sent, SkBuff(gso_size=99, gso_segs=11))
-    assert verdict == TC_ACT_UNSPEC
+    assert verdict == TC_ACT_SHOT  # the clone: the probe, which is shorter, is sent anew
     assert_same(out, unfinished(frame(ip(version, ttl=TTL), *layers, data(99))))
 
 
@@ -595,30 +595,37 @@ def test_packet_keeps_what_the_kernel_knows_of_it(load: Load, due: int) -> None:
 
 
 def test_clone_that_does_not_come_through(load: Load) -> None:
-    """A filter before ours has taken it, say: here ours is not even attached."""
+    """A filter before ours has let it out as it was, say: here ours is not even attached. The destination
+    would get more of them, so that there are no more probes."""
     programs = load(probeint=1000)
-    programs.follow(SERVER[4], length=9)
+    for version in SERVER:
+        programs.follow(SERVER[version], length=9)
     packet = bytes(frame(ip(4), segment()))
     assert programs.run('elf_egress', packet) == (TC_ACT_UNSPEC, packet)
     assert programs.counters() == {'clone_lost': 1}
     assert programs.in_flight() == []
-    with programs.attached() as send:  # the next packet is taken for what it is
-        assert len(send(packet)) == 1
+    with programs.attached() as send:
+        assert send(packet) == []
+        assert len(send(frame(ip(6), segment()))) == 1  # the next packet is taken for what it is
         assert programs.counters() == {'clone_lost': 1, 'probes': 1}
 
 
-def test_probe_that_the_queue_drops(load: Load) -> None:
-    programs = load()
+@pytest.mark.parametrize('size', [0, 1000], ids=['as long', 'shortened'])
+def test_probe_that_the_queue_drops(load: Load, size: int) -> None:
+    programs = load(probeint=1000)
     programs.follow(SERVER[4], length=9)
+    packet = frame(ip(4), segment(), data(size))
     with programs.attached() as send:
         run('tc', 'qdisc', 'add', 'dev', 'lo', 'root', 'pfifo', 'limit', '0')
         try:
-            assert send(frame(ip(4), segment())) == []
+            assert send(packet) == []
         finally:
             run('tc', 'qdisc', 'del', 'dev', 'lo', 'root')
         assert programs.counters() == {'send_failed': 1}
         assert programs.in_flight() == []
         assert programs.path(SERVER[4]).hops[1].unanswered == 0
+        assert len(send(packet)) == 1
+        assert programs.counters() == {'send_failed': 1, 'probes': 1}
 
 
 # elf_ingress: replies
