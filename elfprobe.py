@@ -1506,18 +1506,27 @@ def has_clsact(ipr: Any, device: Device) -> bool:
     return any(qdisc.get_attr("TCA_KIND") == "clsact" for qdisc in ipr.get_qdiscs(index=device.ifindex))
 
 
+def tc_delete(ipr: Any, command: str, message: int, kind: str, device: Device, **which: int) -> None:
+    """Where pyroute2 before 0.6 gives a command of its name flags with which kernels delete nothing, the
+    message is named itself, which 0.9 cannot."""
+    try:
+        ipr.tc(command, kind, device.ifindex, **which)
+    except pyroute2.NetlinkError as err:
+        if err.code != errno.EOPNOTSUPP:
+            raise
+        ipr.tc((message, NLM_F_REQUEST | NLM_F_ACK), kind, device.ifindex, **which)
+
+
 def remove_filter(ipr: Any, device: Device, ours: TcFilter) -> None:
-    ipr.tc(
-        (RTM_DELTFILTER, NLM_F_REQUEST | NLM_F_ACK), "bpf", device.ifindex,
-        handle=ours.handle, prio=ours.prio, protocol=ours.protocol, parent=CLSACT_EGRESS,
-    )  # fmt: skip
+    which = dict(handle=ours.handle, prio=ours.prio, protocol=ours.protocol, parent=CLSACT_EGRESS)
+    tc_delete(ipr, "del-filter", RTM_DELTFILTER, "bpf", device, **which)
 
 
 def remove_clsact(ipr: Any, device: Device) -> None:
     """Removes the clsact qdisc that we added, unless somebody has come to use it."""
     ingress = CLSACT_EGRESS - 1
     if has_clsact(ipr, device) and not (egress_filters(ipr, device) or egress_filters(ipr, device, ingress)):
-        ipr.tc((RTM_DELQDISC, NLM_F_REQUEST | NLM_F_ACK), "clsact", device.ifindex)
+        tc_delete(ipr, "del", RTM_DELQDISC, "clsact", device)
 
 
 def remove_ours(ipr: Any, device: Device, ours: TcFilter) -> None:

@@ -34,6 +34,7 @@ from runs import (
     elfprobe,
     ip_packets,
     read_rows,
+    with_change,
     with_fault,
 )
 
@@ -620,6 +621,32 @@ def test_our_clsact_stays_for_who_came_to_use_it(lab4, tmp_path, direction):
         assert 'clsact' in after.pop('qdisc')
         assert 'u32' in after.pop(direction)
         assert after.items() <= before.items()
+
+
+# As with pyroute2 of another version, where it deletes.
+PYROUTE2 = """
+from pyroute2 import IPRoute, NetlinkError
+tc = IPRoute.tc
+def tc_of_version(self, command, *args, **kw):
+    if {condition}:
+        raise {error}
+    return tc(self, command, *args, **kw)
+IPRoute.tc = tc_of_version
+"""
+
+
+@root
+@pytest.mark.parametrize('condition, error', [
+    ("str(command).startswith('del')", "NetlinkError(95, 'Operation not supported')"),
+    ('isinstance(command, tuple)', "AttributeError('startswith')"),
+], ids=['0.5', '0.9'])
+def test_pyroute2_detaches(lab4, tmp_path, condition, error):
+    before = attached(lab4.client)
+    via = *lab4.client.command(), *with_change(PYROUTE2.format(condition=condition, error=error))
+    with undone(lab4.client):
+        with elfprobe(lab4, ANYWHERE, cwd=tmp_path, via=via):
+            assert attached(lab4.client) != before
+        assert attached(lab4.client) == before
 
 
 @root
