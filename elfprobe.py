@@ -54,6 +54,9 @@ import traceback
 import warnings
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the packages are loaded
+
 MISSING: dict[str, str] = {}  # module -> Debian's name of the package that has it
 try:
     import bcc
@@ -644,13 +647,17 @@ class Destinations:
         self._marks = bpf["marks"]
         self._marks_per_line = ctypes.sizeof(self._marks.Leaf)
         self._lines: dict[int, Any] = {}  # what of the marks is not empty
+        self._removed: dict[bytes, tuple[int, int]] = {}  # what holds for the whole run: seq, left_alone
         self._full = False
 
     def add(self, packed: bytes, path: Any = None) -> bool:
         """Makes an address one of interest, with nothing known of the way there or this struct path.
         False where there is no room; the first time that is logged."""
+        if path is None:
+            seq, left_alone = self._removed.pop(packed, (0, 0))
+            path = self._paths.Leaf(seq=seq, left_alone=left_alone)
         try:
-            self._paths[self._paths.Key.from_buffer_copy(packed)] = path or self._paths.Leaf()
+            self._paths[self._paths.Key.from_buffer_copy(packed)] = path
         except Exception as err:  # BCC raises a bare Exception where the table is full
             if not self._full:
                 log.warning("no room for more destinations (%s): %s is left out", err, address_text(packed))
@@ -664,8 +671,11 @@ class Destinations:
         return True
 
     def remove(self, packed: bytes) -> None:
+        key = self._paths.Key.from_buffer_copy(packed)
         with contextlib.suppress(KeyError):
-            del self._paths[self._paths.Key.from_buffer_copy(packed)]
+            path = self._paths[key]
+            self._removed[packed] = path.seq, path.left_alone
+            del self._paths[key]
         self._full = False
 
 
@@ -796,6 +806,12 @@ def duplicated_sockets(pid: int) -> Iterator[socket.socket]:
                     yield found
     finally:
         os.close(pidfd)
+
+
+def read_counters(bpf: Any) -> dict[str, int]:
+    """Those of elfprobe.c, over all CPUs."""
+    per_cpu = bpf["counters"][0]
+    return {name: sum(getattr(cpu, name) for cpu in per_cpu) for name, *_ in per_cpu[0]._fields_}
 
 
 class SocketOwners:
@@ -940,8 +956,10 @@ class SocketOwners:
 
     def _missed(self) -> int:
         """How often the kernel has not run our programs at tracepoints, since another run of the same was
-        preempted on that CPU (seen on Linux 7.2 with execs and exits; up to 6.18 none is preempted)."""
-        return sum(program_info(self._bpf.funcs[name].fd).recursion_misses for name in self.AT_TRACEPOINTS)
+        preempted on that CPU (seen on Linux 7.2 with execs and exits; up to 6.18 none is preempted), or
+        what they told had no room."""
+        not_run = sum(program_info(self._bpf.funcs[name].fd).recursion_misses for name in self.AT_TRACEPOINTS)
+        return int(not_run + read_counters(self._bpf)["events_lost"])
 
     def _make_up(self) -> float:
         """For execs, forks and exits that were missed. Gives the time from which on it may be done again:
@@ -1553,6 +1571,11 @@ def tc_attachment(ipr: Any, device: Device, fd: int) -> Iterator[TcFilter]:
             try:
                 ipr.tc("add", "clsact", device.ifindex)
             except pyroute2.NetlinkError as err:
+                if err.code == errno.EEXIST:
+                    raise interface_failure(
+                        f"'{device.name}' has an ingress qdisc, beside which there can be no clsact; "
+                        "filters work with clsact's ingress as with it"
+                    ) from err
                 raise Failure(f"'{device.name}' takes no clsact qdisc: {err}") from err
         taken = {found.prio for found in egress_filters(ipr, device)}
         prio = next(free for free in range(1, 0x10000) if free not in taken)
@@ -1585,6 +1608,19 @@ def quietly_gone(function: Callable[..., None], ipr: Any, device: Device, *args:
 # ---- Files ------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def no_other_in_folder_of(path: str) -> Iterator[None]:
+    """No other run chooses names, renames or removes files there meanwhile, where the file system has
+    locks. Raises OSError where there is no such folder."""
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
 def next_free_name(path: str) -> str:
     base, extension = os.path.splitext(path)
     number = 1
@@ -1601,13 +1637,19 @@ class OutputFile:
         """Raises Failure."""
         self.path = path
         self.renamed = ""
+        self.lines_lost = 0  # that could not be written
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
         try:
-            if os.path.lexists(path):
-                self.renamed = next_free_name(path)
-                os.rename(path, self.renamed)
-            self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            with no_other_in_folder_of(path):
+                try:
+                    if os.path.lexists(path):
+                        self.renamed = next_free_name(path)
+                        os.rename(path, self.renamed)
+                    self.fd = os.open(path, flags, 0o644)
+                except OSError:
+                    self._rename_back()
+                    raise
         except OSError as err:
-            self._rename_back()
             raise Failure(f"argument -f/--filebase: cannot write '{path}': {err.strerror}") from err
         if "SUDO_UID" in os.environ and os.geteuid() == 0:
             with contextlib.suppress(OSError, ValueError):
@@ -1628,19 +1670,21 @@ class OutputFile:
             while written < len(data):
                 written += os.write(self.fd, data[written:])
         except OSError as err:
-            kept = os.fstat(self.fd).st_size - start
-            os.ftruncate(self.fd, start + data.rfind(b"\n", 0, kept) + 1)
+            kept = data.rfind(b"\n", 0, os.fstat(self.fd).st_size - start) + 1
+            os.ftruncate(self.fd, start + kept)
+            self.lines_lost += data.count(b"\n", kept)
             raise Failure(f"cannot write '{self.path}': {err.strerror}") from err
 
     def is_begun(self) -> bool:
         return os.fstat(self.fd).st_size > 0
 
     def close(self, used: bool) -> None:
-        os.close(self.fd)
         if not used:
-            with contextlib.suppress(OSError):
-                os.unlink(self.path)
-            self._rename_back()
+            with contextlib.suppress(OSError), no_other_in_folder_of(self.path):
+                if os.path.samestat(os.lstat(self.path), os.fstat(self.fd)):  # not another run's by now
+                    os.unlink(self.path)
+                self._rename_back()
+        os.close(self.fd)
 
 
 class FileLog(logging.StreamHandler):  # type: ignore[type-arg]
@@ -2219,10 +2263,11 @@ WIDE = 100
 class Flow:
     """What was seen of a flow last."""
 
-    __slots__ = ("retrans", "responders", "since")
+    __slots__ = ("retrans", "seen", "responders", "since")
 
     def __init__(self) -> None:
         self.retrans = 0
+        self.seen = -1  # when the probe was sent that told it
         self.responders: dict[int, Any] = {}
         self.since: dict[int, int] = {}  # hop -> when the first probe left that its responder answered
 
@@ -2290,9 +2335,11 @@ class Summary:
         if flow is None:
             flow = self._new_flow((dest, sport, dport, protocol), retrans)
         if cwnd:
-            if retrans > flow.retrans:
-                destination.retransmitted += retrans - flow.retrans
+            if sendtime > flow.seen:
+                is_another = retrans < flow.retrans  # connection, by the same ports
+                destination.retransmitted += retrans if is_another else retrans - flow.retrans
                 flow.retrans = retrans
+                flow.seen = sendtime
             if srtt:
                 destination.srtt.add(srtt * 1000)
         if not responder:
@@ -2500,6 +2547,9 @@ class ElfProbe:
             stack.enter_context(sole_user(self._device))
             self._bpf, refused = self._load()
             stack.callback(unload, self._bpf)
+            if stop.asked:
+                log.info("ended before anything was attached or written")
+                return
             results = Results(self._bpf)
             FlowEvents(self._bpf)
             destinations = Destinations(self._bpf)
@@ -2513,14 +2563,14 @@ class ElfProbe:
                 self._follow_processes(attached, refused, tables)
                 attached.callback(self._silence)
                 ours = attached.enter_context(tc_attachment(ipr, self._device, egress))
-                self._is_attached: Callable[[], bool] = lambda: ours in egress_filters(ipr, self._device)
+                self._removed = functools.partial(self._what_is_removed, ipr, ours, program_info(ingress).id)
                 csv.write_lines(",".join(COLUMNS) + "\n")
                 log.info("CLOCK_MONOTONIC 0 is %s", monotonic_epoch())
                 log.info("probing on %s, XDP %s, answers %s; rows go to %s", self._device.name, mode,
                          "dropped" if config.ingress == "drop" else "passed", csv.path)  # fmt: skip
                 if config.debug and not attached.enter_context(run_time_stats()):
                     log.info("what the programs take is not known: that needs Linux 5.8 and a newer BCC")
-                stack.callback(self._summarise, results, stop)  # when all is detached
+                stack.callback(self._summarise, results, csv, stop)  # when all is detached
                 self._begun_at = time.monotonic()
                 try:
                     self._measure(stop, results, csv)
@@ -2604,11 +2654,12 @@ class ElfProbe:
                     self._write(csv, results.expire(int((now - UNANSWERED_AFTER) * 1e9)))
                 next_expiry = now + BEAT_EVERY
             if now >= next_look:
-                if not self._is_attached():
-                    raise Failure(f"somebody has removed our filter from '{self._device.name}'")
+                removed = self._removed()
+                if removed:
+                    raise Failure(f"somebody has removed our {removed} from '{self._device.name}'")
                 next_look = now + LOOK_EVERY
             if now >= next_report:
-                log.debug("counters: %s", self._counters())
+                log.debug("counters: %s", read_counters(self._bpf))
                 next_report = now + 10
             self._write(csv, results.take())
             if self._console and now >= next_table:
@@ -2616,6 +2667,13 @@ class ElfProbe:
                 next_table = now + DRAW_EVERY
             wait_for_events(self._bpf, min(DRAIN_EVERY, max(end - now, 0)))
             now = time.monotonic()
+
+    def _what_is_removed(self, ipr: Any, ours: TcFilter, xdp_id: int) -> str:
+        """What of ours is not attached any more. Empty: all is."""
+        if ours not in egress_filters(ipr, self._device):
+            return "filter"
+        xdp = attached_xdp(ipr, self._device)
+        return "" if xdp and xdp.prog_id == xdp_id else "XDP program"
 
     def _drain(self, results: Results, csv: OutputFile) -> None:
         """No more probes; then the replies that are still on their way, then what is outstanding."""
@@ -2652,13 +2710,9 @@ class ElfProbe:
         table = self._bpf["alive_until"]
         table[table.Key(0)] = table.Leaf(0)
 
-    def _counters(self) -> dict[str, int]:
-        per_cpu = self._bpf["counters"][0]
-        return {name: sum(getattr(cpu, name) for cpu in per_cpu) for name, *_ in per_cpu[0]._fields_}
-
     def _are_outstanding(self, results: Results) -> bool:
         """Whether probes are in flight. To ask the map itself takes a look into each of its buckets."""
-        count = self._counters()
+        count = read_counters(self._bpf)
         return count["probes"] != count["replies"] + results.unanswered
 
     def _unprobed(self, count: dict[str, int]) -> Iterator[str]:
@@ -2677,14 +2731,16 @@ class ElfProbe:
                 way = "the way to a destination is what 'ip route get ADDRESS' says"
                 yield f"no packet of interest left by {self._device.name}; {way}"
 
-    def _summarise(self, results: Results, stop: Stop) -> None:
+    def _summarise(self, results: Results, csv: OutputFile, stop: Stop) -> None:
         """Probes are replies, unanswered ones and lost results, and the log shows where they are not."""
         if self._console:
             self._console.clear()
-        count = self._counters()
+        count = read_counters(self._bpf)
         for line in results.summary.tables():
             log.info("%s", line, extra={"bare": True})
         log.info("%d probes, %d replies, %d unanswered", count["probes"], results.replies, results.unanswered)
+        if csv.lines_lost:
+            log.warning("%d rows of them could not be written to %s", csv.lines_lost, csv.path)
         ended = results.replies + results.unanswered + count["results_lost"]
         if count["probes"] != ended:
             log.warning("this does not add up: %d probes, of which %d ended", count["probes"], ended)
@@ -2842,12 +2898,21 @@ def effective_capabilities() -> int:
         return next(int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
 
 
+def has_other_clock() -> bool:
+    """Whether this is a time namespace that shifts CLOCK_MONOTONIC, time_namespaces(7)."""
+    with contextlib.suppress(OSError), open("/proc/self/timens_offsets", encoding="ascii") as file:
+        return any(line.split()[1:] != ["0", "0"] for line in file if line.startswith("monotonic"))
+    return False
+
+
 def require_machine(config: Config) -> None:
     """Raises Failure unless this is root, or as good as, on a machine with the packages."""
     if MISSING:
         absent, packages = " and ".join(MISSING), " ".join(MISSING.values())
         other = "" if sys.executable == "/usr/bin/python3" else ", and run it with /usr/bin/python3"
         raise Failure(f"{sys.executable} has no module {absent}: apt install {packages}{other}")
+    if has_other_clock():
+        raise Failure("cannot run in this time namespace: its CLOCK_MONOTONIC is not the kernel's own")
     missing = missing_capabilities(config.by_process)
     if missing:
         raise Failure(f"must run as root: sudo python3 elfprobe.py ... (missing: {', '.join(missing)})")

@@ -14,6 +14,7 @@ import socket
 import struct
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
@@ -37,6 +38,15 @@ try:
         file.write_lines(line.replace('/', '\\n'))
 except elfprobe.Failure as failure:
     print(failure)
+"""
+
+OPEN_AND_WRITE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import elfprobe
+file = elfprobe.OutputFile('elf.csv')
+file.write_lines('other\\n')
+file.close(used=True)
 """
 
 
@@ -673,6 +683,37 @@ def test_an_unused_file_leaves_everything_as_it_was(csv: Callable[[], OutputFile
     assert sorted(contents(tmp_path)) == ['elf.1.csv', 'elf.csv']
     file.close(used=False)
     assert contents(tmp_path) == {'elf.csv': 'old'}
+
+
+def test_two_runs_that_begin_at_once(
+        csv: Callable[[], OutputFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One opens its file while the other has chosen a name for the old one: waits for it, or loses it."""
+    choose = elfprobe.next_free_name
+    others: list[subprocess.Popen[str]] = []
+
+    def choose_slowly(path: str) -> str:
+        name = choose(path)
+        others.append(subprocess.Popen([sys.executable, '-c', OPEN_AND_WRITE, str(SCRIPT.parent)],
+                                       cwd=tmp_path, text=True, stderr=subprocess.PIPE))
+        with suppress(subprocess.TimeoutExpired):
+            others[0].communicate(timeout=2)
+        return name
+
+    (tmp_path / 'elf.csv').write_text('old')
+    with monkeypatch.context() as patched:
+        patched.setattr(elfprobe, 'next_free_name', choose_slowly)
+        csv().close(used=True)
+    [other] = others
+    assert (other.communicate()[1], other.returncode) == ('', 0)
+    assert sorted(contents(tmp_path).values()) == ['', 'old', 'other\n']
+
+
+def test_an_unused_file_that_another_run_has_renamed(csv: Callable[[], OutputFile], tmp_path: Path) -> None:
+    first, second = csv(), csv()
+    second.write_lines('rows\n')
+    first.close(used=False)
+    second.close(used=True)
+    assert contents(tmp_path)['elf.csv'] == 'rows\n'
 
 
 def test_a_link_is_renamed_not_followed(csv: Callable[[], OutputFile], tmp_path: Path) -> None:

@@ -486,6 +486,7 @@ BAD = {
                          via=mounted('mount --bind elf.log elf.log')),
     'disk is full': Bad(['-f', 'full/elf', ANYWHERE], ["'full/elf.csv'", 'No space'], via=FULL),
     'no temporary file': Bad([ANYWHERE], ['temporary'], via=['prlimit', '--fsize=0']),
+    'time namespace': Bad([ANYWHERE], ['time namespace'], via=['unshare', '-T', '--monotonic', '9999', '-f']),
     'not permitted': Bad([ANYWHERE], ['no BPF map', 'not permitted'], via=['unshare', '-r']),
     'lines of an interface': Bad(['-i', 'eth\n0', ANYWHERE], ['-i/--interface', "'eth\\n0'"]),
     'lines of a name': Bad(['no\nname'], ["address 'no\\nname'"], via=OFFLINE),
@@ -663,6 +664,29 @@ def test_clsact_that_others_put_in_the_place_of_ours_stays(lab4, tmp_path, their
 
 
 @root
+def test_ingress_qdisc_of_others_stays(lab4, tmp_path):
+    with undone(lab4.client), ExitStack() as stack:
+        tc(lab4.client, 'qdisc add dev eth0 ingress')
+        stack.callback(tc, lab4.client, 'qdisc del dev eth0 ingress')
+        before = attached(lab4.client)
+        ended = lab4.client.run(*COMMAND, '-i', 'eth0', ANYWHERE, check=False, cwd=tmp_path)
+        check_refused(ended, 1, ['-i/--interface', "'eth0'", 'ingress qdisc', 'clsact'])
+        assert attached(lab4.client) == before
+    assert files(tmp_path) == {}
+
+
+@root
+def test_xdp_program_that_others_remove_ends_the_run(busy, tmp_path):
+    """Where there are no BPF links, with which nobody can."""
+    via = *busy.client.command(), *OLD_COMMAND
+    with undone(busy.client), elfprobe(busy, busy.server_address(4), cwd=tmp_path, via=via) as measuring:
+        has_rows(measuring)
+        busy.client.run('ip', 'link', 'set', 'eth0', 'xdp', 'off')
+        assert measuring.wait() == 1
+    assert "somebody has removed our XDP program from 'eth0'" in measuring.log.splitlines()[-1]
+
+
+@root
 @pytest.mark.parametrize('how', ['filter', 'qdisc'])
 def test_filter_that_others_remove_ends_the_run(busy, tmp_path, how):
     """There will be no more rows, and somebody should know; what there was is written."""
@@ -735,15 +759,16 @@ def test_programs_of_others_see_each_packet_once(lab4, tmp_path, places, since):
 
 @root
 @pytest.mark.parametrize('where', ['dropping', 'letting out'])
-def test_copies_that_a_filter_of_others_ends(lab4, tmp_path, where):
+def test_copies_that_a_filter_of_others_ends(make_lab, tmp_path, where):
     """Those that it drops do no harm; of those that it lets out the destination gets one, and no second."""
-    servers = [lab4.server_address(version) for version in (4, 6)]
-    with undone(lab4.client), lab4.server.capture(filter='icmp[0] == 8 or icmp6[0] == 128') as arrived:
-        tc(lab4.client, 'qdisc add dev eth0 clsact')
-        someones(lab4.client, where)
-        with elfprobe(lab4, '-p0', '-d', *servers, cwd=tmp_path) as measuring:
+    lab = make_lab(routers=1)
+    servers = [lab.server_address(version) for version in (4, 6)]
+    with undone(lab.client), lab.server.capture(filter='icmp[0] == 8 or icmp6[0] == 128') as arrived:
+        tc(lab.client, 'qdisc add dev eth0 clsact')
+        someones(lab.client, where)
+        with elfprobe(lab, '-p0', '-d', *servers, cwd=tmp_path) as measuring:
             for server in servers:
-                lab4.client.run('ping', '-nqi.005', f'-c{PINGS}', server)
+                lab.client.run('ping', '-nqi.005', f'-c{PINGS}', server)
             assert measuring.stop() == 0
     assert measuring.rows() == []
     copies = {'dropping': 0, 'letting out': 1}[where]
@@ -912,7 +937,6 @@ def test_nothing_is_left_of_a_start_that_fails(lab4, tmp_path, stage, fault):
 
 @root
 @pytest.mark.parametrize(('stage', 'fault', 'status'), [
-    ('load_program', 'SIGTERM', 0),  # a signal in the start
     ('ElfProbe._measure', 'RuntimeError', 1),
     ('ElfProbe._summarise', 'Failure', 1),
     ('Results.expire', 'RuntimeError', 1),
@@ -925,6 +949,18 @@ def test_interface_is_clean_after_a_fault_at_work(busy, tmp_path, stage, fault, 
         assert ended.returncode == status, ended.stderr
         assert attached(busy.client) == before
     whole_rows(tmp_path / 'elf.csv')
+
+
+@root
+@pytest.mark.parametrize('number', ['SIGINT', 'SIGTERM'])
+def test_nothing_is_done_after_a_signal_in_the_start(lab4, tmp_path, number):
+    (tmp_path / 'elf.csv').write_text(OLD)
+    before = attached(lab4.client), files(tmp_path)
+    with undone(lab4.client):
+        ended = lab4.client.run(*with_fault('load_program', number), *COMMAND, '-i', 'eth0', ANYWHERE,
+                                cwd=tmp_path)
+        assert 'before anything was attached' in ended.stdout + ended.stderr
+        assert (attached(lab4.client), files(tmp_path)) == before
 
 
 def pinging(make_lab: Callable[..., Lab]) -> Lab:
@@ -1146,7 +1182,10 @@ def test_disk_is_full(busy, tmp_path, filebase, via):
     complaints = [line for line in measuring.log.splitlines() if line.startswith('elfprobe.py: ')]
     assert len(complaints) == 1
     assert f"'{filebase}.csv'" in complaints[0]
-    assert len(whole_rows(tmp_path / 'elf.csv')) > 30
+    written, ended = len(whole_rows(tmp_path / 'elf.csv')), measuring.summary
+    assert written > 30
+    [lost] = re.findall(rf'(\d+) rows of them could not be written to {filebase}.csv', measuring.log)
+    assert written + int(lost) == ended.replies + ended.unanswered
 
 
 # Files

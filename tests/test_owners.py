@@ -449,6 +449,10 @@ class Stage:
         """From now on programs send again and again."""
         (self._folder / 'go').touch()
 
+    def begin_again(self) -> None:
+        """After all have finished: others do not have to."""
+        (self._folder / 'stop').unlink()
+
     def finish(self, *programs: Program) -> None:
         """Have all come to their end."""
         (self._folder / 'stop').touch()
@@ -896,6 +900,50 @@ def test_fallback(net, stage, tmp_path, name, error, missing):
             wait_for_rows(elf, sport=program.port, app='', pid='')
         stage.finish(older, younger)
     assert is_polling(elf, missing)
+
+
+# As where there are no ring buffers, and a destination is soon no longer of interest.
+FORGETFUL_COMMAND = with_change('elfprobe.has_ring_buffer, elfprobe.LINGER = lambda: False, 0.5')
+
+
+def test_destination_of_interest_again(net, stage, tmp_path):
+    """Where connections are looked for: no sequence number comes twice (INTERFACE: unique per dest)."""
+    via = *net.client.command(), *FORGETFUL_COMMAND
+    with elfprobe(net, '-a', 'speedtest', '-p', '0', cwd=tmp_path, via=via) as elf:
+        for _ in range(2):
+            program = stage.talk('./speedtest')
+            stage.go()
+            wait_for_rows(elf, sport=program.port)
+            stage.finish(program)
+            wait_until(lambda: 'no longer of interest' in elf.log.splitlines()[-1], 20, 'it is forgotten')
+            stage.begin_again()
+        assert elf.stop() == 0
+    numbers = [(row.dest, row.seq) for row in elf.rows()]
+    assert len(numbers) == len(set(numbers)) > 1
+
+
+# As where what processes tell has little room.
+SMALL_RING_COMMAND = with_change("""
+class SmallBPF(elfprobe.bcc.BPF):
+    def __init__(self, text, cflags):
+        super().__init__(text=text.replace('process_events, 64', 'process_events, 1'), cflags=cflags)
+elfprobe.bcc.BPF = SmallBPF
+""")
+
+
+def test_events_without_room_are_made_up_for(net, stage, tmp_path):
+    """elfprobe is stopped while a program of interest starts among many others."""
+    via = *net.client.command(), *SMALL_RING_COMMAND
+    with elfprobe(net, '-a', 'speedtest', '-d', cwd=tmp_path, via=via) as elf:
+        os.kill(elf.process.pid, signal.SIGSTOP)
+        run('bash', '-c', 'for ((i = 0; i < 300; i++)); do /bin/true; done')
+        program = stage.talk('./link')  # whose name alone does not tell
+        stage.go()
+        os.kill(elf.process.pid, signal.SIGCONT)
+        wait_for_rows(elf, sport=program.port)
+        stage.finish(program)
+        assert elf.stop() == 0
+    assert elf.counters['events_lost'] > 0
 
 
 def test_socket_in_the_making(net, stage, tmp_path):

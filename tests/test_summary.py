@@ -255,6 +255,17 @@ def test_retransmissions_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert summary._destinations[DEST].retransmitted == 30
 
 
+def test_retransmissions_of_connections_by_the_same_ports() -> None:
+    """One after the other, each sends two segments again; rows that come late, or unanswered, add nothing."""
+    summary = elfprobe.Summary()
+    for sent in range(0, 1000, 10):
+        answered = dict(cwnd=10, recvtime=sent + 9, responder=A)
+        for number, retrans in enumerate((0, 1, 2, 2)):
+            summary.note(DEST, 3, 1, 2, TCP, sent + number, retrans=retrans, **answered)
+        summary.note(DEST, 3, 1, 2, TCP, sent + 1, cwnd=10, retrans=1)
+    assert summary._destinations[DEST].retransmitted == 2 * 100
+
+
 def test_names_are_asked_for_in_the_background(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing waits for a resolver that does not answer; what it says may be printed."""
     answer = threading.Event()
