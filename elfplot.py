@@ -61,6 +61,8 @@ REQUIRED = {
 OPTIONAL = {  # older versions wrote none
     "app": "category", "srtt": "float64", "cwnd": "float64", "retrans": "float64",
 }  # fmt: skip
+LEAST = {"latency": -1}  # of others it is 0
+LIMITS = {"int64": 1 << 62, "float64": 1 << 32}  # of times, so that a sum of two fits; of what has 32 bits
 # What Summary.note() takes of a row, but for addresses and the time of the reply.
 NOTED = "outttl", "sport", "dport", "protocol", "sendtime", "srtt", "cwnd", "retrans"
 CLOCK_LINE = re.compile(r"CLOCK_MONOTONIC 0 is (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?)Z")
@@ -147,7 +149,7 @@ def read_rows(path: str) -> pd.DataFrame:
             rows = pd.read_csv(text, nrows=whole - 1, usecols=lambda name: name in types, dtype=types,
                                keep_default_na=False, na_values=[""])  # fmt: skip
     except OSError as err:
-        raise Failure(f"cannot read '{path}': {err.strerror}") from err
+        raise Failure(f"cannot read '{path}': {err.strerror or err}") from err
     except (ValueError, OverflowError) as err:
         reason = str(err).strip().splitlines()[0]
         raise Failure(f"'{path}' is not as elfprobe.py writes it: {reason}") from err
@@ -157,6 +159,15 @@ def read_rows(path: str) -> pd.DataFrame:
     for name in OPTIONAL:
         if name not in rows:
             rows[name] = pd.Series(np.nan, rows.index).astype(OPTIONAL[name])
+    for name in rows:
+        values = rows[name]
+        if types[name] == "category":
+            are_bad = values.isna() if name == "dest" else None
+        else:
+            are_bad = (values < LEAST.get(name, 0)) | (values >= LIMITS[types[name]])  # which NaN is not
+        if are_bad is not None and are_bad.any():
+            bad, line = values[are_bad].iloc[0], are_bad.idxmax() + 2
+            raise Failure(f"'{path}' is not as elfprobe.py writes it: {name} is {bad} in line {line}")
     rows["line"] = rows.index
     return rows.sort_values("sendtime", kind="mergesort").reset_index(drop=True)
 
@@ -807,6 +818,9 @@ def say(lines: list[str]) -> None:
         print(*lines, sep="\n", flush=True)
     except BrokenPipeError:  # head has seen enough: that is no reason not to draw
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as err:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at exit
+        raise Failure(f"cannot write the table: {err.strerror}") from err
 
 
 def run(args: argparse.Namespace) -> None:
@@ -835,6 +849,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Exit status: 0, 2 for wrong usage, 1 for all else that went wrong."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be more than it can encode
     try:
         args = parse_arguments(argv)
         if MISSING:

@@ -111,6 +111,11 @@ BAD_FILES = {  # content: what the message must name
     GOOD.replace('1000000', '', 1): ['not as elfprobe.py writes it'],
     GOOD.replace(str(START), '9' * 30): ['not as elfprobe.py writes it'],
     GOOD + 'x,' * 40 + '\n': ['not as elfprobe.py writes it'],
+    text_of([row(0, 1, 1), row(0, 1, 1, dest='')]): ['not as elfprobe.py writes it', 'dest is nan in line 3'],
+    text_of([row(0, 1, 1, sendtime=2**63 - 1)]): ['not as elfprobe.py writes it', 'sendtime is', 'line 2'],
+    text_of([row(0, 1, 1, latency=-2)]): ['not as elfprobe.py writes it', 'latency is -2 in line 2'],
+    **{text_of([row(0, 1, 1, srtt=value, cwnd=1)]): ['not as elfprobe.py writes it', 'srtt is', 'line 2']
+       for value in ('1e30', 'inf', '-1')},
     '\0\1\2\n' * 9: ['run 5.csv'],
 }
 
@@ -133,6 +138,28 @@ def test_files_that_cannot_be_read_or_written(csv: Path, capsys: pytest.CaptureF
     assert str(csv) in missing and 'No such file' in missing
     assert str(csv.parent) in directory and 'Is a directory' in directory
     assert '-o/--filebase' in unwritable and 'no/x.png' in unwritable and 'No such file' in unwritable
+
+
+@pytest.mark.parametrize('redirection, said', [
+    ('< /dev/null > /dev/full', 'cannot write the table: No space left on device'),
+    ('< <(cat "$1") > /dev/null', "cannot read '/dev/stdin': .* stream is not seekable"),
+], ids=['full', 'pipe'])
+def test_files_of_another_kind(csv: Path, redirection: str, said: str) -> None:
+    csv.write_text(GOOD)
+    name = '/dev/stdin' if 'cat' in redirection else '$1'
+    ended = subprocess.run(['bash', '-c', f'"$0" "$2" "{name}" {redirection}', sys.executable, csv, SCRIPT],
+                           stderr=subprocess.PIPE, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert re.fullmatch(f'elfplot.py: {said}\\.?\n', ended.stderr)
+
+
+def test_name_that_the_terminal_cannot_show(csv: Path) -> None:
+    path = csv.with_name('é.csv')
+    path.write_text(GOOD)
+    ended = subprocess.run([sys.executable, SCRIPT, path], capture_output=True, text=True, timeout=60,
+                           env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
+    assert (ended.returncode, ended.stderr) == (0, '')
+    assert '\\xe9.png' in ended.stdout
 
 
 def test_without_bcc(csv: Path) -> None:
