@@ -8,7 +8,7 @@
  *
  *	static inline void elf_v4_afterrecv(struct xdp_md *ctx)
  *	{
- *		u8 *ttl = (void *)(long)ctx->data + 22; // Ethernet, then the eighth byte of IPv4
+ *		u8 *ttl = (void *)(long)ctx->data + 22; // Ethernet, then the ninth byte of IPv4
  *
  *		if ((void *)(ttl + 1) <= (void *)(long)ctx->data_end)
  *			seen.increment(*ttl);

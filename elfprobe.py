@@ -291,11 +291,11 @@ def power_of_two(least: float) -> int:
 EPILOG = """\
 examples:
   elfprobe.py -i eno2 -a speedtest           the flows of every speedtest, started now or later
-  elfprobe.py -i eno2 -P 4127 -r g -p 100    of one process and its children, 10 probes a second
+  elfprobe.py -i eno2 -P 4127 -r g -p 100    of one process and its children, 10 probes/s to a destination
   elfprobe.py -i eno2 example.net 192.0.2.7  whatever goes to these destinations
   elfprobe.py -i eno2 -I pass -T -l @hosts   destinations from a file, payload kept, elf.log too
   elfprobe.py -i eno2 -q -f /var/tmp/night --duration 28800 -a backup &
-                                             all night, in the background
+                                             all night, in the background (with nohup: after the logout, too)
   elfprobe.py -i wg0 10.8.0.1                inside a tunnel device, whose packets begin with IP
   elfplot.py --html elf.csv                  the summary again, and pictures
 
@@ -324,12 +324,12 @@ class Parser(argparse.ArgumentParser):
         raise Failure(message, 2)
 
 
-def whole_number(least: int, most: int, unit: str) -> Callable[[str], int]:
+def whole_number(least: int, most: int, what: str) -> Callable[[str], int]:
     """An argparse type: a decimal number between two bounds, which the message names."""
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of {unit}, {least} to {most}")
+            raise argparse.ArgumentTypeError(f"'{text}' is not {what}, {least} to {most}")
         return int(text)
 
     return parse
@@ -393,14 +393,14 @@ def argument_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("addresses", nargs="*", type=not_empty, metavar="address",
         help="destination of interest: a name (all its addresses), an IPv4 or IPv6 address, "
-        "or @FILE with one of them per line")  # fmt: skip
+        "or @FILE with one of them per line (# begins a comment)")  # fmt: skip
     add("-i", "--interface", required=True, type=not_empty, help="the device to attach to")
     add("-a", "--app", action="append", default=[], type=not_empty,
-        help="probe the flows of processes of this name: the process's, its executable's, "
-        "or its script's; may be given again")  # fmt: skip
-    add("-P", "--pid", action="append", default=[], type=whole_number(1, 2**22, "the process IDs"),
+        help="probe the flows of processes of this name, and of their children: the process's name, its "
+        "executable's, or its script's; may be given again")  # fmt: skip
+    add("-P", "--pid", action="append", default=[], type=whole_number(1, 2**22, "a process ID"),
         help="probe the flows of this process and its children; may be given again")  # fmt: skip
-    add("-p", "--probeint", default=10, type=whole_number(0, 1000, "milliseconds"),
+    add("-p", "--probeint", default=10, type=whole_number(0, 1000, "a whole number of milliseconds"),
         help="least interval between two probes, ms, 0 to 1000; 0: a probe for every packet "
         "that may carry one (default: 10)")  # fmt: skip
     add("-r", "--ratetype", default="perhop", type=rate_type, metavar="{g,global,h,perhop}",
@@ -412,18 +412,20 @@ def argument_parser() -> argparse.ArgumentParser:
         help="what to do with the time exceeded that answers a probe, once it is recorded "
         "(default: drop); every other packet passes")  # fmt: skip
     add("-e", "--encapsulation", choices=("ethernet", "ipinip", "ip6inip"), default="ethernet",
-        help="what the flows are wrapped in: nothing but the device's own header, or IPv4: IPv4 in IPv4, "
-        "IPv6 in IPv4 (default: ethernet)")  # fmt: skip
+        help="what the flows are wrapped in: ethernet, nothing but the device's own header; ipinip, IPv4 in "
+        "IPv4; ip6inip, IPv6 in IPv4 (default: ethernet)")  # fmt: skip
     add("-f", "--filebase", default="elf", type=not_empty,
         help="base name of FILEBASE.csv and FILEBASE.log (default: elf)")  # fmt: skip
     add("-l", "--logfile", action="store_true", help="also log to FILEBASE.log")
     add("-q", "--quiet", action="store_true", help="no log on the console (implies -l)")
-    add("-d", "--debug", action="store_true", help="more log: the BPF counters, what the programs take")
+    add("-d", "--debug", action="store_true",
+        help="more log: the BPF counters, the CPU time that the programs take")  # fmt: skip
     add("-H", "--hooks", default=HOOKS_FILE, metavar="FILE",
         help="hooks file to compile in (default: elfhooks.c beside elfprobe.py)")  # fmt: skip
     add("--duration", type=positive_seconds, metavar="SECONDS",
         help="stop after so long (default: on a signal)")  # fmt: skip
-    add("--max-rate", default=50000, type=whole_number(1, 10**6, "probes per second"), metavar="N",
+    probes = "a whole number of probes a second"
+    add("--max-rate", default=50000, metavar="N", type=whole_number(1, 10**6, probes),
         help="most probes per second over all destinations together (default: 50000)")  # fmt: skip
     add("--no-live", action="store_true",
         help="no table on the terminal while it runs, only log lines")  # fmt: skip
@@ -2212,7 +2214,7 @@ class Destination:
                 else:
                     but = self._tcp_says(hop) or ", unless all of them limit their answers"
                     where = f"packets are lost at hop {number} or on the way to it"
-                    yield f"{where}: {missing}, and no fewer to the hops behind it{but}"
+                    yield f"{where}: {missing}, and not clearly fewer to those behind it{but}"
         for number, hop in answering:
             if hop.changes * 4 > hop.latency.count:
                 yield f"hop {number} is {len(hop.responders)} routers in turn, within the same flow"
@@ -2569,7 +2571,7 @@ class ElfProbe:
                 log.info("probing on %s, XDP %s, answers %s; rows go to %s", self._device.name, mode,
                          "dropped" if config.ingress == "drop" else "passed", csv.path)  # fmt: skip
                 if config.debug and not attached.enter_context(run_time_stats()):
-                    log.info("what the programs take is not known: that needs Linux 5.8 and a newer BCC")
+                    log.info("what the programs take is not known: that needs Linux 5.8, new BCC, sys_admin")
                 stack.callback(self._summarise, results, csv, stop)  # when all is detached
                 self._begun_at = time.monotonic()
                 try:
@@ -2598,7 +2600,8 @@ class ElfProbe:
             return
         try:
             if refused:
-                raise Unsupported(f"programs that note who owns a socket (Linux 5.9 and BCC 0.16): {refused}")
+                what = "programs that note who owns a socket (Linux 5.10 and BCC 0.16)"
+                raise Unsupported(f"{what}: {refused}")
             owners = SocketOwners(self._bpf, self._config.apps, self._config.pids)
             stack.enter_context(owners.followed())
         except Unsupported as err:

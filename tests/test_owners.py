@@ -887,7 +887,7 @@ def test_namespaces(net, stage, tmp_path, own_cgroup, enter, unshare, polling):
 @pytest.mark.parametrize('name, error, missing', [
     ('SocketOwners._attach_to_cgroup', 'Unsupported', 'a test broke it'),
     ('open_cgroup_root', 'OSError', 'cgroup version 2'),
-    ('load_program', 'Failure', '(Linux 5.9 and BCC 0.16): a test broke it'),
+    ('load_program', 'Failure', '(Linux 5.10 and BCC 0.16): a test broke it'),
 ])
 def test_fallback(net, stage, tmp_path, name, error, missing):
     """Without the kernel's help, connections are looked for."""
