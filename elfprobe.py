@@ -90,6 +90,7 @@ BATCH = 4096  # entries of a hash that are read at once
 STRAY_REPLIES = 0.5  # s to wait for replies after the last probe
 LOOK_EVERY = 5.0  # s between two looks whether our TC filter is still there
 SCAN_EVERY = 1.0  # s between two looks at the processes
+LOCK_TRIES, LOCK_EVERY = 500, 0.01  # s, of the folder of the CSV
 MAKE_UP_SHARE = 0.05  # of a processor, at most, to look for processes whose events were missed
 FORKS_SAMPLED, FORKS_SAMPLED_MAX = 3, 30  # to find out where a task has its PID; so many may be missed
 LINGER = 30.0  # s that a destination stays of interest after its last connection ended
@@ -1612,15 +1613,18 @@ def quietly_gone(function: Callable[..., None], ipr: Any, device: Device, *args:
 
 @contextlib.contextmanager
 def no_other_in_folder_of(path: str) -> Iterator[None]:
-    """No other run chooses names, renames or removes files there meanwhile, where the file system has
-    locks. Raises OSError where there is no such folder."""
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    """No other run chooses names, renames or removes files there meanwhile, where the folder can be
+    locked and none keeps it for seconds, as one that is stopped just then."""
+    with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            fcntl.flock(folder, fcntl.LOCK_EX)
+            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, folder)
+            for _ in range(LOCK_TRIES):
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(LOCK_EVERY)
         yield
-    finally:
-        os.close(folder)
 
 
 def next_free_name(path: str) -> str:
