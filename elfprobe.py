@@ -425,7 +425,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="hooks file to compile in (default: elfhooks.c beside elfprobe.py)")  # fmt: skip
     add("--duration", type=positive_seconds, metavar="SECONDS",
         help="stop after so long (default: on a signal)")  # fmt: skip
-    probes = "a whole number of probes a second"
+    probes = "a whole number of probes per second"
     add("--max-rate", default=50000, metavar="N", type=whole_number(1, 10**6, probes),
         help="most probes per second over all destinations together (default: 50000)")  # fmt: skip
     add("--no-live", action="store_true",

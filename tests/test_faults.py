@@ -292,7 +292,7 @@ USAGE = {
     'ingress': (['-i', 'eth0', '-I', 'reject', ANYWHERE], ['-I/--ingress', "'reject'", 'pass', 'drop']),
     'encapsulation': (['-i', 'eth0', '-e', 'ring', ANYWHERE], ['-e/--encapsulation', "'ring'", 'ethernet']),
     'process 0': (['-i', 'eth0', '-P', '0'], ['-P/--pid', "'0'", '1 to']),
-    'process name': (['-i', 'eth0', '-P', 'init'], ['-P/--pid', "'init'", 'number']),
+    'process name': (['-i', 'eth0', '-P', 'init'], ['-P/--pid', "'init'", 'process ID']),
     **{f'duration {text}': (['-i', 'eth0', '--duration', text, ANYWHERE],
                             ['--duration', f"'{text}'", 'seconds', 'above 0'])
        for text in ('0', '-1', 'nan', 'inf', 'soon')},
