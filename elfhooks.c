@@ -19,7 +19,8 @@
  *
  * beforesend: the probe is complete and about to be recorded and sent. ctx is the probe, never the
  * application's packet. 0: go on; negative: drop this probe, and only the probe. What a reply is
- * known by must stay: addresses, ports, the first 8 bytes behind the IP header.
+ * known by must stay: addresses, ports, the first 8 bytes behind the IP header. A departure time (tstamp)
+ * is lost where the probe is shorter than the packet that it is made of.
  *
  * afterrecv: a time exceeded answers a probe, is still whole, and its result is about to be recorded.
  */

@@ -196,6 +196,7 @@
 
 #define TC_ACT_UNSPEC (-1)
 #define TC_ACT_SHOT 2
+#define TC_ACT_STOLEN 4
 #define EEXIST 17
 #define NET_XMIT_CN 2
 #define SOCK_STREAM 1
@@ -2011,7 +2012,7 @@ int elf_probe(struct __sk_buff *skb)
 	expect(claim, PROBE);
 	claim->result = bpf_clone_redirect(skb, skb->ifindex, 0);
 	expect(claim, 0);
-	return TC_ACT_SHOT;
+	return TC_ACT_STOLEN; /* clsact would count it as dropped otherwise */
 }
 
 /* May a copy of this packet, with a low TTL, harm nobody? At the cursor: what follows the IP header. */

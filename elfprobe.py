@@ -90,6 +90,7 @@ BATCH = 4096  # entries of a hash that are read at once
 STRAY_REPLIES = 0.5  # s to wait for replies after the last probe
 LOOK_EVERY = 5.0  # s between two looks whether our TC filter is still there
 SCAN_EVERY = 1.0  # s between two looks at the processes
+REMOVED_MAX = 1 << 16  # destinations no longer of interest that are remembered
 LOCK_TRIES, LOCK_EVERY = 500, 0.01  # s, of the folder of the CSV
 MAKE_UP_SHARE = 0.05  # of a processor, at most, to look for processes whose events were missed
 FORKS_SAMPLED, FORKS_SAMPLED_MAX = 3, 30  # to find out where a task has its PID; so many may be missed
@@ -97,6 +98,7 @@ LINGER = 30.0  # s that a destination stays of interest after its last connectio
 CHANGES_MAX = 1000  # of what the network changes on the way that are kept in mind
 HOPS_MAX = 8192  # of all destinations together that the summary has
 FLOWS_MAX = 32768  # whose responders are remembered
+ANOTHER_AFTER = 10**9  # ns in which a flow was not probed: less retransmitted then is another connection's
 TABLES_MAX = 50  # destinations in the summary at the end
 CHANGES_TOLD = 10  # changes of a hop's responder that are logged, the rest is counted
 DRAW_EVERY = 1.0  # s between two tables on a terminal
@@ -657,7 +659,7 @@ class Destinations:
         """Makes an address one of interest, with nothing known of the way there or this struct path.
         False where there is no room; the first time that is logged."""
         if path is None:
-            seq, left_alone = self._removed.pop(packed, (0, 0))
+            seq, left_alone = self._removed.get(packed, (0, 0))
             path = self._paths.Leaf(seq=seq, left_alone=left_alone)
         try:
             self._paths[self._paths.Key.from_buffer_copy(packed)] = path
@@ -666,6 +668,7 @@ class Destinations:
                 log.warning("no room for more destinations (%s): %s is left out", err, address_text(packed))
             self._full = True
             return False
+        self._removed.pop(packed, None)
         number, place = divmod(mark_of(packed), self._marks_per_line)
         line = self._lines.get(number) or self._lines.setdefault(number, self._marks.Leaf())
         if not line.marks[place]:
@@ -678,6 +681,8 @@ class Destinations:
         with contextlib.suppress(KeyError):
             path = self._paths[key]
             self._removed[packed] = path.seq, path.left_alone
+            if len(self._removed) > REMOVED_MAX:
+                del self._removed[next(iter(self._removed))]
             del self._paths[key]
         self._full = False
 
@@ -1686,9 +1691,10 @@ class OutputFile:
 
     def close(self, used: bool) -> None:
         if not used:
-            with contextlib.suppress(OSError), no_other_in_folder_of(self.path):
-                if os.path.samestat(os.lstat(self.path), os.fstat(self.fd)):  # not another run's by now
-                    os.unlink(self.path)
+            with no_other_in_folder_of(self.path):
+                with contextlib.suppress(OSError):
+                    if os.path.samestat(os.lstat(self.path), os.fstat(self.fd)):  # not another run's by now
+                        os.unlink(self.path)
                 self._rename_back()
         os.close(self.fd)
 
@@ -2273,7 +2279,7 @@ class Flow:
 
     def __init__(self) -> None:
         self.retrans = 0
-        self.seen = -1  # when the probe was sent that told it
+        self.seen = 0  # when the last probe was sent that told it
         self.responders: dict[int, Any] = {}
         self.since: dict[int, int] = {}  # hop -> when the first probe left that its responder answered
 
@@ -2341,11 +2347,12 @@ class Summary:
         if flow is None:
             flow = self._new_flow((dest, sport, dport, protocol), retrans)
         if cwnd:
-            if sendtime > flow.seen:
-                is_another = retrans < flow.retrans  # connection, by the same ports
-                destination.retransmitted += retrans if is_another else retrans - flow.retrans
+            if retrans < flow.retrans and sendtime > flow.seen + ANOTHER_AFTER:
+                flow.retrans = 0  # another connection by the same ports
+            if retrans > flow.retrans:
+                destination.retransmitted += retrans - flow.retrans
                 flow.retrans = retrans
-                flow.seen = sendtime
+            flow.seen = max(flow.seen, sendtime)
             if srtt:
                 destination.srtt.add(srtt * 1000)
         if not responder:

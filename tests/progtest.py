@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import elfprobe
 
 LOOPBACK = elfprobe.Device('lo', 1)
-TC_ACT_UNSPEC, TC_ACT_SHOT = -1, 2
+TC_ACT_UNSPEC, TC_ACT_SHOT, TC_ACT_STOLEN = -1, 2, 4
 XDP_DROP, XDP_PASS = 1, 2
 CLONE_NEWNET = 0x40000000
 ETH_P_ALL = 3

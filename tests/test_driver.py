@@ -716,6 +716,14 @@ def test_an_unused_file_that_another_run_has_renamed(csv: Callable[[], OutputFil
     assert contents(tmp_path)['elf.csv'] == 'rows\n'
 
 
+def test_an_unused_file_that_somebody_has_removed(csv: Callable[[], OutputFile], tmp_path: Path) -> None:
+    (tmp_path / 'elf.csv').write_text('old')
+    file = csv()
+    (tmp_path / 'elf.csv').unlink()
+    file.close(used=False)
+    assert contents(tmp_path) == {'elf.csv': 'old'}
+
+
 def test_a_link_is_renamed_not_followed(csv: Callable[[], OutputFile], tmp_path: Path) -> None:
     (tmp_path / 'elf.csv').symlink_to(tmp_path / 'nowhere')
     csv().close(used=True)

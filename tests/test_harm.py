@@ -357,12 +357,12 @@ def test_shaper_reckons_with_probes_as_they_are(lab4: Lab, tmp_path: Path, shape
         sender, receiver = stack.enter_context(tcp_pair(lab4, 6))
         transfer(sender, receiver, 8 * MIB)
         sent = bytes_sent() - before
-        [reckoned] = [qdisc['bytes'] for qdisc in told('tc', '-s', '-j', 'qdisc', 'show', 'dev', 'eth0')
-                      if qdisc['kind'] == shaper]
+        qdiscs = {qdisc['kind']: qdisc for qdisc in told('tc', '-s', '-j', 'qdisc', 'show', 'dev', 'eth0')}
         assert measuring.stop() == 0
     assert len(measuring.rows()) > 50
     assert measuring.counters['send_failed'] == 0
-    assert sent <= reckoned < 1.1 * sent  # which counts the headers of each segment
+    assert sent <= qdiscs[shaper]['bytes'] < 1.1 * sent  # it counts the headers of each segment
+    assert qdiscs['clsact']['drops'] == 0
 
 
 @pytest.mark.parametrize('version', VERSIONS)

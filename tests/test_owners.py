@@ -936,7 +936,8 @@ def test_events_without_room_are_made_up_for(net, stage, tmp_path):
     via = *net.client.command(), *SMALL_RING_COMMAND
     with elfprobe(net, '-a', 'speedtest', '-d', cwd=tmp_path, via=via) as elf:
         os.kill(elf.process.pid, signal.SIGSTOP)
-        run('bash', '-c', 'for ((i = 0; i < 300; i++)); do /bin/true; done')
+        forks = 300 * os.sysconf('SC_PAGESIZE') // 4096
+        run('bash', '-c', f'for ((i = 0; i < {forks}; i++)); do /bin/true; done')
         program = stage.talk('./link')  # whose name alone does not tell
         stage.go()
         os.kill(elf.process.pid, signal.SIGCONT)

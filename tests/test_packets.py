@@ -52,6 +52,7 @@ from scapy.packet import Packet, Raw
 from lab import run, wait_until
 from progtest import (
     TC_ACT_SHOT,
+    TC_ACT_STOLEN,
     TC_ACT_UNSPEC,
     XDP_DROP,
     XDP_PASS,
@@ -386,7 +387,7 @@ def test_notrunc_keeps_the_first_segment_of_a_packet_yet_to_be_segmented(
     programs.set_claim(seq=SEQ, ttl=TTL)
     sent = unfinished(frame(ip(version), *layers, data(1000)))
     verdict, out = programs.run('elf_probe', sent, SkBuff(gso_size=99, gso_segs=11))
-    assert verdict == TC_ACT_SHOT  # the clone: the probe, which is shorter, is sent anew
+    assert verdict == TC_ACT_STOLEN  # the clone: the probe, which is shorter, is sent anew
     assert_same(out, unfinished(frame(ip(version, ttl=TTL), *layers, data(99))))
 
 

@@ -256,14 +256,20 @@ def test_retransmissions_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_retransmissions_of_connections_by_the_same_ports() -> None:
-    """One after the other, each sends two segments again; rows that come late, or unanswered, add nothing."""
+    """One after the other, each sends two segments again; rows that come late, or unanswered, add nothing.
+    Nor do two at once, from different addresses, make more than one has sent."""
     summary = elfprobe.Summary()
-    for sent in range(0, 1000, 10):
+    for second in range(2, 202, 2):
+        sent = second * 10**9
         answered = dict(cwnd=10, recvtime=sent + 9, responder=A)
         for number, retrans in enumerate((0, 1, 2, 2)):
             summary.note(DEST, 3, 1, 2, TCP, sent + number, retrans=retrans, **answered)
         summary.note(DEST, 3, 1, 2, TCP, sent + 1, cwnd=10, retrans=1)
-    assert summary._destinations[DEST].retransmitted == 2 * 100
+    for number in range(1000):
+        sent = number * 10**6
+        summary.note(DEST, 3, 3, 2, TCP, sent, cwnd=10, retrans=5 + 4 * (number % 2), recvtime=sent,
+                     responder=A)
+    assert summary._destinations[DEST].retransmitted == 2 * 100 + 9
 
 
 def test_names_are_asked_for_in_the_background(monkeypatch: pytest.MonkeyPatch) -> None:
