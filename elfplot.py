@@ -159,13 +159,12 @@ def read_rows(path: str) -> pd.DataFrame:
     for name in OPTIONAL:
         if name not in rows:
             rows[name] = pd.Series(np.nan, rows.index).astype(OPTIONAL[name])
-    for name in rows:
-        values = rows[name]
-        if types[name] == "category":
-            are_bad = values.isna() if name == "dest" else None
-        else:
+    for name, values in rows.items():
+        if types[name] in LIMITS:
             are_bad = (values < LEAST.get(name, 0)) | (values >= LIMITS[types[name]])  # which NaN is not
-        if are_bad is not None and are_bad.any():
+        else:
+            are_bad = values.isna() & (name == "dest")
+        if are_bad.any():
             bad, line = values[are_bad].iloc[0], are_bad.idxmax() + 2
             raise Failure(f"'{path}' is not as elfprobe.py writes it: {name} is {bad} in line {line}")
     rows["line"] = rows.index
@@ -816,10 +815,10 @@ def write(path: str, content: bytes) -> None:
 def say(lines: list[str]) -> None:
     try:
         print(*lines, sep="\n", flush=True)
-    except BrokenPipeError:  # head has seen enough: that is no reason not to draw
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as err:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at exit
+        if isinstance(err, BrokenPipeError):  # head has seen enough: that is no reason not to draw
+            return
         raise Failure(f"cannot write the table: {err.strerror}") from err
 
 

@@ -457,8 +457,7 @@ enum { CLONE = 1, PROBE = 2 };
 struct claim {
 	__u32 expected; /* one of these; 0: just a packet */
 	__u32 recorded; /* it is in flight, under key */
-	__u32 resent;   /* in place of the clone; with this result: */
-	__s32 result;
+	__s32 result;   /* of sending the probe anew in place of the clone, which then itself has none but 0 */
 	__u32 seq;
 	__u32 ttl;
 	__u64 time;     /* of the claim */
@@ -613,8 +612,8 @@ static inline struct extended_result *own_extended(struct extended_result *exten
 #endif
 }
 
-/* The claim whose clone comes next on this CPU, or from this task; 0: no clone does. */
-static inline struct claim *claim_of_clone(struct claim *claim)
+/* The claim whose clone or probe comes next on this CPU, or from this task; 0: none does. */
+static inline struct claim *claim_of_next(struct claim *claim)
 {
 #if PREEMPTIBLE
 	int zero = 0;
@@ -2008,7 +2007,6 @@ int elf_probe(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	/* Queues go by the length that the kernel noted as it took the clone in, the whole packet's: a shaper would
 	 * have the probe pay for that. It notes the length anew of what is sent anew. */
-	claim->resent = 1;
 	expect(claim, PROBE);
 	claim->result = bpf_clone_redirect(skb, skb->ifindex, 0);
 	expect(claim, 0);
@@ -2035,15 +2033,18 @@ static inline int may_carry(struct hdr_cursor *nh, const struct packet *pkt)
 	return pkt->protocol == IPPROTO_UDP;
 }
 
+/* Of the packet's flow, if its TCP header is given, otherwise of its destination. */
 static inline void tell_of_flow(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp,
 				__u32 kind)
 {
 	struct flow_event event = { .kind = kind };
 
 	event.flow.dest = pkt->daddr;
-	event.flow.sport = tcp->source;
-	event.flow.dport = tcp->dest;
-	event.flow.protocol = IPPROTO_TCP;
+	if (tcp) {
+		event.flow.sport = tcp->source;
+		event.flow.dport = tcp->dest;
+		event.flow.protocol = IPPROTO_TCP;
+	}
 	if (submit_flow_event(skb, &event))
 		COUNT(events_lost);
 }
@@ -2098,36 +2099,27 @@ static inline int flow_is_well(struct __sk_buff *skb, struct hdr_cursor *nh, con
 	return 0;
 }
 
-/* A filter before us took the clone, or let it out as it was: for those of the next packets it would do the same. */
-static inline void leave_alone(struct __sk_buff *skb, struct path *path, const struct address *dest)
-{
-	struct flow_event event = { .kind = CLONE_TAKEN };
-
-	event.flow.dest = *dest;
-	path->left_alone = 1;
-	if (submit_flow_event(skb, &event))
-		COUNT(events_lost);
-}
-
 /* Sends the probe that was claimed as a copy of the packet. 1 if it left. */
-static inline int send_probe(struct __sk_buff *skb, struct path *path, const struct address *dest,
-			     struct claim *claim)
+static inline int send_probe(struct __sk_buff *skb, const struct packet *pkt, struct path *path, struct claim *claim)
 {
 	int ret;
 
-	claim->recorded = claim->resent = 0;
+	claim->recorded = 0;
+	claim->result = 0;
 	expect(claim, CLONE);
 	ret = bpf_clone_redirect(skb, skb->ifindex, 0);
 	if (claim->expected) {
 		expect(claim, 0);
 		COUNT(clone_lost);
-		if (!ret)
-			leave_alone(skb, path, dest);
+		if (!ret) { /* a filter before us took it, or let it out as it was: it would do so with the next */
+			path->left_alone = 1;
+			tell_of_flow(skb, pkt, 0, CLONE_TAKEN);
+		}
 		return 0;
 	}
 	if (!claim->recorded)
 		return 0;
-	if (claim->resent)
+	if (!ret)
 		ret = claim->result;
 	if (ret && ret != NET_XMIT_CN && in_flight.delete(&claim->key) == 0) {
 		COUNT(send_failed);
@@ -2153,7 +2145,7 @@ int elf_egress(struct __sk_buff *skb)
 	claim = claims.lookup(&zero);
 	if (!claim)
 		return TC_ACT_UNSPEC;
-	cloned = claim_of_clone(claim);
+	cloned = claim_of_next(claim);
 	if (cloned) {
 		expected = cloned->expected;
 		expect(cloned, 0);
@@ -2208,7 +2200,7 @@ int elf_egress(struct __sk_buff *skb)
 		claim->pid = owner->pid;
 		claim->app = owner->app;
 	}
-	settle_claim(path, claim, send_probe(skb, path, &pkt.daddr, claim));
+	settle_claim(path, claim, send_probe(skb, &pkt, path, claim));
 	return TC_ACT_UNSPEC;
 }
 

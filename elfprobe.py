@@ -88,10 +88,10 @@ BEAT_EVERY = 0.5  # s
 DRAIN_EVERY = 0.25  # s between two looks at the result ring, at most
 BATCH = 4096  # entries of a hash that are read at once
 STRAY_REPLIES = 0.5  # s to wait for replies after the last probe
-LOOK_EVERY = 5.0  # s between two looks whether our TC filter is still there
+LOOK_EVERY = 5.0  # s between two looks whether our TC filter and XDP program are still there
 SCAN_EVERY = 1.0  # s between two looks at the processes
 REMOVED_MAX = 1 << 16  # destinations no longer of interest that are remembered
-LOCK_TRIES, LOCK_EVERY = 500, 0.01  # s, of the folder of the CSV
+LOCK_TRIES, LOCK_EVERY = 500, 0.01  # to lock the folder of the CSV; s between two
 MAKE_UP_SHARE = 0.05  # of a processor, at most, to look for processes whose events were missed
 FORKS_SAMPLED, FORKS_SAMPLED_MAX = 3, 30  # to find out where a task has its PID; so many may be missed
 LINGER = 30.0  # s that a destination stays of interest after its last connection ended
@@ -1650,18 +1650,15 @@ class OutputFile:
         self.renamed = ""
         self.lines_lost = 0  # that could not be written
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-        try:
-            with no_other_in_folder_of(path):
-                try:
-                    if os.path.lexists(path):
-                        self.renamed = next_free_name(path)
-                        os.rename(path, self.renamed)
-                    self.fd = os.open(path, flags, 0o644)
-                except OSError:
-                    self._rename_back()
-                    raise
-        except OSError as err:
-            raise Failure(f"argument -f/--filebase: cannot write '{path}': {err.strerror}") from err
+        with no_other_in_folder_of(path):
+            try:
+                if os.path.lexists(path):
+                    self.renamed = next_free_name(path)
+                    os.rename(path, self.renamed)
+                self.fd = os.open(path, flags, 0o644)
+            except OSError as err:
+                self._rename_back()
+                raise Failure(f"argument -f/--filebase: cannot write '{path}': {err.strerror}") from err
         if "SUDO_UID" in os.environ and os.geteuid() == 0:
             with contextlib.suppress(OSError, ValueError):
                 os.fchown(self.fd, int(os.environ["SUDO_UID"]), int(os.environ.get("SUDO_GID", "-1")))

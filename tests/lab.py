@@ -375,6 +375,11 @@ def batch(namespace: str, commands: Iterable[str]) -> None:
     run('ip', *(['-n', namespace] if namespace else []), '-batch', '-', input='\n'.join(commands) + '\n')
 
 
+def tc(host: Host, *commands: str) -> None:
+    """Run many tc commands at once, given without the `tc`."""
+    run('tc', '-n', host.name, '-batch', '-', input='\n'.join(commands) + '\n')
+
+
 def namespaces() -> list[str]:
     """Names of the namespaces of all labs."""
     return [name for name in (os.listdir(NETNS) if NETNS.exists() else []) if NAME.fullmatch(name)]

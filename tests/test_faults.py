@@ -21,7 +21,7 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import pytest
 
-from lab import Capture, Host, Lab, batch, end, run, wait_for_line, wait_until
+from lab import Capture, Host, Lab, batch, end, run, tc, wait_for_line, wait_until
 from runs import (
     ELFPROBE,
     OLD_COMMAND,
@@ -543,10 +543,6 @@ def someones(host: Host, where: str) -> None:
 def u32(direction: str, match: str, *then: str) -> str:
     """A command of tc's that adds somebody else's filter."""
     return f'filter add dev eth0 {direction} prio 20 protocol ip u32 match ip {match} {" ".join(then)}'
-
-
-def tc(host: Host, *commands: str) -> None:
-    run('tc', '-n', host.name, '-batch', '-', input='\n'.join(commands) + '\n')
 
 
 @root

@@ -26,7 +26,7 @@ from typing import Any, Iterator, List, Sequence, Tuple
 
 import pytest
 
-from lab import Host, Lab, end, kernel_counters, nft_table, run, wait_for_line, wait_until
+from lab import Host, Lab, end, kernel_counters, nft_table, tc, wait_for_line, wait_until
 from runs import (
     ECHO_TYPES,
     ELFPROBE,
@@ -350,8 +350,8 @@ def test_shaper_reckons_with_probes_as_they_are(lab4: Lab, tmp_path: Path, shape
         return int(told('ip', '-s', '-j', 'link', 'show', 'eth0')[0]['stats64']['tx']['bytes'])
 
     with ExitStack() as stack:
-        stack.callback(run, 'tc', '-n', lab4.client.name, 'qdisc', 'del', 'dev', 'eth0', 'root', check=False)
-        run('tc', '-n', lab4.client.name, '-batch', '-', input='\n'.join(SHAPERS[shaper]) + '\n')
+        stack.callback(lab4.client.run, 'tc', 'qdisc', 'del', 'dev', 'eth0', 'root', check=False)
+        tc(lab4.client, *SHAPERS[shaper])
         before = bytes_sent()
         measuring = stack.enter_context(elfprobe(lab4, '-p', '0', '-d', lab4.server_address(6), cwd=tmp_path))
         sender, receiver = stack.enter_context(tcp_pair(lab4, 6))
