@@ -11,7 +11,7 @@
  *   process --> cgroup sock_create: elf_sock_create, notes with each socket whose it is; which
  *               processes are of interest, elf_exec, elf_fork, elf_exit and the driver keep current
  *
- *   device --> XDP: elf_ingress -- time exceeded, quotes a probe in flight --> results --> driver
+ *   device --> XDP or TC ingress: elf_ingress -- time exceeded, quotes a probe in flight --> results --> driver
  *                      |-- sent by a destination ------> teaches how long the path is
  *                      '-- passes on, unchanged, whatever it is (but for the answers, with INGRESS_DROP)
  *
@@ -54,6 +54,18 @@
 #endif
 #ifndef INGRESS_DROP
 #error "INGRESS_DROP: 1 drops time exceeded that answers a probe, 0 passes it to the stack"
+#endif
+#ifndef INGRESS_TC
+#error "INGRESS_TC: 1 compiles elf_ingress for TC ingress, 0 for XDP"
+#endif
+#ifndef TCX
+#error "TCX: 1 where TC programs are attached by tcx links (since Linux 6.6), 0 for filters of a clsact qdisc"
+#endif
+#ifndef SKB_HEAD
+#error "SKB_HEAD, SKB_END: offsets of head and end in struct sk_buff; 0 where the kernel does not tell them"
+#endif
+#ifndef ZEROCOPY_FLAGS
+#error "ZEROCOPY_FLAGS, ZEROCOPY_FLAG: offset of the byte in struct skb_shared_info that marks user memory; its bit"
 #endif
 #ifndef DESTINATIONS_MAX
 #error "DESTINATIONS_MAX: most destinations of interest at once"
@@ -197,9 +209,23 @@
 #define TC_ACT_UNSPEC (-1)
 #define TC_ACT_SHOT 2
 #define TC_ACT_STOLEN 4
+/* Ends a packet that is ours to end. clsact counts TC_ACT_SHOT as a drop, but not TC_ACT_STOLEN. tcx knows only
+ * TC_ACT_SHOT: it takes other verdicts for TC_ACT_UNSPEC (tcx_action_code() in include/net/tcx.h). */
+#define TC_ACT_CONSUMED (TCX ? TC_ACT_SHOT : TC_ACT_STOLEN)
 #define EEXIST 17
 #define NET_XMIT_CN 2
 #define SOCK_STREAM 1
+
+/* elf_ingress runs at XDP or at TC ingress. Both contexts have data and data_end, which is all that it and the
+ * hooks need, so that the same text is compiled for either. */
+#if INGRESS_TC
+#define xdp_md __sk_buff
+#define VERDICT_PASS TC_ACT_UNSPEC
+#define VERDICT_DROP TC_ACT_CONSUMED
+#else
+#define VERDICT_PASS XDP_PASS
+#define VERDICT_DROP XDP_DROP
+#endif
 
 struct ethhdr {
 	__u8 h_dest[6], h_source[6];
@@ -434,6 +460,7 @@ struct counters {
 	__u64 carrier_low_ttl; /* due, but the packet is somebody's traceroute */
 	__u64 carrier_unfit;   /* due, but the packet may not carry one: SYN, FIN, RST, fragment, other protocol */
 	__u64 carrier_resent;  /* due, but the packet is a retransmission or a keep-alive */
+	__u64 carrier_zerocopy; /* due, but the packet holds memory of the application (MSG_ZEROCOPY) */
 	__u64 hop_silent;      /* due, but just then the hop whose turn it was is found silent, and rests */
 	__u64 flow_stalled;    /* due, but nothing of the flow is acknowledged any more */
 	__u64 driver_silent;   /* due, but the driver has not been heard for too long */
@@ -457,7 +484,8 @@ enum { CLONE = 1, PROBE = 2 };
 struct claim {
 	__u32 expected; /* one of these; 0: just a packet */
 	__u32 recorded; /* it is in flight, under key */
-	__s32 result;   /* of sending the probe anew in place of the clone, which then itself has none but 0 */
+	__u32 resent;   /* the probe was sent anew in place of the clone, with this result: */
+	__s32 result;
 	__u32 seq;
 	__u32 ttl;
 	__u64 time;     /* of the claim */
@@ -493,12 +521,13 @@ BPF_HASH(in_flight, struct probe_key, struct probe, IN_FLIGHT_MAX);
 BPF_TABLE("lru_hash", struct udp_unfinished, __u32, unfinished, IN_FLIGHT_MAX);
 BPF_ARRAY(schedules, struct schedule, 1);
 BPF_ARRAY(alive_until, __u64, 1); /* the driver's heartbeat: no probe after this time */
+BPF_ARRAY(link_up_since, __u64, 1); /* when the device got its carrier; in the future while it has none */
 BPF_PERCPU_ARRAY(claims, struct claim, 1);
 BPF_PERCPU_ARRAY(counters, struct counters, 1);
 BPF_PERCPU_ARRAY(ip6ext_walks, struct ip6ext_walk, 1);
 BPF_PERCPU_ARRAY(sum_buffers, struct sum_buffer, 1);
 BPF_PERCPU_ARRAY(extended_results, struct extended_result, 1);
-BPF_PROG_ARRAY(programs, 1); /* 0: elf_probe */
+BPF_PROG_ARRAY(programs, 2); /* 0: elf_probe; with INGRESS_TC 1: elf_ingress */
 
 #if PREEMPTIBLE
 /* The entry of a task that stopped in the midst of its run goes to another where so many others send meanwhile. */
@@ -2010,7 +2039,8 @@ int elf_probe(struct __sk_buff *skb)
 	expect(claim, PROBE);
 	claim->result = bpf_clone_redirect(skb, skb->ifindex, 0);
 	expect(claim, 0);
-	return TC_ACT_STOLEN; /* clsact would count it as dropped otherwise */
+	claim->resent = 1;
+	return TC_ACT_CONSUMED;
 }
 
 /* May a copy of this packet, with a low TTL, harm nobody? At the cursor: what follows the IP header. */
@@ -2033,6 +2063,24 @@ static inline int may_carry(struct hdr_cursor *nh, const struct packet *pkt)
 	return pkt->protocol == IPPROTO_UDP;
 }
 
+/* Does the packet hold memory of the application's (MSG_ZEROCOPY, io_uring)? To trim its clone the kernel copies the
+ * data, and tells the application that it did (skb_zcopy_clear() in __pskb_pull_tail()), once for each probe: many
+ * stop using it then. The context of a TC program is the struct sk_buff itself. Behind its data is its struct
+ * skb_shared_info. */
+static inline int is_zerocopy(struct __sk_buff *skb)
+{
+	__u64 head = 0;
+	__u32 end = 0;
+	__u8 flags = 0;
+
+	if (!SKB_HEAD)
+		return 0;
+	bpf_probe_read_kernel(&head, sizeof(head), (void *)skb + SKB_HEAD);
+	bpf_probe_read_kernel(&end, sizeof(end), (void *)skb + SKB_END);
+	bpf_probe_read_kernel(&flags, sizeof(flags), (void *)(head + end + ZEROCOPY_FLAGS));
+	return flags & ZEROCOPY_FLAG;
+}
+
 /* Of the packet's flow, if its TCP header is given, otherwise of its destination. */
 static inline void tell_of_flow(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp,
 				__u32 kind)
@@ -2047,6 +2095,19 @@ static inline void tell_of_flow(struct __sk_buff *skb, const struct packet *pkt,
 	}
 	if (submit_flow_event(skb, &event))
 		COUNT(events_lost);
+}
+
+/* Has nothing of the flow been acknowledged for STALL, in which the device had its carrier? Some drivers take the link
+ * down for seconds when XDP is attached, and cables are pulled: that is no sign of a firewall. */
+static inline int is_stalled(const struct tcp_progress *progress, __u64 now)
+{
+	__u64 *link_since;
+	int zero = 0;
+
+	if (!progress->since || now - progress->since <= STALL)
+		return 0;
+	link_since = link_up_since.lookup(&zero);
+	return !link_since || (now > *link_since && now - *link_since > STALL);
 }
 
 /* May the TCP flow that the packet, parsed up to the cursor, belongs to be probed now? Not from what
@@ -2081,7 +2142,7 @@ static inline int flow_is_well(struct __sk_buff *skb, struct hdr_cursor *nh, con
 		progress->acked = tp->snd_una;
 		progress->since = tp->packets_out ? now : 0;
 	}
-	if (!progress->since || now - progress->since <= STALL) {
+	if (!is_stalled(progress, now)) {
 		if ((__s32)(bpf_ntohl(tcp->seq) - tp->snd_nxt) >= 0)
 			return 1;
 		COUNT(carrier_resent);
@@ -2105,7 +2166,7 @@ static inline int send_probe(struct __sk_buff *skb, const struct packet *pkt, st
 	int ret;
 
 	claim->recorded = 0;
-	claim->result = 0;
+	claim->resent = 0;
 	expect(claim, CLONE);
 	ret = bpf_clone_redirect(skb, skb->ifindex, 0);
 	if (claim->expected) {
@@ -2119,7 +2180,7 @@ static inline int send_probe(struct __sk_buff *skb, const struct packet *pkt, st
 	}
 	if (!claim->recorded)
 		return 0;
-	if (!ret)
+	if (claim->resent)
 		ret = claim->result;
 	if (ret && ret != NET_XMIT_CN && in_flight.delete(&claim->key) == 0) {
 		COUNT(send_failed);
@@ -2183,6 +2244,10 @@ int elf_egress(struct __sk_buff *skb)
 		COUNT(carrier_low_ttl);
 		return TC_ACT_UNSPEC;
 	}
+	if (is_zerocopy(skb)) {
+		COUNT(carrier_zerocopy);
+		return TC_ACT_UNSPEC;
+	}
 	alive = alive_until.lookup(&zero);
 	if (!alive || now > *alive) {
 		COUNT(driver_silent);
@@ -2204,7 +2269,7 @@ int elf_egress(struct __sk_buff *skb)
 	return TC_ACT_UNSPEC;
 }
 
-/* ---- XDP ingress -------------------------------------------------------------------------- */
+/* ---- Ingress: XDP or TC --------------------------------------------------------------------- */
 
 /* Finds the probe that a router quotes, at the cursor. */
 static inline struct probe *find_probe(struct hdr_cursor *nh, const struct packet *quote, struct probe_key *key)
@@ -2340,6 +2405,29 @@ static inline void receive_echo_reply(const struct packet *pkt, const struct icm
 		learn_reached(path, probe->outttl);
 }
 
+/* Bytes that tell what a packet is: Ethernet, two VLAN tags, IPv6, and 8 of what follows. */
+#define HEADERS_LEN 70
+/* Longest ICMP error that is read: its headers, the longest quote that RFC 4884 can tell (255 words of 8 bytes), and
+ * the extension behind it. */
+#define ICMP_ERROR_LEN 2560
+
+/* At TC ingress only the linear part of a packet can be read. Where that is shorter than len, and the packet is
+ * not, make it longer and run elf_ingress again. 1: the caller must return, its pointers are no longer valid. */
+static inline int run_again_with(struct xdp_md *ctx, __u32 len)
+{
+#if INGRESS_TC
+	__u64 linear = (void *)(long)ctx->data_end - (void *)(long)ctx->data;
+
+	if (linear >= ctx->len || linear >= len)
+		return 0;
+	if (bpf_skb_pull_data(ctx, ctx->len < len ? ctx->len : len) == 0)
+		programs.call(ctx, 1);
+	return 1;
+#else
+	return 0;
+#endif
+}
+
 /* Every packet that arrives. All pass, but for the replies to our probes with INGRESS_DROP. */
 int elf_ingress(struct xdp_md *ctx)
 {
@@ -2350,17 +2438,21 @@ int elf_ingress(struct xdp_md *ctx)
 
 	if (FRAME == FRAME_TUNNEL)
 		skip_outer(&nh);
-	if (parse_frame(&nh, &pkt) < 0)
-		return XDP_PASS;
+	if (parse_frame(&nh, &pkt) < 0) {
+		run_again_with(ctx, HEADERS_LEN);
+		return VERDICT_PASS;
+	}
 	icmp = nh.pos;
+	if (is_icmp(&pkt) && !pkt.fragment && run_again_with(ctx, ICMP_ERROR_LEN))
+		return VERDICT_PASS;
 	if (is_icmp(&pkt) && !pkt.fragment && (void *)(icmp + 1) <= nh.end) {
 		nh.pos = icmp + 1;
 		if (is_time_exceeded(&pkt, icmp) || is_dest_unreach(&pkt, icmp)) {
 			if (receive_error(ctx, &nh, &pkt, icmp))
-				return INGRESS_DROP ? XDP_DROP : XDP_PASS;
+				return INGRESS_DROP ? VERDICT_DROP : VERDICT_PASS;
 			if (is_time_exceeded(&pkt, icmp)) {
 				COUNT(not_ours);
-				return XDP_PASS;
+				return VERDICT_PASS;
 			}
 		} else if (is_echo_reply(&pkt, icmp)) {
 			receive_echo_reply(&pkt, icmp);
@@ -2369,5 +2461,5 @@ int elf_ingress(struct xdp_md *ctx)
 	path = path_to(&pkt.saddr);
 	if (path)
 		learn_length(path, pkt.ttl);
-	return XDP_PASS;
+	return VERDICT_PASS;
 }

@@ -88,7 +88,8 @@ BEAT_EVERY = 0.5  # s
 DRAIN_EVERY = 0.25  # s between two looks at the result ring, at most
 BATCH = 4096  # entries of a hash that are read at once
 STRAY_REPLIES = 0.5  # s to wait for replies after the last probe
-LOOK_EVERY = 5.0  # s between two looks whether our TC filter and XDP program are still there
+LOOK_EVERY = 5.0  # s between two looks whether our programs are still attached
+RESET_FOR = 10.0  # s after XDP was attached in which a lost carrier is the driver's doing
 SCAN_EVERY = 1.0  # s between two looks at the processes
 REMOVED_MAX = 1 << 16  # destinations no longer of interest that are remembered
 LOCK_TRIES, LOCK_EVERY = 500, 0.01  # to lock the folder of the CSV; s between two
@@ -130,11 +131,13 @@ CARRIED = {
 }  # fmt: skip
 TUNNELS = {"ethernet": 0, "ipinip": 4, "ip6inip": 41}  # -e -> IP protocol that is wrapped in IPv4
 PROTOCOLS = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6"}
-IFF_UP = 1  # linux/if.h
-SIOCGIFFLAGS = 0x8913  # linux/sockios.h
+IFF_UP, IFF_RUNNING = 1, 0x40  # linux/if.h
+SIOCGIFFLAGS, SIOCETHTOOL = 0x8913, 0x8946  # linux/sockios.h
+ETHTOOL_GDRVINFO = 3  # linux/ethtool.h
 BPF_MAP_TYPE_RINGBUF = 27  # enum bpf_map_type, linux/bpf.h
-BPF_XDP = 37  # enum bpf_attach_type, linux/bpf.h
-BPF_CGROUP_INET_SOCK_CREATE = 2  # enum bpf_attach_type, linux/bpf.h
+BPF_CGROUP_INET_SOCK_CREATE, BPF_XDP = 2, 37  # enum bpf_attach_type, linux/bpf.h
+BPF_TCX_INGRESS, BPF_TCX_EGRESS = 46, 47  # the same, since Linux 6.6
+BTF_KIND_STRUCT = 4  # linux/btf.h
 BPF_STATS_RUN_TIME = 0  # enum bpf_stats_type, linux/bpf.h
 UNDECIDED, OF_INTEREST = 1, 2  # as in elfprobe.c
 TASK_COMM_LEN = 16  # linux/sched.h: of a command name, the final zero included
@@ -151,7 +154,8 @@ XDP_MODES = {1: "native", "xdp": "native", 2: "generic", "xdpgeneric": "generic"
 # Deletions as linux/rtnetlink.h and linux/netlink.h have them: pyroute2 before 0.6 adds a flag to
 # its own that the kernel does not take.
 RTM_DELQDISC, RTM_DELTFILTER, NLM_F_REQUEST, NLM_F_ACK = 37, 45, 1, 4
-CLSACT_EGRESS = 0xFFFFFFF3  # TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_EGRESS), linux/pkt_sched.h
+# TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS) and the same of egress, linux/pkt_sched.h
+CLSACT_INGRESS, CLSACT_EGRESS = 0xFFFFFFF2, 0xFFFFFFF3
 ETH_P_ALL = 0x0003
 
 # What runs a script named on its command line: name, without its version -> which options have code
@@ -187,6 +191,7 @@ UNFIT = {
     "carrier_low_ttl": "TTL of 32 or less, as traceroute's",
     "carrier_unfit": "SYN, FIN, RST, fragments, other protocols",
     "carrier_resent": "retransmissions and keep-alives",
+    "carrier_zerocopy": "sent with MSG_ZEROCOPY, of which the kernel would tell that it was copied",
     "hop_silent": "the hop whose turn it was had fallen silent",
     "flow_stalled": "nothing was acknowledged any more",
     "driver_silent": "elfprobe was stopped or starved",
@@ -223,7 +228,31 @@ class Frame(enum.IntEnum):
 
     ETHERNET = 0
     IP = 1
-    TUNNEL = 2  # IP, but XDP may be shown the tunnel's headers in front
+    TUNNEL = 2  # IP, but receive programs may be shown the tunnel's headers in front
+
+
+class ZeroCopy(NamedTuple):
+    """Offsets that tell whether a packet holds memory of user space: head and end in struct sk_buff; a byte in
+    struct skb_shared_info, and the bit in that. All 0 where the kernel does not tell them."""
+
+    head: int = 0
+    end: int = 0
+    flags: int = 0
+    flag: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """The parameters of elfprobe.c that depend on the machine and the device, not on the command line."""
+
+    frame: Frame = Frame.ETHERNET
+    ingress_tc: bool = False  # elf_ingress runs at TC ingress, not at XDP
+    tcx: bool = False  # TC programs are attached by tcx links
+    by_owner: bool = False
+    tick: int = 0  # ns; 0: programs cannot count ticks
+    old_maps: bool = False
+    preemptible: bool = False
+    zerocopy: ZeroCopy = ZeroCopy()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +265,7 @@ class Config:
     pids: tuple[int, ...] = ()
     encapsulation: str = "ethernet"
     ingress: str = "drop"
+    ingress_hook: str = "auto"
     logfile: bool = False
     filebase: str = "elf"
     debug: bool = False
@@ -253,19 +283,12 @@ class Config:
     def by_process(self) -> bool:
         return bool(self.apps or self.pids)
 
-    def build_flags(
-        self,
-        frame: Frame = Frame.ETHERNET,
-        by_owner: bool = False,
-        tick: int = 0,
-        old_maps: bool = False,
-        preemptible: bool = False,
-    ) -> dict[str, str]:
-        """The -D flags of elfprobe.c; tick in ns, 0: not to be used."""
+    def build_flags(self, build: Build) -> dict[str, str]:
+        """Return the -D flags of elfprobe.c."""
         waiting = self.max_rate * (UNANSWERED_AFTER + 1)
         pages = power_of_two(max(self.max_rate * RING_HOLDS * RESULT_BYTES / RING_PAGE, RING_PAGES_MIN))
         return {
-            "FRAME": str(int(frame)),
+            "FRAME": str(int(build.frame)),
             "TUNNEL": str(TUNNELS[self.encapsulation]),
             "NOTRUNC": str(int(self.notrunc)),
             "RATE_GLOBAL": str(int(self.rate_global)),
@@ -273,14 +296,20 @@ class Config:
             "MAX_RATE": f"{self.max_rate}ULL",
             "SALT": str(self.salt),
             "INGRESS_DROP": str(int(self.ingress == "drop")),
-            "TICK_NS": f"{tick}ULL",
-            "BY_OWNER": str(int(by_owner)),
-            "BY_APP": str(int(by_owner and bool(self.apps))),
+            "INGRESS_TC": str(int(build.ingress_tc)),
+            "TCX": str(int(build.tcx)),
+            "SKB_HEAD": str(build.zerocopy.head),
+            "SKB_END": str(build.zerocopy.end),
+            "ZEROCOPY_FLAGS": str(build.zerocopy.flags),
+            "ZEROCOPY_FLAG": str(build.zerocopy.flag),
+            "TICK_NS": f"{build.tick}ULL",
+            "BY_OWNER": str(int(build.by_owner)),
+            "BY_APP": str(int(build.by_owner and bool(self.apps))),
             "DESTINATIONS_MAX": str(DESTINATIONS_MAX),
-            "PEERS_MAX": str(PEERS_MAX if by_owner else 1),
+            "PEERS_MAX": str(PEERS_MAX if build.by_owner else 1),
             "IN_FLIGHT_MAX": str(power_of_two(min(max(waiting, 1024), 1 << 18))),
-            "OLD_MAPS": str(int(old_maps)),
-            "PREEMPTIBLE": str(int(preemptible)),
+            "OLD_MAPS": str(int(build.old_maps)),
+            "PREEMPTIBLE": str(int(build.preemptible)),
             "RESULTS_PAGES": str(pages),
             "WAKE_EVERY": str(max(pages * RING_PAGE // RESULT_BYTES // 4 // (os.cpu_count() or 1), 1)),
         }
@@ -414,6 +443,9 @@ def argument_parser() -> argparse.ArgumentParser:
     add("-I", "--ingress", choices=("pass", "drop"), default="drop",
         help="what to do with the time exceeded that answers a probe, once it is recorded "
         "(default: drop); every other packet passes")  # fmt: skip
+    add("--ingress-hook", choices=("auto", "xdp", "generic", "tc"), default="auto",
+        help="where answers are read: native XDP, generic XDP, or TC ingress; auto: native XDP where that "
+        "costs the application nothing that is known, otherwise TC ingress (default: auto)")  # fmt: skip
     add("-e", "--encapsulation", choices=("ethernet", "ipinip", "ip6inip"), default="ethernet",
         help="what the flows are wrapped in: ethernet, nothing but the device's own header; ipinip, IPv4 in "
         "IPv4; ip6inip, IPv6 in IPv4 (default: ethernet)")  # fmt: skip
@@ -448,6 +480,7 @@ def parse_arguments(argv: list[str]) -> Config:
         pids=tuple(args.pid),
         encapsulation=args.encapsulation,
         ingress=args.ingress,
+        ingress_hook=args.ingress_hook,
         logfile=args.logfile or args.quiet,
         filebase=args.filebase,
         debug=args.debug,
@@ -748,7 +781,7 @@ class ConnectionTables:
 
 
 class Unsupported(Exception):
-    """What is missing for telling in the kernel whose a packet is."""
+    """What this machine lacks for one of several ways; another one is taken then."""
 
 
 def comm_bytes(name: str) -> bytes:
@@ -1221,18 +1254,70 @@ def wait_for_events(bpf: Any, seconds: float) -> None:
         bpf.perf_buffer_poll(int(1000 * seconds))
 
 
-def load_program(
-    config: Config,
-    by_owner: bool = False,
-    warnings: bool = False,
-    ticks: bool = True,
-    frame: Frame = Frame.ETHERNET,
-) -> Any:
-    """Compiles and loads elfprobe.c; gives BCC's object, its programs in .funcs. Raises Failure."""
+def linux_version() -> tuple[int, int]:
+    """Return the first two numbers of the kernel's version."""
+    match = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def may_have_tcx() -> bool:
+    """Return whether the kernel is new enough for tcx links; whether it has them, only attaching tells."""
+    return linux_version() >= (6, 6)
+
+
+@functools.lru_cache(maxsize=None)
+def find_zerocopy() -> ZeroCopy:
+    """Return where the kernel marks packets that hold memory of user space, by its BTF; without BTF, or with a BCC
+    whose libbpf reads none, nothing."""
+    with contextlib.suppress(AttributeError, LookupError):
+        lib = bcc.lib
+        load = getattr(lib, "btf__load_vmlinux_btf", None) or lib.libbpf_find_kernel_btf  # libbpf before 0.5
+        load.restype = ctypes.c_void_p
+        btf = load()
+        if not btf or btf >= (1 << 64) - 4096:  # an error number, before libbpf 1.0
+            return ZeroCopy()
+        try:
+            skb = struct_offsets(btf, b"sk_buff")
+            shared = struct_offsets(btf, b"skb_shared_info")
+        finally:
+            lib.btf__free(ctypes.c_void_p(btf))
+        if b"flags" in shared:  # SKBFL_ZEROCOPY_ENABLE, since Linux 5.12
+            return ZeroCopy(skb[b"head"], skb[b"end"], shared[b"flags"], 1)
+        return ZeroCopy(skb[b"head"], skb[b"end"], shared[b"tx_flags"], 8)  # SKBTX_DEV_ZEROCOPY
+    return ZeroCopy()
+
+
+class BtfType(ctypes.Structure):
+    """struct btf_type, linux/btf.h."""
+
+    _fields_ = [("name_off", ctypes.c_uint32), ("info", ctypes.c_uint32), ("size", ctypes.c_uint32)]
+
+
+class BtfMember(ctypes.Structure):
+    """struct btf_member, linux/btf.h."""
+
+    _fields_ = [("name_off", ctypes.c_uint32), ("type", ctypes.c_uint32), ("offset", ctypes.c_uint32)]
+
+
+def struct_offsets(btf: int, name: bytes) -> dict[bytes, int]:
+    """Return the offsets of a kernel struct's own members by name, in bytes. LookupError where there is none."""
+    lib, handle = bcc.lib, ctypes.c_void_p(btf)
+    lib.btf__type_by_id.restype = ctypes.c_void_p
+    lib.btf__name_by_offset.restype = ctypes.c_char_p
+    found = lib.btf__find_by_name_kind(handle, name, BTF_KIND_STRUCT)
+    if found < 0:
+        raise LookupError(name)
+    address = lib.btf__type_by_id(handle, found)
+    kind = BtfType.from_address(address)
+    members = (BtfMember * (kind.info & 0xFFFF)).from_address(address + ctypes.sizeof(BtfType))
+    bits = 0xFFFFFF if kind.info >> 31 else 0xFFFFFFFF  # with bit fields, their size is in the highest byte
+    return {lib.btf__name_by_offset(handle, member.name_off): (member.offset & bits) // 8 for member in members}
+
+
+def load_program(config: Config, build: Build, warnings: bool = False) -> Any:
+    """Compile and load elfprobe.c; return BCC's object, its programs in .funcs. Raises Failure."""
     text = program_text(config.hooks)
-    tick = round(time.clock_getres(CLOCK_MONOTONIC_COARSE) * 1e9) if ticks else 0
-    parameters = config.build_flags(frame, by_owner, tick, not has_ring_buffer(), is_preemptible())
-    flags = [f"-D{name}={value}" for name, value in parameters.items()]
+    flags = [f"-D{name}={value}" for name, value in config.build_flags(build).items()]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"] if warnings else ["-w"]
     messages: list[str] = []
     try:
@@ -1249,9 +1334,9 @@ def load_program(
     for line in messages[-1].strip().splitlines():
         log.warning("compiler: %s", line)
     sched_cls, tracepoint = (bcc.BPF.SCHED_CLS,), (bcc.BPF.RAW_TRACEPOINT,)
-    kinds: dict[str, tuple[Any, ...]] = {"elf_egress": sched_cls}
-    kinds.update(elf_probe=sched_cls, elf_ingress=(bcc.BPF.XDP,))
-    if by_owner:
+    kinds: dict[str, tuple[Any, ...]] = {"elf_egress": sched_cls, "elf_probe": sched_cls}
+    kinds["elf_ingress"] = sched_cls if build.ingress_tc else (bcc.BPF.XDP,)
+    if build.by_owner:
         # Without an attach type, which older BCC cannot pass on, the kernel takes it for sock_create's.
         kinds["elf_sock_create"] = (bcc.BPF.CGROUP_SOCK,)
         kinds.update({name.decode(): tracepoint for name in SocketOwners.AT_TRACEPOINTS})
@@ -1260,9 +1345,12 @@ def load_program(
             with captured_stderr(messages):
                 bpf.load_func(name, *kind)
         except Exception as err:
-            if ticks and "#118" in messages[-1]:  # bpf_jiffies64()
+            if build.tick and "#118" in messages[-1]:  # bpf_jiffies64()
                 unload(bpf)
-                return load_program(config, by_owner, warnings, False, frame)
+                return load_program(config, dataclasses.replace(build, tick=0), warnings)
+            if build.zerocopy.head and "#113" in messages[-1]:  # bpf_probe_read_kernel()
+                unload(bpf)
+                return load_program(config, dataclasses.replace(build, zerocopy=ZeroCopy()), warnings)
             detail = "\n".join(messages[-1].strip().splitlines()[-40 if config.debug else -3 :])
             kernel = f"the kernel (Linux {os.uname().release})"
             raise Failure(f"{kernel} does not take {name}: {err}", detail=detail) from err
@@ -1270,7 +1358,15 @@ def load_program(
         ctypes.CDLL(None).malloc_trim(0)  # what the compiler had, some 20 MB
     tail_calls = bpf["programs"]
     tail_calls[tail_calls.Key(0)] = tail_calls.Leaf(bpf.funcs[b"elf_probe"].fd)
+    if build.ingress_tc:
+        tail_calls[tail_calls.Key(1)] = tail_calls.Leaf(bpf.funcs[b"elf_ingress"].fd)
     return bpf
+
+
+def machine_build(frame: Frame, ingress_tc: bool, tcx: bool) -> Build:
+    """Return the parameters of this machine, with no owners of sockets."""
+    tick = round(time.clock_getres(CLOCK_MONOTONIC_COARSE) * 1e9)
+    return Build(frame, ingress_tc, tcx, False, tick, not has_ring_buffer(), is_preemptible(), find_zerocopy())
 
 
 def unload(bpf: Any) -> None:
@@ -1290,6 +1386,7 @@ class Device(NamedTuple):
     name: str
     ifindex: int
     frame: Frame = Frame.ETHERNET
+    driver: str = ""  # the kernel's name of what drives it
 
 
 def find_device(ipr: Any, name: str, encapsulation: str = "ethernet") -> Device:
@@ -1310,15 +1407,29 @@ def find_device(ipr: Any, name: str, encapsulation: str = "ethernet") -> Device:
         fit = f"{IP_LINKS[kind]}, which takes {' or '.join(('ethernet', *CARRIED[kind]))}"
         raise Failure(f"argument -e/--encapsulation: '{encapsulation}' does not fit '{name}', {fit}")
     frame = Frame.TUNNEL if kind in CARRIED else Frame.ETHERNET if kind == ARPHRD_ETHER else Frame.IP
-    return Device(name, ifindex, frame)
+    return Device(name, ifindex, frame, driver_of(name))
 
 
-def device_is_up(device: Device) -> bool:
-    """Raises OSError where there is no such device any more."""
+def driver_of(name: str) -> str:
+    """Return the name of a device's driver, empty where the kernel does not tell it."""
+    info = ctypes.create_string_buffer(struct.pack("=I", ETHTOOL_GDRVINFO), 196)  # struct ethtool_drvinfo
+    request = struct.pack("16sP16x", name.encode(), ctypes.addressof(info))  # struct ifreq, netdevice(7)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        try:
+            fcntl.ioctl(any_socket, SIOCETHTOOL, request)
+        except OSError:
+            return ""
+    return info.raw[4:36].split(b"\0")[0].decode(errors="replace")
+
+
+def device_flags(device: Device) -> int:
+    """Return the device's flags, as IFF_UP and IFF_RUNNING, which tells whether it has its carrier. OSError where
+    there is no such device any more."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         request = struct.pack("16s24x", socket.if_indextoname(device.ifindex).encode())
         reply = fcntl.ioctl(any_socket, SIOCGIFFLAGS, request)  # struct ifreq, netdevice(7)
-    return bool(struct.unpack_from("16xH", reply)[0] & IFF_UP)
+    flags: int = struct.unpack_from("16xH", reply)[0]
+    return flags
 
 
 @contextlib.contextmanager
@@ -1451,6 +1562,15 @@ class LinkOptions(ctypes.Structure):
     _fields_ = [("sz", ctypes.c_size_t), ("flags", ctypes.c_uint32), ("unused", ctypes.c_uint32)]
 
 
+class LinkInfo(ctypes.Structure):
+    """struct bpf_link_info, linux/bpf.h, of a link to a device."""
+
+    _fields_ = [
+        ("type", ctypes.c_uint32), ("id", ctypes.c_uint32), ("prog_id", ctypes.c_uint32),
+        ("unused", ctypes.c_uint32), ("ifindex", ctypes.c_uint32), ("more", ctypes.c_uint32 * 27),
+    ]  # fmt: skip
+
+
 def create_link(program: int, target: int, attach_type: int, options: LinkOptions | None = None) -> int:
     """The descriptor of a BPF link. Raises OSError, EINVAL where the kernel or BCC knows none of the kind."""
     try:
@@ -1462,48 +1582,156 @@ def create_link(program: int, target: int, attach_type: int, options: LinkOption
     return link
 
 
-def link_xdp(ipr: Any, device: Device, fd: int, mode: int, stack: contextlib.ExitStack) -> None:
-    """Attaches until the stack unwinds. By a BPF link, which goes with this process, however that
-    ends; before Linux 5.9, which has none for XDP, for good, until it is detached. Raises OSError."""
-    options = LinkOptions(sz=ctypes.sizeof(LinkOptions), flags=mode)
-    try:
-        stack.callback(os.close, create_link(fd, device.ifindex, BPF_XDP, options))
-        return
-    except OSError as err:
-        if err.errno != errno.EINVAL:
-            raise
-    stack.callback(quietly_gone, remove_xdp, ipr, device, program_info(fd).id)
-    set_xdp(device, fd, mode | XDP_FLAGS_UPDATE_IF_NOEXIST)
+def link_is_attached(link: int) -> bool:
+    """Return whether a BPF link still has its device: anybody may detach a tcx link (bpftool link detach)."""
+    info = LinkInfo()
+    size = ctypes.c_uint32(ctypes.sizeof(info))
+    return bcc.lib.bpf_obj_get_info(link, ctypes.byref(info), ctypes.byref(size)) == 0 and info.ifindex != 0
 
 
-@contextlib.contextmanager
-def xdp_attachment(ipr: Any, device: Device, fd: int) -> Iterator[str]:
-    """Attaches to XDP, native where the device can, and yields the mode. Raises Failure."""
-    found = attached_xdp(ipr, device)
-    if found and program_name(found.prog_id) == "elf_ingress":
-        remove_xdp(ipr, device, found.prog_id)
-        log.warning("an XDP program that a killed elfprobe left on %s is removed", device.name)
-        found = attached_xdp(ipr, device)
-    if found:
-        name = program_name(found.prog_id) or "without a name"
-        raise interface_failure(
-            f"'{device.name}' has an XDP program already: {name}, id {found.prog_id}; it stays"
-        )
-    with contextlib.ExitStack() as stack:
-        mode = "native"
+class Attachment:
+    """A program on a device for as long as a with-block lasts. attach() raises Failure, or Unsupported where this
+    kernel has no such place. detach() is quiet about what is gone already, and may be called at any time."""
+
+    what = ""  # as the user reads it
+
+    def __init__(self, ipr: Any, device: Device, program: int) -> None:
+        self._ipr = ipr
+        self._device = device
+        self._program = program
+        self._link = -1
+
+    def __enter__(self) -> Attachment:
         try:
-            link_xdp(ipr, device, fd, XDP_FLAGS_DRV_MODE, stack)
-        except OSError as native:
-            log.debug("native XDP: %s", native)
-            mode = "generic"
-            try:
-                link_xdp(ipr, device, fd, XDP_FLAGS_SKB_MODE, stack)
-            except OSError as err:
-                raise Failure(f"'{device.name}' takes no XDP program: {err.strerror}") from err
-        yield mode
+            self.attach()
+        except BaseException:
+            self.detach()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.detach()
+
+    def attach(self) -> None:
+        raise NotImplementedError
+
+    def is_attached(self) -> bool:
+        return self._link >= 0 and link_is_attached(self._link)
+
+    def detach(self) -> None:
+        if self._link >= 0:
+            os.close(self._link)
+        self._link = -1
+
+    def _quietly(self, remove: Callable[..., None], *args: Any) -> None:
+        """Call a function that detaches; what is not there any more need not be."""
+        try:
+            remove(self._ipr, self._device, *args)
+        except (pyroute2.NetlinkError, OSError) as err:
+            code = getattr(err, "code", None) or getattr(err, "errno", None)
+            if code not in (errno.ENODEV, errno.ENOENT, errno.EINVAL):
+                log.error("could not detach from %s: %s", self._device.name, err)
 
 
-# Of our TC filter. The second tells the run that clears up after a kill that the qdisc was ours too.
+OFFLOADS_WITHOUT_XDP = "rx-lro", "rx-gro-hw"  # generic XDP switches these off, and never on again
+
+
+class XdpAttachment(Attachment):
+    """A program at XDP, by a BPF link, which goes with this process, however that ends. Before Linux 5.9, which has
+    none for XDP, the program stays until it is detached."""
+
+    what = "XDP program"
+
+    def __init__(self, ipr: Any, device: Device, program: int, is_native: bool) -> None:
+        super().__init__(ipr, device, program)
+        self._mode = XDP_FLAGS_DRV_MODE if is_native else XDP_FLAGS_SKB_MODE
+        self._prog_id = program_info(program).id
+        self._offloads: list[str] = []
+
+    def attach(self) -> None:
+        name, is_native = self._device.name, self._mode == XDP_FLAGS_DRV_MODE
+        found = attached_xdp(self._ipr, self._device)
+        if found:
+            theirs = program_name(found.prog_id) or "without a name"
+            raise interface_failure(
+                f"'{name}' has an XDP program already: {theirs}, id {found.prog_id}; it stays. "
+                "--ingress-hook tc reads answers beside it"
+            )
+        if not is_native:
+            self._offloads = active_offloads(name)
+        try:
+            self._attach()
+        except OSError as err:
+            kind = "native" if is_native else "generic"
+            raise interface_failure(
+                f"'{name}' takes no {kind} XDP program ({err.strerror}); --ingress-hook tc does without"
+            ) from err
+
+    def _attach(self) -> None:
+        options = LinkOptions(sz=ctypes.sizeof(LinkOptions), flags=self._mode)
+        try:
+            self._link = create_link(self._program, self._device.ifindex, BPF_XDP, options)
+        except OSError as err:
+            if err.errno != errno.EINVAL:
+                raise
+            set_xdp(self._device, self._program, self._mode | XDP_FLAGS_UPDATE_IF_NOEXIST)
+
+    def is_attached(self) -> bool:
+        found = attached_xdp(self._ipr, self._device)
+        return found is not None and found.prog_id == self._prog_id
+
+    def detach(self) -> None:
+        super().detach()
+        self._quietly(remove_xdp, self._prog_id)
+        offloads, self._offloads = self._offloads, []
+        if offloads:
+            self._quietly(switch_on_offloads, offloads)
+
+
+def ethtool_features(name: str) -> Any:
+    """Return pyroute2's ethtool handle and the device's features."""
+    from pyroute2.ethtool.ioctl import IoctlEthtool  # takes long, and is seldom needed
+
+    ethtool = IoctlEthtool(name)
+    return ethtool, ethtool.get_features()
+
+
+def active_offloads(name: str) -> list[str]:
+    """Return which of OFFLOADS_WITHOUT_XDP a device has on."""
+    try:
+        _, features = ethtool_features(name)
+    except Exception as err:  # devices without ethtool; pyroute2 raises errors of its own
+        log.debug("offloads of %s are not known: %s", name, err)
+        return []
+    return [offload for offload in OFFLOADS_WITHOUT_XDP if offload in features and features[offload]]
+
+
+def switch_on_offloads(_ipr: Any, device: Device, offloads: list[str]) -> None:
+    """Switch offloads on again that generic XDP has switched off. Raises OSError."""
+    ethtool, features = ethtool_features(device.name)
+    for offload in offloads:
+        features[offload] = True
+    ethtool.set_features(features)
+
+
+class TcxAttachment(Attachment):
+    """A program at TC, by a tcx link (since Linux 6.6), which goes with this process, however that ends. It runs
+    behind the tcx programs that are there, and before all filters of clsact."""
+
+    what = "TC program"
+
+    def __init__(self, ipr: Any, device: Device, program: int, attach_type: int) -> None:
+        super().__init__(ipr, device, program)
+        self._attach_type = attach_type
+
+    def attach(self) -> None:
+        try:
+            self._link = create_link(self._program, self._device.ifindex, self._attach_type)
+        except OSError as err:
+            raise Unsupported(f"tcx ({err.strerror})") from err
+
+
+# Of our TC filters. The second tells the run that clears up after a kill that the qdisc was ours too.
 FILTER_NAME = "elfprobe"
 FILTER_NAME_QDISC_OURS = "elfprobe+clsact"
 
@@ -1516,7 +1744,8 @@ class TcFilter(NamedTuple):
     name: str
 
 
-def egress_filters(ipr: Any, device: Device, parent: int = CLSACT_EGRESS) -> list[TcFilter]:
+def tc_filters(ipr: Any, device: Device, parent: int) -> list[TcFilter]:
+    """Return the filters of clsact, of one direction."""
     found = []
     for message in ipr.get_filters(index=device.ifindex, parent=parent):
         options = message.get_attr("TCA_OPTIONS")
@@ -1543,74 +1772,150 @@ def tc_delete(ipr: Any, command: str, message: int, kind: str, device: Device, *
         ipr.tc((message, NLM_F_REQUEST | NLM_F_ACK), kind, device.ifindex, **which)
 
 
-def remove_filter(ipr: Any, device: Device, ours: TcFilter) -> None:
-    which = dict(handle=ours.handle, prio=ours.prio, protocol=ours.protocol, parent=CLSACT_EGRESS)
-    tc_delete(ipr, "del-filter", RTM_DELTFILTER, "bpf", device, **which)
-
-
 def remove_clsact(ipr: Any, device: Device) -> None:
-    """Removes the clsact qdisc that we added, unless somebody has come to use it."""
-    ingress = CLSACT_EGRESS - 1
-    if has_clsact(ipr, device) and not (egress_filters(ipr, device) or egress_filters(ipr, device, ingress)):
+    """Remove the clsact qdisc that we added, unless somebody has come to use it."""
+    in_use = tc_filters(ipr, device, CLSACT_EGRESS) or tc_filters(ipr, device, CLSACT_INGRESS)
+    if has_clsact(ipr, device) and not in_use:
         tc_delete(ipr, "del", RTM_DELQDISC, "clsact", device)
 
 
-def remove_ours(ipr: Any, device: Device, ours: TcFilter) -> None:
-    """Removes our filter, and the clsact qdisc if that is ours, too. Without the filter it is not any
+def remove_filter(ipr: Any, device: Device, ours: TcFilter, parent: int) -> None:
+    """Remove our filter, and the clsact qdisc if that is ours, too. Without the filter it is not any
     more: who removed our qdisc took the filter away with it, and what is there now is theirs."""
-    if ours in egress_filters(ipr, device):
-        remove_filter(ipr, device, ours)
+    if ours in tc_filters(ipr, device, parent):
+        which = dict(handle=ours.handle, prio=ours.prio, protocol=ours.protocol, parent=parent)
+        tc_delete(ipr, "del-filter", RTM_DELTFILTER, "bpf", device, **which)
         if ours.name == FILTER_NAME_QDISC_OURS:
             remove_clsact(ipr, device)
 
 
-@contextlib.contextmanager
-def tc_attachment(ipr: Any, device: Device, fd: int) -> Iterator[TcFilter]:
-    """Attaches to TC egress, as early among the filters that are there as can be; yields our filter. Raises
-    Failure."""
-    for stale in [found for found in egress_filters(ipr, device) if found.name.startswith(FILTER_NAME)]:
-        remove_ours(ipr, device, stale)
-        log.warning("a TC filter that a killed elfprobe left on %s is removed", device.name)
-    with contextlib.ExitStack() as stack:
+class ClsactAttachment(Attachment):
+    """A program at TC, by a filter of the clsact qdisc, as early among the filters that are there as can be. Whoever
+    adds the qdisc removes it."""
+
+    what = "filter"
+
+    def __init__(self, ipr: Any, device: Device, program: int, parent: int) -> None:
+        super().__init__(ipr, device, program)
+        self._parent = parent
+        self._filter: TcFilter | None = None
+
+    def attach(self) -> None:
         name = FILTER_NAME
-        if not has_clsact(ipr, device):
+        if not has_clsact(self._ipr, self._device):
             name = FILTER_NAME_QDISC_OURS
-            stack.callback(quietly_gone, remove_clsact, ipr, device)
-            try:
-                ipr.tc("add", "clsact", device.ifindex)
-            except pyroute2.NetlinkError as err:
-                if err.code == errno.EEXIST:
-                    raise interface_failure(
-                        f"'{device.name}' has an ingress qdisc, beside which there can be no clsact; "
-                        "filters work with clsact's ingress as with it"
-                    ) from err
-                raise Failure(f"'{device.name}' takes no clsact qdisc: {err}") from err
-        taken = {found.prio for found in egress_filters(ipr, device)}
+            self._add_clsact()
+        with contextlib.ExitStack() as stack:
+            if name == FILTER_NAME_QDISC_OURS:
+                stack.callback(self._quietly, remove_clsact)
+            self._add_filter(name)
+            stack.pop_all()  # from here on the filter tells whose the qdisc is
+
+    def _add_clsact(self) -> None:
+        try:
+            self._ipr.tc("add", "clsact", self._device.ifindex)
+        except pyroute2.NetlinkError as err:
+            if err.code == errno.EEXIST:
+                raise interface_failure(
+                    f"'{self._device.name}' has an ingress qdisc, beside which there can be no clsact; "
+                    "filters work with clsact's ingress as with it"
+                ) from err
+            raise Failure(f"'{self._device.name}' takes no clsact qdisc: {err}") from err
+
+    def _add_filter(self, name: str) -> None:
+        taken = {found.prio for found in tc_filters(self._ipr, self._device, self._parent)}
         prio = next(free for free in range(1, 0x10000) if free not in taken)
         if prio > 1:
-            log.info("filters of others come first on TC egress: what they take is not seen")
-        ours = TcFilter("bpf", prio, ETH_P_ALL, 1, name)
-        stack.callback(quietly_gone, remove_ours, ipr, device, ours)
+            direction = "egress" if self._parent == CLSACT_EGRESS else "ingress"
+            log.info("filters of others come first on TC %s: what they take is not seen", direction)
+        self._filter = TcFilter("bpf", prio, ETH_P_ALL, 1, name)
         try:
-            ipr.tc(
-                "add-filter", "bpf", device.ifindex, handle=ours.handle, prio=ours.prio, fd=fd, name=name,
-                parent=CLSACT_EGRESS, protocol=ours.protocol, direct_action=True, classid=1,
+            self._ipr.tc(
+                "add-filter", "bpf", self._device.ifindex, handle=1, prio=prio, fd=self._program, name=name,
+                parent=self._parent, protocol=ETH_P_ALL, direct_action=True, classid=1,
             )  # fmt: skip
         except pyroute2.NetlinkError as err:
-            raise Failure(f"'{device.name}' takes no TC filter: {err}") from err
-        stack.pop_all()  # from here on the filter tells whose the qdisc is
-        stack.callback(quietly_gone, remove_ours, ipr, device, ours)
-        yield ours
+            raise Failure(f"'{self._device.name}' takes no TC filter: {err}") from err
+
+    def is_attached(self) -> bool:
+        return self._filter in tc_filters(self._ipr, self._device, self._parent)
+
+    def detach(self) -> None:
+        if self._filter:
+            self._quietly(remove_filter, self._filter, self._parent)
+        self._filter = None
 
 
-def quietly_gone(function: Callable[..., None], ipr: Any, device: Device, *args: Any) -> None:
-    """Calls a function that detaches; what is not there any more need not be."""
-    try:
-        function(ipr, device, *args)
-    except (pyroute2.NetlinkError, OSError) as err:
-        code = getattr(err, "code", None) or getattr(err, "errno", None)
-        if code not in (errno.ENODEV, errno.ENOENT, errno.EINVAL):
-            log.error("could not detach from %s: %s", device.name, err)
+def remove_leftovers(ipr: Any, device: Device) -> None:
+    """Remove what a killed elfprobe has left on the device, which has no other elfprobe now."""
+    found = attached_xdp(ipr, device)
+    if found and program_name(found.prog_id) == "elf_ingress":
+        remove_xdp(ipr, device, found.prog_id)
+        log.warning("an XDP program that a killed elfprobe left on %s is removed", device.name)
+    for parent in CLSACT_INGRESS, CLSACT_EGRESS:
+        for stale in tc_filters(ipr, device, parent):
+            if stale.name.startswith(FILTER_NAME):
+                remove_filter(ipr, device, stale, parent)
+                log.warning("a TC filter that a killed elfprobe left on %s is removed", device.name)
+
+
+class Hook(NamedTuple):
+    """Where answers are read."""
+
+    name: str  # as --ingress-hook has it
+    reason: str
+
+    def __str__(self) -> str:
+        place = {"xdp": "native XDP", "generic": "generic XDP", "tc": "TC ingress"}[self.name]
+        return f"{place} ({self.reason})"
+
+
+# Drivers that take a native XDP program without a reset of their queues, and give up no offload for it. By reading
+# Linux 6.12: efx_xdp_setup_prog() sets a pointer. i40e, ice, ixgbe, igb, igc, mlx5, bnxt, ena, gve and others set up
+# their queues anew, some take the link down.
+XDP_WITHOUT_RESET = frozenset({"sfc"})
+XDP_COSTS = {
+    "veth": "native XDP would take the segmentation offload of the other end of a veth",
+    "virtio_net": "native XDP would take the receive offload of virtio_net",
+}
+
+
+def ingress_hooks(ipr: Any, device: Device, wanted: str) -> list[Hook]:
+    """Return where answers may be read, the first choice first."""
+    if wanted != "auto":
+        return [Hook(wanted, "as asked for")]
+    reason = why_not_native_xdp(ipr, device)
+    if reason:
+        return [Hook("tc", reason)]
+    free = f"the driver {device.driver} takes a program without a reset"
+    return [Hook("xdp", free), Hook("tc", f"{device.driver} refuses native XDP")]
+
+
+def why_not_native_xdp(ipr: Any, device: Device) -> str:
+    """Return what native XDP would cost the application, or may cost; empty: nothing that is known."""
+    found = attached_xdp(ipr, device)
+    if found:
+        return f"{program_name(found.prog_id) or 'a program of somebody else'} is at XDP"
+    if device.driver not in XDP_WITHOUT_RESET:
+        unknown = f"native XDP may disturb the driver {device.driver or 'of this device'}"
+        return XDP_COSTS.get(device.driver, unknown)
+    offloads = active_offloads(device.name)
+    return f"native XDP would take {' and '.join(offloads)}" if offloads else ""
+
+
+def attachments(ipr: Any, device: Device, bpf: Any, hook: Hook, tcx: bool) -> list[Attachment]:
+    """Return what a run attaches, in this order: receiving comes first, so that no answer is missed."""
+    ingress, egress = (bpf.funcs[name].fd for name in (b"elf_ingress", b"elf_egress"))
+    receiving: Attachment
+    if hook.name != "tc":
+        receiving = XdpAttachment(ipr, device, ingress, hook.name == "xdp")
+    elif tcx:
+        receiving = TcxAttachment(ipr, device, ingress, BPF_TCX_INGRESS)
+    else:
+        receiving = ClsactAttachment(ipr, device, ingress, CLSACT_INGRESS)
+    if tcx:
+        return [receiving, TcxAttachment(ipr, device, egress, BPF_TCX_EGRESS)]
+    return [receiving, ClsactAttachment(ipr, device, egress, CLSACT_EGRESS)]
 
 
 # ---- Files ------------------------------------------------------------------------------------------
@@ -2536,13 +2841,21 @@ class Stop:
         self.asked += 1
 
 
+class LinkState(enum.Enum):
+    """What packets can leave the device, as the log says it."""
+
+    UP = "is up again"
+    NO_CARRIER = "has no carrier: no packets until it has one"
+    DOWN = "is down: no packets until it is up"
+
+
 class ElfProbe:
     """One measurement, from its checks to its last row."""
 
     def __init__(self, config: Config, console: Console | None = None) -> None:
         self._config = config
         self._console = console  # where the table is drawn while it runs, if at all
-        self._was_up = True
+        self._link = LinkState.UP
 
     def run(self, stop: Stop) -> None:
         """Measures until a stop is asked for, the duration is over, or it cannot go on (Failure)."""
@@ -2555,9 +2868,9 @@ class ElfProbe:
                     raise Failure(f"argument -P/--pid: there is no process {pid}")
             fixed = resolve_all(config.addresses)
             stack.enter_context(sole_user(self._device))
-            self._bpf, refused = self._load()
-            stack.callback(unload, self._bpf)
-            if stop.asked:
+            remove_leftovers(ipr, self._device)
+            attached = self._load_and_attach(stack, ipr, stop)
+            if attached is None:
                 log.info("ended before anything was attached or written")
                 return
             results = Results(self._bpf)
@@ -2565,18 +2878,14 @@ class ElfProbe:
             destinations = Destinations(self._bpf)
             for packed in fixed:
                 destinations.add(packed)
-            with contextlib.ExitStack() as attached:
-                ingress, egress = (self._bpf.funcs[name].fd for name in (b"elf_ingress", b"elf_egress"))
-                mode = attached.enter_context(xdp_attachment(ipr, self._device, ingress))
-                csv = stack.enter_context(self._output_files())
+            with attached:
                 tables = ConnectionTables(destinations, fixed, config.apps, config.pids)
-                self._follow_processes(attached, refused, tables)
+                csv = stack.enter_context(self._output_files())
+                self._follow_processes(attached, tables)
                 attached.callback(self._silence)
-                ours = attached.enter_context(tc_attachment(ipr, self._device, egress))
-                self._removed = functools.partial(self._what_is_removed, ipr, ours, program_info(ingress).id)
                 csv.write_lines(",".join(COLUMNS) + "\n")
                 log.info("CLOCK_MONOTONIC 0 is %s", monotonic_epoch())
-                log.info("probing on %s, XDP %s, answers %s; rows go to %s", self._device.name, mode,
+                log.info("probing on %s, answers read at %s, and %s; rows go to %s", self._device.name, self._hook,
                          "dropped" if config.ingress == "drop" else "passed", csv.path)  # fmt: skip
                 if config.debug and not attached.enter_context(run_time_stats()):
                     log.info("what the programs take is not known: that needs Linux 5.8, new BCC, sys_admin")
@@ -2587,7 +2896,40 @@ class ElfProbe:
                 finally:
                     self._drain(results, csv)
 
-    def _load(self) -> tuple[Any, str]:
+    def _load_and_attach(
+        self, stack: contextlib.ExitStack, ipr: Any, stop: Stop
+    ) -> contextlib.ExitStack | None:
+        """Compile, load and attach the programs, in the first of the possible places that takes them. Return what
+        detaches them, None if a stop was asked for before. Raises Failure."""
+        hooks = ingress_hooks(ipr, self._device, self._config.ingress_hook)
+        choices = [(hook, tcx) for hook in hooks for tcx in (True, False) if not tcx or may_have_tcx()]
+        while True:
+            hook, tcx = choices.pop(0)
+            with contextlib.ExitStack() as loaded:
+                self._bpf, self._refused = self._load(machine_build(self._device.frame, hook.name == "tc", tcx))
+                loaded.callback(unload, self._bpf)
+                if stop.asked:
+                    return None
+                attached = loaded.enter_context(contextlib.ExitStack())
+                self._attachments = attachments(ipr, self._device, self._bpf, hook, tcx)
+                try:
+                    for attachment in self._attachments:
+                        attached.enter_context(attachment)
+                except Unsupported as err:
+                    choices = [choice for choice in choices if not choice[1]]
+                    reason: Exception = err
+                except Failure as err:
+                    choices = [choice for choice in choices if choice[0] != hook]
+                    reason = err
+                else:
+                    self._hook = hook
+                    stack.push(loaded.pop_all())
+                    return attached
+            log.debug("%s: %s", hook, reason)
+            if not choices:
+                raise Failure(str(reason)) from reason
+
+    def _load(self, build: Build) -> tuple[Any, str]:
         """BCC's object, and why it does not tell flows by their socket's owner: empty if it does."""
         if not self._config.by_process:
             refused = "nobody asks for it"
@@ -2595,21 +2937,21 @@ class ElfProbe:
             refused = "no ring buffers"
         else:
             try:
-                return load_program(self._config, by_owner=True, frame=self._device.frame), ""
+                return load_program(self._config, dataclasses.replace(build, by_owner=True)), ""
             except Failure as failure:
                 for line in str(failure).splitlines():
                     log.debug("%s", line)
                 refused = str(failure).splitlines()[0]
-        return load_program(self._config, frame=self._device.frame), refused
+        return load_program(self._config, build), refused
 
-    def _follow_processes(self, stack: contextlib.ExitStack, refused: str, tables: ConnectionTables) -> None:
+    def _follow_processes(self, stack: contextlib.ExitStack, tables: ConnectionTables) -> None:
         """Follows the processes of interest until the stack unwinds, in the best way that there is."""
         if not self._config.by_process:
             return
         try:
-            if refused:
+            if self._refused:
                 what = "programs that note who owns a socket (Linux 5.10 and BCC 0.16)"
-                raise Unsupported(f"{what}: {refused}")
+                raise Unsupported(f"{what}: {self._refused}")
             owners = SocketOwners(self._bpf, self._config.apps, self._config.pids)
             stack.enter_context(owners.followed())
         except Unsupported as err:
@@ -2665,9 +3007,9 @@ class ElfProbe:
                     self._write(csv, results.expire(int((now - UNANSWERED_AFTER) * 1e9)))
                 next_expiry = now + BEAT_EVERY
             if now >= next_look:
-                removed = self._removed()
-                if removed:
-                    raise Failure(f"somebody has removed our {removed} from '{self._device.name}'")
+                for attachment in self._attachments:
+                    if not attachment.is_attached():
+                        raise Failure(f"somebody has removed our {attachment.what} from '{self._device.name}'")
                 next_look = now + LOOK_EVERY
             if now >= next_report:
                 log.debug("counters: %s", read_counters(self._bpf))
@@ -2678,13 +3020,6 @@ class ElfProbe:
                 next_table = now + DRAW_EVERY
             wait_for_events(self._bpf, min(DRAIN_EVERY, max(end - now, 0)))
             now = time.monotonic()
-
-    def _what_is_removed(self, ipr: Any, ours: TcFilter, xdp_id: int) -> str:
-        """What of ours is not attached any more. Empty: all is."""
-        if ours not in egress_filters(ipr, self._device):
-            return "filter"
-        xdp = attached_xdp(ipr, self._device)
-        return "" if xdp and xdp.prog_id == xdp_id else "XDP program"
 
     def _drain(self, results: Results, csv: OutputFile) -> None:
         """No more probes; then the replies that are still on their way, then what is outstanding."""
@@ -2708,14 +3043,26 @@ class ElfProbe:
     def _beat(self, until: float) -> None:
         """Allows probes until then (time.monotonic, which is CLOCK_MONOTONIC), if the device still is."""
         try:
-            is_up = device_is_up(self._device)
+            flags = device_flags(self._device)
         except OSError as err:
             raise Failure(f"the interface '{self._device.name}' is gone") from err
-        if is_up != self._was_up:
-            log.warning("the interface is %s", "up again" if is_up else "down: no packets until it is up")
-        self._was_up = is_up
+        state = LinkState.UP if flags & IFF_RUNNING else LinkState.NO_CARRIER if flags & IFF_UP else LinkState.DOWN
+        if state != self._link:
+            self._log_link(state)
+            self._link = state
+            table = self._bpf["link_up_since"]
+            table[table.Key(0)] = table.Leaf(time.monotonic_ns() if state == LinkState.UP else 1 << 63)
         table = self._bpf["alive_until"]
         table[table.Key(0)] = table.Leaf(int(until * 1e9))
+
+    def _log_link(self, state: LinkState) -> None:
+        log.warning("the interface %s", state.value)
+        is_new = time.monotonic() < self._begun_at + RESET_FOR
+        if state == LinkState.NO_CARRIER and self._hook.name == "xdp" and is_new:
+            log.warning(
+                "the driver %s may have taken the link down for the XDP program: --ingress-hook tc needs none",
+                self._device.driver,
+            )
 
     def _silence(self) -> None:
         table = self._bpf["alive_until"]

@@ -1,7 +1,8 @@
 """The programs of elfprobe.c on one packet at a time (BPF_PROG_TEST_RUN), and the maps beside them.
 
     with own_namespace(), Programs(notrunc=True) as programs:
-        verdict, frame = programs.run('elf_ingress', frame)     # one program alone
+        verdict, frame = programs.run('elf_probe', frame)       # one program alone
+        verdict, frame = programs.receive(frame)                # elf_ingress, at TC ingress or at XDP
         programs.follow('198.51.100.80', length=5)
         with programs.attached() as send:
             [probe] = send(packet)                              # elf_egress and all that comes of it
@@ -14,6 +15,7 @@ it is made a probe there, and a packet socket sees it leave.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import socket
 import sys
@@ -32,6 +34,7 @@ import elfprobe
 LOOPBACK = elfprobe.Device('lo', 1)
 TC_ACT_UNSPEC, TC_ACT_SHOT, TC_ACT_STOLEN = -1, 2, 4
 XDP_DROP, XDP_PASS = 1, 2
+DROP, PASS = 'drop', 'pass'  # verdicts of elf_ingress, wherever it runs
 CLONE_NEWNET = 0x40000000
 ETH_P_ALL = 3
 BPF_NOEXIST = 1  # linux/bpf.h
@@ -65,6 +68,11 @@ class SkBuff(ctypes.Structure):
 
 class Outcome(NamedTuple):
     verdict: int
+    frame: bytes  # the packet, afterwards
+
+
+class Received(NamedTuple):
+    verdict: str  # DROP or PASS
     frame: bytes  # the packet, afterwards
 
 
@@ -106,9 +114,12 @@ class Programs:
     """elfprobe.c compiled with warnings on and loaded; `config` goes to `elfprobe.Config`."""
 
     def __init__(self, by_owner: bool = False, frame: elfprobe.Frame = elfprobe.Frame.ETHERNET,
-                 **config: Any) -> None:
-        self.bpf = elfprobe.load_program(elfprobe.Config('none', **config), by_owner, True, frame=frame)
+                 ingress_tc: bool = True, tcx: bool = True, **config: Any) -> None:
+        build = elfprobe.machine_build(frame, ingress_tc, tcx)
+        build = dataclasses.replace(build, by_owner=by_owner)
+        self.bpf = elfprobe.load_program(elfprobe.Config('none', **config), build, warnings=True)
         self.results = elfprobe.Results(self.bpf)
+        self._verdicts = {TC_ACT_SHOT: DROP, TC_ACT_UNSPEC: PASS} if ingress_tc else {XDP_DROP: DROP, XDP_PASS: PASS}
         self._destinations = elfprobe.Destinations(self.bpf)
         self._out = ctypes.create_string_buffer(FRAME_MAX)
         self._stack = ExitStack()
@@ -128,6 +139,11 @@ class Programs:
         out = ctypes.addressof(self._out)
         ran = self._test_run(name, frame, context, data_out=out, data_size_out=FRAME_MAX)
         return Outcome(ctypes.c_int32(ran.retval).value, ctypes.string_at(out, ran.data_size_out))
+
+    def receive(self, frame: Any) -> Received:
+        """Run elf_ingress on a packet."""
+        verdict, out = self.run('elf_ingress', frame)
+        return Received(self._verdicts[verdict], out)
 
     def duration(self, name: str, frame: Any, repeat: int, context: SkBuff | None = None) -> int:
         """ns that a run of one program on a packet takes, the mean of so many in a row."""
@@ -151,7 +167,7 @@ class Programs:
         with ExitStack() as stack:
             ipr = stack.enter_context(pyroute2.IPRoute())
             egress = self.bpf.funcs[b'elf_egress'].fd
-            stack.enter_context(elfprobe.tc_attachment(ipr, LOOPBACK, egress))
+            stack.enter_context(elfprobe.TcxAttachment(ipr, LOOPBACK, egress, elfprobe.BPF_TCX_EGRESS))
             wire = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
             wire.bind((LOOPBACK.name, ETH_P_ALL))
 

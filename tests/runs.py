@@ -38,7 +38,7 @@ from functools import reduce
 owner = reduce(getattr, owners, elfprobe)
 real = getattr(owner, last)
 def faulty(*args, **kw):
-    if name == 'load_program' and fault == 'Failure' and 'by_owner' not in kw:
+    if name == 'load_program' and fault == 'Failure' and not args[1].by_owner:
         return real(*args, **kw)
     if not fault.startswith('SIG'):
         raise {**vars(builtins), **vars(elfprobe)}[fault]('a test broke it')
@@ -57,13 +57,20 @@ def with_change(change: str) -> tuple[str, ...]:
     return sys.executable, '-c', '\n'.join(code)
 
 
-def with_fault(name: str, fault: str) -> tuple[str, ...]:
-    return with_change(f'name, fault = {name!r}, {fault!r}\n{FAULT}')
+def with_fault(name: str, fault: str, change: str = '') -> tuple[str, ...]:
+    """`with_change()` for a fault, and perhaps for a change before it."""
+    return with_change(f'{change}\nname, fault = {name!r}, {fault!r}\n{FAULT}')
+
+
+# As before Linux 6.6, which has no tcx links.
+NO_TCX = 'elfprobe.may_have_tcx = lambda: False'
+CLSACT_COMMAND = with_change(NO_TCX)
 
 
 # As with BCC 0.12 on Linux 5.4: no ring buffers and no socket storage, no BPF links, no look-up in batches,
 # no run-time statistics, and programs cannot count ticks.
-OLD_COMMAND = with_change("""
+OLD_COMMAND = with_change(f"""
+{NO_TCX}
 class OldLibrary:
     def __getattr__(self, name, real=elfprobe.bcc.lib):
         if name in ('bpf_link_create', 'bpf_lookup_batch', 'bpf_enable_stats'):

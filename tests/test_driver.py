@@ -866,7 +866,7 @@ def test_bad_hooks_file(content: bytes | None, reason: str, tmp_path: Path) -> N
     (dict(max_rate=1), dict(MAX_RATE='1ULL', IN_FLIGHT_MAX='1024')),
 ])
 def test_build_flags(changes: dict[str, Any], flags: dict[str, str]) -> None:
-    built = Config('none0', **changes).build_flags()
+    built = Config('none0', **changes).build_flags(elfprobe.Build())
     assert {name: built[name] for name in flags} == flags
     waiting = int(built['IN_FLIGHT_MAX'])
     assert waiting & (waiting - 1) == 0 and waiting >= 1024

@@ -23,7 +23,9 @@ import pytest
 
 from lab import Capture, Host, Lab, batch, end, run, tc, wait_for_line, wait_until
 from runs import (
+    CLSACT_COMMAND,
     ELFPROBE,
+    NO_TCX,
     OLD_COMMAND,
     PROBES,
     TCP,
@@ -52,7 +54,7 @@ LOG_LIMIT = 2011  # bytes; lines about processes do not fill it exactly
 # Attaches somebody else's program: to XDP, native or generic, or to TC egress, where it drops mark 9, or has
 # the last word on packets without a socket: to drop them, or to let them out.
 SOMEONES = """
-import socket, sys
+import signal, socket, sys
 from bcc import BPF, lib
 from pyroute2 import IPRoute
 from elfprobe import kernel_headers
@@ -65,7 +67,10 @@ if where in on_egress:
 with kernel_headers():
     bpf = BPF(text='int someones(struct %s *ctx) { return %s; }' % (context, verdict))
 fd = bpf.load_func('someones', kind).fd
-if where in on_egress:
+if sys.argv[2:]:  # by tcx, for as long as this runs
+    assert lib.bpf_link_create(fd, socket.if_nametoindex('eth0'), 47, None) >= 0
+    signal.pause()
+elif where in on_egress:
     with IPRoute() as ipr:
         ipr.tc('add-filter', 'bpf', socket.if_nametoindex('eth0'), handle=1, prio=1, protocol=3, fd=fd,
                name='someones', parent=0xFFFFFFF3, direct_action=True, classid=1)
@@ -203,11 +208,15 @@ COMMAND = sys.executable, str(ELFPROBE)
 
 def attached(host: Host, device: str = 'eth0') -> dict[str, Any]:
     """What is attached to a device of a host, whoever did that."""
-    link = run('ip', '-n', host.name, '-d', '-j', 'link', 'show', device).stdout
+    said = run('ip', '-n', host.name, '-d', '-j', 'link', 'show', device).stdout
+    link = json.loads(re.sub(r'"\w+_timer":[^,}]+', '"timer":0', said))[0]
     shown = {'qdisc': ['qdisc', 'show', 'dev', device],
              'egress': ['filter', 'show', 'dev', device, 'egress'],
              'ingress': ['filter', 'show', 'dev', device, 'ingress']}
-    return {'xdp': json.loads(link)[0].get('xdp'),
+    programs = json.loads(host.run('bpftool', '-j', 'net', 'show', 'dev', device).stdout)[0].get('tc', [])
+    return {'xdp': link.pop('xdp', None), 'link': link,
+            'tcx': [program for program in programs if program['kind'].startswith('tcx')],
+            'features': host.run('ethtool', '-k', device).stdout,
             **{what: run('tc', '-n', host.name, *command).stdout for what, command in shown.items()}}
 
 
@@ -289,6 +298,8 @@ USAGE = {
                             ['-p/--probeint', f"'{text}'", 'whole', 'milliseconds', '0 to 1000'])
        for text in ('1001', '-1', '2.5', 'ten', '')},
     'rate type': (['-i', 'eth0', '-r', 'fast', ANYWHERE], ['-r/--ratetype', "'fast'", 'g, global, h']),
+    'ingress hook': (['-i', 'eth0', '--ingress-hook', 'native', ANYWHERE],
+                     ['--ingress-hook', "'native'", 'auto', 'xdp', 'generic', 'tc']),
     'ingress': (['-i', 'eth0', '-I', 'reject', ANYWHERE], ['-I/--ingress', "'reject'", 'pass', 'drop']),
     'encapsulation': (['-i', 'eth0', '-e', 'ring', ANYWHERE], ['-e/--encapsulation', "'ring'", 'ethernet']),
     'process 0': (['-i', 'eth0', '-P', '0'], ['-P/--pid', "'0'", '1 to']),
@@ -319,7 +330,7 @@ def test_help_names_each_option():
     for option in ('-h, --help', '-I', '--ingress', '-l, --logfile', '-f', '--filebase', '-d, --debug', '-p',
                    '--probeint', '-P', '--pid', '-a', '--app', '-r', '--ratetype', '-i', '--interface',
                    '-T, --notrunc', '-e', '--encapsulation', '-H', '--hooks', '-q, --quiet', '--duration',
-                   '--max-rate', '--version', 'address', '@FILE', 'examples'):
+                   '--max-rate', '--ingress-hook', '--version', 'address', '@FILE', 'examples'):
         assert option in shown.stdout
     assert shown.stderr == ''
 
@@ -547,23 +558,40 @@ def u32(direction: str, match: str, *then: str) -> str:
 
 @root
 @pytest.mark.parametrize('mode', ['native', 'generic'])
-def test_xdp_program_of_others_stays(lab4, tmp_path, mode):
+@pytest.mark.parametrize('hook', ['xdp', 'generic'])
+def test_xdp_program_of_others_is_named(lab4, tmp_path, mode, hook):
     with undone(lab4.client):
         someones(lab4.client, mode)
         before = attached(lab4.client)
-        ended = lab4.client.run(*COMMAND, '-i', 'eth0', ANYWHERE, check=False, cwd=tmp_path)
-        assert check_refused(ended, 1, ['-i/--interface', "'eth0'", 'someones']) == ''
+        ended = lab4.client.run(*COMMAND, '-i', 'eth0', '--ingress-hook', hook, ANYWHERE, check=False,
+                                cwd=tmp_path)
+        words = ['-i/--interface', "'eth0'", 'someones', '--ingress-hook tc']
+        assert check_refused(ended, 1, words) == ''
         assert attached(lab4.client) == before
         assert before['xdp']
     assert files(tmp_path) == {}
 
 
 @root
+@pytest.mark.parametrize('mode', ['native', 'generic'])
+def test_xdp_program_of_others_works_beside_ours(busy, tmp_path, mode):
+    with undone(busy.client):
+        someones(busy.client, mode)
+        before = attached(busy.client)
+        with elfprobe(busy, busy.server_address(4), cwd=tmp_path) as measuring:
+            wait_until(lambda: any(row.is_answered for row in measuring.rows()), 10, 'an answer')
+            assert attached(busy.client)['xdp'] == before['xdp']
+        assert 'answers read at TC ingress (someones is at XDP)' in measuring.log
+        assert attached(busy.client) == before
+
+
+@root
 def test_xdp_program_is_not_taken_away(lab4, tmp_path):
     client = lab4.client
     before = attached(client)
-    with elfprobe(lab4, ANYWHERE, cwd=tmp_path):
+    with elfprobe(lab4, '--ingress-hook', 'xdp', ANYWHERE, cwd=tmp_path):
         ours = attached(client)['xdp']
+        assert ours
         for mode in 'xdpgeneric', 'xdpdrv':
             client.run('ip', 'link', 'set', 'eth0', mode, 'off', check=False)
         assert attached(client)['xdp'] == ours
@@ -576,9 +604,13 @@ def have_effect(lab: Lab) -> list[bool]:
     return [lab.client.run('ping', '-nqc1', '-W0.2', *ping, check=False).returncode != 0 for ping in pings]
 
 
+TC_COMMANDS = pytest.mark.parametrize('command', [(), CLSACT_COMMAND], ids=['tcx', 'clsact'])
+
+
 @root
-def test_filters_of_others_stay_in_effect(busy, tmp_path):
-    client = busy.client
+@TC_COMMANDS
+def test_filters_of_others_stay_in_effect(busy, tmp_path, command):
+    client, via = busy.client, (*busy.client.command(), *command)
     away = 'action', 'mirred', 'egress', 'redirect', 'dev', 'hole0'
     with undone(client), hole(client):
         assert have_effect(busy) == [False] * 3
@@ -587,12 +619,14 @@ def test_filters_of_others_stay_in_effect(busy, tmp_path):
         someones(client, 'egress')
         before = attached(client)
         assert have_effect(busy) == [True] * 3
-        with elfprobe(busy, busy.server_address(4), cwd=tmp_path) as measuring:
+        with elfprobe(busy, busy.server_address(4), cwd=tmp_path, via=via) as measuring:
             has_rows(measuring)
             during = attached(client)
             assert have_effect(busy) == [True] * 3
-        assert during['ingress'] == before['ingress']
-        assert set(during['egress'].splitlines()) > set(before['egress'].splitlines())
+        for direction in 'egress', 'ingress':
+            added = set(during[direction].splitlines()) - set(before[direction].splitlines())
+            assert set(during[direction].splitlines()) >= set(before[direction].splitlines())
+            assert bool(added) == bool(command)
         assert attached(client) == before
         assert have_effect(busy) == [True] * 3
 
@@ -602,7 +636,7 @@ def test_empty_clsact_of_others_stays(lab4, tmp_path):
     with undone(lab4.client):
         tc(lab4.client, 'qdisc add dev eth0 clsact')
         before = attached(lab4.client)
-        with elfprobe(lab4, ANYWHERE, cwd=tmp_path):
+        with elfprobe(lab4, ANYWHERE, cwd=tmp_path, via=(*lab4.client.command(), *CLSACT_COMMAND)):
             assert attached(lab4.client) != before
         assert attached(lab4.client) == before
 
@@ -612,7 +646,7 @@ def test_empty_clsact_of_others_stays(lab4, tmp_path):
 def test_our_clsact_stays_for_who_came_to_use_it(lab4, tmp_path, direction):
     before = attached(lab4.client)
     with undone(lab4.client):
-        with elfprobe(lab4, ANYWHERE, cwd=tmp_path):
+        with elfprobe(lab4, ANYWHERE, cwd=tmp_path, via=(*lab4.client.command(), *CLSACT_COMMAND)):
             tc(lab4.client, u32(direction, f'dst {ANYWHERE}', 'classid', '1:1'))
         after = attached(lab4.client)
         assert 'clsact' in after.pop('qdisc')
@@ -629,6 +663,7 @@ def tc_of_version(self, command, *args, **kw):
         raise {error}
     return tc(self, command, *args, **kw)
 IPRoute.tc = tc_of_version
+elfprobe.may_have_tcx = lambda: False
 """
 
 
@@ -650,7 +685,7 @@ def test_pyroute2_detaches(lab4, tmp_path, condition, error):
 @pytest.mark.parametrize('theirs', ['empty', 'in use'])
 def test_clsact_that_others_put_in_the_place_of_ours_stays(lab4, tmp_path, theirs):
     with undone(lab4.client):
-        with elfprobe(lab4, ANYWHERE, cwd=tmp_path):
+        with elfprobe(lab4, ANYWHERE, cwd=tmp_path, via=(*lab4.client.command(), *CLSACT_COMMAND)):
             tc(lab4.client, 'qdisc del dev eth0 clsact', 'qdisc add dev eth0 clsact')
             if theirs == 'in use':
                 someones(lab4.client, 'egress')  # with our filter's priority and handle
@@ -661,11 +696,18 @@ def test_clsact_that_others_put_in_the_place_of_ours_stays(lab4, tmp_path, their
 
 @root
 def test_ingress_qdisc_of_others_stays(lab4, tmp_path):
+    """tcx does not need its place, clsact does."""
     with undone(lab4.client), ExitStack() as stack:
         tc(lab4.client, 'qdisc add dev eth0 ingress')
         stack.callback(tc, lab4.client, 'qdisc del dev eth0 ingress')
         before = attached(lab4.client)
-        ended = lab4.client.run(*COMMAND, '-i', 'eth0', ANYWHERE, check=False, cwd=tmp_path)
+        folder = tmp_path / 'tcx'
+        folder.mkdir()
+        with elfprobe(lab4, ANYWHERE, cwd=folder):
+            assert attached(lab4.client) != before
+        assert attached(lab4.client) == before
+        shutil.rmtree(folder)
+        ended = lab4.client.run(*CLSACT_COMMAND, *COMMAND, '-i', 'eth0', ANYWHERE, check=False, cwd=tmp_path)
         check_refused(ended, 1, ['-i/--interface', "'eth0'", 'ingress qdisc', 'clsact'])
         assert attached(lab4.client) == before
     assert files(tmp_path) == {}
@@ -675,29 +717,44 @@ def test_ingress_qdisc_of_others_stays(lab4, tmp_path):
 def test_xdp_program_that_others_remove_ends_the_run(busy, tmp_path):
     """Where there are no BPF links, with which nobody can."""
     via = *busy.client.command(), *OLD_COMMAND
-    with undone(busy.client), elfprobe(busy, busy.server_address(4), cwd=tmp_path, via=via) as measuring:
+    arguments = '--ingress-hook', 'xdp', busy.server_address(4)
+    with undone(busy.client), elfprobe(busy, *arguments, cwd=tmp_path, via=via) as measuring:
         has_rows(measuring)
         busy.client.run('ip', 'link', 'set', 'eth0', 'xdp', 'off')
         assert measuring.wait() == 1
     assert "somebody has removed our XDP program from 'eth0'" in measuring.log.splitlines()[-1]
 
 
+REMOVALS = {
+    'egress filter': (CLSACT_COMMAND, 'filter', 'tc filter del dev eth0 egress prio 1'),
+    'ingress filter': (CLSACT_COMMAND, 'filter', 'tc filter del dev eth0 ingress prio 1'),
+    'qdisc': (CLSACT_COMMAND, 'filter', 'tc qdisc del dev eth0 clsact'),
+    'tcx link': ((), 'TC program', 'bpftool link detach id {link}'),
+}
+
+
 @root
-@pytest.mark.parametrize('how', ['filter', 'qdisc'])
-def test_filter_that_others_remove_ends_the_run(busy, tmp_path, how):
+@pytest.mark.parametrize(('command', 'what', 'remove'), REMOVALS.values(), ids=REMOVALS)
+def test_program_that_others_remove_ends_the_run(busy, tmp_path, command, what, remove):
     """There will be no more rows, and somebody should know; what there was is written."""
-    remove = {'filter': 'filter del dev eth0 egress prio 1', 'qdisc': 'qdisc del dev eth0 clsact'}[how]
-    with undone(busy.client), elfprobe(busy, busy.server_address(4), cwd=tmp_path) as measuring:
+    via = *busy.client.command(), *command
+    with undone(busy.client), elfprobe(busy, busy.server_address(4), cwd=tmp_path, via=via) as measuring:
         has_rows(measuring)
-        tc(busy.client, remove)
+        links = [program['link_id'] for program in attached(busy.client)['tcx']]
+        busy.client.run(*remove.format(link=links and links[0]).split())
         assert measuring.wait() == 1
-    assert "somebody has removed our filter from 'eth0'" in measuring.log.splitlines()[-1]
+    assert f"somebody has removed our {what} from 'eth0'" in measuring.log.splitlines()[-1]
     assert measuring.summary.probes == len(measuring.rows()) > 0
 
 
-PROGRAMS = {  # place -> whether it is before our program on egress
-    'tcx': {'tcx egress': True, 'tcx ingress': False},
-    'filters': {'tc egress 1': True, 'tc egress 20': False, 'tc ingress 1': False, 'tc ingress 20': False},
+# Which of others' programs on egress run before ours, and so see the clones as well: by tcx those that were there
+# first; filters of clsact only where ours is one, by priority.
+PROGRAMS = {
+    'tcx': ({'tcx egress': 'if first', 'tcx ingress': ''}, ()),
+    'filters': ({'tc egress 1': '', 'tc ingress 1': ''}, ()),
+    'tcx, no tcx for us': ({'tcx egress': 'always', 'tcx ingress': ''}, CLSACT_COMMAND),
+    'filters, no tcx for us': ({'tc egress 1': 'always', 'tc egress 20': '', 'tc ingress 1': '',
+                                'tc ingress 20': ''}, CLSACT_COMMAND),
 }
 
 
@@ -722,10 +779,10 @@ def counting(host: Host, places: Iterable[str]) -> Iterator[Callable[[], list[in
 
 @root
 @pytest.mark.parametrize('since', ['before', 'during'])
-@pytest.mark.parametrize('places', PROGRAMS.values(), ids=PROGRAMS)
-def test_programs_of_others_see_each_packet_once(lab4, tmp_path, places, since):
+@pytest.mark.parametrize(('places', 'command'), PROGRAMS.values(), ids=PROGRAMS)
+def test_programs_of_others_see_each_packet_once(lab4, tmp_path, places, command, since):
     """Those of the application, both ways. Those before our program see the clones as well."""
-    server = lab4.server_address(6)
+    server, via = lab4.server_address(6), (*lab4.client.command(), *command)
     without_us = [PINGS, 0] * len(places)
     with ExitStack() as stack:
         stack.enter_context(undone(lab4.client))
@@ -742,27 +799,35 @@ def test_programs_of_others_see_each_packet_once(lab4, tmp_path, places, since):
             tc(lab4.client, 'qdisc add dev eth0 clsact')
             counts = attach()
             assert seen() == without_us
-        with elfprobe(lab4, '-rg', '-p0', server, cwd=tmp_path) as measuring:
+        with elfprobe(lab4, '-rg', '-p0', server, cwd=tmp_path, via=via) as measuring:
             if since == 'during':
+                if not command and any(place.startswith('tc ') for place in places):
+                    tc(lab4.client, 'qdisc add dev eth0 clsact')
                 counts = attach()
             with_us = seen()
         assert seen() == without_us
     check_end(measuring)
     probes = len(measuring.rows())
     assert probes > PINGS // 2
-    assert with_us == [count for is_before in places.values() for count in (PINGS, probes * is_before)]
+    before = {'': False, 'always': True, 'if first': since == 'before'}
+    assert with_us == [count for when in places.values() for count in (PINGS, probes * before[when])]
 
 
 @root
+@TC_COMMANDS
 @pytest.mark.parametrize('where', ['dropping', 'letting out'])
-def test_copies_that_a_filter_of_others_ends(make_lab, tmp_path, where):
+def test_copies_that_a_filter_of_others_ends(make_lab, tmp_path, where, command):
     """Those that it drops do no harm; of those that it lets out the destination gets one, and no second."""
     lab = make_lab(routers=1)
-    servers = [lab.server_address(version) for version in (4, 6)]
+    servers, via = [lab.server_address(version) for version in (4, 6)], (*lab.client.command(), *command)
     with undone(lab.client), lab.server.capture(filter='icmp[0] == 8 or icmp6[0] == 128') as arrived:
         tc(lab.client, 'qdisc add dev eth0 clsact')
-        someones(lab.client, where)
-        with elfprobe(lab, '-p0', '-d', *servers, cwd=tmp_path) as measuring:
+        if command:
+            someones(lab.client, where)
+        else:
+            lab.client.popen(sys.executable, '-c', SOMEONES, where, 'tcx', cwd=ELFPROBE.parent)
+            wait_until(lambda: attached(lab.client)['tcx'], 20, 'their program is attached')
+        with elfprobe(lab, '-p0', '-d', *servers, cwd=tmp_path, via=via) as measuring:
             for server in servers:
                 lab.client.run('ping', '-nqi.005', f'-c{PINGS}', server)
             assert measuring.stop() == 0
@@ -875,34 +940,41 @@ def test_silence_while_stopped(busy, tmp_path):
     check_end(measuring)
 
 
+XDP = '--ingress-hook', 'xdp'
+KILLED = {  # when, the command before elfprobe's, its options, whether clsact is others', what is left
+    'tcx': ('at work', (), (), False, ''),
+    'tcx and XDP': ('at work', (), XDP, False, ''),
+    'clsact': ('at work', CLSACT_COMMAND, (), False, 'filter'),
+    'with filters of others': ('at work', CLSACT_COMMAND, (), True, 'filter'),
+    'old system, whose kernel does not see to XDP': ('at work', OLD_COMMAND, XDP, False, 'XDP program'),
+    'in the start': ('in the start', with_fault('ElfProbe._output_files', 'SIGKILL'), (), False, ''),
+    'in the start, clsact':
+        ('in the start', with_fault('ElfProbe._output_files', 'SIGKILL', NO_TCX), (), False, 'filter'),
+}
+
+
 @root
-@pytest.mark.parametrize(('killed', 'clsact', 'command'), [
-    ('at work', 'ours', ()),
-    ('at work', 'of others', ()),
-    ('at work', 'ours', OLD_COMMAND),  # whose kernel does not see to XDP
-    ('in the start', 'ours', ()),
-], ids=['at work', 'with filters of others', 'old system', 'in the start'])
-def test_next_start_clears_what_a_killed_one_left(busy, tmp_path, killed, clsact, command):
+@pytest.mark.parametrize(('killed', 'command', 'options', 'theirs', 'left'), KILLED.values(), ids=KILLED)
+def test_next_start_clears_what_a_killed_one_left(busy, tmp_path, killed, command, options, theirs, left):
     client = busy.client
     with undone(client):
-        if clsact != 'ours':
+        if theirs:
             tc(client, 'qdisc add dev eth0 clsact', u32('egress', f'dst {ANYWHERE}', 'classid', '1:1'))
         before = attached(client)
         if killed == 'in the start':
-            client.run(*with_fault('tc_attachment', 'SIGKILL'), *COMMAND, '-i', 'eth0', ANYWHERE,
-                       check=False, cwd=tmp_path)
+            client.run(*command, *COMMAND, '-i', 'eth0', ANYWHERE, check=False, cwd=tmp_path)
         else:
-            with elfprobe(busy, ANYWHERE, cwd=tmp_path, via=client.command(*command)) as first:
+            via = client.command(*command)
+            with elfprobe(busy, *options, ANYWHERE, cwd=tmp_path, via=via) as first:
                 first.stop(signal.SIGKILL)
-        left = attached(client)
-        assert bool(left['xdp']) == bool(command)
-        assert (left != before) == (killed == 'at work')
+        assert bool(attached(client)['xdp']) == (left == 'XDP program')
+        assert (attached(client) != before) == bool(left)
         with elfprobe(busy, busy.server_address(4), cwd=tmp_path) as measuring:
             has_rows(measuring)
         assert attached(client) == before
     check_end(measuring)
-    assert ('filter that a killed elfprobe left' in measuring.log) == (killed == 'at work')
-    assert ('XDP program that a killed elfprobe left' in measuring.log) == bool(command)
+    assert ('that a killed elfprobe left' in measuring.log) == bool(left)
+    assert (f'{left} that a killed elfprobe left' in measuring.log) == bool(left)
 
 
 @root
@@ -912,11 +984,12 @@ def test_next_start_clears_what_a_killed_one_left(busy, tmp_path, killed, clsact
     ('load_program', 'RuntimeError'),
     ('Results', 'Failure'),
     ('Destinations', 'RuntimeError'),
-    ('link_xdp', 'RuntimeError'),
+    ('attachments', 'RuntimeError'),
+    ('TcxAttachment.attach', 'RuntimeError'),
     ('OutputFile', 'Failure'),
     ('SocketOwners.followed', 'RuntimeError'),
-    ('tc_attachment', 'Failure'),
-    ('egress_filters', 'RuntimeError'),
+    ('ClsactAttachment._add_filter', 'Failure'),
+    ('tc_filters', 'RuntimeError'),
     ('pyroute2.IPRoute.tc', 'RuntimeError'),
     ('OutputFile.write_lines', 'RuntimeError'),
 ])
@@ -924,7 +997,8 @@ def test_nothing_is_left_of_a_start_that_fails(lab4, tmp_path, stage, fault):
     (tmp_path / 'elf.csv').write_text(OLD)
     before = attached(lab4.client), files(tmp_path)
     with undone(lab4.client):
-        ended = lab4.client.run(*with_fault(stage, fault), *COMMAND, '-i', 'eth0', '-a', 'speedtest',
+        change = NO_TCX if stage.startswith(('Clsact', 'tc_', 'pyroute2')) else ''
+        ended = lab4.client.run(*with_fault(stage, fault, change), *COMMAND, '-i', 'eth0', '-a', 'speedtest',
                                 ANYWHERE, check=False, cwd=tmp_path)
         assert ended.returncode == 1
         assert 'a test broke it' in ended.stderr.splitlines()[-1]

@@ -51,11 +51,11 @@ from scapy.packet import Packet, Raw
 
 from lab import run, wait_until
 from progtest import (
+    DROP,
+    PASS,
     TC_ACT_SHOT,
     TC_ACT_STOLEN,
     TC_ACT_UNSPEC,
-    XDP_DROP,
-    XDP_PASS,
     Flight,
     Programs,
     SkBuff,
@@ -78,6 +78,7 @@ NAT = {4: '192.0.2.200', 6: '2001:db8:1::200'}
 SERVER = {4: '198.51.100.80', 6: '2001:db8:2::80'}
 ROUTER = {4: '203.0.113.7', 6: '2001:db8:7::7'}
 BOTH_VERSIONS = pytest.mark.parametrize('version', [4, 6])
+BOTH_HOOKS = pytest.mark.parametrize('ingress_tc', [True, False], ids=['TC', 'XDP'])
 TRIMMED_OR_NOT = pytest.mark.parametrize('notrunc', [False, True], ids=['trimmed', 'notrunc'])
 
 
@@ -231,20 +232,24 @@ def load() -> Iterator[Load]:
 FLAGS = list(itertools.product([False, True], repeat=3))
 # Every combination of the flags with every interval; every pair of two of all that is varied.
 BUILDS = [
-    (*flags, probeint, (1, 50000)[(i + j) % 2], (sum(flags) + j) % 2 == 1, (i // 2 + j) % 2 == 1)
+    (*flags, probeint, (1, 50000)[(i + j) % 2], (sum(flags) + j) % 2 == 1, (i // 2 + j) % 2 == 1,
+     ((False, False), (False, True), (True, False), (True, True))[(i + j) % 4])
     for i, flags in enumerate(FLAGS)
     for j, probeint in enumerate([0, 10, 1000])
 ]
 
 
-@pytest.mark.parametrize('notrunc, rate_global, drop, probeint, max_rate, by_owner, preemptible', BUILDS)
+@pytest.mark.parametrize('notrunc, rate_global, drop, probeint, max_rate, by_owner, preemptible, hooks', BUILDS)
 def test_all_builds_load_and_give_no_warning(
         notrunc: bool, rate_global: bool, drop: bool, probeint: int, max_rate: int, by_owner: bool,
-        preemptible: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+        preemptible: bool, hooks: tuple[bool, bool], caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    ingress_tc, tcx = hooks
     monkeypatch.setattr(elfprobe, 'is_preemptible', lambda: preemptible)
     config = dict(notrunc=notrunc, rate_global=rate_global, ingress='drop' if drop else 'pass',
                   probeint=probeint, max_rate=max_rate, apps=('ping',) if by_owner else ())
-    with caplog.at_level(logging.DEBUG, 'elfprobe'), Programs(by_owner, **config) as programs:
+    with caplog.at_level(logging.DEBUG, 'elfprobe'), \
+            Programs(by_owner, ingress_tc=ingress_tc, tcx=tcx, **config) as programs:
         assert {b'elf_egress', b'elf_probe', b'elf_ingress'} <= set(programs.bpf.funcs)
     assert not caplog.messages
 
@@ -380,14 +385,15 @@ def test_checksum_that_comes_out_as_zero(load: Load, version: int) -> None:
 
 
 @BOTH_VERSIONS
+@pytest.mark.parametrize('tcx, ended', [(True, TC_ACT_SHOT), (False, TC_ACT_STOLEN)], ids=['tcx', 'clsact'])
 @pytest.mark.parametrize('layers', [[segment(options=TIMESTAMPS)], [datagram()]], ids=['TCP', 'UDP'])
 def test_notrunc_keeps_the_first_segment_of_a_packet_yet_to_be_segmented(
-        load: Load, version: int, layers: list[Packet]) -> None:
-    programs = load(notrunc=True)
+        load: Load, version: int, layers: list[Packet], tcx: bool, ended: int) -> None:
+    programs = load(notrunc=True, tcx=tcx)
     programs.set_claim(seq=SEQ, ttl=TTL)
     sent = unfinished(frame(ip(version), *layers, data(1000)))
     verdict, out = programs.run('elf_probe', sent, SkBuff(gso_size=99, gso_segs=11))
-    assert verdict == TC_ACT_STOLEN  # the clone: the probe, which is shorter, is sent anew
+    assert verdict == ended  # the clone: the probe, which is shorter, is sent anew
     assert_same(out, unfinished(frame(ip(version, ttl=TTL), *layers, data(99))))
 
 
@@ -695,13 +701,14 @@ def row_of(flight: Flight, row: dict[str, str], version: int, inipid: int) -> di
     return {name: str(value) for name, value in values.items()}
 
 
-@pytest.mark.parametrize('ingress, verdict', [('drop', XDP_DROP), ('pass', XDP_PASS)], ids=['drop', 'pass'])
+@BOTH_HOOKS
+@pytest.mark.parametrize('ingress, verdict', [('drop', DROP), ('pass', PASS)], ids=['drop', 'pass'])
 @BOTH_VERSIONS
 @PROTOCOLS
 @EVERY_QUOTE
-def test_reply(load: Load, version: int, protocol: str, quote: Callable[[Packet], Any], ingress: str,
+def test_reply(load: Load, ingress_tc: bool, version: int, protocol: str, quote: Callable[[Packet], Any], ingress: str,
                verdict: int) -> None:
-    programs = load(ingress=ingress)
+    programs = load(ingress_tc=ingress_tc, ingress=ingress)
     probe = PROBES[protocol](version)
     flight = flight_of(probe, **KNOWN)
     bystander = flight._replace(sport=1)
@@ -709,14 +716,14 @@ def test_reply(load: Load, version: int, protocol: str, quote: Callable[[Packet]
     programs.put_in_flight(bystander)
     reply = bytes(time_exceeded(version, quote(probe.payload)))
 
-    assert programs.run('elf_ingress', reply) == (verdict, reply)
+    assert programs.receive(reply) == (verdict, reply)
     assert programs.in_flight() == [bystander]
     [row] = programs.rows()
     assert row_of(flight, row, version, flight.outipid).items() <= row.items()
     assert programs.counters() == {'replies': 1}
 
     # A second copy answers nothing.
-    assert programs.run('elf_ingress', reply) == (XDP_PASS, reply)
+    assert programs.receive(reply) == (PASS, reply)
     assert programs.in_flight() == [bystander]
     assert programs.rows() == []
     assert programs.counters() == {'replies': 1, 'not_ours': 1}
@@ -734,7 +741,7 @@ def test_reply_finds_the_probe_that_was_made(load: Load, sent: Packet, notrunc: 
         [flight] = programs.in_flight()
         on_the_wire = finished(probe) if finishes and is_unfinished(probe) else probe
         reply = time_exceeded(version, quote(on_the_wire.payload))
-        assert programs.run('elf_ingress', reply).verdict == XDP_DROP
+        assert programs.receive(reply).verdict == DROP
         assert programs.in_flight() == []
         [row] = programs.rows()
         assert row_of(flight, row, version, flight.outipid).items() <= row.items()
@@ -750,8 +757,8 @@ def test_quote_of_an_unfinished_probe_must_tell_it(load: Load, version: int, not
     quote = bytes(Ether(probe).payload)
     needed = len(ip(version)) + 8 + (32 if notrunc else 2)
     for near_miss in quote[: needed - 1], flipped(quote, needed - 1):
-        assert programs.run('elf_ingress', time_exceeded(version, near_miss)).verdict == XDP_PASS
-    assert programs.run('elf_ingress', time_exceeded(version, quote[:needed])).verdict == XDP_DROP
+        assert programs.receive(time_exceeded(version, near_miss)).verdict == PASS
+    assert programs.receive(time_exceeded(version, quote[:needed])).verdict == DROP
     assert len(programs.rows()) == 1
 
 
@@ -783,18 +790,19 @@ MISQUOTES: dict[str, Callable[[Packet], Any]] = {
 }
 
 
+@BOTH_HOOKS
 @BOTH_VERSIONS
 @PROTOCOLS
 @pytest.mark.parametrize('quote', list(MISQUOTES.values()), ids=list(MISQUOTES))
-def test_misquotes(load: Load, version: int, protocol: str, quote: Callable[[Packet], Any]) -> None:
+def test_misquotes(load: Load, ingress_tc: bool, version: int, protocol: str, quote: Callable[[Packet], Any]) -> None:
     probe = PROBES[protocol](version)
-    assert_passes(load(), flight_of(probe, **KNOWN), time_exceeded(version, quote(probe.payload)))
+    assert_passes(load(ingress_tc=ingress_tc), flight_of(probe, **KNOWN), time_exceeded(version, quote(probe.payload)))
 
 
 def assert_passes(programs: Programs, flight: Flight, packet: Any) -> None:
     """This packet passes, unchanged, and answers no probe, not even this one."""
     programs.put_in_flight(flight)
-    assert programs.run('elf_ingress', packet) == (XDP_PASS, bytes(packet))
+    assert programs.receive(packet) == (PASS, bytes(packet))
     assert programs.in_flight() == [flight]
     assert programs.rows() == []
     assert set(programs.counters()) <= {'not_ours'}
@@ -819,19 +827,20 @@ WHOLE = {  # what is no time exceeded in transit, and may quote the probe all th
 }
 
 
+@BOTH_HOOKS
 @pytest.mark.parametrize('version, layer', [
     pytest.param(version, layer, id=f'IPv{version}, {name}')
     for name, layers in WHOLE.items() for version, layer in layers.items()])
-def test_everything_else_passes(load: Load, version: int, layer: Packet) -> None:
+def test_everything_else_passes(load: Load, ingress_tc: bool, version: int, layer: Packet) -> None:
     probe = PROBES['TCP'](version)
     packet = from_router(version, layer.copy(), Raw(bytes(probe.payload)))
-    assert_passes(load(), flight_of(probe, **KNOWN), packet)
+    assert_passes(load(ingress_tc=ingress_tc), flight_of(probe, **KNOWN), packet)
 
 
 @BOTH_VERSIONS
 @PROTOCOLS
 def test_fragments_and_cut_replies_pass(load: Load, version: int, protocol: str) -> None:
-    programs, probe = load(), PROBES[protocol](version)
+    programs, probe = load(ingress_tc=False), PROBES[protocol](version)
     flight = flight_of(probe, **KNOWN)
     reply = time_exceeded(version, least(probe.payload))
     for length in range(14, len(reply)):
@@ -847,7 +856,7 @@ def test_fragments_and_cut_replies_pass(load: Load, version: int, protocol: str)
         for m, offset in (1, 0), (0, 1):
             fragment = IPv6ExtHdrFragment(nh=58, m=m, offset=offset)
             assert_passes(programs, flight, from_router(6, fragment, Raw(message)))
-    assert programs.run('elf_ingress', reply).verdict == XDP_DROP
+    assert programs.receive(reply).verdict == DROP
 
 
 @pytest.mark.parametrize('fields', [
@@ -857,7 +866,7 @@ def test_headers_of_replies(load: Load, fields: dict[str, Any]) -> None:
     programs.put_in_flight(flight_of(probe, **KNOWN))
     header = ip(4, **{**dict(src=ROUTER[4], dst=CLIENT[4]), **fields})
     reply = frame(header, TIME_EXCEEDED[4].copy(), Raw(bytes(probe.payload)))
-    assert programs.run('elf_ingress', reply).verdict == XDP_DROP
+    assert programs.receive(reply).verdict == DROP
     [row] = programs.rows()
     assert row['recvttl'] == str(header.ttl)
 
@@ -915,7 +924,7 @@ def test_result_ring_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
     with Programs(max_rate=1) as programs:
         for _ in range(60):
             programs.put_in_flight(flight_of(probe, **KNOWN))
-            assert programs.run('elf_ingress', time_exceeded(4, probe.payload)).verdict == XDP_DROP
+            assert programs.receive(time_exceeded(4, probe.payload)).verdict == DROP
             assert programs.in_flight() == []
         rows, lost = len(programs.rows()), programs.counters()['results_lost']
         assert rows > 0 and lost > 0 and rows + lost == 60
@@ -989,7 +998,7 @@ def test_what_is_in_front_stays(load: Load, version: int, config: dict[str, str]
     assert probe == front(plain)
     assert flights[0] == flights[1]
     quote = time_exceeded(version, plain[14:])
-    assert programs.run('elf_ingress', front(bytes(quote))).verdict == XDP_DROP
+    assert programs.receive(front(bytes(quote))).verdict == DROP
     [row] = programs.rows()
     assert (row['responder'], row['outttl']) == (ROUTER[version], str(TTL))
 
@@ -1000,7 +1009,7 @@ def test_quotes_with_extension_headers(load: Load, front: Callable[[bytes], byte
     """As of a probe of a packet that has them."""
     programs, probe = load(), PROBES['TCP'](6)
     programs.put_in_flight(flight_of(probe, **KNOWN))
-    assert programs.run('elf_ingress', time_exceeded(6, front(bytes(probe))[14:])).verdict == XDP_DROP
+    assert programs.receive(time_exceeded(6, front(bytes(probe))[14:])).verdict == DROP
 
 
 GRE_FLAGS = dict(chksum_present=1, key_present=1, seqnum_present=1)
@@ -1048,7 +1057,7 @@ def test_what_xdp_on_a_tunnel_is_shown_in_front(
     programs, probe = load(frame=elfprobe.Frame.TUNNEL), PROBES['TCP'](version)
     programs.put_in_flight(flight_of(probe, **KNOWN))
     reply = bytes(time_exceeded(version, bytes(probe)[14:]))[14:]
-    assert programs.run('elf_ingress', in_front(reply)).verdict == XDP_DROP
+    assert programs.receive(in_front(reply)).verdict == DROP
     [row] = programs.rows()
     assert row['responder'] == ROUTER[version]
 
@@ -1065,7 +1074,7 @@ def test_ttl_tells_the_length_of_the_path(load: Load, version: int, ttl: int, le
     programs = load()
     programs.follow(SERVER[version], horizon=4, responsive=3, next_due=NEVER)
     packet = frame(ip(version, src=SERVER[version], dst=CLIENT[version], ttl=ttl), segment())
-    assert programs.run('elf_ingress', packet) == (XDP_PASS, bytes(packet))
+    assert programs.receive(packet) == (PASS, bytes(packet))
     path = programs.path(SERVER[version])
     assert (path.length, path.responsive) == (length, min(3, length - 1) if length else 3)
     assert path.next_due < NEVER
@@ -1090,7 +1099,7 @@ def test_shorter_is_believed_at_once_longer_after_a_while(load: Load, ttls: list
     programs = load()
     programs.follow(SERVER[4])
     for ttl in [60, *ttls]:
-        programs.run('elf_ingress', frame(ip(4, src=SERVER[4], dst=CLIENT[4], ttl=ttl), segment()))
+        programs.receive(frame(ip(4, src=SERVER[4], dst=CLIENT[4], ttl=ttl), segment()))
     assert programs.path(SERVER[4]).length == length
 
 
@@ -1099,7 +1108,7 @@ def test_others_teach_nothing(load: Load) -> None:
     programs.follow(SERVER[4])
     own = frame(ip(4), segment())
     for packet in own, from_router(4, segment()), time_exceeded(4, own.payload):
-        programs.run('elf_ingress', packet)
+        programs.receive(packet)
     assert programs.path(SERVER[4]).length == 0
 
 
@@ -1120,7 +1129,7 @@ def test_destination_that_answers_a_probe_is_nearer_than_was_thought(
     programs.follow(SERVER[version], length=before, reverse=9, responsive=TTL)
     source = ip(version, src=SERVER[version], dst=CLIENT[version], ttl=56)
     packet = frame(source, answer[version].copy(), Raw(bytes(probe.payload)))
-    assert programs.run('elf_ingress', packet) == (XDP_PASS, bytes(packet))
+    assert programs.receive(packet) == (PASS, bytes(packet))
     assert programs.in_flight() == [flight]
     path = programs.path(SERVER[version])
     assert (path.length, path.responsive) == (after, TTL - 1)
@@ -1136,7 +1145,7 @@ def test_destination_that_answers_from_where_it_was_thought_to_be(
     programs.put_in_flight(flight_of(probe, **KNOWN))
     programs.follow(SERVER[4], {TTL - 1: dict(rtt=9, unanswered=1)}, length=length, reverse=9, distances=0x30)
     source = ip(4, src=SERVER[4], dst=CLIENT[4], ttl=56)
-    programs.run('elf_ingress', frame(source, ICMP(type=3, code=3), Raw(bytes(probe.payload))))
+    programs.receive(frame(source, ICMP(type=3, code=3), Raw(bytes(probe.payload))))
     path = programs.path(SERVER[4])
     assert (path.length, path.distances) == (TTL, distances)
 
@@ -1153,9 +1162,9 @@ def test_echo_replies_to_a_packet_and_its_probe(load: Load, version: int, length
     echo_reply = {4: ICMP(type=0, **known), 6: ICMPv6EchoReply(**known)}[version]
     source = ip(version, src=SERVER[version], dst=CLIENT[version], ttl=56)
     own, ours = (frame(source, echo_reply, data(size)) for size in (length, len(transport(probe)) - 8))
-    programs.run('elf_ingress', own)
+    programs.receive(own)
     assert (programs.path(SERVER[version]).length, programs.counters()) == (9, {})
-    programs.run('elf_ingress', ours)
+    programs.receive(ours)
     assert (programs.path(SERVER[version]).length, programs.counters()) == (TTL, {'reached': 1})
 
 
@@ -1169,7 +1178,7 @@ def test_echo_reply_to_a_probe(load: Load, version: int, notrunc: bool) -> None:
     echo_reply = {4: ICMP(type=0, id=0x4142, seq=0x4344), 6: ICMPv6EchoReply(id=0x4142, seq=0x4344)}
     source = ip(version, src=SERVER[version], dst=CLIENT[version], ttl=56)
     packet = frame(source, echo_reply[version], data(0 if notrunc else 2))
-    assert programs.run('elf_ingress', packet) == (XDP_PASS, bytes(packet))
+    assert programs.receive(packet) == (PASS, bytes(packet))
     assert programs.counters() == ({} if notrunc else {'reached': 1})
     assert programs.path(SERVER[version]).length == (9 if notrunc else TTL)
 
@@ -1346,11 +1355,11 @@ def test_ticks_of_two_cpus(load: Load) -> None:
     programs = load()
     programs.follow(SERVER[4])
     arrived = frame(ip(4, src=SERVER[4], dst=CLIENT[4], ttl=60), segment())
-    programs.run('elf_ingress', arrived)
+    programs.receive(arrived)
     path = programs.path(SERVER[4])
     path.heard = later = path.heard + 1000
     programs.set_path(SERVER[4], path)
-    programs.run('elf_ingress', arrived)
+    programs.receive(arrived)
     path = programs.path(SERVER[4])
     assert (path.heard, path.closed, path.reopened) == (later, 0, 0)
 
@@ -1365,7 +1374,7 @@ def test_ways_back_that_take_turns(load: Load) -> None:
     with programs.attached() as send:
         for _ in range(20):
             for packet in [longer] * 17 + [shorter]:
-                programs.run('elf_ingress', packet)
+                programs.receive(packet)
             for _ in range(10):
                 for probe in send(frame(ip(4), segment())):
                     ttl = Ether(probe)[IP].ttl
@@ -1373,7 +1382,7 @@ def test_ways_back_that_take_turns(load: Load) -> None:
                     if ttl < 4:
                         reply = time_exceeded(4, Ether(probe).payload)
                         recvttl = 61 if ttl == 3 else 65 - ttl
-                        programs.run('elf_ingress', frame(altered(reply.payload, ttl=recvttl)))
+                        programs.receive(frame(altered(reply.payload, ttl=recvttl)))
     assert came.count(3) > 20
     assert came.count(4) <= 2
 
@@ -1444,7 +1453,7 @@ def test_replies_teach(load: Load, before: dict[str, int], ttls: tuple[int, int]
     programs.put_in_flight(flight_of(probe, sendtime=now - 5 * MS))
     reply = time_exceeded(4, probe.payload)
     reply = frame(altered(reply.payload, ttl=recvttl))
-    assert programs.run('elf_ingress', reply).verdict == XDP_DROP
+    assert programs.receive(reply).verdict == DROP
     path = programs.path(SERVER[4])
     assert {name: getattr(path, name) for name in after} == after
     hop = path.hops[outttl]
@@ -1463,7 +1472,7 @@ def test_false_alarms_are_counted(load: Load, rests: int, before: int, after: in
     hop = dict(unanswered=rests, rests=rests, rtt=9, alarms=before)
     programs.follow(SERVER[4], {TTL: hop}, length=9, responsive=TTL)
     programs.put_in_flight(flight_of(probe, **{**KNOWN, 'sendtime': time.monotonic_ns()}))
-    assert programs.run('elf_ingress', time_exceeded(4, probe.payload)).verdict == XDP_DROP
+    assert programs.receive(time_exceeded(4, probe.payload)).verdict == DROP
     assert programs.path(SERVER[4]).hops[TTL].alarms == after
 
 
@@ -1472,7 +1481,7 @@ def test_replies_do_not_hasten_the_next_of_all_probes(load: Load) -> None:
     programs.follow(SERVER[4], length=9, last_sent=time.monotonic_ns(), next_due=NEVER)
     probe = frame(ip(4, ttl=3), segment())
     programs.put_in_flight(flight_of(probe))
-    assert programs.run('elf_ingress', time_exceeded(4, probe.payload)).verdict == XDP_DROP
+    assert programs.receive(time_exceeded(4, probe.payload)).verdict == DROP
     path = programs.path(SERVER[4])
     assert path.next_due == path.last_sent + SECOND
 
@@ -1494,7 +1503,7 @@ def test_hops_behind_one_that_answers_again_are_tried_again(
     }, length=9, responsive=3)
     probe = frame(ip(4, ttl=4), segment())
     programs.put_in_flight(flight_of(probe))
-    programs.run('elf_ingress', time_exceeded(4, probe.payload))
+    programs.receive(time_exceeded(4, probe.payload))
     with programs.attached() as send:
         came = [Ether(probe)[IP].ttl for _ in range(30) for probe in send(frame(ip(4), segment()))]
     assert sorted(ttl for ttl in came if ttl in (5, 6, 7)) == sorted(woken)
@@ -1511,12 +1520,12 @@ def test_hops_rest_no_more_when_the_destination_is_heard_again(load: Load) -> No
         programs.follow(SERVER[4], {
             1: dict(resting, since=now - 90 * SECOND), 2: dict(resting, since=now - 5 * SECOND),
         }, length=4, reverse=4, responsive=3)
-        assert programs.run('elf_ingress', packet).verdict == XDP_PASS  # tells the tick
+        assert programs.receive(packet).verdict == PASS  # tells the tick
         tick = round(time.clock_getres(elfprobe.CLOCK_MONOTONIC_COARSE) * 1e9)
         path = programs.path(SERVER[4])
         path.heard -= gap * SECOND // tick
         programs.set_path(SERVER[4], path)
-        assert programs.run('elf_ingress', packet).verdict == XDP_PASS
+        assert programs.receive(packet).verdict == PASS
         with programs.attached() as send:
             came = [Ether(probe)[IP].ttl for _ in range(20) for probe in send(frame(ip(4), segment()))]
         assert {ttl for ttl in came if ttl < 3} == woken
@@ -1529,7 +1538,7 @@ def test_routers_before_one_that_answers_rest_no_longer_than_routers(load: Load)
                                 6: resting}, length=9, responsive=1)
     probe = frame(ip(4, ttl=5), segment())
     programs.put_in_flight(flight_of(probe))
-    programs.run('elf_ingress', time_exceeded(4, probe.payload))
+    programs.receive(time_exceeded(4, probe.payload))
     with programs.attached() as send:
         came = [Ether(probe)[IP].ttl for _ in range(20) for probe in send(frame(ip(4), segment()))]
     assert {2, 3} <= set(came)
@@ -1543,7 +1552,7 @@ def test_replies_of_a_longer_way_that_is_no_more(load: Load) -> None:
         programs.follow(SERVER[4], length=4, reverse=4, responsive=3, shortened=2 * SECOND)
         probe = frame(ip(4, ttl=5), segment())
         programs.put_in_flight(flight_of(probe, sendtime=sent))
-        assert programs.run('elf_ingress', time_exceeded(4, probe.payload)).verdict == XDP_DROP
+        assert programs.receive(time_exceeded(4, probe.payload)).verdict == DROP
         assert len(programs.rows()) == 1
         assert programs.path(SERVER[4]).length == length
 
@@ -1551,7 +1560,7 @@ def test_replies_of_a_longer_way_that_is_no_more(load: Load) -> None:
 def test_reply_for_a_destination_no_longer_of_interest(load: Load) -> None:
     programs, probe = load(), PROBES['TCP'](4)
     programs.put_in_flight(flight_of(probe, **KNOWN))
-    assert programs.run('elf_ingress', time_exceeded(4, probe.payload)).verdict == XDP_DROP
+    assert programs.receive(time_exceeded(4, probe.payload)).verdict == DROP
     assert len(programs.rows()) == 1
 
 
@@ -1665,11 +1674,12 @@ def mutated(chance: random.Random, packet: bytes) -> bytes:
 MUTATIONS = 1_000_000  # in all, of what arrives and of what leaves
 
 
+@BOTH_HOOKS
 @BOTH_VERSIONS
 @PROTOCOLS
-def test_mutated_replies(load: Load, version: int, protocol: str) -> None:
+def test_mutated_replies(load: Load, ingress_tc: bool, version: int, protocol: str) -> None:
     """No row without its probe, and no verdict but pass for what answers none."""
-    programs, probe = load(), PROBES[protocol](version)
+    programs, probe = load(ingress_tc=ingress_tc), PROBES[protocol](version)
     flight = flight_of(probe, **KNOWN)
     chance = random.Random(f'{version} {protocol}')
     reply = bytes(time_exceeded(version, probe.payload))
@@ -1677,11 +1687,11 @@ def test_mutated_replies(load: Load, version: int, protocol: str) -> None:
     assert wanted
     put_in_flight = programs.putter(flight)
     put_in_flight()
-    matches, count = 0, MUTATIONS // 6 + 1
+    matches, count = 0, MUTATIONS // 12 + 1
     for number in range(count):
         packet = mutated(chance, reply)
         match = answers(packet) == wanted
-        assert programs.run('elf_ingress', packet) == (XDP_DROP if match else XDP_PASS, packet), (
+        assert programs.receive(packet) == (DROP if match else PASS, packet), (
             number, packet.hex())
         if match:
             put_in_flight()  # which it is no more
@@ -1811,7 +1821,7 @@ def test_each_hook_is_called_for_its_packets(hooked: Hooked) -> None:
         assert [count.value for count in programs.bpf['calls'].values()][:6] == calls + [0] * (6 - len(calls))
         for probe in probes:
             for _ in range(2):  # the second answers nothing: no hook
-                programs.run('elf_ingress', time_exceeded(version, bytes(probe)[14:]))
+                programs.receive(time_exceeded(version, bytes(probe)[14:]))
     assert [count.value for count in programs.bpf['calls'].values()] == [1] * 6 + [3, 3]
 
 

@@ -708,7 +708,8 @@ sys.path.insert(0, sys.argv[1])
 import elfprobe
 
 def find():
-    bpf = elfprobe.load_program(elfprobe.Config('lo', hooks=sys.argv[2]))
+    build = elfprobe.machine_build(elfprobe.Frame.ETHERNET, ingress_tc=False, tcx=False)
+    bpf = elfprobe.load_program(elfprobe.Config('lo', hooks=sys.argv[2]), build)
     print(bpf.module >> 32 > 0, *elfprobe.hook_maps(bpf))
     elfprobe.unload(bpf)
 

@@ -7,7 +7,7 @@ int empty_egress(struct __sk_buff *skb)
 
 int empty_ingress(struct xdp_md *ctx)
 {
-	return XDP_PASS;
+	return VERDICT_PASS;
 }
 
 /* ---- Many destinations: each run has another packet ---------------------------------------- */
@@ -128,5 +128,5 @@ int one_result(struct xdp_md *ctx)
 	COUNT(replies);
 	if (extended && submit_result(ctx, &extended->result, sizeof(extended->result)))
 		COUNT(results_lost);
-	return XDP_PASS;
+	return VERDICT_PASS;
 }

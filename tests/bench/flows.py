@@ -69,7 +69,8 @@ def empty_programs(lab: Lab) -> Iterator[None]:
     with inside(lab.client), pyroute2.IPRoute() as ipr, load() as programs:
         device = driver.find_device(ipr, lab.client_device)
         egress, ingress = (programs.bpf.funcs[name].fd for name in (b'empty_egress', b'empty_ingress'))
-        with driver.xdp_attachment(ipr, device, ingress), driver.tc_attachment(ipr, device, egress):
+        with driver.XdpAttachment(ipr, device, ingress, is_native=True), \
+                driver.TcxAttachment(ipr, device, egress, driver.BPF_TCX_EGRESS):
             yield
 
 

@@ -232,7 +232,7 @@ def in_traffic(quick: bool) -> Iterator[Figure]:
             fd = programs.bpf.funcs[program.encode()].fd
             programs.clear()
             programs.follow(lab.server_address(4), length=5)
-            with elfprobe.xdp_attachment(ipr, device, fd):
+            with elfprobe.XdpAttachment(ipr, device, fd, is_native=True):
                 took, runs = run_time(fd, partial(transfer, lab, *UDP_SMALL))
             replies = programs.counters().get('replies', 0)
             if program == 'elf_ingress' and replies < 0.95 * runs:
@@ -240,7 +240,7 @@ def in_traffic(quick: bool) -> Iterator[Figure]:
             return took / runs
 
         egress = programs.bpf.funcs[b'elf_egress'].fd
-        with run_statistics(), elfprobe.tc_attachment(ipr, device, egress):
+        with run_statistics(), elfprobe.TcxAttachment(ipr, device, egress, elfprobe.BPF_TCX_EGRESS):
             empty, elf = least(rounds, partial(mean, 'empty_ingress'), partial(mean, 'elf_ingress'))
         yield Figure('a reply, its row included', elf - empty, 'ns', floor=empty)
 
@@ -263,7 +263,7 @@ def by_owner_in_traffic(quick: bool) -> Iterator[Figure]:
 
                 def mean(options: tuple[str, ...], program: str, programs: Programs = programs) -> float:
                     fd = programs.bpf.funcs[program.encode()].fd
-                    with elfprobe.tc_attachment(ipr, device, fd):
+                    with elfprobe.TcxAttachment(ipr, device, fd, elfprobe.BPF_TCX_EGRESS):
                         took, runs = run_time(fd, partial(transfer, lab, *options, program=str(speedtest)))
                     return took / runs
 

@@ -1,0 +1,321 @@
+"""Where answers are read: native XDP, generic XDP or TC ingress, on kinds of devices; and what that costs others.
+
+    client - r1 - server        the client's way to r1 is a veth, or a bridge, a macvlan or a VLAN device above it
+    client: tap0 === this process, which plays a router and sends packets in pieces
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import socket
+import struct
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import pytest
+
+pytest.importorskip('scapy')
+
+from scapy.layers.inet import ICMP, IP, UDP
+from scapy.layers.inet6 import ICMPv6TimeExceeded, IPv6
+from scapy.layers.l2 import Ether
+from scapy.packet import Raw
+
+from lab import Host, Lab, address, attach, batch, run, wait_until
+from runs import VERSIONS, Run, both, elfprobe, inside, with_change
+from test_faults import COMMAND, attached, check_refused
+from test_paths import latest, pinging
+
+pytestmark = pytest.mark.root
+
+HOOKS = 'auto', 'xdp', 'generic', 'tc'
+PLACES = {'auto': 'TC ingress', 'xdp': 'native XDP', 'generic': 'generic XDP', 'tc': 'TC ingress'}
+LARGE_MTU = 9000  # native XDP of veth takes 3520 bytes or so
+
+# linux/if_tun.h
+TUNSETIFF, IFF_TAP, IFF_NAPI, IFF_NAPI_FRAGS, IFF_NO_PI = 0x400454CA, 2, 0x10, 0x20, 0x1000
+# asm-generic/socket.h, linux/socket.h, linux/errqueue.h
+SO_ZEROCOPY, MSG_ZEROCOPY, SO_EE_ORIGIN_ZEROCOPY, SO_EE_CODE_ZEROCOPY_COPIED = 60, 0x4000000, 5, 1
+ERROR = struct.Struct('=IBBBBII')  # struct sock_extended_err
+
+FREE_XDP = "elfprobe.XDP_WITHOUT_RESET = {'veth'}"  # as if native XDP cost nothing on a veth
+
+
+@pytest.fixture(scope='module')
+def lab1() -> Iterator[Lab]:
+    with Lab(routers=1) as lab:
+        yield lab
+
+
+def check_hops(lab: Lab, measuring: Run, device: str = 'eth0') -> None:
+    """The router answers in both families, and nobody else."""
+    right = {(server, 1): lab.hop(version, 1) for version, server in zip(VERSIONS, both(lab))}
+    with pinging(lab, '-i0.02'):
+        wait_until(lambda: latest(measuring.rows()) == right, 20, 'answers of both families')
+    assert measuring.stop() == 0
+    assert latest(measuring.rows()) == right
+
+
+# Each place, on each kind of device
+
+@contextmanager
+def above(lab: Lab, kind: str) -> Iterator[str]:
+    """Give the client another device above eth0, which has its addresses and routes meanwhile."""
+    client, moved = lab.client, f'{kind}0'
+    with ExitStack() as stack:
+        made = run('ip', '-n', client.name, 'link', 'add', *([] if kind == 'bridge' else ['link', 'eth0']),
+                   moved, 'type', kind, *(['id', '7'] if kind == 'vlan' else []), check=False)
+        if made.returncode:
+            pytest.skip(f'this kernel has no such device: {made.stderr.strip()}')
+        stack.callback(batch, client.name, [f'link del {moved}'])
+        stack.callback(run, 'ip', '-n', lab.routers[0].name, 'neigh', 'flush', 'dev', 'eth0')
+        at_router = 'eth0'
+        if kind == 'vlan':
+            batch(lab.routers[0].name, ['link add link eth0 vlan0 type vlan id 7', *attach('vlan0', 7, 2)])
+            stack.callback(batch, lab.routers[0].name, ['link del vlan0'])
+            at_router = 'vlan0'
+        if kind == 'bridge':
+            batch(client.name, [f'link set eth0 master {moved}'])
+            stack.callback(batch, client.name, ['link set eth0 nomaster'])
+        link = 7 if kind == 'vlan' else 1
+        if kind != 'vlan':
+            batch(client.name, ['address flush dev eth0 scope global'])
+            stack.callback(batch, client.name, [
+                *attach('eth0', 1, 1), *(f'route replace default via {lab.hop(version, 1)}' for version in VERSIONS)])
+        batch(client.name, [*attach(moved, link, 1), *(
+            f'route replace {server} via {address(version, link, 2)} dev {moved}'
+            for version, server in zip(VERSIONS, both(lab)))])
+        run('ip', '-n', lab.routers[0].name, 'neigh', 'flush', 'dev', at_router)
+        yield moved
+
+
+@pytest.mark.parametrize('hook', HOOKS)
+def test_answers_are_read_at_each_hook(lab1: Lab, tmp_path: Path, hook: str) -> None:
+    """And the device, offloads included, is as before afterwards."""
+    before = attached(lab1.client), attached(lab1.routers[0])
+    with elfprobe(lab1, '--ingress-hook', hook, *both(lab1), cwd=tmp_path) as measuring:
+        check_hops(lab1, measuring)
+    assert f'probing on eth0, answers read at {PLACES[hook]} (' in measuring.log
+    assert (attached(lab1.client), attached(lab1.routers[0])) == before
+
+
+@pytest.mark.parametrize('hook', ['auto', 'generic'])
+@pytest.mark.parametrize('kind', ['bridge', 'macvlan', 'vlan'])
+def test_answers_are_read_on_devices_above_others(make_lab: Callable[..., Lab], tmp_path: Path, kind: str,
+                                                  hook: str) -> None:
+    lab = make_lab(routers=1)
+    with above(lab, kind) as device:
+        before = attached(lab.client), attached(lab.client, device)
+        with elfprobe(lab, '-i', device, '--ingress-hook', hook, *both(lab), cwd=tmp_path) as measuring:
+            right = {(server, 1) for server in both(lab)}
+            with pinging(lab, '-i0.02'):
+                wait_until(lambda: latest(measuring.rows()).keys() == right, 20, 'answers of both families')
+        assert (attached(lab.client), attached(lab.client, device)) == before
+    assert f'answers read at {PLACES[hook]} (' in measuring.log
+
+
+def test_auto_leaves_the_offloads_of_the_other_end(lab1: Lab, tmp_path: Path) -> None:
+    def offloads() -> str:
+        return lab1.routers[0].run('ethtool', '-k', 'eth0').stdout
+
+    before = offloads()
+    with elfprobe(lab1, *both(lab1), cwd=tmp_path) as measuring:
+        assert offloads() == before
+        assert attached(lab1.client)['xdp'] is None
+    assert 'native XDP would take the segmentation offload of the other end of a veth' in measuring.log
+
+
+def test_auto_takes_native_xdp_where_that_costs_nothing(lab1: Lab, tmp_path: Path) -> None:
+    via = *lab1.client.command(), *with_change(FREE_XDP)
+    with elfprobe(lab1, *both(lab1), cwd=tmp_path, via=via) as measuring:
+        assert attached(lab1.client)['xdp']
+        check_hops(lab1, measuring)
+    assert 'answers read at native XDP (the driver veth takes a program without a reset)' in measuring.log
+
+
+def test_auto_takes_tc_where_native_xdp_is_refused(make_lab: Callable[..., Lab], tmp_path: Path) -> None:
+    lab = make_lab(routers=1)
+    for host in lab.client, lab.routers[0]:
+        batch(host.name, [f'link set eth0 mtu {LARGE_MTU}'])
+    before = attached(lab.client)
+    refused = lab.client.run(*COMMAND, '-i', 'eth0', '--ingress-hook', 'xdp', *both(lab), check=False,
+                             cwd=tmp_path)
+    check_refused(refused, 1, ["'eth0'", 'native XDP', '--ingress-hook tc'])
+    assert attached(lab.client) == before
+    assert list(tmp_path.iterdir()) == []
+    with elfprobe(lab, *both(lab), cwd=tmp_path, via=(*lab.client.command(), *with_change(FREE_XDP))) as measuring:
+        check_hops(lab, measuring)
+    assert 'answers read at TC ingress (veth refuses native XDP)' in measuring.log
+    assert attached(lab.client) == before
+
+
+def test_without_tcx_in_spite_of_the_version(lab1: Lab, tmp_path: Path) -> None:
+    """The kernel's version says that it has tcx links, and it has none: clsact is taken."""
+    via = *lab1.client.command(), *with_change("""
+real = elfprobe.create_link
+def without_tcx(program, target, attach_type, options=None):
+    if attach_type in (elfprobe.BPF_TCX_INGRESS, elfprobe.BPF_TCX_EGRESS):
+        raise OSError(22, 'Invalid argument')
+    return real(program, target, attach_type, options)
+elfprobe.create_link = without_tcx
+elfprobe.may_have_tcx = lambda: True
+""")
+    before = attached(lab1.client)
+    with elfprobe(lab1, *both(lab1), cwd=tmp_path, via=via) as measuring:
+        during = attached(lab1.client)
+        assert 'elf_egress' in during['egress']
+        assert 'elf_ingress' in during['ingress']
+        check_hops(lab1, measuring)
+    assert attached(lab1.client) == before
+
+
+# The carrier
+
+@pytest.mark.parametrize('sees_carrier', [True, False])
+def test_lost_carrier_is_held_against_no_flow(make_lab: Callable[..., Lab], tmp_path: Path,
+                                              sees_carrier: bool) -> None:
+    """As when a driver takes the link down for the XDP program. Where elfprobe does not see the carrier, seconds
+    without an acknowledgement are a stall."""
+    lab = make_lab(routers=1)
+    change = '' if sees_carrier else 'elfprobe.IFF_RUNNING = elfprobe.IFF_UP'
+    via = *lab.client.command(), *with_change(change)
+    with lab.iperf3_server(), elfprobe(lab, '--ingress-hook', 'xdp', lab.server_address(4), cwd=tmp_path,
+                                       via=via) as measuring:
+        lab.client.popen('iperf3', '-c', lab.server_address(4), '-b', '1M', '-l', '1000', '-t', '60')
+        wait_until(lambda: len(measuring.rows()) > 20, 10, 'rows')
+        batch(lab.routers[0].name, ['link set eth0 down'])
+        down = time.monotonic_ns()
+        wait_until(lambda: time.monotonic_ns() > down + 7e9, 10, 'the link has been down for seven seconds')
+        batch(lab.routers[0].name, ['link set eth0 up'])
+        up = time.monotonic_ns()
+        wait_until(lambda: any(row.is_answered and row.sendtime > up for row in measuring.rows()), 20, 'answers')
+        if sees_carrier:
+            wait_until(lambda: 'the interface is up again' in measuring.log, 5, 'elfprobe sees the carrier')
+        assert measuring.stop() == 0
+    for said in 'the interface has no carrier', '--ingress-hook tc':
+        assert (said in measuring.log) == sees_carrier
+    assert ('nothing is acknowledged' in measuring.log) != sees_carrier
+
+
+# Packets in pieces
+
+@contextmanager
+def tap(host: Host, name: str = 'tap0') -> Iterator[int]:
+    """A TAP device of a host, which takes each piece of a write for a fragment of the packet."""
+    with inside(host):
+        fd = os.open('/dev/net/tun', os.O_RDWR)
+    try:
+        flags = IFF_TAP | IFF_NO_PI | IFF_NAPI | IFF_NAPI_FRAGS
+        fcntl.ioctl(fd, TUNSETIFF, struct.pack('16sH22x', name.encode(), flags))
+        batch(host.name, [f'link set {name} up', f'address add 192.0.2.99/24 dev {name}',
+                          f'address add 2001:db8::99/64 dev {name} nodad',
+                          f'neigh add 192.0.2.80 lladdr 02:00:00:00:00:09 dev {name}',
+                          f'neigh add 2001:db8::80 lladdr 02:00:00:00:00:09 dev {name}'])
+        yield fd
+    finally:
+        os.close(fd)
+
+
+PIECES = {  # at which bytes a packet is cut
+    'Ethernet alone': [14],
+    'in the IP header': [14, 24],
+    'in the ICMP header': [14, 38],
+    'in the quote': [60, 70],
+    'whole': [],
+}
+
+
+@pytest.mark.skipif(not Path('/dev/net/tun').exists(), reason='no TAP here')
+@pytest.mark.parametrize('version', VERSIONS)
+@pytest.mark.parametrize('cuts', PIECES.values(), ids=PIECES)
+def test_answers_in_pieces(lab1: Lab, tmp_path: Path, version: int, cuts: list[int]) -> None:
+    """At TC ingress only the linear part of a packet can be read at first."""
+    dest, source, router = {4: ('192.0.2.80', '192.0.2.99', '192.0.2.1'),
+                            6: ('2001:db8::80', '2001:db8::99', '2001:db8::1')}[version]
+    with tap(lab1.client) as fd, \
+            elfprobe(lab1, '-i', 'tap0', '--ingress-hook', 'tc', '-p', '0', dest, cwd=tmp_path) as measuring:
+        with inside(lab1.client):
+            sender = socket.socket({4: socket.AF_INET, 6: socket.AF_INET6}[version], socket.SOCK_DGRAM)
+        with sender:
+            sender.connect((dest, 9))
+
+            def is_answered() -> bool:
+                sender.send(bytes(100))
+                while True:
+                    frame = Ether(os.read(fd, 4096))
+                    asked = frame.payload
+                    if UDP in asked and (asked.ttl if version == 4 else asked.hlim) == 1:
+                        break
+                    if UDP in asked:
+                        return any(row.is_answered for row in measuring.rows())
+                quote = Raw(bytes(asked) + bytes(200))
+                answer = IP(src=router, dst=source) / ICMP(type=11) / quote if version == 4 else \
+                    IPv6(src=router, dst=source) / ICMPv6TimeExceeded() / quote
+                data = bytes(Ether(src=frame.dst, dst=frame.src) / answer)
+                ends = [*cuts, len(data)]
+                os.writev(fd, [data[start:end] for start, end in zip([0, *ends], ends)])
+                return any(row.is_answered for row in measuring.rows())
+
+            wait_until(is_answered, 10, 'an answer')
+        assert measuring.stop() == 0
+    assert {row.responder for row in measuring.rows() if row.is_answered} == {router}
+
+
+# MSG_ZEROCOPY
+
+def send_without_copy(host: Host, dest: str, count: int) -> tuple[int, int]:
+    """Send UDP packets from this process's own memory. Return how many the kernel has sent, and how many of them it
+    says that it has copied."""
+    sent = copied = 0
+    with inside(host):
+        sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with sender:
+        sender.setsockopt(socket.SOL_SOCKET, SO_ZEROCOPY, 1)
+        sender.connect((dest, 9))
+        data = bytearray(1400)
+
+        def are_told() -> bool:
+            nonlocal sent, copied
+            try:
+                _, ancillary, _, _ = sender.recvmsg(100, 512, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return False
+            for _, _, content in ancillary:
+                _, origin, _, code, _, first, last = ERROR.unpack_from(content)
+                if origin == SO_EE_ORIGIN_ZEROCOPY:
+                    sent += last - first + 1
+                    copied += (last - first + 1) * (code & SO_EE_CODE_ZEROCOPY_COPIED)
+            return sent >= target
+
+        for target in range(1, count + 1):
+            sender.send(data, MSG_ZEROCOPY)
+            wait_until(are_told, 5, 'the kernel says what became of it')
+    return sent, copied
+
+
+@pytest.mark.parametrize('options', [[], ['-T']], ids=['truncated', 'whole'])
+@pytest.mark.parametrize('can_tell', [True, False], ids=['told apart', 'not told apart'])
+def test_zero_copy_stays_zero_copy(lab1: Lab, tmp_path: Path, options: list[str], can_tell: bool) -> None:
+    """A probe of such a packet would have the kernel say that it was copied, as it does where elfprobe cannot tell
+    such packets from others. (What an ifb device sends ends there: nobody on the way copies it.)"""
+    made = run('ip', '-n', lab1.client.name, 'link', 'add', 'ifb0', 'type', 'ifb', check=False)
+    if made.returncode:
+        pytest.skip(f'this kernel has no ifb devices: {made.stderr.strip()}')
+    with ExitStack() as stack:
+        stack.callback(batch, lab1.client.name, ['link del ifb0'])
+        batch(lab1.client.name, ['link set ifb0 up', 'address add 192.0.2.1/24 dev ifb0',
+                                 'neigh add 192.0.2.80 lladdr 02:00:00:00:00:09 dev ifb0'])
+        assert send_without_copy(lab1.client, '192.0.2.80', 20) == (20, 0)
+        via = *lab1.client.command(), *with_change('' if can_tell else 'elfprobe.find_zerocopy = elfprobe.ZeroCopy')
+        arguments: list[Any] = ['-i', 'ifb0', '-p', '0', *options, '192.0.2.80']
+        with elfprobe(lab1, *arguments, cwd=tmp_path, via=via) as measuring:
+            sent, copied = send_without_copy(lab1.client, '192.0.2.80', 20)
+            assert measuring.stop() == 0
+    assert sent == 20
+    assert copied >= len(measuring.rows())
+    assert bool(copied) != can_tell
+    assert bool(re.search(r'carrier_zerocopy 20 \(', measuring.log)) == can_tell
