@@ -2067,6 +2067,8 @@ static inline int may_carry(struct hdr_cursor *nh, const struct packet *pkt)
  * data, and tells the application that it did (skb_zcopy_clear() in __pskb_pull_tail()), once for each probe: many
  * stop using it then. The context of a TC program is the struct sk_buff itself. Behind its data is its struct
  * skb_shared_info. */
+static long (*probe_read_kernel)(void *to, __u32 size, const void *from) = (void *)113; /* BCC's own may be another */
+
 static inline int is_zerocopy(struct __sk_buff *skb)
 {
 	__u64 head = 0;
@@ -2075,9 +2077,9 @@ static inline int is_zerocopy(struct __sk_buff *skb)
 
 	if (!SKB_HEAD)
 		return 0;
-	bpf_probe_read_kernel(&head, sizeof(head), (void *)skb + SKB_HEAD);
-	bpf_probe_read_kernel(&end, sizeof(end), (void *)skb + SKB_END);
-	bpf_probe_read_kernel(&flags, sizeof(flags), (void *)(head + end + ZEROCOPY_FLAGS));
+	probe_read_kernel(&head, sizeof(head), (void *)skb + SKB_HEAD);
+	probe_read_kernel(&end, sizeof(end), (void *)skb + SKB_END);
+	probe_read_kernel(&flags, sizeof(flags), (void *)(head + end + ZEROCOPY_FLAGS));
 	return flags & ZEROCOPY_FLAG;
 }
 

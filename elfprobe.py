@@ -1852,7 +1852,7 @@ def remove_leftovers(ipr: Any, device: Device) -> None:
     if found and program_name(found.prog_id) == "elf_ingress":
         remove_xdp(ipr, device, found.prog_id)
         log.warning("an XDP program that a killed elfprobe left on %s is removed", device.name)
-    for parent in CLSACT_INGRESS, CLSACT_EGRESS:
+    for parent in CLSACT_EGRESS, CLSACT_INGRESS:  # the one that was attached first tells whose the qdisc is
         for stale in tc_filters(ipr, device, parent):
             if stale.name.startswith(FILTER_NAME):
                 remove_filter(ipr, device, stale, parent)
@@ -3025,11 +3025,12 @@ class ElfProbe:
         """No more probes; then the replies that are still on their way, then what is outstanding."""
         self._silence()
         self._ended_at = time.monotonic()
-        while time.monotonic() < self._ended_at + STRAY_REPLIES:
-            self._write(csv, results.take())
-            time.sleep(STRAY_REPLIES / 10)
-        self._write(csv, results.take() + results.expire(1 << 63))
-        self._write(csv, results.take())
+        try:
+            while time.monotonic() < self._ended_at + STRAY_REPLIES:
+                self._write(csv, results.take())
+                time.sleep(STRAY_REPLIES / 10)
+        finally:  # what cannot be written is counted all the same
+            self._write(csv, results.take() + results.expire(1 << 63) + results.take())
 
     def _table(self, results: Results, lines: int, columns: int) -> list[str]:
         """As many lines at most, on how it stands."""

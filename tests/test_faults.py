@@ -5,12 +5,14 @@ Each test looks from outside, before and after: at what is attached to the inter
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,6 +36,7 @@ from runs import (
     Run,
     Summary,
     elfprobe,
+    inside,
     ip_packets,
     read_rows,
     with_change,
@@ -213,11 +216,42 @@ def attached(host: Host, device: str = 'eth0') -> dict[str, Any]:
     shown = {'qdisc': ['qdisc', 'show', 'dev', device],
              'egress': ['filter', 'show', 'dev', device, 'egress'],
              'ingress': ['filter', 'show', 'dev', device, 'ingress']}
-    programs = json.loads(host.run('bpftool', '-j', 'net', 'show', 'dev', device).stdout)[0].get('tc', [])
-    return {'xdp': link.pop('xdp', None), 'link': link,
-            'tcx': [program for program in programs if program['kind'].startswith('tcx')],
+    return {'xdp': link.pop('xdp', None), 'link': link, 'tcx': tcx_programs(host, device),
             'features': host.run('ethtool', '-k', device).stdout,
             **{what: run('tc', '-n', host.name, *command).stdout for what, command in shown.items()}}
+
+
+def tcx_programs(host: Host, device: str) -> dict[str, list[int]]:
+    """IDs of the programs at tcx, by direction; none where the kernel has no tcx."""
+    from bcc import lib
+
+    found = {}
+    for direction, attach_type in ('ingress', 46), ('egress', 47):  # enum bpf_attach_type, linux/bpf.h
+        flags, ids, count = ctypes.c_uint32(), (ctypes.c_uint32 * 64)(), ctypes.c_uint32(64)
+        with inside(host):
+            lib.bpf_prog_query(socket.if_nametoindex(device), attach_type, 0, ctypes.byref(flags), ids,
+                                   ctypes.byref(count))
+        found[direction] = [number for number in ids[: count.value] if number]
+    return found
+
+
+def detach_tcx_links(programs: Sequence[int]) -> None:
+    """Detach the tcx links that have one of these programs, as `bpftool link detach` does."""
+    from bcc import lib
+
+    number = ctypes.c_uint32()
+    while lib.bpf_link_get_next_id(number, ctypes.byref(number)) == 0:
+        link = lib.bpf_link_get_fd_by_id(number)
+        if link < 0:
+            continue
+        try:
+            info = (ctypes.c_uint32 * 32)()  # struct bpf_link_info: the third is the program's ID
+            size = ctypes.c_uint32(ctypes.sizeof(info))
+            lib.bpf_obj_get_info(link, ctypes.byref(info), ctypes.byref(size))
+            if info[2] in programs:
+                assert lib.bpf_link_detach(link) == 0
+        finally:
+            os.close(link)
 
 
 def files(directory: Path) -> dict[str, tuple[int, str]]:
@@ -729,7 +763,7 @@ REMOVALS = {
     'egress filter': (CLSACT_COMMAND, 'filter', 'tc filter del dev eth0 egress prio 1'),
     'ingress filter': (CLSACT_COMMAND, 'filter', 'tc filter del dev eth0 ingress prio 1'),
     'qdisc': (CLSACT_COMMAND, 'filter', 'tc qdisc del dev eth0 clsact'),
-    'tcx link': ((), 'TC program', 'bpftool link detach id {link}'),
+    'tcx link': ((), 'TC program', ''),
 }
 
 
@@ -740,8 +774,10 @@ def test_program_that_others_remove_ends_the_run(busy, tmp_path, command, what, 
     via = *busy.client.command(), *command
     with undone(busy.client), elfprobe(busy, busy.server_address(4), cwd=tmp_path, via=via) as measuring:
         has_rows(measuring)
-        links = [program['link_id'] for program in attached(busy.client)['tcx']]
-        busy.client.run(*remove.format(link=links and links[0]).split())
+        if remove:
+            busy.client.run(*remove.split())
+        else:
+            detach_tcx_links(tcx_programs(busy.client, 'eth0')['egress'])
         assert measuring.wait() == 1
     assert f"somebody has removed our {what} from 'eth0'" in measuring.log.splitlines()[-1]
     assert measuring.summary.probes == len(measuring.rows()) > 0
@@ -826,7 +862,7 @@ def test_copies_that_a_filter_of_others_ends(make_lab, tmp_path, where, command)
             someones(lab.client, where)
         else:
             lab.client.popen(sys.executable, '-c', SOMEONES, where, 'tcx', cwd=ELFPROBE.parent)
-            wait_until(lambda: attached(lab.client)['tcx'], 20, 'their program is attached')
+            wait_until(lambda: tcx_programs(lab.client, 'eth0')['egress'], 20, 'their program is attached')
         with elfprobe(lab, '-p0', '-d', *servers, cwd=tmp_path, via=via) as measuring:
             for server in servers:
                 lab.client.run('ping', '-nqi.005', f'-c{PINGS}', server)
