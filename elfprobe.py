@@ -50,6 +50,7 @@ import warnings
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python3 -I leaves it out
     sys.dont_write_bytecode = True  # elf/__pycache__ would be root's, in the user's folder
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the packages are loaded

@@ -135,13 +135,14 @@ def row_function(fields: Sequence[str]) -> Callable[..., tuple[str, Probe]]:
     # An expression that is more than a name gets a variable of its own, so that it is evaluated only once.
     computed = {name: value for name, value in values.items() if not value.isidentifier()}
     variables = {name: f"its_{name}" if name in computed else value for name, value in values.items()}
+    can_be_none = {name for name, value in values.items() if "None" in value}
     row = ",".join(
-        # Only an expression that mentions None can be None.
-        f"{{'' if {variables[name]} is None else {variables[name]}}}" if "None" in value
-        else f"{{{variables[name]}}}"
-        for name, value in values.items()
+        f"{{'' if {variable} is None else {variable}}}" if name in can_be_none else f"{{{variable}}}"
+        for name, variable in variables.items()
     )
-    record = [variables.get(name, name if name in fields else "0") for name in Probe._fields]
+    without_column = {name: name if name in fields else repr(default)
+                      for name, default in Probe._field_defaults.items()}  # fmt: skip
+    record = ({**without_column, **variables}[name] for name in Probe._fields)
     source = [
         "def row(fields, mpls='', ifinfo=''):",
         f"    {', '.join(fields)} = fields",

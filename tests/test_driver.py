@@ -274,6 +274,16 @@ def test_import_without_site_packages(empty: Path) -> None:
     assert [package for package in PACKAGES.values() if package not in done.stderr] == []
 
 
+def test_run_by_root_leaves_no_bytecode(empty: Path) -> None:
+    """The user could not remove it."""
+    shutil.copy(SCRIPT, empty)
+    shutil.copytree(SCRIPT.with_name('elf'), empty / 'elf', ignore=shutil.ignore_patterns('__pycache__'))
+    environment = {name: value for name, value in os.environ.items() if name != 'PYTHONDONTWRITEBYTECODE'}
+    subprocess.run([sys.executable, str(empty / SCRIPT.name), '-h'], check=True, env=environment,
+                   stdout=subprocess.DEVNULL, timeout=60)
+    assert not [*empty.rglob('*.pyc')]
+
+
 # Addresses
 
 V4, V6 = bytes(10) + b'\xff\xff', bytes.fromhex('20010db8')
