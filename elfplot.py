@@ -37,7 +37,10 @@ import sys
 import warnings
 from typing import Any
 
-from elfprobe import PROTOCOLS, TABLES_MAX, Failure, Parser, Summary, not_empty, printable
+from elf.addresses import PROTOCOLS
+from elf.rows import read_csv, records_in
+from elf.summary import TABLES_MAX, Summary
+from elf.usage import Failure, Parser, not_empty, printable
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # or it talks of its cache directory
 MISSING: dict[str, str] = {}  # module -> Debian's name of the package that has it
@@ -54,17 +57,6 @@ try:
 except ImportError:
     MISSING["matplotlib"] = "python3-matplotlib"
 
-REQUIRED = {
-    "latency": "int64", "sendtime": "int64", "dest": "category", "responder": "category", "outttl": "int64",
-    "sport": "int64", "dport": "int64", "protocol": "int64",
-}  # fmt: skip
-OPTIONAL = {  # older versions wrote none
-    "app": "category", "srtt": "float64", "cwnd": "float64", "retrans": "float64",
-}  # fmt: skip
-LEAST = {"latency": -1}  # of others it is 0
-LIMITS = {"int64": 1 << 62, "float64": 1 << 32}  # of times, so that a sum of two fits; of what has 32 bits
-# What Summary.note() takes of a row, but for addresses and the time of the reply.
-NOTED = "outttl", "sport", "dport", "protocol", "sendtime", "srtt", "cwnd", "retrans"
 CLOCK_LINE = re.compile(r"CLOCK_MONOTONIC 0 is (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?)Z")
 CLOCK_SLACK = 60.0  # s by which the CSV may seem to be written before its last rows, or after them
 COPY_SLACK = 600.0  # s that may lie between copying the CSV and the log
@@ -132,43 +124,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-# ---- Reading ------------------------------------------------------------------------------------
-
-
-def read_rows(path: str) -> pd.DataFrame:
-    """The columns of REQUIRED and OPTIONAL and the number of the line, in the order of sendtime. The last
-    line is left out while elfprobe is in the midst of it. Raises Failure."""
-    types = {**REQUIRED, **OPTIONAL}
-    try:
-        with open(path, "rb") as file:
-            whole = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
-            if not whole:
-                raise Failure(f"'{path}': there is no whole line in it yet")
-            file.seek(0)
-            text = io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="")
-            rows = pd.read_csv(text, nrows=whole - 1, usecols=lambda name: name in types, dtype=types,
-                               keep_default_na=False, na_values=[""])  # fmt: skip
-    except OSError as err:
-        raise Failure(f"cannot read '{path}': {err.strerror or err}") from err
-    except (ValueError, OverflowError) as err:
-        reason = str(err).strip().splitlines()[0]
-        raise Failure(f"'{path}' is not as elfprobe.py writes it: {reason}") from err
-    missing = [name for name in REQUIRED if name not in rows]
-    if missing:
-        raise Failure(f"'{path}' is not from elfprobe.py: there is no column {', '.join(missing)}")
-    for name in OPTIONAL:
-        if name not in rows:
-            rows[name] = pd.Series(np.nan, rows.index).astype(OPTIONAL[name])
-    for name, values in rows.items():
-        if types[name] in LIMITS:
-            are_bad = (values < LEAST.get(name, 0)) | (values >= LIMITS[types[name]])  # which NaN is not
-        else:
-            are_bad = values.isna() & (name == "dest")
-        if are_bad.any():
-            bad, line = values[are_bad].iloc[0], are_bad.idxmax() + 2
-            raise Failure(f"'{path}' is not as elfprobe.py writes it: {name} is {bad} in line {line}")
-    rows["line"] = rows.index
-    return rows.sort_values("sendtime", kind="mergesort").reset_index(drop=True)
+# ---- The time of day ------------------------------------------------------------------------------------
 
 
 def utc_of_zero(csv: str, rows: pd.DataFrame) -> tuple[int | None, str]:
@@ -195,15 +151,11 @@ def utc_of_zero(csv: str, rows: pd.DataFrame) -> tuple[int | None, str]:
 
 
 def summary_of(rows: pd.DataFrame) -> list[str]:
-    """The driver's own summary, of what the rows say: lines of a table for each destination, and an empty
-    one behind."""
+    """Return the summary that elfprobe.py makes of these rows: the lines of a table for each destination, and
+    an empty line at the end."""
     summary = Summary(printable)
-    rows = rows.sort_values("line")  # as the driver has seen them
-    numbers = rows[list(NOTED)].fillna(0).astype("int64")
-    responders = rows.responder.astype(object).where(rows.latency >= 0, "").fillna("")
-    columns = [rows.dest, *(numbers[name] for name in NOTED), rows.sendtime + rows.latency, responders]
-    for values in zip(*(column.tolist() for column in columns)):
-        summary.note(*values)
+    for probe in records_in(rows):
+        summary.note(probe)
     return [*summary.tables()[1:], ""]
 
 
@@ -465,7 +417,7 @@ def section_height(section: Section, alone: bool) -> tuple[float, float, float]:
     """Inches of the panels: latencies, unanswered probes, flow. The list of hops is beside all three."""
     lost = 0.08 + 0.115 * int(section.unanswered.any(axis=1).sum()) if section.unanswered.any() else 0.0
     flow = 0.0 if section.srtt is None else 0.86 if lost else 1.0
-    listed = LINE * (len(section.lines) + len(silent_hops(section)) + 2)
+    listed = LINE * (len(section.lines) + len(unresponsive_hops(section)) + 2)
     return max(4.2 if alone else 3.2, listed - lost - flow), lost, flow
 
 
@@ -504,7 +456,7 @@ def draw_section(
     return panels
 
 
-def silent_hops(section: Section) -> list[int]:
+def unresponsive_hops(section: Section) -> list[int]:
     return sorted(set(section.hops) - {line.hop for line in section.lines})
 
 
@@ -562,9 +514,9 @@ def draw_spread(axes: Any, section: Section, colours: dict[int, Any]) -> None:
         axes.vlines(x, lower, upper, color=colour, linewidth=4 if len(section.lines) <= 16 else 2.5)
         axes.plot([x], [median], marker="o", markersize=3.6, color="white", markeredgewidth=0.9,
                   markeredgecolor=colour)  # fmt: skip
-    for hop in silent_hops(section) if len(section.hops) <= 16 else ():
-        axes.text(place[hop], 0.02, "silent", transform=axes.get_xaxis_transform(), rotation=90, ha="center",
-                  va="bottom", fontsize=6, color="#666666")  # fmt: skip
+    for hop in unresponsive_hops(section) if len(section.hops) <= 16 else ():
+        axes.text(place[hop], 0.02, "unresponsive", transform=axes.get_xaxis_transform(), rotation=90,
+                  ha="center", va="bottom", fontsize=6, color="#666666")  # fmt: skip
     every = -(-len(section.hops) // 10)
     axes.set_xlim(-0.7, len(section.hops) - 0.3)
     axes.set_xticks(range(0, len(section.hops), every))
@@ -581,7 +533,7 @@ def draw_list(axes: Any, section: Section, colours: dict[int, Any]) -> None:
     axes.set_xlim(0, LIST)
     axes.set_ylim(height, 0)
     entries = [(line.hop, line.rank, line.responder) for line in section.lines]
-    entries += [(hop, 0, "(silent)") for hop in silent_hops(section)]
+    entries += [(hop, 0, "(unresponsive)") for hop in unresponsive_hops(section)]
     axes.text(0.62, LINE / 2, "hop", ha="right", va="center", fontsize=7, color="#444444")
     axes.text(0.75, LINE / 2, "who answers", va="center", fontsize=7, color="#444444")
     for number, (hop, rank, responder) in enumerate(sorted(entries)):
@@ -824,7 +776,7 @@ def say(lines: list[str]) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises Failure."""
-    rows = read_rows(args.csv)
+    rows = read_csv(args.csv)
     chosen, notes = choose(rows, args.dest)
     zero, note = utc_of_zero(args.csv, rows)
     if args.dest:

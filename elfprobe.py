@@ -20,10 +20,7 @@ tells what is of interest, and drains into FILEBASE.csv.
 from __future__ import annotations
 
 import argparse
-import array
 import atexit
-import bisect
-import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -37,12 +34,10 @@ import json
 import logging
 import logging.handlers
 import math
-import operator
 import os
 import queue
 import re
 import secrets
-import select
 import signal
 import socket
 import struct
@@ -54,8 +49,19 @@ import traceback
 import warnings
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the packages are loaded
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python3 -I leaves it out
+    sys.dont_write_bytecode = True  # elf/__pycache__ would be root's, in the user's folder
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the packages are loaded
+
+from elf.addresses import V4_MAPPED, ReverseDns, address_text, flow_text, pack_address
+from elf.console import Console, LogFormat
+from elf.extensions import MalformedExtension, extension_texts
+from elf.findings import PathRewrites
+from elf.rows import HEADER, row_function
+from elf.summary import Summary
+from elf.usage import Failure, Parser, not_empty, printable
 
 MISSING: dict[str, str] = {}  # module -> Debian's name of the package that has it
 try:
@@ -76,12 +82,6 @@ HERE = os.path.dirname(os.path.realpath(__file__))
 C_FILE = os.path.join(HERE, "elfprobe.c")
 HOOKS_FILE = os.path.join(HERE, "elfhooks.c")
 
-COLUMNS = (
-    "recvcpu", "seq", "origseq", "latency", "sendtime", "recvtime", "dest", "responder",
-    "outttl", "recvttl", "sport", "dport", "protocol", "outipid", "inipid", "app", "pid",
-    "srtt", "cwnd", "retrans", "outtos", "intos", "mpls", "ifinfo",
-)  # fmt: skip
-
 UNANSWERED_AFTER = 5.0  # s that a probe may be outstanding
 ALIVE_FOR = 2.0  # s without a heartbeat after which the kernel makes no more probes
 BEAT_EVERY = 0.5  # s
@@ -96,15 +96,7 @@ LOCK_TRIES, LOCK_EVERY = 500, 0.01  # to lock the folder of the CSV; s between t
 MAKE_UP_SHARE = 0.05  # of a processor, at most, to look for processes whose events were missed
 FORKS_SAMPLED, FORKS_SAMPLED_MAX = 3, 30  # to find out where a task has its PID; so many may be missed
 LINGER = 30.0  # s that a destination stays of interest after its last connection ended
-CHANGES_MAX = 1000  # of what the network changes on the way that are kept in mind
-HOPS_MAX = 8192  # of all destinations together that the summary has
-FLOWS_MAX = 32768  # whose responders are remembered
-ANOTHER_AFTER = 10**9  # ns in which a flow was not probed: less retransmitted then is another connection's
-TABLES_MAX = 50  # destinations in the summary at the end
-CHANGES_TOLD = 10  # changes of a hop's responder that are logged, the rest is counted
 DRAW_EVERY = 1.0  # s between two tables on a terminal
-RESOLVERS = 4  # names of responders that are asked for at once
-NAMES_MAX = 10000
 DESTINATIONS_MAX = 65536
 PEERS_MAX = 16384  # destinations of processes' flows
 RING_HOLDS = 0.25  # s of results at the highest rate
@@ -112,8 +104,6 @@ RING_PAGE = os.sysconf("SC_PAGESIZE")
 RING_PAGES_MIN = 64  # replies may come in bursts at any rate
 RESULT_BYTES = 128  # of struct result in the ring, at most
 RESULT_PERF_PAGES = 512  # of each CPU's perf buffer, where there is no ring
-CONSOLE_LINES = 10000  # that may wait for a console which does not take them
-CONSOLE_PATIENCE = 1.0  # s that the end waits for it
 
 CLOCK_MONOTONIC_COARSE = 6  # linux/time.h
 # linux/capability.h
@@ -130,7 +120,6 @@ CARRIED = {
     ARPHRD_TUNNEL: ("ipinip",), 769: (), ARPHRD_SIT: ("ipinip", "ip6inip"), 778: (), 823: (),
 }  # fmt: skip
 TUNNELS = {"ethernet": 0, "ipinip": 4, "ip6inip": 41}  # -e -> IP protocol that is wrapped in IPv4
-PROTOCOLS = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6"}
 IFF_UP, IFF_RUNNING = 1, 0x40  # linux/if.h
 SIOCGIFFLAGS, SIOCETHTOOL = 0x8913, 0x8946  # linux/sockios.h
 ETHTOOL_GDRVINFO = 3  # linux/ethtool.h
@@ -204,20 +193,6 @@ log = logging.getLogger("elfprobe")
 def counted(words: dict[str, str], count: dict[str, int]) -> str:
     """Those counters, with the words for them, that are not 0."""
     return ", ".join(f"{name} {count[name]} ({words[name]})" for name in words if count[name])
-
-
-def printable(text: str) -> str:
-    """One line, with nothing in it that a terminal could take for a command."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-class Failure(Exception):
-    """What ends the run, as the one line that the user gets, and the lines behind it of a compiler's.
-    status: 2 for usage, 1 for the rest."""
-
-    def __init__(self, message: str, status: int = 1, detail: str = "") -> None:
-        super().__init__(printable(message) + (f"\n{detail}" if detail else ""))
-        self.status = status
 
 
 # ---- Configuration ------------------------------------------------------------------------------
@@ -351,11 +326,6 @@ exit status: 0 after a run, 2 for wrong usage, 1 for everything else, with a lin
 """
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise Failure(message, 2)
-
-
 def whole_number(least: int, most: int, what: str) -> Callable[[str], int]:
     """An argparse type: a decimal number between two bounds, which the message names."""
 
@@ -375,12 +345,6 @@ def positive_seconds(text: str) -> float:
     if not 0 < value < 1e9:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds above 0")
     return value
-
-
-def not_empty(text: str) -> str:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("is empty")
-    return text
 
 
 def rate_type(text: str) -> str:
@@ -496,22 +460,7 @@ def parse_arguments(argv: list[str]) -> Config:
     )
 
 
-# ---- Addresses: 16 bytes, IPv4 as v4-mapped (RFC 4291, 2.5.5.2), as in elfprobe.c -----------------
-
-V4_MAPPED = bytes(10) + b"\xff\xff"
-
-
-def pack_address(text: str) -> bytes:
-    """16 bytes of an IPv4 or IPv6 address, a scope left out; ValueError for anything else."""
-    address = ipaddress.ip_address(text.split("%")[0])
-    return V4_MAPPED + address.packed if address.version == 4 else address.packed
-
-
-@functools.lru_cache(maxsize=65536)
-def address_text(packed: bytes) -> str:
-    if packed.startswith(V4_MAPPED):
-        return socket.inet_ntop(socket.AF_INET, packed[12:])
-    return socket.inet_ntop(socket.AF_INET6, packed)
+# ---- Addresses --------------------------------------------------------------------------------------
 
 
 def why_unreachable(packed: bytes) -> str:
@@ -2135,12 +2084,8 @@ def hook_maps(bpf: Any) -> list[str]:
     return [name for name in names if name not in ours]
 
 
-# Of what is known of a probe, what the summary wants: Summary.note().
-ENDED = ("dest", "outttl", "sport", "dport", "protocol", "sendtime", "srtt", "cwnd", "retrans")
-
-
 class Results:
-    """Everything there is to know of probes that ended, from the kernel's maps to rows of text."""
+    """The probes that ended, from the kernel's maps to rows of text, the summary and the findings."""
 
     def __init__(self, bpf: Any) -> None:
         self._bpf = bpf
@@ -2149,10 +2094,9 @@ class Results:
         extended = bpf["result_layout"].Leaf
         layout, names = struct_format(dict(extended._fields_)["result"])
         self._result = struct.Struct(layout)
-        self._row = rows_of(names)
-        self.changes = Changes(names)
-        self.summary = Summary(Names().with_name)
-        self._ended = operator.itemgetter(*map(names.index, (*ENDED, "recvtime", "responder")))
+        self._row = row_function(names)
+        self.rewrites = PathRewrites()
+        self.summary = Summary(ReverseDns().with_name)
         self._extended_chunks: list[bytes] = []
         self._extended_size = ctypes.sizeof(extended)
         self._extension_len = extended.extension_len.offset
@@ -2160,8 +2104,7 @@ class Results:
         probe_layout, probe_names = struct_format(self._in_flight.Leaf)
         key_layout, key_names = struct_format(self._in_flight.Key)
         self._unanswered = struct.Struct(probe_layout + key_layout[1:])
-        self._unanswered_row = rows_of(probe_names + key_names)
-        self._ended_unanswered = operator.itemgetter(*map((probe_names + key_names).index, ENDED))
+        self._unanswered_row = row_function(probe_names + key_names)
         self._sendtime = probe_names.index("sendtime")
         self.replies = 0
         self.unanswered = 0
@@ -2176,38 +2119,38 @@ class Results:
         return 0
 
     def take(self) -> str:
-        """Rows of all replies that came since the last call."""
+        """Return the rows of all replies that came since the last call."""
         take_events(self._bpf)
         if not self._chunks and not self._extended_chunks:
             return ""
         data, self._chunks = b"".join(self._chunks), []
         rows = []
+        note_rewrites, note = self.rewrites.note, self.summary.note
         for fields in self._result.iter_unpack(data):
-            rows.append(self._row(fields))
-            self._note(fields)
+            row, probe = self._row(fields)
+            rows.append(row)
+            note_rewrites(probe)
+            note(probe)
         extended, self._extended_chunks = self._extended_chunks, []
         rows += map(self._extended_row, extended)
         self.replies += len(rows)
         return "".join(rows)
 
-    def _note(self, fields: tuple[Any, ...]) -> None:
-        self.changes.note(fields)
-        self.summary.note(*self._ended(fields))
-
     def _extended_row(self, data: bytes) -> str:
-        fields = self._result.unpack_from(data)
-        self._note(fields)
         (size,) = struct.unpack_from("=I", data, self._extension_len)
         try:
             start, is_cut = self._extension.offset, size == self._extension.size
-            mpls, ifinfo = extension_texts(data[start : start + size], is_cut)
-        except (ValueError, struct.error, IndexError):
+            texts = extension_texts(data[start : start + size], is_cut)
+        except MalformedExtension:
             self.malformed += 1
-            mpls = ifinfo = ""
-        return f"{self._row(fields)[:-2]}{mpls},{csv_field(ifinfo)}\n"
+            texts = "", ""
+        row, probe = self._row(self._result.unpack_from(data), *texts)
+        self.rewrites.note(probe)
+        self.summary.note(probe)
+        return row
 
     def expire(self, sent_before: int) -> str:
-        """Rows of the probes still in flight that left before this time (CLOCK_MONOTONIC, ns)."""
+        """Return rows of the probes still in flight that left before this time (CLOCK_MONOTONIC, ns)."""
         rows = []
         for key, probe in list(entries(self._in_flight)):
             fields = self._unanswered.unpack(probe + key)
@@ -2215,585 +2158,11 @@ class Results:
                 continue
             if bcc.lib.bpf_delete_elem(self._in_flight.map_fd, key):
                 continue  # its reply has come meanwhile, and the row with it
-            rows.append(self._unanswered_row(fields))
-            self.summary.note(*self._ended_unanswered(fields))
+            row, ended = self._unanswered_row(fields)
+            rows.append(row)
+            self.summary.note(ended)
         self.unanswered += len(rows)
         return "".join(rows)
-
-
-def csv_field(text: str) -> str:
-    """Quoted where that is needed, without control characters."""
-    text = "".join(character if character.isprintable() else "?" for character in text)
-    return '"' + text.replace('"', '""') + '"' if '"' in text or "," in text else text
-
-
-@functools.lru_cache(maxsize=65536)
-def app_text(comm: bytes) -> str:
-    """A command name as a field of the CSV."""
-    return csv_field(comm.split(b"\0")[0].decode(errors="replace"))
-
-
-# What routers tell behind their quotes: ICMP extension objects (RFC 4884, 7 and 8).
-EXTENSION_VERSION = 2
-MPLS_LABEL_STACK, INTERFACE_INFORMATION = (1, 1), 2  # class and type (RFC 4950); class (RFC 5837)
-INTERFACE_ROLES = ("incoming", "sub-ip", "outgoing", "next-hop")
-WITH_IFINDEX, WITH_ADDRESS, WITH_NAME, WITH_MTU = 8, 4, 2, 1  # bits of an interface object's type
-ADDRESS_FAMILIES = {1: (socket.AF_INET, 4), 2: (socket.AF_INET6, 16)}  # of IANA -> ours, bytes
-
-
-@functools.lru_cache(maxsize=4096)
-def extension_texts(data: bytes, is_cut: bool = False) -> tuple[str, str]:
-    """The MPLS label stack, "label/tc/s/ttl" joined by ";", and the interfaces, "name=value" joined by ";",
-    several by "|". Objects of other kinds are passed over. Of what is_cut, the checksum cannot be told.
-    ValueError, IndexError or struct.error for what is malformed."""
-    version, checksum = data[0] >> 4, struct.unpack_from("!H", data, 2)[0]
-    if version != EXTENSION_VERSION:
-        raise ValueError("not version 2")
-    if checksum and not is_cut and ones_complement_sum(data) != 0xFFFF:
-        raise ValueError("wrong checksum")
-    labels: list[str] = []
-    interfaces: list[str] = []
-    at = 4
-    while at < len(data):
-        size, kind, subtype = struct.unpack_from("!HBB", data, at)
-        if size < 4 or at + size > len(data):
-            raise ValueError("an object of no possible length")
-        content = data[at + 4 : at + size]
-        if (kind, subtype) == MPLS_LABEL_STACK:
-            for (entry,) in struct.iter_unpack("!I", content):
-                labels.append(f"{entry >> 12}/{entry >> 9 & 7}/{entry >> 8 & 1}/{entry & 255}")
-        elif kind == INTERFACE_INFORMATION:
-            interfaces.append(interface_text(subtype, content))
-        at += size
-    return ";".join(labels), "|".join(interfaces)
-
-
-def interface_text(subtype: int, content: bytes) -> str:
-    """An interface information object (RFC 5837, 4)."""
-    parts = [f"role={INTERFACE_ROLES[subtype >> 6]}"]
-    if subtype & WITH_IFINDEX:
-        parts.append(f"index={struct.unpack_from('!I', content)[0]}")
-        content = content[4:]
-    if subtype & WITH_ADDRESS:
-        number = struct.unpack_from("!H", content)[0]
-        if number not in ADDRESS_FAMILIES:
-            raise ValueError("an address of no known family")
-        family, size = ADDRESS_FAMILIES[number]
-        parts.append(f"addr={socket.inet_ntop(family, content[4 : 4 + size])}")
-        content = content[4 + size :]
-    if subtype & WITH_NAME:
-        size = content[0]
-        if not 1 <= size <= len(content):
-            raise ValueError("a name of no possible length")
-        parts.append("name=" + content[1:size].rstrip(b"\0").decode(errors="replace"))
-        content = content[size:]
-    if subtype & WITH_MTU:
-        parts.append(f"mtu={struct.unpack_from('!I', content)[0]}")
-    return ";".join(parts)
-
-
-def ones_complement_sum(data: bytes) -> int:
-    """In 16 bits (RFC 1071): 0xFFFF over what includes its own checksum."""
-    words = struct.unpack(f"!{(len(data) + 1) // 2}H", data + bytes(len(data) % 2))
-    total: int = (sum(words) - 1) % 0xFFFF + 1
-    return total
-
-
-class Changes:
-    """From which hop on packets to a destination are quoted with something changed on the way."""
-
-    def __init__(self, names: list[str]) -> None:
-        at = {name: position for position, name in enumerate(names)}
-        self._outtos, self._intos, self._translated = at["outtos"], at["intos"], at["translated"]
-        self._dest, self._outttl, self._responder = at["dest"], at["outttl"], at["responder"]
-        self._first: dict[tuple[bytes, str], tuple[int, bytes]] = {}  # dest, what -> hop, responder
-
-    def note(self, v: tuple[Any, ...]) -> None:
-        if v[self._intos] != v[self._outtos]:
-            self._note_change(v, f"DSCP/ECN {v[self._outtos]:#04x} becomes {v[self._intos]:#04x}")
-        if v[self._translated]:
-            self._note_change(v, "the source address is translated")
-
-    def _note_change(self, v: tuple[Any, ...], what: str) -> None:
-        key = v[self._dest], what
-        found = self._first.get(key)
-        if found is None and len(self._first) >= CHANGES_MAX:
-            return
-        if found is None or v[self._outttl] < found[0]:
-            self._first[key] = v[self._outttl], v[self._responder]
-
-    def texts(self) -> Iterator[str]:
-        for (dest, what), (hop, responder) in sorted(self._first.items()):
-            yield f"to {address_text(dest)}: {what} before hop {hop} ({address_text(responder)})"
-
-
-# ---- The summary: what the rows say, hop by hop -----------------------------------------------------
-
-# ns, 2 % apart, 1 us to 11 s: what is between two of them counts as one value once there are many.
-BOUNDS = [round(1000 * 1.02**number) for number in range(820)]
-MIDDLES = [(low + high) / 2 for low, high in zip([BOUNDS[0], *BOUNDS], [*BOUNDS, BOUNDS[-1]])]
-FRESH_MAX = 512  # values that are kept as they are
-ENOUGH_PROBES = 20  # for a hop's share of answers to mean something
-MISSING_MIN = 0.005  # share of missing answers that is worth a word
-SIGMAS = 3  # that two shares must be apart
-SILENT_FROM = 3  # s without an answer, while others answer in more seconds than that
-SPELLS_MAX = 5  # of silence, of a hop, that are kept
-RESPONDERS_MAX = 64  # of a hop
-
-
-class Spread:
-    """How numbers (ns) are spread, in little memory: exactly as long as they are few, then with quantiles
-    to 1 %."""
-
-    __slots__ = ("_fresh", "_settled", "_folded", "_counts", "_least", "_greatest", "_last", "_steps")
-
-    def __init__(self) -> None:
-        self._fresh = array.array("Q")  # values as they came, the last ones
-        self._settled = 0  # so many of these are in the figures from _least on
-        self._folded = 0  # values that were here and are in _counts only
-        self._counts = array.array("Q")  # by place among BOUNDS, once there are some
-        self._least = self._greatest = self._last = self._steps = 0
-
-    @property
-    def count(self) -> int:
-        return self._folded + len(self._fresh)
-
-    def add(self, value: int) -> None:
-        self._fresh.append(value)
-        if len(self._fresh) >= FRESH_MAX:
-            self._fold()
-
-    def _settle(self) -> None:
-        new = self._fresh[self._settled :]
-        if not new:
-            return
-        is_first = not self._folded and not self._settled
-        self._least = min(new) if is_first else min(self._least, *new)
-        self._greatest = max(self._greatest, *new)
-        before = [new[0] if is_first else self._last, *new]
-        self._steps += sum(map(abs, map(operator.sub, new, before)))
-        self._last = new[-1]
-        self._settled = len(self._fresh)
-
-    def _fold(self) -> None:
-        self._settle()
-        self._counts = self._counts or array.array("Q", bytes(8 * len(MIDDLES)))
-        for place in map(functools.partial(bisect.bisect, BOUNDS), self._fresh):
-            self._counts[place] += 1
-        self._folded += len(self._fresh)
-        self._settled = 0
-        del self._fresh[:]
-
-    def figures(self) -> Figures:
-        """Of what has been added, at least one value."""
-        if self._counts:
-            self._fold()
-            middles, upto = MIDDLES, list(itertools.accumulate(self._counts))
-        else:
-            self._settle()
-            middles, upto = sorted(self._fresh), list(range(1, self.count + 1))
-        median, percentile95, percentile99 = (
-            min(max(middles[bisect.bisect_left(upto, share * self.count)], self._least), self._greatest)
-            for share in (0.5, 0.95, 0.99)
-        )
-        jitter = self._steps / max(self.count - 1, 1)
-        return Figures(self._least, median, percentile95, percentile99, self._greatest, jitter)
-
-
-class Figures(NamedTuple):
-    """ns; jitter is the mean difference of two values in a row, as mtr's Javg."""
-
-    least: float
-    median: float
-    percentile95: float
-    percentile99: float
-    greatest: float
-    jitter: float
-
-
-class Spell(NamedTuple):
-    """A hop that had answered was silent, while another answered: the one in front, and the one behind?"""
-
-    begin: int  # s, CLOCK_MONOTONIC
-    seconds: int
-    ends_the_way: bool  # those behind were silent, too
-
-    def overlaps(self, other: Spell) -> bool:
-        return self.begin < other.begin + other.seconds and other.begin < self.begin + self.seconds
-
-
-class Hop:
-    """What is known of the probes with one TTL to one destination that have ended."""
-
-    __slots__ = (
-        "latency", "unanswered", "responders", "changes", "spells", "active", "second", "_others_then",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        self.latency = Spread()
-        self.unanswered = 0
-        self.responders: collections.Counter[Any] = collections.Counter()
-        self.changes = 0  # of a flow's responder
-        self.spells: list[Spell] = []
-        self.active = 0  # seconds in which a probe left that was answered
-        self.second = 0  # the last of them
-        self._others_then = 0, 0  # active, of the hops in front and behind
-
-    @property
-    def probes(self) -> int:
-        return self.latency.count + self.unanswered
-
-    @property
-    def missing(self) -> float:
-        """Share of the probes that were not answered."""
-        return self.unanswered / self.probes
-
-    def misses_clearly_more(self, other: Hop) -> bool:
-        """By a test of two proportions."""
-        pooled = (self.unanswered + other.unanswered) / (self.probes + other.probes)
-        error = math.sqrt(pooled * (1 - pooled) * (1 / self.probes + 1 / other.probes))
-        return self.missing - other.missing > SIGMAS * error
-
-    def note_second(self, second: int, front: Hop | None, behind: Hop | None) -> None:
-        """An answered probe left in another second than the last. front and behind are the next hops that
-        answer."""
-        spell = self.spell_until(second, front, behind)
-        if spell and len(self.spells) < SPELLS_MAX:
-            self.spells.append(spell)
-        self.second = second
-        self.active += 1
-        self._others_then = front.active if front else 0, behind.active if behind else 0
-
-    def spell_until(self, second: int, front: Hop | None, behind: Hop | None) -> Spell | None:
-        """How it was silent from its last answer until then, if others were not."""
-        seconds = second - self.second
-        if not self.active or seconds <= SILENT_FROM:
-            return None
-        front_since, behind_since = (
-            (other.active if other else 0) - then for other, then in zip((front, behind), self._others_then)
-        )
-        if max(front_since, behind_since) <= SILENT_FROM:
-            return None
-        return Spell(self.second, seconds, behind_since <= SILENT_FROM)
-
-
-class Destination:
-    """The way to a destination, by TTL, and how TCP to it got on."""
-
-    def __init__(self) -> None:
-        self.hops: dict[int, Hop] = {}
-        self.srtt = Spread()
-        self.retransmitted = 0  # segments, by the probed flows since they began
-        self.recent = 0.0  # probes lately
-        self.seen = 0  # when the last one left, ns
-
-    @property
-    def probes(self) -> int:
-        return sum(hop.probes for hop in self.hops.values())
-
-    def neighbours(self, number: int) -> tuple[Hop | None, Hop | None]:
-        """The next hops that answer, in front of this one and behind."""
-        answering = [other for other, hop in self.hops.items() if hop.active]
-        front = max((other for other in answering if other < number), default=0)
-        behind = min((other for other in answering if other > number), default=0)
-        return self.hops.get(front), self.hops.get(behind)
-
-    def remarks(self) -> Iterator[str]:
-        """Where answers are missing, and why, as far as the hops behind and TCP tell; and what changed."""
-        spells = dict(self._spells())
-        answering = [(number, hop) for number, hop in sorted(self.hops.items()) if hop.latency.count]
-        for number, _ in answering:
-            yield from self._remarks_on_spells(number, spells)
-        enough = [(number, hop) for number, hop in answering if hop.probes >= ENOUGH_PROBES]
-        lossy: Hop | None = None
-        for at, (number, hop) in enumerate(enough):
-            if hop.missing < MISSING_MIN or hop.unanswered < 3 or spells[number]:
-                continue
-            behind = [item for item in enough[at + 1 :] if not spells[item[0]]]
-            best, other = min(behind, key=lambda item: item[1].missing, default=(0, hop))
-            missing = f"{hop.missing:.1%} of the probes to hop {number} are not answered"
-            if hop.misses_clearly_more(other):
-                yield (
-                    f"hop {number} limits the rate of its answers: {missing}, but {1 - other.missing:.1%} of "
-                    f"those that pass it on their way to hop {best}"
-                )
-            elif lossy is None or hop.misses_clearly_more(lossy):
-                lossy = hop
-                if not behind:
-                    yield f"{missing}: no hop behind it tells whether it loses packets{self._tcp_says(hop)}"
-                elif other.missing < hop.missing / 2:
-                    yield f"{missing}; those to hop {best} are too few to tell why"
-                else:
-                    but = self._tcp_says(hop) or ", unless all of them limit their answers"
-                    where = f"packets are lost at hop {number} or on the way to it"
-                    yield f"{where}: {missing}, and not clearly fewer to those behind it{but}"
-        for number, hop in answering:
-            if hop.changes * 4 > hop.latency.count:
-                yield f"hop {number} is {len(hop.responders)} routers in turn, within the same flow"
-            elif hop.changes:
-                yield f"hop {number} changed {'once' if hop.changes == 1 else f'{hop.changes} times'}"
-
-    def _tcp_says(self, hop: Hop) -> str:
-        """Of loss as large as the hop's missing answers. Loss of answers, too, is in these."""
-        if not self.srtt.count:
-            return ""
-        if self.retransmitted < hop.missing * self.srtt.count / 10:
-            few = f"only {self.retransmitted}" if self.retransmitted else "no"
-            return f"; but TCP retransmitted {few} segments, so rather answers are limited"
-        return f"; TCP retransmitted {self.retransmitted} segments"
-
-    def _spells(self) -> Iterator[tuple[int, list[Spell]]]:
-        """By hop, with those that last."""
-        now = self.seen // 10**9
-        for number, hop in self.hops.items():
-            lasting = hop.spell_until(now, *self.neighbours(number))
-            yield number, hop.spells + [lasting] if lasting else hop.spells
-
-    def _remarks_on_spells(self, number: int, spells: dict[int, list[Spell]]) -> Iterator[str]:
-        nearer = [spell for other in spells if other < number for spell in spells[other]]
-        nearer = [spell for spell in nearer if spell.ends_the_way]
-        for spell in spells[number]:
-            when = f"for {spell.seconds} s from {spell.begin} s on (CLOCK_MONOTONIC)"
-            if not spell.ends_the_way:
-                yield f"hop {number} was silent {when}, but not those behind it"
-            elif not any(spell.overlaps(other) for other in nearer):
-                yield f"from hop {number} on there was no answer {when}"
-
-
-def flow_text(dest: str, sport: int, dport: int, protocol: int) -> str:
-    """Ports as on the wire."""
-    sport, dport, name = socket.ntohs(sport), socket.ntohs(dport), PROTOCOLS.get(protocol, str(protocol))
-    if name.startswith("ICMP"):
-        return f"{name} echo {sport} to {dest}"
-    return f"{name} port {sport} to {dest} port {dport}"
-
-
-# Of the table: what is above a figure, those that a narrow one has not, and the columns of a wide one.
-FIGURE_HEADS = dict(zip(Figures._fields, ("min", "median", "95%", "99%", "max", "jitter")))
-LESS_TELLING = "percentile99", "jitter"
-WIDE = 100
-
-
-class Flow:
-    """What was seen of a flow last."""
-
-    __slots__ = ("retrans", "seen", "responders", "since")
-
-    def __init__(self) -> None:
-        self.retrans = 0
-        self.seen = 0  # when the last probe was sent that told it
-        self.responders: dict[int, Any] = {}
-        self.since: dict[int, int] = {}  # hop -> when the first probe left that its responder answered
-
-
-class Names:
-    """Host names of addresses, asked for in the background: nothing ever waits for them."""
-
-    def __init__(self) -> None:
-        self._known: dict[bytes, str] = {}
-        self._asked: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._threads = 0
-
-    def of(self, packed: bytes) -> str:
-        """The name, empty where there is none or it is not known yet."""
-        if packed not in self._known and len(self._known) < NAMES_MAX:
-            self._known[packed] = ""
-            self._asked.put(packed)
-            if self._threads < RESOLVERS:
-                self._threads += 1
-                threading.Thread(target=self._resolve, daemon=True).start()
-        return self._known.get(packed, "")
-
-    def with_name(self, packed: bytes) -> str:
-        return f"{address_text(packed)} {self.of(packed)}".rstrip()
-
-    def _resolve(self) -> None:
-        while True:
-            packed = self._asked.get()
-            with contextlib.suppress(OSError, UnicodeError):
-                self._known[packed] = printable(socket.gethostbyaddr(address_text(packed))[0])
-
-
-class Summary:
-    """Of all probes that have ended, by destination and hop, in bounded memory. text_of makes what is
-    printed of an address, which is packed or whatever else note() gets."""
-
-    def __init__(self, text_of: Callable[[Any], str] = address_text) -> None:
-        self._text_of = text_of
-        self._destinations: dict[Any, Destination] = {}
-        self._flows: dict[tuple[Any, int, int, int], Flow] = {}
-        self._are_forgotten = False  # some flows
-        self._hops = 0
-        self._left_out = 0  # probes
-
-    def note(
-        self, dest: Any, number: int, sport: int, dport: int, protocol: int, sendtime: int,
-        srtt: int = 0, cwnd: int = 0, retrans: int = 0, recvtime: int = 0, responder: Any = b"",
-    ) -> None:  # fmt: skip
-        """A probe with this TTL has ended; without a responder it was not answered. Times in ns, srtt in
-        us, ports as on the wire."""
-        destination = self._destinations.get(dest)
-        if destination is None:
-            destination = self._destinations[dest] = Destination()
-            self._text_of(dest)  # so that its name is asked for
-        hop = destination.hops.get(number)
-        if hop is None:
-            if self._hops >= HOPS_MAX:
-                self._make_room(destination)
-            self._hops += 1
-            hop = destination.hops[number] = Hop()
-        destination.recent += 1
-        if sendtime > destination.seen:
-            destination.seen = sendtime
-        flow = self._flows.get((dest, sport, dport, protocol))
-        if flow is None:
-            flow = self._new_flow((dest, sport, dport, protocol), retrans)
-        if cwnd:
-            if retrans < flow.retrans and sendtime > flow.seen + ANOTHER_AFTER:
-                flow.retrans = 0  # another connection by the same ports
-            if retrans > flow.retrans:
-                destination.retransmitted += retrans - flow.retrans
-                flow.retrans = retrans
-            flow.seen = max(flow.seen, sendtime)
-            if srtt:
-                destination.srtt.add(srtt * 1000)
-        if not responder:
-            hop.unanswered += 1
-            return
-        hop.latency.add(recvtime - sendtime)
-        second = sendtime // 10**9
-        if second > hop.second:
-            hop.note_second(second, *destination.neighbours(number))
-        if responder in hop.responders or len(hop.responders) < RESPONDERS_MAX:
-            hop.responders[responder] += 1
-        before = flow.responders.get(number)
-        if before != responder:
-            self._text_of(responder)
-            if before is not None:
-                if sendtime < flow.since[number]:
-                    return  # a late answer, of the way that was
-                self._note_change(hop, (dest, sport, dport, protocol), number, before, responder)
-            flow.responders[number] = responder
-            flow.since[number] = sendtime
-
-    def _make_room(self, newest: Destination) -> None:
-        """Forgets the quarter of the destinations that were not probed for longest."""
-        ordered = sorted(self._destinations.items(), key=lambda item: item[1].seen)
-        for dest, destination in ordered[: len(ordered) // 4 + 1]:
-            if destination is not newest:
-                self._left_out += destination.probes
-                self._hops -= len(destination.hops)
-                del self._destinations[dest]
-
-    def _new_flow(self, key: tuple[Any, int, int, int], retrans: int) -> Flow:
-        if len(self._flows) >= FLOWS_MAX:
-            self._are_forgotten = True
-            for oldest in list(itertools.islice(self._flows, FLOWS_MAX // 4)):
-                del self._flows[oldest]
-        flow = self._flows[key] = Flow()
-        if self._are_forgotten:  # perhaps this one was, and what it sent again is counted
-            flow.retrans = retrans
-        return flow
-
-    def _note_change(
-        self, hop: Hop, flow: tuple[Any, int, int, int], number: int, before: Any, after: Any
-    ) -> None:
-        hop.changes += 1
-        if hop.changes > CHANGES_TOLD:
-            return
-        more = "; from now on its changes are only counted" if hop.changes == CHANGES_TOLD else ""
-        log.info("%s: hop %d is now %s, no longer %s%s", flow_text(self._text_of(flow[0]), *flow[1:]), number,
-                 self._text_of(after), self._text_of(before), more)  # fmt: skip
-
-    def tables(self, most: int = TABLES_MAX) -> list[str]:
-        """Lines: a table for each of the destinations with most probes, and what there is to say of it."""
-        ordered = sorted(self._destinations.items(), key=lambda item: -item[1].probes)
-        lines = [line for item in ordered[:most] for line in self._table(*item)]
-        if len(ordered) > most:
-            lines.append(f"{len(ordered) - most} more destinations, with fewer probes each")
-        if self._left_out:
-            lines.append(f"{self._left_out} probes to destinations not probed lately are only in the rows")
-        return lines
-
-    def busiest(self, room: int, columns: int) -> list[str]:
-        """As many lines at most, for so many columns: tables of the destinations that are probed most these
-        days."""
-        lines: list[str] = []
-        for dest, destination in sorted(
-            self._destinations.items(), key=lambda item: (-int(math.log2(item[1].recent + 1)), item[0])
-        ):
-            destination.recent /= 2
-            if len(lines) < room:
-                lines += self._table(dest, destination, columns < WIDE)
-        return lines[:room]
-
-    def _table(self, dest: Any, destination: Destination, is_narrow: bool = False) -> Iterator[str]:
-        names = [name for name in Figures._fields if not (is_narrow and name in LESS_TELLING)]
-
-        def figures(spread: Spread) -> str:
-            found = spread.figures()
-            return " ".join(f"{getattr(found, name) / 1e6:8.3f}" for name in names)
-
-        answering = [number for number, hop in destination.hops.items() if hop.latency.count]
-        heads = " ".join(f"{FIGURE_HEADS[name]:>8}" for name in names)
-        yield ""
-        yield f"{self._text_of(dest)}: {destination.probes} probes, latency in ms"
-        yield f"hop  probes answered {heads}  responder"
-        for number, hop in sorted(destination.hops.items()):
-            share = f"{number:3} {hop.probes:7} {hop.latency.count / hop.probes:8.1%}"
-            if not hop.latency.count:
-                last = " (or the destination)" if number > max(answering, default=0) else ""
-                yield f"{share}  silent{last}"
-                continue
-            (first, count), *others = hop.responders.most_common()
-            more = f" {count / hop.latency.count:.0%}" if others else ""
-            start = f"{share} {figures(hop.latency)}  "
-            yield f"{start}{self._text_of(first)}{more}"
-            for other, count in others[:3]:
-                yield f"{'':{len(start)}}{self._text_of(other)} {count / hop.latency.count:.0%}"
-            if len(others) > 3:
-                yield f"{'':{len(start)}}and {len(others) - 3} more"
-        if destination.srtt.count:
-            resent = f"{destination.retransmitted} segments retransmitted since its flows began"
-            yield f"TCP {'':16} {figures(destination.srtt)}  round trip by the kernel (srtt), {resent}"
-        yield from destination.remarks()
-
-
-def rows_of(names: list[str]) -> Callable[[tuple[Any, ...]], str]:
-    """Makes a function that turns the values of these names into a line of the CSV. Without a
-    reply's values among the names the line is that of an unanswered probe."""
-    at = {name: position for position, name in enumerate(names)}
-    ntohs = socket.ntohs
-    seq, origseq, sendtime, dest = at["seq"], at["origseq"], at["sendtime"], at["dest"]
-    outttl, outipid, sport, dport, protocol, app, pid, srtt, cwnd, retrans, outtos = (
-        at["outttl"], at["outipid"], at["sport"], at["dport"], at["protocol"], at["app"], at["pid"],
-        at["srtt"], at["cwnd"], at["retrans"], at["outtos"],
-    )  # fmt: skip
-
-    def tcp_text(v: tuple[Any, ...]) -> str:
-        return f"{v[srtt] or ''},{v[cwnd]},{v[retrans]}" if v[cwnd] else ",,"
-
-    def unanswered(v: tuple[Any, ...]) -> str:
-        return (
-            f"0,{v[seq]},{v[origseq]},-1,{v[sendtime]},-1,{address_text(v[dest])},,{v[outttl]},-1,"
-            f"{ntohs(v[sport])},{ntohs(v[dport])},{v[protocol]},{v[outipid]},-1,"
-            f"{app_text(v[app])},{v[pid] or ''},{tcp_text(v)},{v[outtos]},,,\n"
-        )
-
-    if "recvtime" not in at:
-        return unanswered
-    recvcpu, recvtime, responder = at["recvcpu"], at["recvtime"], at["responder"]
-    recvttl, inipid, intos = at["recvttl"], at["inipid"], at["intos"]
-
-    def answered(v: tuple[Any, ...]) -> str:
-        return (
-            f"{v[recvcpu]},{v[seq]},{v[origseq]},{v[recvtime] - v[sendtime]},{v[sendtime]},{v[recvtime]},"
-            f"{address_text(v[dest])},{address_text(v[responder])},{v[outttl]},{v[recvttl]},"
-            f"{ntohs(v[sport])},{ntohs(v[dport])},{v[protocol]},{v[outipid]},{v[inipid]},"
-            f"{app_text(v[app])},{v[pid] or ''},{tcp_text(v)},{v[outtos]},{v[intos]},,\n"
-        )
-
-    return answered
 
 
 # What the kernel's half says of flows and destinations, by enum of elfprobe.c.
@@ -2817,7 +2186,7 @@ class FlowEvents:
         event = self._layout.from_buffer_copy(ctypes.string_at(data, size))
         flow = event.flow
         dest = address_text(bytes(flow.dest))
-        text = flow_text(dest, flow.sport, flow.dport, flow.protocol)
+        text = flow_text(dest, socket.ntohs(flow.sport), socket.ntohs(flow.dport), flow.protocol)
         log.warning("%s", FLOW_EVENTS[event.kind].format(flow=text, dest=dest))
         return 0
 
@@ -2883,7 +2252,7 @@ class ElfProbe:
                 csv = stack.enter_context(self._output_files())
                 self._follow_processes(attached, tables)
                 attached.callback(self._silence)
-                csv.write_lines(",".join(COLUMNS) + "\n")
+                csv.write_lines(HEADER)
                 log.info("CLOCK_MONOTONIC 0 is %s", monotonic_epoch())
                 log.info("probing on %s, answers read at %s, and %s; rows go to %s", self._device.name, self._hook,
                          "dropped" if config.ingress == "drop" else "passed", csv.path)  # fmt: skip
@@ -3106,7 +2475,8 @@ class ElfProbe:
         lost = counted(LOSSES, count)
         if lost:
             log.warning("not measured: %s", lost)
-        for text in itertools.chain(results.changes.texts(), self._unprobed(count)):
+        rewrites = (finding.text() for finding in results.rewrites.findings())
+        for text in itertools.chain(rewrites, self._unprobed(count)):
             log.info("%s", text)
         if results.malformed:
             log.warning("malformed extensions (RFC 4884) of %d replies are left out", results.malformed)
@@ -3121,100 +2491,6 @@ class ElfProbe:
             for text in run_time_texts(self._bpf, self._ended_at - self._begun_at):
                 log.info("%s", text)
         save_maps(self._bpf, self._config.filebase, stop)
-
-
-class LogFormat(logging.Formatter):
-    """A line for each message, whatever the names in it."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s.%(msecs)03d %(message)s", "%H:%M:%S")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        """Lines of a table (bare) stand alone, others behind the time."""
-        return printable(record.message if hasattr(record, "bare") else super().formatMessage(record))
-
-
-CLEAR_BELOW = "\x1b[J"  # ECMA-48: ED
-UP_TO_START = "\x1b[{}F"  # CPL
-
-
-class Console(logging.Handler):
-    """Standard error, written to by a thread of its own: where it takes nothing (a pipe that nobody
-    reads, a stopped terminal), only that thread waits. Lines that do not fit behind it are left out.
-    On a terminal a table can stand below the lines."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._fd = os.dup(2)  # the number 2 is sometimes another file's: captured_stderr()
-        self.is_terminal = os.isatty(self._fd) and os.environ.get("TERM") not in (None, "", "dumb")
-        self._texts: queue.Queue[str | list[str] | None] = queue.Queue(CONSOLE_LINES)
-        self._left_out = 0
-        self._thread = threading.Thread(target=self._write, daemon=True)
-        self._thread.start()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.say(self.format(record))
-
-    def say(self, text: str) -> None:
-        """Has the lines written, when the console takes them."""
-        try:
-            if self._left_out:
-                self._texts.put_nowait(f"({self._left_out} lines left out: the console did not take them)")
-                self._left_out = 0
-            self._texts.put_nowait(text)
-        except queue.Full:
-            self._left_out += 1
-
-    def draw(self, table: Callable[[int, int], list[str]]) -> None:
-        """Puts in the place of the table that is there the one that this makes for so many lines and columns,
-        unless the console still has lines to take, or is that of another job."""
-        if not self.is_terminal or not self._texts.empty():
-            return
-        with contextlib.suppress(OSError):  # it is nobody's
-            if os.tcgetpgrp(self._fd) != os.getpgrp():
-                return
-        columns, lines = self._size()
-        self._texts.put([printable(line)[: columns - 1] for line in table(max(lines - 2, 1), columns - 1)])
-
-    def _size(self) -> tuple[int, int]:
-        try:
-            columns, lines = os.get_terminal_size(self._fd)
-        except OSError:
-            columns = lines = 0
-        return columns or 80, lines or 24
-
-    def clear(self) -> None:
-        """Takes the table away."""
-        with contextlib.suppress(queue.Full):
-            self._texts.put_nowait([])
-
-    def end(self) -> None:
-        """Waits until all is written, but not long for a console that takes nothing."""
-        with contextlib.suppress(queue.Full):
-            self._texts.put(None, timeout=CONSOLE_PATIENCE)
-        waiting = -1
-        while self._thread.is_alive() and waiting != self._texts.qsize():  # as long as it takes some
-            waiting = self._texts.qsize()
-            self._thread.join(CONSOLE_PATIENCE)
-
-    def _write(self) -> None:
-        table: list[str] = []
-        for text in iter(self._texts.get, None):
-            columns = self._size()[0] if table else 1  # a window made narrower has wrapped lines
-            height = sum(max(-(-len(line) // columns), 1) for line in table)
-            clear = UP_TO_START.format(height) + CLEAR_BELOW if table else ""
-            if isinstance(text, list):
-                table, lines = text, text
-            else:
-                lines = [text, *table]
-            data = (clear + "".join(f"{line}\n" for line in lines)).encode(errors="backslashreplace")
-            with contextlib.suppress(OSError):  # it has been closed
-                while data:
-                    try:
-                        data = data[os.write(self._fd, data) :]
-                    except BlockingIOError:  # so somebody else has set it
-                        select.select((), (self._fd,), ())
-        os.close(self._fd)
 
 
 def set_up_logging(config: Config, console: Console) -> None:

@@ -30,6 +30,8 @@ import pyroute2
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import elfprobe
+from elf.addresses import address_text, pack_address
+from elf.rows import NAMES
 
 LOOPBACK = elfprobe.Device('lo', 1)
 TC_ACT_UNSPEC, TC_ACT_SHOT, TC_ACT_STOLEN = -1, 2, 4
@@ -209,16 +211,16 @@ class Programs:
         for number, known in (hops or {}).items():
             for name, value in known.items():
                 setattr(path.hops[number], name, value)
-        assert self._destinations.add(elfprobe.pack_address(address), path)
+        assert self._destinations.add(pack_address(address), path)
 
     def set_path(self, address: str, path: Any) -> None:
         table = self.bpf['paths']
-        table[table.Key.from_buffer_copy(elfprobe.pack_address(address))] = path
+        table[table.Key.from_buffer_copy(pack_address(address))] = path
 
     def path(self, address: str) -> Any:
         """struct path of an address."""
         table = self.bpf['paths']
-        return table[table.Key.from_buffer_copy(elfprobe.pack_address(address))]
+        return table[table.Key.from_buffer_copy(pack_address(address))]
 
     def put_in_flight(self, flight: Flight) -> None:
         self.putter(flight, flags=0)()
@@ -231,7 +233,7 @@ class Programs:
         for name, value in fields._asdict().items():
             if name != 'dest':
                 setattr(key if hasattr(key, name) else probe, name, value)
-        ctypes.memmove(ctypes.addressof(key.dest), elfprobe.pack_address(flight.dest), 16)
+        ctypes.memmove(ctypes.addressof(key.dest), pack_address(flight.dest), 16)
 
         def put() -> None:
             if bcc.lib.bpf_update_elem(table.map_fd, ctypes.byref(key), ctypes.byref(probe), flags):
@@ -241,7 +243,7 @@ class Programs:
 
     def in_flight(self) -> list[Flight]:
         return [
-            Flight(elfprobe.address_text(bytes(key.dest)), socket.ntohs(key.sport), socket.ntohs(key.dport),
+            Flight(address_text(bytes(key.dest)), socket.ntohs(key.sport), socket.ntohs(key.dport),
                    key.ident, key.protocol, probe.seq, probe.origseq, probe.outttl, probe.outipid,
                    probe.sendtime)
             for key, probe in self.bpf['in_flight'].items()
@@ -263,7 +265,7 @@ class Programs:
 
 
 def parsed(rows: str) -> list[dict[str, str]]:
-    return [dict(zip(elfprobe.COLUMNS, row.split(','))) for row in rows.splitlines()]
+    return [dict(zip(NAMES, row.split(','))) for row in rows.splitlines()]
 
 
 def left_by(wire: socket.socket) -> Iterator[bytes]:

@@ -23,7 +23,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import elfprobe
-from elfprobe import Config, Failure, OutputFile, Process
+from elf.addresses import address_text, pack_address
+from elf.console import LogFormat
+from elf.extensions import MalformedExtension, extension_texts, ones_complement_sum
+from elf.rows import HEADER, Probe, app_text, row_function
+from elf.usage import Failure
+from elfprobe import Config, OutputFile, Process
 from lab import wait_until
 
 SCRIPT = Path(elfprobe.__file__)
@@ -269,6 +274,16 @@ def test_import_without_site_packages(empty: Path) -> None:
     assert [package for package in PACKAGES.values() if package not in done.stderr] == []
 
 
+def test_run_by_root_leaves_no_bytecode(empty: Path) -> None:
+    """The user could not remove it."""
+    shutil.copy(SCRIPT, empty)
+    shutil.copytree(SCRIPT.with_name('elf'), empty / 'elf', ignore=shutil.ignore_patterns('__pycache__'))
+    environment = {name: value for name, value in os.environ.items() if name != 'PYTHONDONTWRITEBYTECODE'}
+    subprocess.run([sys.executable, str(empty / SCRIPT.name), '-h'], check=True, env=environment,
+                   stdout=subprocess.DEVNULL, timeout=60)
+    assert not [*empty.rglob('*.pyc')]
+
+
 # Addresses
 
 V4, V6 = bytes(10) + b'\xff\xff', bytes.fromhex('20010db8')
@@ -293,8 +308,8 @@ ADDRESSES = {  # text: packed, how it is written in rows, whether packets to it 
 @pytest.mark.parametrize('text', ADDRESSES)
 def test_address(text: str) -> None:
     packed, written, remote = ADDRESSES[text]
-    assert elfprobe.pack_address(text) == packed
-    assert elfprobe.address_text(packed) == written
+    assert pack_address(text) == packed
+    assert address_text(packed) == written
     assert (elfprobe.why_unreachable(packed) == '') == remote
 
 
@@ -302,7 +317,7 @@ def test_address(text: str) -> None:
     '', 'example.net', '192.0.2', '192.0.2.256', '2001:db8::g', '192.0.2.1/24', '@hosts'])
 def test_no_address(text: str) -> None:
     with pytest.raises(ValueError):
-        elfprobe.pack_address(text)
+        pack_address(text)
 
 
 @pytest.fixture
@@ -314,7 +329,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
         try:
             addresses = known.get(host) or [host.split('%')[0] and host]
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, '', (address, 0))
-                    for address in addresses if elfprobe.pack_address(address)]
+                    for address in addresses if pack_address(address)]
         except ValueError:
             raise socket.gaierror(socket.EAI_NONAME, 'Name or service not known') from None
 
@@ -323,7 +338,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
 
 
 def texts(packed: Any) -> list[str]:
-    return sorted(elfprobe.address_text(address) for address in packed)
+    return sorted(address_text(address) for address in packed)
 
 
 def test_a_name_stands_for_all_its_addresses(names: dict[str, list[str]]) -> None:
@@ -331,7 +346,7 @@ def test_a_name_stands_for_all_its_addresses(names: dict[str, list[str]]) -> Non
     assert texts(elfprobe.resolve('example.net')) == ['192.0.2.1', '192.0.2.2', '2001:db8::1']
     found = elfprobe.resolve_all(['example.net', '192.0.2.1', '2001:db8::2'])
     assert texts(found) == ['192.0.2.1', '192.0.2.2', '2001:db8::1', '2001:db8::2']
-    assert found[elfprobe.pack_address('192.0.2.1')] == 'example.net'
+    assert found[pack_address('192.0.2.1')] == 'example.net'
 
 
 @pytest.mark.parametrize('name', ['localhost', '127.0.0.1', '::1', '0.0.0.0', 'half.example'])
@@ -534,12 +549,12 @@ def test_struct_format() -> None:
 
 PROBE: dict[str, Any] = dict(seq=7, origseq=4294967295, sendtime=1000000000001, outttl=3, outipid=65535,
                              app=b'tool\0\0', pid=77, outtos=72, srtt=1500, cwnd=10, retrans=0)
-KEY: dict[str, Any] = dict(dest=elfprobe.pack_address('198.51.100.9'), sport=socket.htons(40112),
+KEY: dict[str, Any] = dict(dest=pack_address('198.51.100.9'), sport=socket.htons(40112),
                            dport=socket.htons(443), ident=99, protocol=6)
-REPLY: dict[str, Any] = dict(recvcpu=5, recvtime=1000000250001, responder=elfprobe.pack_address('192.0.2.1'),
+REPLY: dict[str, Any] = dict(recvcpu=5, recvtime=1000000250001, responder=pack_address('192.0.2.1'),
                              recvttl=62, inipid=0, intos=0)
-VERSION_6: dict[str, Any] = dict(app=bytes(16), pid=0, dest=elfprobe.pack_address('2001:db8::9'),
-                                 responder=elfprobe.pack_address('2001:db8:1::1'), protocol=17, cwnd=0)
+VERSION_6: dict[str, Any] = dict(app=bytes(16), pid=0, dest=pack_address('2001:db8::9'),
+                                 responder=pack_address('2001:db8:1::1'), protocol=17, cwnd=0)
 ROWS = {
     'answered': (
         {**PROBE, **REPLY, **KEY},
@@ -560,18 +575,40 @@ ROWS = {
 
 @pytest.mark.parametrize('values, row', ROWS.values(), ids=ROWS)
 def test_rows(values: dict[str, Any], row: str) -> None:
-    assert elfprobe.rows_of(list(values))(tuple(values.values())) == row
+    assert row_function(list(values))(tuple(values.values()))[0] == row
     backwards = dict(reversed(list(values.items())))
-    assert elfprobe.rows_of(list(backwards))(tuple(backwards.values())) == row
-    assert row.count(',') == len(elfprobe.COLUMNS) - 1
+    assert row_function(list(backwards))(tuple(backwards.values()))[0] == row
+    assert row.count(',') == HEADER.count(',')
+
+
+def test_row_with_an_extension() -> None:
+    values = {**PROBE, **REPLY, **KEY}
+    row, _ = row_function(list(values))(tuple(values.values()), '16/0/1/1', 'role=incoming;name=a,b')
+    assert row.endswith(',72,0,16/0/1/1,"role=incoming;name=a,b"\n')
+
+
+RECORD = dict(dest='198.51.100.9', sport=40112, dport=443, protocol=6, outttl=3, sendtime=1000000000001,
+              latency=250000, responder='192.0.2.1', srtt=1500, cwnd=10, retrans=0, outtos=72, intos=0)
+
+
+@pytest.mark.parametrize('values, changes', [
+    ({**REPLY, 'translated': 1}, dict(translated=1)),
+    ({**REPLY, 'srtt': 0}, dict(srtt=None)),
+    ({**REPLY, 'cwnd': 0}, dict(srtt=None, cwnd=None, retrans=None)),
+    ({}, dict(latency=-1, responder='', intos=None)),
+], ids=['answered', 'no round trip yet', 'not TCP', 'unanswered'])
+def test_records(values: dict[str, Any], changes: dict[str, Any]) -> None:
+    """What the summary gets of a probe is what its row says, with None for what is not known."""
+    values = {**PROBE, **KEY, **values}
+    assert row_function(list(values))(tuple(values.values()))[1] == Probe(**{**RECORD, **changes})
 
 
 def test_columns() -> None:
-    assert elfprobe.COLUMNS[:15] == (
+    names = HEADER.rstrip('\n').split(',')
+    assert names[:15] == [
         'recvcpu', 'seq', 'origseq', 'latency', 'sendtime', 'recvtime', 'dest', 'responder', 'outttl',
-        'recvttl', 'sport', 'dport', 'protocol', 'outipid', 'inipid')
-    assert elfprobe.COLUMNS[15:] == (
-        'app', 'pid', 'srtt', 'cwnd', 'retrans', 'outtos', 'intos', 'mpls', 'ifinfo')
+        'recvttl', 'sport', 'dport', 'protocol', 'outipid', 'inipid']
+    assert names[15:] == ['app', 'pid', 'srtt', 'cwnd', 'retrans', 'outtos', 'intos', 'mpls', 'ifinfo']
 
 
 def extension(*objects: tuple[int, int, bytes], version: int = 2, checksum: int | None = None) -> bytes:
@@ -580,7 +617,7 @@ def extension(*objects: tuple[int, int, bytes], version: int = 2, checksum: int 
                        for kind, subtype, data in objects)
     head = struct.pack('!BxH', version << 4, 0)
     if checksum is None:
-        checksum = 0xFFFF - elfprobe.ones_complement_sum(head + content)
+        checksum = 0xFFFF - ones_complement_sum(head + content)
     return struct.pack('!BxH', version << 4, checksum) + content
 
 
@@ -611,7 +648,7 @@ EXTENSIONS: dict[str, tuple[bytes, tuple[str, str]]] = {
 
 @pytest.mark.parametrize('data, texts', EXTENSIONS.values(), ids=EXTENSIONS)
 def test_extensions(data: bytes, texts: tuple[str, str]) -> None:
-    assert elfprobe.extension_texts(data) == texts
+    assert extension_texts(data) == texts
 
 
 @pytest.mark.parametrize('data', {
@@ -630,8 +667,8 @@ def test_extensions(data: bytes, texts: tuple[str, str]) -> None:
     'no name': extension((2, 2, b'')),
 }.items(), ids=lambda item: item[0])
 def test_malformed_extensions(data: tuple[str, bytes]) -> None:
-    with pytest.raises((ValueError, IndexError, struct.error)):
-        elfprobe.extension_texts(data[1])
+    with pytest.raises(MalformedExtension):
+        extension_texts(data[1])
 
 
 @pytest.mark.parametrize('comm, field', {
@@ -644,7 +681,7 @@ def test_malformed_extensions(data: tuple[str, bytes]) -> None:
     b'\xff\xfe\0': '\ufffd\ufffd',
 }.items())
 def test_app_as_a_field(comm: bytes, field: str) -> None:
-    assert elfprobe.app_text(comm) == field
+    assert app_text(comm) == field
 
 
 # Files
@@ -795,7 +832,7 @@ def test_log_file(tmp_path: Path) -> None:
 def test_a_message_is_a_line() -> None:
     """Whatever the names in it: users choose those of their processes, root reads this in a terminal."""
     record = logging.LogRecord('elfprobe', logging.INFO, '', 0, 'now %s', ('a\nb\33[2Jc\u202e',), None)
-    assert elfprobe.LogFormat().format(record)[12:] == r' now a\nb\x1b[2Jc\u202e'
+    assert LogFormat().format(record)[12:] == r' now a\nb\x1b[2Jc\u202e'
 
 
 # The program's text

@@ -194,8 +194,8 @@ else:
 # Says lines by elfprobe's console: numbered ones that nobody reads, then those that it gets.
 SAY = """
 import sys
-import elfprobe
-console = elfprobe.Console()
+from elf.console import Console
+console = Console()
 for number in range(int(sys.argv[1])):
     console.say(str(number).rjust(200))
 print('said', flush=True)
@@ -414,6 +414,7 @@ def nobodys(monkeypatch) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix='elf-') as directory:
         for name in 'elfprobe.py', 'elfprobe.c', 'elfhooks.c':
             shutil.copy(ELFPROBE.with_name(name), directory)
+        shutil.copytree(ELFPROBE.with_name('elf'), Path(directory, 'elf'))
         os.chown(directory, NOBODY, NOBODY)
         monkeypatch.setattr('runs.ELFPROBE', Path(directory, 'elfprobe.py'))
         yield Path(directory)

@@ -52,6 +52,7 @@ from scapy.packet import Packet, Raw
 from lab import run, wait_until
 from progtest import (
     DROP,
+    NAMES,
     PASS,
     TC_ACT_SHOT,
     TC_ACT_STOLEN,
@@ -881,7 +882,7 @@ def test_rows_of_unanswered_probes(load: Load, version: int, protocol: str) -> N
         programs.put_in_flight(flight)
     wanted = [0, SEQ, old.origseq, -1, 4999, -1, SERVER[version], '', TTL, -1, old.sport, old.dport,
               old.protocol, old.outipid, -1, '', '', '', '', '', 0, '', '', '']
-    assert programs.expired(5000) == [dict(zip(elfprobe.COLUMNS, map(str, wanted)))]
+    assert programs.expired(5000) == [dict(zip(NAMES, map(str, wanted)))]
     assert programs.in_flight() == [new]
 
 

@@ -8,6 +8,7 @@ import html
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,8 +22,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import elfplot
-import elfprobe
-from elfprobe import Failure
+from elf.rows import NAMES as COLUMNS
+from elf.rows import Probe, read_csv
+from elf.summary import Summary
+from elf.usage import Failure
 
 FigureCanvasAgg: Any = None
 with suppress(ImportError):
@@ -31,8 +34,7 @@ if elfplot.MISSING and os.environ.get('ELFPROBE_TESTS_STRICT') != '1':
     pytest.skip(f'not installed: {", ".join(elfplot.MISSING.values())}', allow_module_level=True)
 
 SCRIPT = Path(elfplot.__file__)
-FIRST = elfprobe.COLUMNS[:15]
-COLUMNS = elfprobe.COLUMNS
+FIRST = COLUMNS[:15]
 MS, S = 10**6, 10**9  # ns
 START = 5000 * S
 EPOCH = 1793995200 * S  # CLOCK_MONOTONIC 0 in some tests: 2026-11-06T20:00:00Z
@@ -67,7 +69,7 @@ def csv(tmp_path: Path) -> Path:
 
 def picture_of(rows: Iterable[dict[str, Any]], csv: Path, zero: int | None = None) -> elfplot.Picture:
     csv.write_text(text_of(rows))
-    frame = elfplot.read_rows(str(csv))
+    frame = read_csv(str(csv))
     return elfplot.draw(frame, elfplot.choose(frame, [])[0], zero, csv.name, [])
 
 
@@ -162,11 +164,14 @@ def test_name_that_the_terminal_cannot_show(csv: Path) -> None:
     assert '\\xe9.png' in ended.stdout
 
 
-def test_without_bcc(csv: Path) -> None:
+def test_without_elfprobe_and_bcc(csv: Path, tmp_path: Path) -> None:
+    """elfplot.py and elf/ are all that another machine needs."""
+    shutil.copy(SCRIPT, tmp_path)
+    shutil.copytree(SCRIPT.with_name('elf'), tmp_path / 'elf')
     csv.write_text(GOOD)
     code = ('import sys; sys.modules.update(bcc=None, pyroute2=None, psutil=None)\n'
             'sys.path.insert(0, sys.argv[1]); import elfplot; sys.exit(elfplot.main(sys.argv[2:]))')
-    subprocess.run([sys.executable, '-c', code, str(SCRIPT.parent), str(csv)], check=True, timeout=60)
+    subprocess.run([sys.executable, '-c', code, str(tmp_path), str(csv)], check=True, timeout=60)
     assert csv.with_suffix('.png').exists()
 
 
@@ -205,12 +210,12 @@ def test_names_of_what_is_written(csv: Path, monkeypatch: pytest.MonkeyPatch,
 def test_incomplete_last_line(cut: int, csv: Path) -> None:
     rows = [row(0, 1, 1, ifinfo='"role=incoming;name=a,b"'), row(1, 2, 2, ifinfo='"role=incoming;name=c,d"')]
     csv.write_text(text_of(rows)[:-cut])
-    assert list(elfplot.read_rows(str(csv)).outttl) == [1]
+    assert list(read_csv(str(csv)).outttl) == [1]
 
 
 def test_rows_come_in_the_order_of_sending(csv: Path) -> None:
     csv.write_text(text_of([row(2, 3, 1), row(0, 1, None), row(1, 2, 1)]))
-    assert list(elfplot.read_rows(str(csv)).outttl) == [1, 2, 3]
+    assert list(read_csv(str(csv)).outttl) == [1, 2, 3]
 
 
 @pytest.mark.parametrize('columns', [FIRST, (*FIRST, 'app', 'pid'), (*COLUMNS, 'more')])
@@ -237,16 +242,13 @@ def test_table(csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows += [row(0, 9, 5, dest='2001:db8::1', responder='2001:db8::9')]
     csv.write_text(text_of(rows))
     assert elfplot.main([str(csv)]) == 0
-    summary = elfprobe.Summary()
+    summary = Summary()
     for one in rows:
-        answer = dict(recvtime=one['recvtime'], responder=elfprobe.pack_address(one['responder'])) \
-            if one['responder'] else {}
-        summary.note(elfprobe.pack_address(one['dest']), one['outttl'], one['sport'], one['dport'],
-                     one['protocol'], one['sendtime'], **answer)
+        summary.note(Probe(*(one[name] for name in Probe._fields[:8])))
     *lines, picture, end = capsys.readouterr().out.split('\n')
     assert lines == [*summary.tables()[1:], '']
     assert [line.split()[:5] for line in lines[2:5]] == [
-        ['1', '100', '100.0%', '1.000', '1.000'], ['2', '3', '0.0%', 'silent'],
+        ['1', '100', '100.0%', '1.000', '1.000'], ['2', '3', '0.0%', 'unresponsive'],
         ['3', '102', '99.0%', '1.000', '51.000']]
     assert (picture, end) == (f'picture: {csv.with_suffix(".png")}', '')
 
@@ -310,7 +312,7 @@ def test_several_responders_of_a_hop(csv: Path) -> None:
                 for line in drawn.values()}) == 4
 
 
-def test_silent_hops_and_lost_probes(csv: Path) -> None:
+def test_unresponsive_hops_and_lost_probes(csv: Path) -> None:
     rows = [row(0.1 * i, hop, None if hop == 2 or (hop, i) == (3, 70) else hop)
             for i in range(100) for hop in (1, 2, 3)]
     picture = picture_of(rows, csv)
@@ -321,7 +323,7 @@ def test_silent_hops_and_lost_probes(csv: Path) -> None:
     assert (image[0] != grey).any(axis=1).all()
     assert list((image[1] != grey).any(axis=1).nonzero()[0]) == [picture.sections[0].unanswered[2].argmax()]
     shown = [text.get_text() for axes in picture.figure.axes for text in axes.texts]
-    assert '(silent)' in shown and '300 probes, 101 unanswered' in picture.sections[0].title
+    assert '(unresponsive)' in shown and '300 probes, 101 unanswered' in picture.sections[0].title
 
 
 def test_socket_figures(csv: Path) -> None:
@@ -399,7 +401,7 @@ def zero_of(csv: Path, log: str | None, csv_written: float, log_written: float) 
     if log is not None:
         csv.with_suffix('.log').write_text(log)
         os.utime(csv.with_suffix('.log'), (0, (EPOCH + START) / S + log_written))
-    return elfplot.utc_of_zero(str(csv), elfplot.read_rows(str(csv)))
+    return elfplot.utc_of_zero(str(csv), read_csv(str(csv)))
 
 
 @pytest.mark.parametrize('log, csv_written, log_written, known, noted', [
@@ -589,4 +591,4 @@ def test_latency_text(ms: float, text: str) -> None:
 def test_choose_of_nothing(csv: Path) -> None:
     csv.write_text(text_of([]))
     with pytest.raises(Failure, match='nobody'):
-        elfplot.choose(elfplot.read_rows(str(csv)), ['10.0.0.1'])
+        elfplot.choose(read_csv(str(csv)), ['10.0.0.1'])

@@ -30,7 +30,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import elfprobe
+from elf import histogram, summary
+from elf.addresses import ReverseDns
+from elf.histogram import LatencyHistogram
+from elf.rows import Probe
+from elf.summary import Summary
 from lab import Host, Lab, end, nft_table, run, wait_until
 from runs import CLOSED, ELFPROBE, FAMILY, HOPS, TCP, UDP, VERSIONS, Run, both, inside, tcp_connected
 from runs import elfprobe as probing
@@ -38,57 +42,62 @@ from runs import elfprobe as probing
 root = pytest.mark.root
 
 MS = 1_000_000  # ns
-DEST, OTHER = elfprobe.pack_address('198.51.100.9'), elfprobe.pack_address('2001:db8::9')
-A, B, C = (elfprobe.pack_address(f'192.0.2.{number}') for number in (1, 2, 3))
+DEST = '198.51.100.9'
+A, B, C = (f'192.0.2.{number}' for number in (1, 2, 3))
 
 
-# Figures
+# Statistics
 
-def spread_of(values: list[int]) -> elfprobe.Spread:
-    spread = elfprobe.Spread()
+def histogram_of(values: list[int]) -> LatencyHistogram:
+    latencies = LatencyHistogram()
     for value in values:
-        spread.add(value)
-    return spread
+        latencies.add(value)
+    return latencies
 
 
-@pytest.mark.parametrize('values, figures', [
+@pytest.mark.parametrize('values, stats', [
     ([7000], (7000, 7000, 7000, 7000, 7000, 0)),
     ([3, 1, 2], (1, 2, 3, 3, 3, 1.5)),
     (list(range(1000, 101000, 1000)), (1000, 50000, 95000, 99000, 100000, 1000)),
     ([5000] * 1000, (5000, 5000, 5000, 5000, 5000, 0)),
 ])
-def test_figures(values: list[int], figures: tuple[float, ...]) -> None:
-    assert tuple(spread_of(values).figures()) == figures
+def test_stats(values: list[int], stats: tuple[float, ...]) -> None:
+    assert tuple(histogram_of(values).stats()) == stats
 
 
 @pytest.mark.parametrize('low, high', [(10, 20_000_000_000), (50_000, 60_000), (1_000_000, 40_000_000)])
-def test_figures_of_many(low: int, high: int) -> None:
-    """Quantiles to 1 %, the rest in exact, whatever was asked in between."""
+def test_stats_of_many(low: int, high: int) -> None:
+    """Quantiles are exact to 1 %, the others exactly, whatever was asked in between."""
     chance = random.Random(low)
     values = [chance.randint(low, high) for _ in range(20011)]
-    spread = spread_of(values[:777])
-    assert spread.figures().least == min(values[:777])
+    latencies = histogram_of(values[:777])
+    assert latencies.stats().minimum == min(values[:777])
     for value in values[777:]:
-        spread.add(value)
-    figures, ordered = spread.figures(), sorted(values)
-    assert (figures.least, figures.greatest) == (ordered[0], ordered[-1])
-    for share, value in (0.5, figures.median), (0.95, figures.percentile95), (0.99, figures.percentile99):
+        latencies.add(value)
+    stats, ordered = latencies.stats(), sorted(values)
+    assert (stats.minimum, stats.maximum) == (ordered[0], ordered[-1])
+    for share, value in (0.5, stats.median), (0.95, stats.percentile95), (0.99, stats.percentile99):
         exact = ordered[int(share * len(ordered))]
         within = 0.01 * exact + 2 * (high - low) / len(values)
-        assert abs(value - exact) < within or exact > elfprobe.BOUNDS[-1]
-    assert figures.jitter == pytest.approx(statistics.mean(abs(a - b) for a, b in zip(values, values[1:])))
+        assert abs(value - exact) < within or exact > histogram.BOUNDS[-1]
+    assert stats.jitter == pytest.approx(statistics.mean(abs(a - b) for a, b in zip(values, values[1:])))
 
 
-# What the summary says of missing answers
+def ended(number: int, sendtime: int, responder: str = '', latency: int = 10_000, dest: str = DEST,
+          sport: int = 1, protocol: int = UDP, **tcp: int) -> Probe:
+    """A probe to this hop; without a responder it is unanswered."""
+    return Probe(dest, sport, 2, protocol, number, sendtime, latency if responder else -1, responder, **tcp)
 
-def summary_of(counts: dict[int, tuple[int, int]], retransmitted: int | None = None) -> str:
-    """The table of a destination, from probes and missing answers by hop; with TCP, whose segments too."""
-    summary = elfprobe.Summary()
+
+# What the summary says of unanswered probes
+
+def table_from(counts: dict[int, tuple[int, int]], retransmitted: int | None = None) -> str:
+    """The table of a destination: probes and unanswered ones by hop; with TCP, its retransmitted segments."""
+    summary = Summary()
     for number, (probes, missing) in counts.items():
         for sent in range(probes):
             tcp = {} if retransmitted is None else dict(srtt=900, cwnd=10, retrans=retransmitted * (sent > 0))
-            answer = {} if sent < missing else dict(recvtime=sent + 10_000, responder=A)
-            summary.note(DEST, number, 1, 2, 6, sent, **tcp, **answer)
+            summary.note(ended(number, sent, '' if sent < missing else A, protocol=TCP, **tcp))
     return '\n'.join(summary.tables())
 
 
@@ -105,7 +114,7 @@ REMARKS: dict[str, tuple[dict[int, tuple[int, int]], list[str]]] = {
     'limited, lost behind': ({1: (500, 250), 2: (500, 26), 3: (500, 24)}, [f'hop 1 {LIMITS}', f'{LOST} 2']),
     'lost twice': ({1: (500, 50), 2: (500, 51), 3: (500, 200), 4: (500, 203)}, [f'{LOST} 1', f'{LOST} 3']),
     'the last one': ({1: (500, 0), 2: (500, 50)}, [UNKNOWN]),
-    'silent behind': ({1: (500, 0), 2: (500, 50), 3: (30, 30)}, [UNKNOWN]),
+    'unresponsive behind': ({1: (500, 0), 2: (500, 50), 3: (30, 30)}, [UNKNOWN]),
     'not clear': ({1: (100, 10), 2: (100, 1)}, [TOO_FEW]),
     'few behind': ({1: (100, 5), 2: (25, 0)}, [TOO_FEW]),
     'few behind, none missing': ({1: (60, 6), 2: (60, 0), 3: (60, 0)}, [TOO_FEW]),
@@ -115,7 +124,7 @@ REMARKS: dict[str, tuple[dict[int, tuple[int, int]], list[str]]] = {
 
 @pytest.mark.parametrize('counts, said', REMARKS.values(), ids=REMARKS)
 def test_remarks(counts: dict[int, tuple[int, int]], said: list[str]) -> None:
-    remarks = [line for line in summary_of(counts).splitlines()
+    remarks = [line for line in table_from(counts).splitlines()
                if any(word in line for word in (LIMITS, LOST, UNKNOWN, TOO_FEW))]
     assert len(remarks) == len(said)
     assert all(word in remark for remark, word in zip(remarks, said))
@@ -128,28 +137,27 @@ def test_remarks(counts: dict[int, tuple[int, int]], said: list[str]) -> None:
     (400, '; TCP retransmitted 400 segments'),
 ])
 def test_what_tcp_says_of_loss(retransmitted: int | None, said: str) -> None:
-    assert said in summary_of({1: (500, 250), 2: (500, 251), 3: (500, 250)}, retransmitted)
+    assert said in table_from({1: (500, 250), 2: (500, 251), 3: (500, 250)}, retransmitted)
     said = '' if retransmitted is None else said
-    assert f'{UNKNOWN} whether it loses packets{said}\n' in summary_of({1: (500, 0), 2: (500, 250)},
+    assert f'{UNKNOWN} whether it loses packets{said}\n' in table_from({1: (500, 0), 2: (500, 250)},
                                                                       retransmitted) + '\n'
 
 
 def timeline(*hops: str) -> str:
     """The table of a run in which each hop, in each second of its line, answers 20 probes, if there is an x.
     Without an x in any there is no traffic."""
-    summary = elfprobe.Summary()
+    summary = Summary()
     for second in range(len(hops[0])):
         for part in range(20):
             for number, line in enumerate(hops, 1):
                 sent = (100 + second) * 10**9 + part * 10**7
-                answer = dict(recvtime=sent + 10_000, responder=A) if line[second] == 'x' else {}
                 is_asked = part == 0 and any(other[second] == 'x' for other in hops)
-                if answer or is_asked:  # what is silent is asked less often
-                    summary.note(DEST, number, 1, 2, 17, sent, **answer)
+                if line[second] == 'x' or is_asked:  # an unresponsive hop is probed less often
+                    summary.note(ended(number, sent, A if line[second] == 'x' else ''))
     return '\n'.join(summary.tables())
 
 
-SPELLS = {
+OUTAGES = {
     'none': (['xxxxxxxxxxxxxxxx', 'xxxxxxxxxxxxxxxx'], []),
     'short': (['xxxxxxxxxxxxxxxx', 'xxxx..xxxxxxxxxx'], []),
     'the way': (['xxxxxxxxxxxxxxxx', 'xxxxx......xxxxx', 'xxxxx......xxxxx'],
@@ -157,16 +165,16 @@ SPELLS = {
     'the way, to the end': (['xxxxxxxxxxxxxxxx', 'xxxxxxx.........', 'xxxxxxx.........'],
                             ['from hop 2 on there was no answer for 9 s from 106 s']),
     'one hop': (['xxxxxxxxxxxxxxxx', 'xxxxx......xxxxx', 'xxxxxxxxxxxxxxxx'],
-                ['hop 2 was silent for 7 s from 104 s']),
-    'the first': (['xxxxxxxx........', 'xxxxxxxxxxxxxxxx'], ['hop 1 was silent for 8 s from 107 s']),
+                ['hop 2 was unresponsive for 7 s from 104 s']),
+    'the first': (['xxxxxxxx........', 'xxxxxxxxxxxxxxxx'], ['hop 1 was unresponsive for 8 s from 107 s']),
     'the last': (['xxxxxxxxxxxxxxxx', 'xxxxx......xxxxx'],
                  ['from hop 2 on there was no answer for 7 s from 104 s']),
     'no traffic': (['xxxxx......xxxxx', 'xxxxx......xxxxx'], []),
 }
 
 
-@pytest.mark.parametrize('hops, said', SPELLS.values(), ids=SPELLS)
-def test_spells_of_silence(hops: list[str], said: list[str]) -> None:
+@pytest.mark.parametrize('hops, said', OUTAGES.values(), ids=OUTAGES)
+def test_outages(hops: list[str], said: list[str]) -> None:
     text = timeline(*hops)
     remarks = [line for line in text.splitlines() if 'CLOCK_MONOTONIC' in line]
     assert len(remarks) == len(said), text
@@ -175,35 +183,31 @@ def test_spells_of_silence(hops: list[str], said: list[str]) -> None:
 
 
 def test_table() -> None:
-    lines = summary_of({1: (4, 0), 2: (3, 3), 3: (2, 1), 4: (5, 5)}, 7).splitlines()
+    lines = table_from({1: (4, 0), 2: (3, 3), 3: (2, 1), 4: (5, 5)}, 7).splitlines()
     assert lines[0] == '' and lines[1] == '198.51.100.9: 14 probes, latency in ms'
     words = [line.split() for line in lines[3:8]]
     assert words[0] == ['1', '4', '100.0%', *['0.010'] * 5, '0.000', '192.0.2.1']
-    assert words[1] == ['2', '3', '0.0%', 'silent']
+    assert words[1] == ['2', '3', '0.0%', 'unresponsive']
     assert words[2][:3] == ['3', '2', '50.0%']
-    assert words[3] == ['4', '5', '0.0%', 'silent', '(or', 'the', 'destination)']
+    assert words[3] == ['4', '5', '0.0%', 'unresponsive', '(or', 'the', 'destination)']
     assert words[4][:7] == ['TCP', *['0.900'] * 5, '0.000'] and ', 7 segments retransmitted since' in lines[7]
 
 
 # Changes of the way, and bounds
 
-def note(summary: elfprobe.Summary, responder: bytes, sendtime: int, sport: int = 1) -> None:
-    summary.note(DEST, 3, sport, 2, 17, sendtime, recvtime=sendtime + 9, responder=responder)
-
-
 def test_changes_are_by_flow(caplog: pytest.LogCaptureFixture) -> None:
     """Flows that go different ways change nothing; a late answer of the way that was is no change."""
-    summary = elfprobe.Summary()
-    with caplog.at_level('INFO', 'elfprobe'):
+    summary = Summary()
+    with caplog.at_level('INFO', 'elf'):
         for sendtime in range(10):
-            note(summary, A, sendtime, socket.htons(1))
-            note(summary, B, sendtime, socket.htons(2))
+            summary.note(ended(3, sendtime, A, sport=1))
+            summary.note(ended(3, sendtime, B, sport=2))
         assert not caplog.messages
-        note(summary, C, 20, socket.htons(1))
-        note(summary, A, 15, socket.htons(1))
-        note(summary, C, 21, socket.htons(1))
+        summary.note(ended(3, 20, C, sport=1))
+        summary.note(ended(3, 15, A, sport=1))
+        summary.note(ended(3, 21, C, sport=1))
     [message] = caplog.messages
-    assert message == ('UDP port 1 to 198.51.100.9 port 512: '
+    assert message == ('UDP port 1 to 198.51.100.9 port 2: '
                        'hop 3 is now 192.0.2.3, no longer 192.0.2.1')
     table = summary.tables()
     assert 'hop 3 changed once' in table[-1]
@@ -212,64 +216,70 @@ def test_changes_are_by_flow(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_changes_without_end_are_told_only_so_often(caplog: pytest.LogCaptureFixture) -> None:
-    summary = elfprobe.Summary()
-    with caplog.at_level('INFO', 'elfprobe'):
+    noted = Summary()
+    with caplog.at_level('INFO', 'elf'):
         for sendtime in range(1001):
-            note(summary, (A, B)[sendtime % 2], sendtime)
-    assert len(caplog.messages) == elfprobe.CHANGES_TOLD
+            noted.note(ended(3, sendtime, (A, B)[sendtime % 2]))
+    assert len(caplog.messages) == summary.CHANGES_LOGGED
     assert 'only counted' in caplog.messages[-1]
-    assert 'hop 3 is 2 routers in turn, within the same flow' in summary.tables()[-1]
+    assert 'hop 3 is 2 routers in turn, within the same flow' in noted.tables()[-1]
     for sendtime in range(2000, 6000):
-        note(summary, A, sendtime)
-    assert 'hop 3 changed 1000 times' in summary.tables()[-1]
+        noted.note(ended(3, sendtime, A))
+    assert 'hop 3 changed 1000 times' in noted.tables()[-1]
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(elfprobe, 'HOPS_MAX', 100)
-    monkeypatch.setattr(elfprobe, 'FLOWS_MAX', 40)
-    summary = elfprobe.Summary()
+    monkeypatch.setattr(summary, 'HOPS_MAX', 100)
+    monkeypatch.setattr(summary, 'FLOWS_MAX', 40)
+    noted = Summary()
     for number in range(60):
-        dest = elfprobe.pack_address(f'198.51.100.{number}')
         for hop in 1, 2:
             for sport in range(3):
-                summary.note(dest, hop, sport, 2, 17, number, recvtime=number + 1, responder=A)
-    assert len(summary._flows) <= 40
-    text = '\n'.join(summary.tables(100))
+                noted.note(ended(hop, number, A, dest=f'198.51.100.{number}', sport=sport))
+    assert len(noted._flows) <= 40
+    text = '\n'.join(noted.tables(100))
     assert 198 <= 6 * text.count('latency in ms') + int(re.search('([0-9]+) probes to dest', text)[1]) == 360
     assert '198.51.100.59: 6 probes' in text and '198.51.100.0: ' not in text  # the latest are there
-    assert len(summary.busiest(11, 80)) == 11
+    assert len(noted.busiest(11, 80)) == 11
     for number in range(1000):
-        note(summary, number.to_bytes(16, 'big'), number)
-    assert len(summary._destinations[DEST].hops[3].responders) == elfprobe.RESPONDERS_MAX
+        noted.note(ended(3, number, f'2001:db8::{number:x}'))
+    [more] = re.findall('^ *and ([0-9]+) more$', '\n'.join(noted.tables(100)), re.MULTILINE)
+    assert int(more) == summary.RESPONDERS_MAX - summary.RESPONDERS_SHOWN
+
+
+def tcp_probe(sendtime: int, responder: str = A, sport: int = 1, retrans: int = 0) -> Probe:
+    return ended(3, sendtime, responder, sport=sport, protocol=TCP, srtt=900, cwnd=10, retrans=retrans)
+
+
+def retransmitted(noted: Summary) -> int:
+    """Segments, as the table says."""
+    [number] = re.findall(', ([0-9]+) segments retransmitted', '\n'.join(noted.tables()))
+    return int(number)
 
 
 def test_retransmissions_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a flow beside which there are so many others that it is forgotten now and then."""
-    monkeypatch.setattr(elfprobe, 'FLOWS_MAX', 40)
-    summary = elfprobe.Summary()
+    monkeypatch.setattr(summary, 'FLOWS_MAX', 40)
+    noted = Summary()
     for number in range(1000):
-        answered = dict(cwnd=10, recvtime=number + 1, responder=A)
-        summary.note(DEST, 3, 1, 2, TCP, number, retrans=min(number, 30), **answered)
+        noted.note(tcp_probe(number, retrans=min(number, 30)))
         if number >= 30:
-            summary.note(DEST, 3, 1000 + number, 2, TCP, number, **answered)
-    assert summary._destinations[DEST].retransmitted == 30
+            noted.note(tcp_probe(number, sport=1000 + number))
+    assert retransmitted(noted) == 30
 
 
 def test_retransmissions_of_connections_by_the_same_ports() -> None:
     """One after the other, each sends two segments again; rows that come late, or unanswered, add nothing.
     Nor do two at once, from different addresses, make more than one has sent."""
-    summary = elfprobe.Summary()
+    noted = Summary()
     for second in range(2, 202, 2):
         sent = second * 10**9
-        answered = dict(cwnd=10, recvtime=sent + 9, responder=A)
         for number, retrans in enumerate((0, 1, 2, 2)):
-            summary.note(DEST, 3, 1, 2, TCP, sent + number, retrans=retrans, **answered)
-        summary.note(DEST, 3, 1, 2, TCP, sent + 1, cwnd=10, retrans=1)
+            noted.note(tcp_probe(sent + number, retrans=retrans))
+        noted.note(tcp_probe(sent + 1, '', retrans=1))
     for number in range(1000):
-        sent = number * 10**6
-        summary.note(DEST, 3, 3, 2, TCP, sent, cwnd=10, retrans=5 + 4 * (number % 2), recvtime=sent,
-                     responder=A)
-    assert summary._destinations[DEST].retransmitted == 2 * 100 + 9
+        noted.note(tcp_probe(number * 10**6, sport=3, retrans=5 + 4 * (number % 2)))
+    assert retransmitted(noted) == 2 * 100 + 9
 
 
 def test_names_are_asked_for_in_the_background(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,10 +293,10 @@ def test_names_are_asked_for_in_the_background(monkeypatch: pytest.MonkeyPatch) 
         return 'one.example\x1b[2J', [], [address]
 
     monkeypatch.setattr(socket, 'gethostbyaddr', slow)
-    names = elfprobe.Names()
-    assert [names.of(packed) for packed in (A, B)] == ['', '']
+    names = ReverseDns()
+    assert [names.name_of(address) for address in (A, B)] == ['', '']
     answer.set()
-    wait_until(lambda: names.of(A), 5, 'the name is known')
+    wait_until(lambda: names.name_of(A), 5, 'the name is known')
     assert (names.with_name(A), names.with_name(B)) == ('192.0.2.1 one.example\\x1b[2J', '192.0.2.2')
 
 
@@ -361,7 +371,7 @@ def test_names_of_responders(lab4, tmp_path):
 
 @root
 def test_an_outage_is_named(make_lab, tmp_path):
-    """r2 forwards nothing for some seconds. Few probes are missing: what is silent is asked less often."""
+    """r2 forwards nothing for some seconds. Few probes are unanswered: unresponsive hops get fewer."""
     lab = make_lab(routers=4)
     with probing(lab, *both(lab), cwd=tmp_path) as run:
         pings(lab, '-i.01')

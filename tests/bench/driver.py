@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Iterator
 
+from elf.addresses import pack_address
 from figures import Figure, at_least, at_most
 from lab import Lab, wait_until
 from packets import frame, load
@@ -23,7 +24,7 @@ from runs import elfprobe as started
 # Of a result; what has no value here is 0. The names are the driver's.
 VALUES = {
     'seq': 123456, 'origseq': 3038610452, 'sendtime': 9555274576635, 'recvtime': 9555274637014,
-    'dest': elfprobe.pack_address('10.0.5.2'), 'responder': elfprobe.pack_address('10.0.1.2'),
+    'dest': pack_address('10.0.5.2'), 'responder': pack_address('10.0.1.2'),
     'outttl': 3, 'recvttl': 62, 'sport': 5652, 'dport': 20756, 'protocol': 6, 'outipid': 2068, 'inipid': 2068,
     'app': b'speedtest', 'pid': 21592,
 }  # fmt: skip
@@ -61,7 +62,7 @@ def drained(programs: Programs, path: Path, rate: int, seconds: float) -> tuple[
     """Rows written, results lost, and s of CPU time, while results come at a rate."""
     programs.clear()
     probe = elfprobe.ElfProbe(elfprobe.Config(LOOPBACK.name, duration=seconds))
-    probe._is_attached = lambda: True
+    probe._removed = lambda: ''
     probe._bpf, probe._device = programs.bpf, LOOPBACK
     csv = elfprobe.OutputFile(str(path))
     results = programs.results

@@ -36,6 +36,7 @@ from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
+from elf.addresses import pack_address
 from figures import Figure, Goal, at_most
 from lab import CommandFailed, Lab
 from progtest import Programs, SkBuff, elfprobe, own_namespace
@@ -140,7 +141,7 @@ def by_table_size(quick: bool) -> Iterator[Figure]:
         destinations, entered = elfprobe.Destinations(programs.bpf), 0
         for size in SIZES:
             for address in known[entered:size]:
-                destinations.add(elfprobe.pack_address(socket.inet_ntoa(struct.pack('!I', address))))
+                destinations.add(pack_address(socket.inet_ntoa(struct.pack('!I', address))))
             entered = size
             for name, measure in {
                 'leaves, not of interest': ('egress', unknown),

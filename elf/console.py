@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""The console: log lines, and a live table below them on a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import select
+import threading
+from typing import Callable
+
+from elf.usage import printable
+
+LINES_MAX = 10000  # that may wait while the console accepts no data
+PATIENCE = 1.0  # s to wait at the end for a console that accepts no data
+CLEAR_BELOW = "\x1b[J"  # ECMA-48: ED
+UP_TO_START = "\x1b[{}F"  # ECMA-48: CPL
+SIZE = 80, 24  # columns and lines of a terminal that does not say
+
+
+class LogFormat(logging.Formatter):
+    """A log line: the time and the message. A name with line breaks in it does not make it two."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s.%(msecs)03d %(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the line. Lines of a table are logged with extra={"bare": True} and have no time."""
+        return printable(record.message if hasattr(record, "bare") else super().formatMessage(record))
+
+
+class Console(logging.Handler):
+    """Standard error, written by its own thread, with a live table on a terminal.
+
+    Only that thread waits while standard error accepts no data (a pipe that nobody reads, a stopped
+    terminal). At most LINES_MAX lines wait with it; further ones are dropped and counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fd = os.dup(2)  # descriptor 2 itself is redirected while compiler messages are captured
+        self.is_terminal = os.isatty(self._fd) and os.environ.get("TERM") not in (None, "", "dumb")
+        self._texts: queue.Queue[str | list[str] | None] = queue.Queue(LINES_MAX)  # None: the end
+        self._dropped = 0  # lines
+        self._thread = threading.Thread(target=self._write, daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(self.format(record))
+
+    def say(self, text: str) -> None:
+        """Write a line, or several, as soon as the console accepts data. Never waits."""
+        try:
+            if self._dropped:
+                self._texts.put_nowait(f"({self._dropped} lines left out: the console did not take them)")
+                self._dropped = 0
+            self._texts.put_nowait(text)
+        except queue.Full:
+            self._dropped += 1
+
+    def draw(self, table: Callable[[int, int], list[str]]) -> None:
+        """Replace the live table by what table(lines, columns) returns for the terminal's size.
+
+        Does nothing while lines wait to be written, and while another job has the terminal.
+        """
+        if not self.is_terminal or not self._texts.empty():
+            return
+        with contextlib.suppress(OSError):  # the terminal has no foreground job
+            if os.tcgetpgrp(self._fd) != os.getpgrp():
+                return
+        columns, lines = self._size()
+        self._texts.put([printable(line)[: columns - 1] for line in table(max(lines - 2, 1), columns - 1)])
+
+    def _size(self) -> tuple[int, int]:
+        """Return the terminal's columns and lines."""
+        try:
+            columns, lines = os.get_terminal_size(self._fd)
+        except OSError:
+            columns = lines = 0
+        return columns or SIZE[0], lines or SIZE[1]
+
+    def clear(self) -> None:
+        """Remove the live table."""
+        with contextlib.suppress(queue.Full):
+            self._texts.put_nowait([])
+
+    def end(self) -> None:
+        """Wait until everything is written, or until the console has accepted nothing for PATIENCE."""
+        with contextlib.suppress(queue.Full):
+            self._texts.put(None, timeout=PATIENCE)
+        waiting = -1
+        while self._thread.is_alive() and waiting != self._texts.qsize():
+            waiting = self._texts.qsize()
+            self._thread.join(PATIENCE)
+
+    def _write(self) -> None:
+        """Write what is in the queue: a str below the lines so far, a list as the new live table."""
+        table: list[str] = []
+        for text in iter(self._texts.get, None):
+            columns = self._size()[0] if table else 1  # a window made narrower wraps the table's lines
+            height = sum(max(-(-len(line) // columns), 1) for line in table)
+            clear = UP_TO_START.format(height) + CLEAR_BELOW if table else ""
+            if isinstance(text, list):
+                table, lines = text, text
+            else:
+                lines = [text, *table]
+            data = (clear + "".join(f"{line}\n" for line in lines)).encode(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # the console is gone
+                while data:
+                    try:
+                        data = data[os.write(self._fd, data) :]
+                    except BlockingIOError:  # another process has made the open file non-blocking
+                        select.select((), (self._fd,), ())
+        os.close(self._fd)

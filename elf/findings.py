@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Findings: what the figures say of a path, as data. Each kind of finding has its wording in its class.
+
+findings_on() looks at a destination; PathRewrites collects what routers change in the packets' headers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Iterator
+
+from elf.paths import Destination, Hop, Outage
+from elf.rows import Probe
+
+ENOUGH_PROBES = 20  # from which on a hop's share of answers means something
+UNANSWERED_MIN, UNANSWERED_SHARE_MIN = 3, 0.005  # fewer unanswered probes are not worth a word
+TCP_AGREES_FROM = 1 / 10
+OFTEN = 1 / 4  # changes per answer from which on a hop alternates
+REWRITES_MAX = 1000  # findings that PathRewrites keeps
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What was found at a hop."""
+
+    hop: int
+
+    def text(self) -> str:
+        """Return the sentence for the user."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class HopOutage(Finding):
+    """The hop did not answer for a while."""
+
+    outage: Outage
+
+    def text(self) -> str:
+        when = f"for {self.outage.seconds} s from {self.outage.begin} s on (CLOCK_MONOTONIC)"
+        if self.outage.ends_path:
+            return f"from hop {self.hop} on there was no answer {when}"
+        return f"hop {self.hop} was unresponsive {when}, but not those behind it"
+
+
+@dataclasses.dataclass(frozen=True)
+class Unanswered(Finding):
+    """A share of the probes to the hop is not answered."""
+
+    share: float
+
+    def _start(self) -> str:
+        return f"{self.share:.1%} of the probes to hop {self.hop} are not answered"
+
+
+@dataclasses.dataclass(frozen=True)
+class RateLimit(Unanswered):
+    """The hop limits the rate of its answers: clearly more probes are answered by a hop behind it."""
+
+    behind: int  # the hop with most answers
+    answered_behind: float  # its share
+
+    def text(self) -> str:
+        return (
+            f"hop {self.hop} limits the rate of its answers: {self._start()}, but "
+            f"{self.answered_behind:.1%} of those that pass it on their way to hop {self.behind}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TooFewBehind(Unanswered):
+    """The hop behind with most answers has so few probes that the reason cannot be told."""
+
+    behind: int
+
+    def text(self) -> str:
+        return f"{self._start()}; those to hop {self.behind} are too few to tell why"
+
+
+@dataclasses.dataclass(frozen=True)
+class UnansweredWithTcp(Unanswered):
+    """TCP's retransmissions are the only hint, where probes rode on TCP."""
+
+    retransmitted: int | None  # segments; None: no probe rode on TCP
+    tcp_agrees: bool  # TCP loses about as large a share of its segments: see tcp_on_loss()
+
+    def _tcp(self) -> str:
+        if self.retransmitted is None:
+            return ""
+        if self.tcp_agrees:
+            return f"; TCP retransmitted {self.retransmitted} segments"
+        few = f"only {self.retransmitted}" if self.retransmitted else "no"
+        return f"; but TCP retransmitted {few} segments, so rather answers are limited"
+
+
+@dataclasses.dataclass(frozen=True)
+class NoneBehind(UnansweredWithTcp):
+    """No hop behind answers enough probes, so nothing tells loss from a limit."""
+
+    def text(self) -> str:
+        return f"{self._start()}: no hop behind it tells whether it loses packets{self._tcp()}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss(UnansweredWithTcp):
+    """Probes that pass the hop are unanswered as often."""
+
+    def text(self) -> str:
+        but = self._tcp() or ", unless all of them limit their answers"
+        return (
+            f"packets are lost at hop {self.hop} or on the way to it: {self._start()}, and not clearly "
+            f"fewer to those behind it{but}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ResponderChanges(Finding):
+    """Within a flow, another router answered than before."""
+
+    changes: int
+    responders: int
+    alternates: bool
+
+    def text(self) -> str:
+        if self.alternates:
+            return f"hop {self.hop} is {self.responders} routers in turn, within the same flow"
+        return f"hop {self.hop} changed {'once' if self.changes == 1 else f'{self.changes} times'}"
+
+
+@dataclasses.dataclass(frozen=True)
+class PathRewrite(Finding):
+    """A router in front of the hop changed the packets' headers."""
+
+    dest: str
+    responder: str  # who answered at the hop
+    what: str
+
+    def text(self) -> str:
+        return f"to {self.dest}: {self.what} before hop {self.hop} ({self.responder})"
+
+
+def findings_on(destination: Destination) -> Iterator[Finding]:
+    """Yield what there is to say of a destination: outages, unanswered probes, changes of responders."""
+    outages = destination.outages()
+    answering = {number: hop for number, hop in sorted(destination.hops.items()) if hop.latency.count}
+    for number in answering:
+        yield from outages_to_tell(number, outages)
+    yield from unanswered(destination, {
+        number: hop for number, hop in answering.items() if hop.probes >= ENOUGH_PROBES
+    }, outages)  # fmt: skip
+    for number, hop in answering.items():
+        if hop.changes:
+            alternates = hop.changes > OFTEN * hop.latency.count
+            yield ResponderChanges(number, hop.changes, len(hop.responders), alternates)
+
+
+def outages_to_tell(number: int, outages: dict[int, list[Outage]]) -> Iterator[HopOutage]:
+    """Yield a hop's outages, without those that an outage of a nearer hop explains."""
+    nearer = [
+        outage for other in outages if other < number for outage in outages[other] if outage.ends_path
+    ]
+    for outage in outages[number]:
+        if not (outage.ends_path and any(outage.overlaps(other) for other in nearer)):
+            yield HopOutage(number, outage)
+
+
+def unanswered(
+    destination: Destination, hops: dict[int, Hop], outages: dict[int, list[Outage]]
+) -> Iterator[Unanswered]:
+    """Yield where probes are unanswered and why, as far as hops behind and TCP tell.
+
+    A hop with an outage is skipped: its unanswered probes are explained. Loss at a hop shows at the hops
+    behind it as well, so these are only named where they are clearly worse.
+    """
+    lossy: Hop | None = None
+    for number, hop in hops.items():
+        share = hop.unanswered_share
+        if hop.unanswered < UNANSWERED_MIN or share < UNANSWERED_SHARE_MIN or outages[number]:
+            continue
+        behind = [item for item in hops.items() if item[0] > number and not outages[item[0]]]
+        best, other = min(behind, key=lambda item: item[1].unanswered_share, default=(0, hop))
+        if hop.is_clearly_worse_than(other):
+            yield RateLimit(number, share, best, 1 - other.unanswered_share)
+        elif lossy is None or hop.is_clearly_worse_than(lossy):
+            lossy = hop
+            if not behind:
+                yield NoneBehind(number, share, *tcp_on_loss(destination, share))
+            elif other.unanswered_share < share / 2:
+                yield TooFewBehind(number, share, best)
+            else:
+                yield Loss(number, share, *tcp_on_loss(destination, share))
+
+
+def tcp_on_loss(destination: Destination, share: float) -> tuple[int | None, bool]:
+    """Return the segments that TCP retransmitted (None without TCP), and whether they agree with such a share
+    of loss: at least TCP_AGREES_FROM of it, since unanswered probes include those whose answer was lost."""
+    probes, retransmitted = destination.srtt.count, destination.retransmitted
+    return (retransmitted if probes else None), retransmitted >= share * probes * TCP_AGREES_FROM
+
+
+class PathRewrites:
+    """Where on the path headers change, as quoted packets show it: the nearest hop that quotes the change."""
+
+    def __init__(self) -> None:
+        self._nearest: dict[tuple[str, str], PathRewrite] = {}  # by destination and change
+
+    def note(self, probe: Probe) -> None:
+        """Note the changes that the reply to a probe shows."""
+        if probe.intos != probe.outtos:
+            self._note_change(probe, f"DSCP/ECN {probe.outtos:#04x} becomes {probe.intos:#04x}")
+        if probe.translated:
+            self._note_change(probe, "the source address is translated")
+
+    def _note_change(self, probe: Probe, what: str) -> None:
+        found = self._nearest.get((probe.dest, what))
+        if found is None and len(self._nearest) >= REWRITES_MAX:
+            return
+        if found is None or probe.outttl < found.hop:
+            self._nearest[probe.dest, what] = PathRewrite(probe.outttl, probe.dest, probe.responder, what)
+
+    def findings(self) -> Iterator[PathRewrite]:
+        yield from (finding for _, finding in sorted(self._nearest.items()))

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Statistics of many durations in little memory."""
+
+from __future__ import annotations
+
+import array
+import bisect
+import functools
+import itertools
+import operator
+from typing import NamedTuple
+
+# ns, 1 us to 11 s, each 2 % above the one before: quantiles are exact to 1 %.
+BOUNDS = [round(1000 * 1.02**number) for number in range(820)]
+MIDDLES = [(low + high) / 2 for low, high in zip([BOUNDS[0], *BOUNDS], [*BOUNDS, BOUNDS[-1]])]
+EXACT_MAX = 512  # values that are kept one by one
+
+
+class Stats(NamedTuple):
+    """Statistics of a histogram, in ns. jitter is the mean difference of two consecutive values, as Javg
+    of mtr."""
+
+    minimum: float
+    median: float
+    percentile95: float
+    percentile99: float
+    maximum: float
+    jitter: float
+
+
+class LatencyHistogram:
+    """The distribution of durations (ns).
+
+    Up to EXACT_MAX values it is exact. Above, quantiles come from counts between BOUNDS; minimum, maximum and
+    jitter stay exact.
+    """
+
+    __slots__ = ("_recent", "_measured", "_binned", "_bins", "_minimum", "_maximum", "_last", "_steps")
+
+    def __init__(self) -> None:
+        self._recent = array.array("Q")  # the newest values, in the order in which they came
+        self._measured = 0  # how many of _recent are in _minimum, _maximum, _last and _steps
+        self._binned = 0  # how many values have left _recent and are counted in _bins
+        self._bins = array.array("Q")  # counts between BOUNDS; empty until _recent is full the first time
+        self._minimum = self._maximum = 0
+        self._last = 0  # the newest value that is in _steps
+        self._steps = 0  # sum of the differences of consecutive values
+
+    @property
+    def count(self) -> int:
+        return self._binned + len(self._recent)
+
+    def add(self, value: int) -> None:
+        self._recent.append(value)
+        if len(self._recent) >= EXACT_MAX:
+            self._move_into_bins()
+
+    def stats(self) -> Stats:
+        """Return the statistics of all values. There must be at least one."""
+        if self._bins:
+            self._move_into_bins()
+            values, upto = MIDDLES, list(itertools.accumulate(self._bins))
+        else:
+            self._measure()
+            values, upto = sorted(self._recent), list(range(1, self.count + 1))
+        median, percentile95, percentile99 = (
+            min(max(values[bisect.bisect_left(upto, share * self.count)], self._minimum), self._maximum)
+            for share in (0.5, 0.95, 0.99)
+        )
+        jitter = self._steps / max(self.count - 1, 1)
+        return Stats(self._minimum, median, percentile95, percentile99, self._maximum, jitter)
+
+    def _measure(self) -> None:
+        """Update minimum, maximum and steps with the values that came since the last time."""
+        new = self._recent[self._measured :]
+        if not new:
+            return
+        is_first = not self._binned and not self._measured
+        self._minimum = min(new) if is_first else min(self._minimum, *new)
+        self._maximum = max(self._maximum, *new)
+        before = [new[0] if is_first else self._last, *new]
+        self._steps += sum(map(abs, map(operator.sub, new, before)))
+        self._last = new[-1]
+        self._measured = len(self._recent)
+
+    def _move_into_bins(self) -> None:
+        self._measure()
+        self._bins = self._bins or array.array("Q", bytes(8 * len(MIDDLES)))
+        for number in map(functools.partial(bisect.bisect, BOUNDS), self._recent):
+            self._bins[number] += 1
+        self._binned += len(self._recent)
+        self._measured = 0
+        del self._recent[:]

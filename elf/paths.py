@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What is known of a path: for each hop latencies, responders and outages, and how TCP fares."""
+
+from __future__ import annotations
+
+import collections
+import math
+from typing import NamedTuple
+
+from elf.histogram import LatencyHistogram
+
+SIGNIFICANT = 3  # standard errors by which two shares must differ
+OUTAGE_MIN = 3  # s: a shorter time without answers is no outage; other hops must answer in more seconds
+OUTAGES_MAX = 5  # of a hop, that are kept
+
+
+class Outage(NamedTuple):
+    """A hop that had answered did not for a while, although another did: the next one in front or behind."""
+
+    begin: int  # s, CLOCK_MONOTONIC
+    seconds: int
+    ends_path: bool  # the hops behind did not answer, either
+
+    def overlaps(self, other: Outage) -> bool:
+        return self.begin < other.begin + other.seconds and other.begin < self.begin + self.seconds
+
+
+class Hop:
+    """The probes with one TTL to one destination that have ended."""
+
+    __slots__ = (
+        "latency", "unanswered", "responders", "changes", "outages", "active_seconds", "last_second",
+        "_neighbours_active",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.latency = LatencyHistogram()
+        self.unanswered = 0
+        self.responders: collections.Counter[str] = collections.Counter()
+        self.changes = 0  # how often a flow's responder changed
+        self.outages: list[Outage] = []  # those that are over
+        self.active_seconds = 0  # seconds in which at least one probe left that was answered
+        self.last_second = 0  # the last of them
+        self._neighbours_active = 0, 0  # active_seconds of the hops in front and behind, at that time
+
+    @property
+    def probes(self) -> int:
+        return self.latency.count + self.unanswered
+
+    @property
+    def unanswered_share(self) -> float:
+        return self.unanswered / self.probes
+
+    def is_clearly_worse_than(self, other: Hop) -> bool:
+        """Return whether significantly more probes are unanswered here: a test of two proportions."""
+        pooled = (self.unanswered + other.unanswered) / (self.probes + other.probes)
+        error = math.sqrt(pooled * (1 - pooled) * (1 / self.probes + 1 / other.probes))
+        return self.unanswered_share - other.unanswered_share > SIGNIFICANT * error
+
+    def note_second(self, second: int, front: Hop | None, behind: Hop | None) -> None:
+        """Note that an answered probe left in a later second than the last one.
+
+        front and behind are the nearest hops that answer.
+        """
+        outage = self.outage_until(second, front, behind)
+        if outage and len(self.outages) < OUTAGES_MAX:
+            self.outages.append(outage)
+        self.last_second = second
+        self.active_seconds += 1
+        self._neighbours_active = active_seconds(front), active_seconds(behind)
+
+    def outage_until(self, second: int, front: Hop | None, behind: Hop | None) -> Outage | None:
+        """Return the outage from this hop's last answer until that second, None if there is none."""
+        seconds = second - self.last_second
+        if not self.active_seconds or seconds <= OUTAGE_MIN:
+            return None
+        front_before, behind_before = self._neighbours_active
+        front_since = active_seconds(front) - front_before
+        behind_since = active_seconds(behind) - behind_before
+        if max(front_since, behind_since) <= OUTAGE_MIN:
+            return None
+        return Outage(self.last_second, seconds, behind_since <= OUTAGE_MIN)
+
+
+def active_seconds(hop: Hop | None) -> int:
+    """Return the hop's active seconds, 0 where there is no hop."""
+    return hop.active_seconds if hop else 0
+
+
+class Destination:
+    """The hops on the path to a destination, by TTL, and what TCP says of the flows to it."""
+
+    def __init__(self) -> None:
+        self.hops: dict[int, Hop] = {}
+        self.srtt = LatencyHistogram()
+        self.retransmitted = 0  # segments, by the probed flows since they began
+        self.recent_probes = 0.0  # halved with each drawing of the live table
+        self.last_sent = 0  # when the newest probe left, ns
+
+    @property
+    def probes(self) -> int:
+        return sum(hop.probes for hop in self.hops.values())
+
+    def neighbours(self, number: int) -> tuple[Hop | None, Hop | None]:
+        """Return the nearest hops that answer: in front of this one, and behind it."""
+        answering = [other for other, hop in self.hops.items() if hop.active_seconds]
+        front = max((other for other in answering if other < number), default=0)
+        behind = min((other for other in answering if other > number), default=0)
+        return self.hops.get(front), self.hops.get(behind)
+
+    def outages(self) -> dict[int, list[Outage]]:
+        """Return the outages by hop, with those that last."""
+        now = self.last_sent // 10**9
+        found = {}
+        for number, hop in self.hops.items():
+            lasting = hop.outage_until(now, *self.neighbours(number))
+            found[number] = [*hop.outages, lasting] if lasting else hop.outages
+        return found

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""The summary: all probes that have ended, by destination and hop, in bounded memory, and its tables."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from typing import Callable, Iterator, Tuple
+
+from elf.addresses import flow_text
+from elf.findings import findings_on
+from elf.histogram import LatencyHistogram, Stats
+from elf.paths import Destination, Hop
+from elf.rows import Probe
+
+HOPS_MAX = 8192  # of all destinations together
+FLOWS_MAX = 32768  # that are remembered
+RESPONDERS_MAX = 64  # of a hop
+REUSE_AFTER = 10**9  # ns without a probe, after which a lower retransmission count is a new connection's
+CHANGES_LOGGED = 10  # changes of a hop's responder; further ones are only counted
+
+TABLES_MAX = 50  # destinations in the tables at the end
+RESPONDERS_SHOWN = 4  # of a hop
+HEADS = dict(zip(Stats._fields, ("min", "median", "95%", "99%", "max", "jitter")))
+WIDE_ONLY = "percentile99", "jitter"  # columns that a narrow table does not have
+WIDE = 100  # columns of a terminal
+
+log = logging.getLogger(__name__)
+
+FlowKey = Tuple[str, int, int, int]  # destination, ports, protocol: the first fields of Probe
+
+
+class Flow:
+    """What the newest probes of a flow showed."""
+
+    __slots__ = ("retrans", "last_sent", "responders", "since")
+
+    def __init__(self, retrans: int) -> None:
+        self.retrans = retrans  # segments, the highest count so far
+        self.last_sent = 0  # when the newest probe with a retransmission count left, ns
+        self.responders: dict[int, str] = {}  # by hop
+        self.since: dict[int, int] = {}  # hop -> when the first probe left that this responder answered, ns
+
+
+class Summary:
+    """All probes that have ended, by destination and hop.
+
+    label returns how an address is printed. It is called with each address as soon as that is known, so that
+    a label which takes time to find (a host name) is there when the first table is made.
+    """
+
+    def __init__(self, label: Callable[[str], str] = str) -> None:
+        self._label = label
+        self._destinations: dict[str, Destination] = {}
+        self._flows: dict[FlowKey, Flow] = {}
+        self._flows_are_forgotten = False  # some of them
+        self._hops = 0
+        self._probes_left_out = 0
+
+    def note(self, probe: Probe) -> None:
+        """Add a probe that has ended."""
+        # All at once: each attribute of a NamedTuple takes as long as a look-up in a dict.
+        (
+            dest, sport, dport, protocol, number, sendtime, latency, responder, srtt, cwnd, retrans, _, _, _,
+        ) = probe  # fmt: skip
+        destination = self._destinations.get(dest) or self._new_destination(dest)
+        hop = destination.hops.get(number) or self._new_hop(destination, number)
+        destination.recent_probes += 1
+        if sendtime > destination.last_sent:
+            destination.last_sent = sendtime
+        key = dest, sport, dport, protocol
+        flow = self._flows.get(key) or self._new_flow(key, retrans or 0)
+        if cwnd is not None:
+            self._note_tcp(destination, flow, sendtime, srtt, retrans or 0)
+        if not responder:
+            hop.unanswered += 1
+            return
+        hop.latency.add(latency)
+        second = sendtime // 10**9
+        if second > hop.last_second:
+            hop.note_second(second, *destination.neighbours(number))
+        if responder in hop.responders or len(hop.responders) < RESPONDERS_MAX:
+            hop.responders[responder] += 1
+        if flow.responders.get(number) != responder:
+            self._note_responder(hop, flow, probe)
+
+    def _note_tcp(
+        self, destination: Destination, flow: Flow, sendtime: int, srtt: int | None, retrans: int
+    ) -> None:
+        if retrans < flow.retrans and sendtime > flow.last_sent + REUSE_AFTER:
+            flow.retrans = 0  # a new connection with the same ports
+        if retrans > flow.retrans:
+            destination.retransmitted += retrans - flow.retrans
+            flow.retrans = retrans
+        flow.last_sent = max(flow.last_sent, sendtime)
+        if srtt is not None:
+            destination.srtt.add(srtt * 1000)
+
+    def _note_responder(self, hop: Hop, flow: Flow, probe: Probe) -> None:
+        """Note that another responder answers than the one before in this flow, or the first one."""
+        number = probe.outttl
+        before = flow.responders.get(number)
+        self._label(probe.responder)
+        if before is not None:
+            if probe.sendtime < flow.since[number]:
+                return  # a late answer, from before the change
+            self._log_change(hop, probe, before)
+        flow.responders[number] = probe.responder
+        flow.since[number] = probe.sendtime
+
+    def _log_change(self, hop: Hop, probe: Probe, before: str) -> None:
+        hop.changes += 1
+        if hop.changes > CHANGES_LOGGED:
+            return
+        more = "; from now on its changes are only counted" if hop.changes == CHANGES_LOGGED else ""
+        flow = flow_text(self._label(probe.dest), probe.sport, probe.dport, probe.protocol)
+        now, before = self._label(probe.responder), self._label(before)
+        log.info("%s: hop %d is now %s, no longer %s%s", flow, probe.outttl, now, before, more)
+
+    def _new_destination(self, dest: str) -> Destination:
+        self._label(dest)
+        destination = self._destinations[dest] = Destination()
+        return destination
+
+    def _new_hop(self, destination: Destination, number: int) -> Hop:
+        if self._hops >= HOPS_MAX:
+            self._make_room(destination)
+        self._hops += 1
+        hop = destination.hops[number] = Hop()
+        return hop
+
+    def _make_room(self, newest: Destination) -> None:
+        """Forget a quarter of the destinations: those whose last probe is oldest."""
+        ordered = sorted(self._destinations.items(), key=lambda item: item[1].last_sent)
+        for dest, destination in ordered[: len(ordered) // 4 + 1]:
+            if destination is not newest:
+                self._probes_left_out += destination.probes
+                self._hops -= len(destination.hops)
+                del self._destinations[dest]
+
+    def _new_flow(self, key: FlowKey, retrans: int) -> Flow:
+        """Return a new flow, in place of the oldest ones if there are too many.
+
+        A new flow's first retransmissions count. Once flows have been forgotten, this may be one of them,
+        whose retransmissions so far have been counted.
+        """
+        if len(self._flows) >= FLOWS_MAX:
+            self._flows_are_forgotten = True
+            for oldest in list(itertools.islice(self._flows, FLOWS_MAX // 4)):
+                del self._flows[oldest]
+        flow = self._flows[key] = Flow(retrans if self._flows_are_forgotten else 0)
+        return flow
+
+    def tables(self, most: int = TABLES_MAX) -> list[str]:
+        """Return the lines of a table, with findings, for each of the destinations with most probes."""
+        ordered = sorted(self._destinations.items(), key=lambda item: -item[1].probes)
+        lines = [line for item in ordered[:most] for line in self._table(*item)]
+        if len(ordered) > most:
+            lines.append(f"{len(ordered) - most} more destinations, with fewer probes each")
+        if self._probes_left_out:
+            left_out = f"{self._probes_left_out} probes to destinations not probed lately"
+            lines.append(f"{left_out} are only in the rows")
+        return lines
+
+    def busiest(self, room: int, columns: int) -> list[str]:
+        """Return at most so many lines: tables of the destinations with most probes lately, for a terminal
+        with so many columns."""
+        lines: list[str] = []
+        for dest, destination in sorted(
+            self._destinations.items(), key=lambda item: (-int(math.log2(item[1].recent_probes + 1)), item[0])
+        ):
+            destination.recent_probes /= 2
+            if len(lines) < room:
+                lines += self._table(dest, destination, columns < WIDE)
+        return lines[:room]
+
+    def _table(self, dest: str, destination: Destination, is_narrow: bool = False) -> Iterator[str]:
+        names = [name for name in Stats._fields if not (is_narrow and name in WIDE_ONLY)]
+        answering = [number for number, hop in destination.hops.items() if hop.latency.count]
+        heads = " ".join(f"{HEADS[name]:>8}" for name in names)
+        yield ""
+        yield f"{self._label(dest)}: {destination.probes} probes, latency in ms"
+        yield f"hop  probes answered {heads}  responder"
+        for number, hop in sorted(destination.hops.items()):
+            share = f"{number:3} {hop.probes:7} {hop.latency.count / hop.probes:8.1%}"
+            if hop.latency.count:
+                yield from self._responders(hop, f"{share} {stats_text(hop.latency, names)}  ")
+            else:
+                last = " (or the destination)" if number > max(answering, default=0) else ""
+                yield f"{share}  unresponsive{last}"
+        if destination.srtt.count:
+            resent = f"{destination.retransmitted} segments retransmitted since its flows began"
+            srtt = stats_text(destination.srtt, names)
+            yield f"TCP {'':16} {srtt}  round trip by the kernel (srtt), {resent}"
+        for finding in findings_on(destination):
+            yield finding.text()
+
+    def _responders(self, hop: Hop, start: str) -> Iterator[str]:
+        """Yield the lines of a hop that answers: one for each responder, behind the start or below it."""
+        (first, count), *others = hop.responders.most_common()
+        more = f" {count / hop.latency.count:.0%}" if others else ""
+        yield f"{start}{self._label(first)}{more}"
+        shown = others[: RESPONDERS_SHOWN - 1]
+        for other, count in shown:
+            yield f"{'':{len(start)}}{self._label(other)} {count / hop.latency.count:.0%}"
+        if len(others) > len(shown):
+            yield f"{'':{len(start)}}and {len(others) - len(shown)} more"
+
+
+def stats_text(latencies: LatencyHistogram, names: list[str]) -> str:
+    """Return the named statistics in ms, in columns."""
+    stats = latencies.stats()
+    return " ".join(f"{getattr(stats, name) / 1e6:8.3f}" for name in names)
