@@ -207,8 +207,11 @@ class Frame(enum.IntEnum):
 
 
 class ZeroCopy(NamedTuple):
-    """Offsets that tell whether a packet holds memory of user space: head and end in struct sk_buff; a byte in
-    struct skb_shared_info, and the bit in that. All 0 where the kernel does not tell them."""
+    """Where the kernel marks a packet that holds memory of user space (MSG_ZEROCOPY).
+
+    head and end are offsets in struct sk_buff. flags is the offset of a byte in struct skb_shared_info, flag
+    the bit in that byte. All are 0 if the kernel does not tell them.
+    """
 
     head: int = 0
     end: int = 0
@@ -1216,8 +1219,7 @@ def may_have_tcx() -> bool:
 
 @functools.lru_cache(maxsize=None)
 def find_zerocopy() -> ZeroCopy:
-    """Return where the kernel marks packets that hold memory of user space, by its BTF; without BTF, or with a BCC
-    whose libbpf reads none, nothing."""
+    """Return what the kernel's BTF says: zeros if there is no BTF, or BCC's libbpf cannot read it."""
     with contextlib.suppress(AttributeError, LookupError):
         lib = bcc.lib
         load = getattr(lib, "btf__load_vmlinux_btf", None) or lib.libbpf_find_kernel_btf  # libbpf before 0.5
@@ -1249,7 +1251,7 @@ class BtfMember(ctypes.Structure):
 
 
 def struct_offsets(btf: int, name: bytes) -> dict[bytes, int]:
-    """Return the offsets of a kernel struct's own members by name, in bytes. LookupError where there is none."""
+    """Return the byte offsets of a kernel struct's own members, by name. Raises LookupError."""
     lib, handle = bcc.lib, ctypes.c_void_p(btf)
     lib.btf__type_by_id.restype = ctypes.c_void_p
     lib.btf__name_by_offset.restype = ctypes.c_char_p
@@ -1260,7 +1262,8 @@ def struct_offsets(btf: int, name: bytes) -> dict[bytes, int]:
     kind = BtfType.from_address(address)
     members = (BtfMember * (kind.info & 0xFFFF)).from_address(address + ctypes.sizeof(BtfType))
     bits = 0xFFFFFF if kind.info >> 31 else 0xFFFFFFFF  # with bit fields, their size is in the highest byte
-    return {lib.btf__name_by_offset(handle, member.name_off): (member.offset & bits) // 8 for member in members}
+    name_of = lib.btf__name_by_offset
+    return {name_of(handle, member.name_off): (member.offset & bits) // 8 for member in members}
 
 
 def load_program(config: Config, build: Build, warnings: bool = False) -> Any:
@@ -1313,9 +1316,12 @@ def load_program(config: Config, build: Build, warnings: bool = False) -> Any:
 
 
 def machine_build(frame: Frame, ingress_tc: bool, tcx: bool) -> Build:
-    """Return the parameters of this machine, with no owners of sockets."""
+    """Return the parameters for this machine. by_owner is off."""
     tick = round(time.clock_getres(CLOCK_MONOTONIC_COARSE) * 1e9)
-    return Build(frame, ingress_tc, tcx, False, tick, not has_ring_buffer(), is_preemptible(), find_zerocopy())
+    return Build(
+        frame, ingress_tc, tcx, tick=tick, old_maps=not has_ring_buffer(), preemptible=is_preemptible(),
+        zerocopy=find_zerocopy(),
+    )  # fmt: skip
 
 
 def unload(bpf: Any) -> None:
@@ -1372,8 +1378,8 @@ def driver_of(name: str) -> str:
 
 
 def device_flags(device: Device) -> int:
-    """Return the device's flags, as IFF_UP and IFF_RUNNING, which tells whether it has its carrier. OSError where
-    there is no such device any more."""
+    """Return the device's flags. IFF_RUNNING is on if the device has a carrier. Raises OSError if there is no
+    such device any more."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         request = struct.pack("16s24x", socket.if_indextoname(device.ifindex).encode())
         reply = fcntl.ioctl(any_socket, SIOCGIFFLAGS, request)  # struct ifreq, netdevice(7)
@@ -1532,15 +1538,19 @@ def create_link(program: int, target: int, attach_type: int, options: LinkOption
 
 
 def link_is_attached(link: int) -> bool:
-    """Return whether a BPF link still has its device: anybody may detach a tcx link (bpftool link detach)."""
+    """Return whether a BPF link still has its device. root can detach a tcx link (bpftool link detach)."""
     info = LinkInfo()
     size = ctypes.c_uint32(ctypes.sizeof(info))
-    return bcc.lib.bpf_obj_get_info(link, ctypes.byref(info), ctypes.byref(size)) == 0 and info.ifindex != 0
+    failed = bcc.lib.bpf_obj_get_info(link, ctypes.byref(info), ctypes.byref(size)) != 0
+    return not failed and bool(info.ifindex)
 
 
 class Attachment:
-    """A program on a device for as long as a with-block lasts. attach() raises Failure, or Unsupported where this
-    kernel has no such place. detach() is quiet about what is gone already, and may be called at any time."""
+    """A program that is attached to a device while a with-block runs.
+
+    attach() raises Failure, or Unsupported if this kernel has no such hook. detach() may be called at any
+    time. It ignores what is gone already.
+    """
 
     what = ""  # as the user reads it
 
@@ -1573,7 +1583,7 @@ class Attachment:
         self._link = -1
 
     def _quietly(self, remove: Callable[..., None], *args: Any) -> None:
-        """Call a function that detaches; what is not there any more need not be."""
+        """Call a function that detaches. Ignore it if there is nothing to detach any more."""
         try:
             remove(self._ipr, self._device, *args)
         except (pyroute2.NetlinkError, OSError) as err:
@@ -1586,8 +1596,8 @@ OFFLOADS_WITHOUT_XDP = "rx-lro", "rx-gro-hw"  # generic XDP switches these off, 
 
 
 class XdpAttachment(Attachment):
-    """A program at XDP, by a BPF link, which goes with this process, however that ends. Before Linux 5.9, which has
-    none for XDP, the program stays until it is detached."""
+    """A program at XDP. A BPF link holds it, so that it goes when this process ends, however that comes.
+    Linux before 5.9 has no links for XDP: there the program stays until it is detached."""
 
     what = "XDP program"
 
@@ -1664,8 +1674,8 @@ def switch_on_offloads(_ipr: Any, device: Device, offloads: list[str]) -> None:
 
 
 class TcxAttachment(Attachment):
-    """A program at TC, by a tcx link (since Linux 6.6), which goes with this process, however that ends. It runs
-    behind the tcx programs that are there, and before all filters of clsact."""
+    """A program at TC. A tcx link (Linux 6.6) holds it, so that it goes when this process ends, however that
+    comes. It runs after the tcx programs that are there already, and before all filters of clsact."""
 
     what = "TC program"
 
@@ -1739,8 +1749,8 @@ def remove_filter(ipr: Any, device: Device, ours: TcFilter, parent: int) -> None
 
 
 class ClsactAttachment(Attachment):
-    """A program at TC, by a filter of the clsact qdisc, as early among the filters that are there as can be. Whoever
-    adds the qdisc removes it."""
+    """A program at TC, as a filter of the clsact qdisc with the first free priority. If this adds the qdisc,
+    it also removes it."""
 
     what = "filter"
 
@@ -1819,9 +1829,9 @@ class Hook(NamedTuple):
         return f"{place} ({self.reason})"
 
 
-# Drivers that take a native XDP program without a reset of their queues, and give up no offload for it. By reading
-# Linux 6.12: efx_xdp_setup_prog() sets a pointer. i40e, ice, ixgbe, igb, igc, mlx5, bnxt, ena, gve and others set up
-# their queues anew, some take the link down.
+# Drivers that take a native XDP program without a reset of their queues, and give up no offload for it. Found
+# by reading: efx_xdp_setup_prog() of sfc just sets a pointer. i40e, ice, ixgbe, igb, igc, mlx5, bnxt, ena
+# and others set up their queues anew; some take the link down.
 XDP_WITHOUT_RESET = frozenset({"sfc"})
 XDP_COSTS = {
     "veth": "native XDP would take the segmentation offload of the other end of a veth",
@@ -2211,11 +2221,18 @@ class Stop:
 
 
 class LinkState(enum.Enum):
-    """What packets can leave the device, as the log says it."""
+    """Whether packets can leave the device. The values are the log's words."""
 
     UP = "is up again"
     NO_CARRIER = "has no carrier: no packets until it has one"
     DOWN = "is down: no packets until it is up"
+
+    @classmethod
+    def of(cls, flags: int) -> LinkState:
+        """Return the state that a device's flags say."""
+        if flags & IFF_RUNNING:
+            return cls.UP
+        return cls.NO_CARRIER if flags & IFF_UP else cls.DOWN
 
 
 class ElfProbe:
@@ -2254,8 +2271,11 @@ class ElfProbe:
                 attached.callback(self._silence)
                 csv.write_lines(HEADER)
                 log.info("CLOCK_MONOTONIC 0 is %s", monotonic_epoch())
-                log.info("probing on %s, answers read at %s, and %s; rows go to %s", self._device.name, self._hook,
-                         "dropped" if config.ingress == "drop" else "passed", csv.path)  # fmt: skip
+                fate = "dropped" if config.ingress == "drop" else "passed"
+                log.info(
+                    "probing on %s, answers read at %s, then %s; rows go to %s",
+                    self._device.name, self._hook, fate, csv.path,
+                )  # fmt: skip
                 if config.debug and not attached.enter_context(run_time_stats()):
                     log.info("what the programs take is not known: that needs Linux 5.8, new BCC, sys_admin")
                 stack.callback(self._summarise, results, csv, stop)  # when all is detached
@@ -2268,14 +2288,15 @@ class ElfProbe:
     def _load_and_attach(
         self, stack: contextlib.ExitStack, ipr: Any, stop: Stop
     ) -> contextlib.ExitStack | None:
-        """Compile, load and attach the programs, in the first of the possible places that takes them. Return what
-        detaches them, None if a stop was asked for before. Raises Failure."""
+        """Compile and load the programs, and attach them at the first of the possible hooks that takes them.
+        Return what detaches them, or None if a stop was asked for before. Raises Failure."""
         hooks = ingress_hooks(ipr, self._device, self._config.ingress_hook)
         choices = [(hook, tcx) for hook in hooks for tcx in (True, False) if not tcx or may_have_tcx()]
         while True:
             hook, tcx = choices.pop(0)
             with contextlib.ExitStack() as loaded:
-                self._bpf, self._refused = self._load(machine_build(self._device.frame, hook.name == "tc", tcx))
+                build = machine_build(self._device.frame, hook.name == "tc", tcx)
+                self._bpf, self._refused = self._load(build)
                 loaded.callback(unload, self._bpf)
                 if stop.asked:
                     return None
@@ -2378,7 +2399,8 @@ class ElfProbe:
             if now >= next_look:
                 for attachment in self._attachments:
                     if not attachment.is_attached():
-                        raise Failure(f"somebody has removed our {attachment.what} from '{self._device.name}'")
+                        what, device = attachment.what, self._device.name
+                        raise Failure(f"somebody has removed our {what} from '{device}'")
                 next_look = now + LOOK_EVERY
             if now >= next_report:
                 log.debug("counters: %s", read_counters(self._bpf))
@@ -2416,7 +2438,7 @@ class ElfProbe:
             flags = device_flags(self._device)
         except OSError as err:
             raise Failure(f"the interface '{self._device.name}' is gone") from err
-        state = LinkState.UP if flags & IFF_RUNNING else LinkState.NO_CARRIER if flags & IFF_UP else LinkState.DOWN
+        state = LinkState.of(flags)
         if state != self._link:
             self._log_link(state)
             self._link = state
@@ -2430,7 +2452,7 @@ class ElfProbe:
         is_new = time.monotonic() < self._begun_at + RESET_FOR
         if state == LinkState.NO_CARRIER and self._hook.name == "xdp" and is_new:
             log.warning(
-                "the driver %s may have taken the link down for the XDP program: --ingress-hook tc needs none",
+                "the driver %s may have taken the link down for our XDP program: use --ingress-hook tc",
                 self._device.driver,
             )
 

@@ -121,7 +121,9 @@ class Programs:
         build = dataclasses.replace(build, by_owner=by_owner)
         self.bpf = elfprobe.load_program(elfprobe.Config('none', **config), build, warnings=True)
         self.results = elfprobe.Results(self.bpf)
-        self._verdicts = {TC_ACT_SHOT: DROP, TC_ACT_UNSPEC: PASS} if ingress_tc else {XDP_DROP: DROP, XDP_PASS: PASS}
+        self._verdicts = {XDP_DROP: DROP, XDP_PASS: PASS}
+        if ingress_tc:
+            self._verdicts = {TC_ACT_SHOT: DROP, TC_ACT_UNSPEC: PASS}
         self._destinations = elfprobe.Destinations(self.bpf)
         self._out = ctypes.create_string_buffer(FRAME_MAX)
         self._stack = ExitStack()

@@ -784,8 +784,8 @@ def test_program_that_others_remove_ends_the_run(busy, tmp_path, command, what, 
     assert measuring.summary.probes == len(measuring.rows()) > 0
 
 
-# Which of others' programs on egress run before ours, and so see the clones as well: by tcx those that were there
-# first; filters of clsact only where ours is one, by priority.
+# Which of others' programs on egress run before ours, and so see the clones as well. Of tcx programs: those
+# that were there first. Of clsact's filters: none, unless ours is a filter, too.
 PROGRAMS = {
     'tcx': ({'tcx egress': 'if first', 'tcx ingress': ''}, ()),
     'filters': ({'tc egress 1': '', 'tc ingress 1': ''}, ()),

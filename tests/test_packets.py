@@ -240,7 +240,8 @@ BUILDS = [
 ]
 
 
-@pytest.mark.parametrize('notrunc, rate_global, drop, probeint, max_rate, by_owner, preemptible, hooks', BUILDS)
+@pytest.mark.parametrize(
+    'notrunc, rate_global, drop, probeint, max_rate, by_owner, preemptible, hooks', BUILDS)
 def test_all_builds_load_and_give_no_warning(
         notrunc: bool, rate_global: bool, drop: bool, probeint: int, max_rate: int, by_owner: bool,
         preemptible: bool, hooks: tuple[bool, bool], caplog: pytest.LogCaptureFixture,
@@ -707,8 +708,8 @@ def row_of(flight: Flight, row: dict[str, str], version: int, inipid: int) -> di
 @BOTH_VERSIONS
 @PROTOCOLS
 @EVERY_QUOTE
-def test_reply(load: Load, ingress_tc: bool, version: int, protocol: str, quote: Callable[[Packet], Any], ingress: str,
-               verdict: int) -> None:
+def test_reply(load: Load, ingress_tc: bool, version: int, protocol: str, quote: Callable[[Packet], Any],
+               ingress: str, verdict: str) -> None:
     programs = load(ingress_tc=ingress_tc, ingress=ingress)
     probe = PROBES[protocol](version)
     flight = flight_of(probe, **KNOWN)
@@ -795,9 +796,11 @@ MISQUOTES: dict[str, Callable[[Packet], Any]] = {
 @BOTH_VERSIONS
 @PROTOCOLS
 @pytest.mark.parametrize('quote', list(MISQUOTES.values()), ids=list(MISQUOTES))
-def test_misquotes(load: Load, ingress_tc: bool, version: int, protocol: str, quote: Callable[[Packet], Any]) -> None:
+def test_misquotes(load: Load, ingress_tc: bool, version: int, protocol: str,
+                   quote: Callable[[Packet], Any]) -> None:
     probe = PROBES[protocol](version)
-    assert_passes(load(ingress_tc=ingress_tc), flight_of(probe, **KNOWN), time_exceeded(version, quote(probe.payload)))
+    programs, reply = load(ingress_tc=ingress_tc), time_exceeded(version, quote(probe.payload))
+    assert_passes(programs, flight_of(probe, **KNOWN), reply)
 
 
 def assert_passes(programs: Programs, flight: Flight, packet: Any) -> None:
