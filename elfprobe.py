@@ -321,7 +321,7 @@ what the summary shows, for each destination and hop (TTL, or hop limit):
   TCP                round trip (srtt) as the kernel's TCP has it, and segments it sent again
 
 files:
-  FILEBASE.csv       a row for each probe: README.md explains the columns
+  FILEBASE.csv       a row for each probe: docs/columns.md explains the columns
   FILEBASE.log       the log (-l, -q)
   FILEBASE.MAP.json  each BPF map that the hooks file (-H) defines, after the run
 
