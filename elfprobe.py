@@ -1684,10 +1684,26 @@ class TcxAttachment(Attachment):
         self._attach_type = attach_type
 
     def attach(self) -> None:
+        others = self._count_others()
         try:
             self._link = create_link(self._program, self._device.ifindex, self._attach_type)
         except OSError as err:
             raise Unsupported(f"tcx ({err.strerror})") from err
+        if others:
+            direction = "egress" if self._attach_type == BPF_TCX_EGRESS else "ingress"
+            said = "%d programs of others come first on TC %s: what they take is not seen"
+            log.info(said, others, direction)
+
+    def _count_others(self) -> int:
+        """Return how many tcx programs are there already, 0 if the kernel does not tell."""
+        flags, count = ctypes.c_uint32(), ctypes.c_uint32(0)
+        try:
+            bcc.lib.bpf_prog_query(
+                self._device.ifindex, self._attach_type, 0, ctypes.byref(flags), None, ctypes.byref(count)
+            )
+        except AttributeError:  # a BCC that does not export libbpf's functions
+            return 0
+        return count.value
 
 
 # Of our TC filters. The second tells the run that clears up after a kill that the qdisc was ours too.
