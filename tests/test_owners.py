@@ -1135,7 +1135,7 @@ def test_unusual_surroundings(net, tmp_path):
 
 
 @pytest.mark.needs('bpftool')
-@pytest.mark.parametrize('name', ['SocketOwners._adopt_running', 'tc_attachment'])
+@pytest.mark.parametrize('name', ['SocketOwners._adopt_running', 'TcxAttachment.attach'])
 def test_nothing_is_left_by_errors(net, tmp_path, name):
     via = *net.client.command(), *with_fault(name, 'RuntimeError')
     with nothing_left(), pytest.raises(CommandFailed, match='a test broke it'), \
