@@ -14,11 +14,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Iterator
 
-from elf.addresses import pack_address
 from figures import Figure, at_least, at_most
 from lab import Lab, wait_until
 from packets import frame, load
-from progtest import LOOPBACK, Programs, elfprobe, own_namespace
+from progtest import LOOPBACK, Programs, elfprobe, own_namespace, pack_address
 from runs import elfprobe as started
 
 # Of a result; what has no value here is 0. The names are the driver's.

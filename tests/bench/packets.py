@@ -36,10 +36,9 @@ from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
-from elf.addresses import pack_address
 from figures import Figure, Goal, at_most
 from lab import CommandFailed, Lab
-from progtest import Programs, SkBuff, elfprobe, own_namespace
+from progtest import Programs, SkBuff, elfprobe, own_namespace, pack_address
 from runs import inside
 
 BENCH_C = str(Path(__file__).with_name('bench.c'))
