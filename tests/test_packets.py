@@ -907,6 +907,18 @@ def test_rows_of_unanswered_probes_without_batches(
     assert programs.in_flight() == []
 
 
+def test_programs_run_whatever_bcc_declares(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BCC since 0.31 declares that the options are of a structure of its own."""
+
+    class Other(ctypes.Structure):
+        _fields_ = [('sz', ctypes.c_size_t)]
+
+    function = elfprobe.bcc.lib.bpf_prog_test_run_opts
+    monkeypatch.setattr(function, 'argtypes', [ctypes.c_int, ctypes.POINTER(Other)])
+    packet = frame(ip(4), datagram())
+    assert load().run('elf_ingress', packet) == (XDP_PASS, bytes(packet))
+
+
 def test_result_ring_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reply is dropped and its probe no longer in flight all the same."""
     monkeypatch.setattr(elfprobe, 'RING_HOLDS', 0)
