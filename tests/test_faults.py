@@ -856,6 +856,7 @@ def check_silence(capture: Capture, since: int) -> None:
     assert max(times) < since + SILENT_AFTER
 
 
+@pytest.mark.sample
 @root
 def test_silence_after_sigkill(busy, tmp_path):
     to_server = f'icmp and dst {busy.server_address(4)}'

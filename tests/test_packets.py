@@ -907,6 +907,7 @@ def test_rows_of_unanswered_probes_without_batches(
     assert programs.in_flight() == []
 
 
+@pytest.mark.sample
 def test_programs_run_whatever_bcc_declares(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """BCC since 0.31 declares that the options are of a structure of its own."""
 

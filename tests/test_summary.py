@@ -174,6 +174,7 @@ def test_spells_of_silence(hops: list[str], said: list[str]) -> None:
     assert LIMITS not in text and LOST not in text
 
 
+@pytest.mark.sample
 def test_table() -> None:
     lines = summary_of({1: (4, 0), 2: (3, 3), 3: (2, 1), 4: (5, 5)}, 7).splitlines()
     assert lines[0] == '' and lines[1] == '198.51.100.9: 14 probes, latency in ms'
