@@ -130,8 +130,8 @@ def job(one: Visit, out: list[str]) -> str:
 
 def examine(suite: str, todo: list[Visit]) -> dict[str, Ran]:
     """Do everything on fresh systems of a suite, and say what failed; return what came of it, by title."""
+    out = shared_folder(f'{suite}.fresh') / 'out'  # first, since two runs must not build the same tree
     root, ran = tree(suite, ['sudo']), {}
-    out = shared_folder(f'{suite}.fresh') / 'out'
     for number, one in enumerate(todo, 1):
         names = [f'{number}-{at}' for at, _ in enumerate(one.commands, 1)]
         with open(out / f'{number}.log', 'wb') as console:

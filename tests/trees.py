@@ -8,6 +8,7 @@ Nothing else that is done inside it stays: each visit gets a copy.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -107,8 +108,17 @@ def tree(suite: str, packages: Sequence[str]) -> Path:
 
 
 def shared_folder(name: str) -> Path:
-    """Return a folder in the cache with nothing but a copy of elfprobe's tree and an empty `out`."""
+    """Return a folder in the cache with nothing but a copy of elfprobe's tree and an empty `out`.
+
+    It belongs to this process, as long as that runs. Failure where it is another's.
+    """
     share = cache() / name
+    share.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(f'{share}.lock', os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)  # until the process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Failure(f'{share} is in use by another run') from None
     shutil.rmtree(share, ignore_errors=True)
     (share / 'out').mkdir(parents=True)
     shutil.copytree(TREE, share / 'elfprobe', ignore=shutil.ignore_patterns('.git', '__pycache__'))
