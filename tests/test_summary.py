@@ -750,6 +750,7 @@ def test_what_the_programs_take(lab4, tmp_path):
         assert max(before.values()) >= 100
     found = re.findall(r'(elf_\w+) ran (\d+) times, (\d+) ns each: ([0-9.]+)% of a core', first.log)
     ran = {name: (int(times), int(each)) for name, times, each, _ in found}
-    assert 100 <= ran['elf_egress'][0] <= 200 + len(first.rows())
+    # A probe is a run more. Neighbours are discovered meanwhile, the longer the more packets that takes.
+    assert 100 <= ran['elf_egress'][0] <= 250 + len(first.rows())
     assert ran['elf_ingress'][0] >= 100 and ran['elf_ingress'][1] > 0
     assert ' ns each' not in second.log
