@@ -80,9 +80,8 @@ def checksum_is_right(frame: bytes) -> bool:
 @pytest.mark.sample
 @pytest.mark.parametrize('script', ['demo', 'run', 'fresh', 'vm/run'])
 def test_help(script):
-    """It needs no root, installs nothing and says how to call the script."""
-    anybody = 'setpriv', '--reuid=65534', '--clear-groups'
-    shown = run(*anybody, 'bash', str(HERE / script), '-h', cwd='/', env={'PATH': os.environ['PATH']})
+    """It says how to call the script, from any folder; tests/fresh sees that it installs nothing."""
+    shown = run(str(HERE / script), '-h', cwd='/')
     assert f'tests/{script}' in shown.stdout.splitlines()[0] and shown.stderr == ''
 
 

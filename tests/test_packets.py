@@ -488,7 +488,7 @@ def in_versions(table: dict[str, Any]) -> Iterator[Any]:
             yield pytest.param(version, packet, id=f'IPv{version}, {description}')
 
 
-@pytest.mark.parametrize('version, packet', in_versions(UNFIT))
+@pytest.mark.parametrize('version, packet', [*in_versions(UNFIT)])
 def test_unfit_carriers(load: Load, version: int, packet: Packet) -> None:
     programs = load()
     programs.follow(SERVER[version], length=9)
@@ -507,7 +507,7 @@ FIT = {
 }
 
 
-@pytest.mark.parametrize('version, packet', in_versions(FIT))
+@pytest.mark.parametrize('version, packet', [*in_versions(FIT)])
 def test_fit_carrier(load: Load, version: int, packet: Packet) -> None:
     programs = load()
     programs.follow(SERVER[version], length=9, turn=TTL - 1, seq=SEQ)
