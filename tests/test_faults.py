@@ -50,7 +50,7 @@ SMALL_MTU = 1300
 LOG_LIMIT = 2011  # bytes; lines about processes do not fill it exactly
 
 # Attaches somebody else's program: to XDP, native or generic, or to TC egress, where it drops mark 9, or has
-# the last word on packets without a socket: to drop them, or to let them out.
+# the last word on packets without a socket: to drop them, but for ARP's, or to let them out.
 SOMEONES = """
 import socket, sys
 from bcc import BPF, lib
@@ -59,7 +59,8 @@ from elfprobe import kernel_headers
 where = sys.argv[1]
 kind, context, verdict = BPF.XDP, 'xdp_md', '2'
 on_egress = {'egress': 'ctx->mark == 9 ? 2 : -1',
-             'dropping': 'ctx->sk ? -1 : 2', 'letting out': 'ctx->sk ? -1 : 0'}
+             'dropping': 'ctx->sk || load_half(ctx, 12) == 0x806 ? -1 : 2',
+             'letting out': 'ctx->sk ? -1 : 0'}
 if where in on_egress:
     kind, context, verdict = BPF.SCHED_CLS, '__sk_buff', on_egress[where]
 with kernel_headers():
