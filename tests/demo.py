@@ -2,7 +2,7 @@
 
 A program named speedtest uploads from a client through four routers to a server, for real, while
 elfprobe measures its flow. For some seconds the link behind the third router is slow, so its queue
-fills: that is what the table must show, and the picture, if elfplot.py finds what it draws with.
+fills: that is what the table must show, and the picture, where elfplot.py has what it draws with.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from lab import CommandFailed, Lab, interrupt_on_signals
@@ -21,6 +22,7 @@ ELFPROBE = Path(__file__).resolve().parent.parent / 'elfprobe.py'
 SECONDS, SLOW_FROM, SLOW_UNTIL = 12, 4, 8
 RATE, BURST, QUEUE, LOAD = '50mbit', '32kb', '30ms', '200M'
 FILEBASE = 'elf-demo'
+DRAWN_WITH = 'matplotlib', 'pandas'  # what elfplot.py needs
 
 
 def probe(lab: Lab, speedtest: Path) -> None:
@@ -58,9 +60,14 @@ def main() -> int:
         return 130
     path = Path(FILEBASE + '.csv')
     print(f'\n$ head -4 {path}', *path.read_text().splitlines()[:4], sep='\n', flush=True)
+    if not all(map(find_spec, DRAWN_WITH)):
+        packages = ' '.join(f'python3-{name}' for name in DRAWN_WITH)
+        print(f'\nThere is no picture, since elfplot.py needs more packages. To get it:\n'
+              f'$ sudo apt-get install --no-install-recommends {packages}\n$ python3 elfplot.py {path}')
+        return 0
     print(f'\n$ python3 elfplot.py {path}', flush=True)
-    subprocess.run(['/usr/bin/python3', str(ELFPROBE.with_name('elfplot.py')), str(path)], check=False)
-    return 0
+    return subprocess.run(['/usr/bin/python3', str(ELFPROBE.with_name('elfplot.py')), str(path)],
+                          check=False).returncode
 
 
 if __name__ == '__main__':

@@ -40,6 +40,10 @@ DROP, PASS = 'drop', 'pass'  # verdicts of elf_ingress, wherever it runs
 CLONE_NEWNET = 0x40000000
 ETH_P_ALL = 3
 BPF_NOEXIST = 1  # linux/bpf.h
+# BCC's library, by a handle of our own: what BCC declares of functions' arguments does not matter here. BCC
+# 0.31 began to declare those of bpf_prog_test_run_opts, with a structure of its own, and ctypes then takes no
+# other. BCC 0.26 declares nothing.
+LIBBCC = ctypes.CDLL(bcc.lib._name, use_errno=True)
 FRAME_MAX = 4096
 
 
@@ -160,7 +164,7 @@ class Programs:
             options.ctx_in = options.ctx_out = ctypes.addressof(context)
             options.ctx_size_in = options.ctx_size_out = ctypes.sizeof(context)
         program = self.bpf.funcs[name.encode()].fd
-        if bcc.lib.bpf_prog_test_run_opts(program, ctypes.byref(options)) < 0:
+        if LIBBCC.bpf_prog_test_run_opts(program, ctypes.byref(options)) < 0:
             raise OSError(ctypes.get_errno(), f'{name} was not run')
         return options
 

@@ -170,7 +170,7 @@ def test_ip_in_ipv4_on_ethernet(lab4, tmp_path, version, options):
         end(ping)
 
 
-@pytest.mark.parametrize('tags', [1, 2])
+@pytest.mark.parametrize('tags', [pytest.param(1, marks=pytest.mark.sample), 2])
 def test_vlan_tags(lab4, tmp_path, tags):
     """Probes have the tags of the packets that they are copies of."""
     probes = f'{"vlan and " * tags}ip[8] <= 32'

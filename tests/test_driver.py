@@ -210,6 +210,7 @@ OPTIONS = '''
 '''
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize('option', ['-h', '--help'])
 def test_help(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:

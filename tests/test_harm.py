@@ -569,6 +569,7 @@ def check_age_of_probes(packets: list[Packet]) -> None:
                 ends[packet.flow] = packet.sequence + tcp_length(packet)
 
 
+@pytest.mark.sample
 def test_nat(lab4: Lab, tmp_path: Path) -> None:
     """At hop 1: probes are translated, and their answers back, so that rows are as without.
 

@@ -77,6 +77,23 @@ def checksum_is_right(frame: bytes) -> bool:
 
 # The path
 
+@pytest.mark.sample
+@pytest.mark.parametrize('script', ['demo', 'run', 'fresh', 'vm/run'])
+def test_help(script):
+    """It says how to call the script, from any folder; tests/fresh sees that it installs nothing."""
+    shown = run(str(HERE / script), '-h', cwd='/')
+    assert f'tests/{script}' in shown.stdout.splitlines()[0] and shown.stderr == ''
+
+
+def test_lists_of_packages():
+    """README.md names what the scripts install, and each list begins with all of the one before."""
+    names = 'elfprobe_packages', 'lab_packages', 'test_packages'
+    lines = '; '.join(f'echo "${{{name}[*]}}"' for name in names)
+    lists = run('bash', '-c', f'source "$0"; {lines}', str(HERE / 'lib.sh')).stdout.splitlines()
+    assert all(longer.startswith(shorter + ' ') for shorter, longer in zip(lists, lists[1:]))
+    assert f'apt install {lists[0]} &&' in (HERE.parent / 'README.md').read_text()
+
+
 @BOTH_VERSIONS
 def test_traceroute_shows_each_hop(lab4, version):
     output = lab4.client.run('traceroute', f'-{version}', '-n', '-q1', lab4.server_address(version)).stdout
@@ -116,6 +133,7 @@ def test_iperf3_runs_on_several_ports(lab4, version):
     assert not lab4.server.listens(5201)
 
 
+@pytest.mark.sample
 def test_capture_sees_each_packet_once(lab4):
     with lab4.client.capture(filter='icmp') as requests, lab4.routers[3].capture('eth1', 'icmp') as forwarded:
         lab4.client.run('ping', '-nc7', '-i0.01', lab4.server_address(4))

@@ -666,6 +666,7 @@ def test_by_pid(by_pid, name):
 
 # Beside others
 
+@pytest.mark.sample
 def test_only_its_flows(net, stage, tmp_path):
     """Two programs with the same kinds of flows, to the same ports: all rows and probes are one's."""
     flows = {(name, net.server_address(version), protocol): stage.talk(

@@ -496,7 +496,7 @@ def in_versions(table: dict[str, Any]) -> Iterator[Any]:
             yield pytest.param(version, packet, id=f'IPv{version}, {description}')
 
 
-@pytest.mark.parametrize('version, packet', in_versions(UNFIT))
+@pytest.mark.parametrize('version, packet', [*in_versions(UNFIT)])
 def test_unfit_carriers(load: Load, version: int, packet: Packet) -> None:
     programs = load()
     programs.follow(SERVER[version], length=9)
@@ -515,7 +515,7 @@ FIT = {
 }
 
 
-@pytest.mark.parametrize('version, packet', in_versions(FIT))
+@pytest.mark.parametrize('version, packet', [*in_versions(FIT)])
 def test_fit_carrier(load: Load, version: int, packet: Packet) -> None:
     programs = load()
     programs.follow(SERVER[version], length=9, turn=TTL - 1, seq=SEQ)
@@ -918,6 +918,19 @@ def test_rows_of_unanswered_probes_without_batches(
     ctypes.set_errno(errno.ENOENT)  # of something before
     assert len(programs.expired(time.monotonic_ns())) == 5
     assert programs.in_flight() == []
+
+
+@pytest.mark.sample
+def test_programs_run_whatever_bcc_declares(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BCC since 0.31 declares that the options are of a structure of its own."""
+
+    class Other(ctypes.Structure):
+        _fields_ = [('sz', ctypes.c_size_t)]
+
+    function = elfprobe.bcc.lib.bpf_prog_test_run_opts
+    monkeypatch.setattr(function, 'argtypes', [ctypes.c_int, ctypes.POINTER(Other)])
+    packet = frame(ip(4), datagram())
+    assert load().run('elf_ingress', packet) == (XDP_PASS, bytes(packet))
 
 
 def test_result_ring_without_room(monkeypatch: pytest.MonkeyPatch) -> None:

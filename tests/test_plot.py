@@ -540,6 +540,7 @@ def probes_in(section: Any) -> int:
     return sum(map(sum, section['probes']))
 
 
+@pytest.mark.sample
 def test_page(csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
     csv.write_text(text_of(regular() + [row(1.0005, 2, None, srtt=2500, retrans=0)]))
     _, page = page_of(str(csv))

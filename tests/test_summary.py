@@ -182,6 +182,7 @@ def test_outages(hops: list[str], said: list[str]) -> None:
     assert LIMITS not in text and LOST not in text
 
 
+@pytest.mark.sample
 def test_table() -> None:
     lines = table_from({1: (4, 0), 2: (3, 3), 3: (2, 1), 4: (5, 5)}, 7).splitlines()
     assert lines[0] == '' and lines[1] == '198.51.100.9: 14 probes, latency in ms'
@@ -760,7 +761,7 @@ def test_what_the_programs_take(lab4, tmp_path):
         assert max(before.values()) >= 100
     found = re.findall(r'(elf_\w+) ran (\d+) times, (\d+) ns each: ([0-9.]+)% of a core', first.log)
     ran = {name: (int(times), int(each)) for name, times, each, _ in found}
-    # Two runs for each probe, since it is shorter than the ping; some packets are ARP's.
-    assert 100 <= ran['elf_egress'][0] <= 120 + 2 * len(first.rows())
+    # Two runs for each probe, since it is shorter than the ping. Neighbours are discovered meanwhile, too.
+    assert 100 <= ran['elf_egress'][0] <= 150 + 2 * len(first.rows())
     assert ran['elf_ingress'][0] >= 100 and ran['elf_ingress'][1] > 0
     assert ' ns each' not in second.log

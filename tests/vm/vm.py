@@ -7,15 +7,14 @@ mmdebstrap from the mirror that this machine's apt uses, and kept in $ELFPROBE_V
 ~/.cache/elfprobe-vm) until it is deleted there. So is what the last run of a suite said: its console, and
 output and results of its tests.
 
-With --userland there is no virtual machine: the suite's packages, in a directory tree, meet this machine's
-kernel, which soon shows whether its BCC compiles and loads the programs, and its pyroute2 attaches them.
+With --userland there is no virtual machine: the suite's packages, in a directory tree (trees.py), meet this
+machine's kernel, which soon shows whether its BCC compiles and loads the programs, and its pyroute2 attaches
+them.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import os
 import re
 import shlex
 import shutil
@@ -30,8 +29,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lab import interrupt_on_signals
-
-TREE = Path(__file__).resolve().parents[2]
+from trees import Failure, bootstrap, cache, recipe, shared_folder, sources, tree, visit
 
 
 class Suite(NamedTuple):
@@ -76,7 +74,6 @@ IMAGE_MIB = 2048
 MEMORY_MIB = 2048
 PATIENCE = 10  # how many times as slow as usual tests let all be
 RUN_SECONDS = 1800  # for one run of pytest
-BUILD_SECONDS = 3600
 
 USERLAND_RUNS = {
     'builds': ['test_packets.py', '-k', 'all_builds'],
@@ -119,31 +116,12 @@ USERLAND_ROWS = {
 }
 
 
-class Failure(Exception):
-    """Cannot go on; the text says why."""
-
-
 class Result(NamedTuple):
     """What became of a test: `passed`, `skipped` or `failed`, and why."""
 
     test: str
     outcome: str
     reason: str
-
-
-def cache() -> Path:
-    default = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'elfprobe-vm')
-    return Path(os.environ.get('ELFPROBE_VM_CACHE') or default)
-
-
-def mirror() -> str:
-    """Where this machine's apt gets Debian's main archive from."""
-    uris = subprocess.run(['apt-get', 'indextargets', '--format', '$(REPO_URI)'], stdout=subprocess.PIPE,
-                          text=True, check=True).stdout.split()
-    for uri in uris:
-        if uri.rstrip('/').endswith('/debian'):
-            return uri
-    raise Failure('none of this machine\'s apt sources is a mirror of Debian, whose address ends in /debian')
 
 
 def userland_suites() -> list[str]:
@@ -153,49 +131,14 @@ def userland_suites() -> list[str]:
     return [name for name, suite in SUITES.items() if name == suite.name and suite.architecture == native]
 
 
-def sources(suite: Suite) -> list[str]:
-    """The lines for apt."""
-    return [f'deb {mirror()} {one} main' for one in dict.fromkeys((suite.name, suite.kernel))]
-
-
-def bootstrap(suite: Suite, packages: list[str], to: Path, *options: str) -> None:
-    apt = ['APT::Install-Recommends "false"', 'Acquire::Check-Valid-Until "false"']  # mirrors may lag
-    subprocess.run(['mmdebstrap', '--quiet', '--variant=apt', *(f'--aptopt={one}' for one in apt), *options,
-                    f'--architectures={suite.architecture}', f'--include={",".join(packages)}',
-                    suite.name, to, *sources(suite)], check=True, timeout=BUILD_SECONDS)
-
-
-def recipe(*ingredients: str) -> str:
-    return hashlib.sha256('\n'.join(ingredients).encode()).hexdigest()[:8]
-
-
-def userland(name: str, packages: list[str]) -> Path:
-    """The directory tree with a suite's packages; builds it where it is missing."""
-    suite = SUITES[name]
-    root = cache() / f'{name}-{recipe(*packages, *sources(suite))}.root'
-    if not root.exists():
-        print(f'{name}: building the directory tree', file=sys.stderr)
-        cache().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix='build.', dir=cache()) as build:
-            bootstrap(suite, packages, Path(build, 'root'))
-            Path(build, 'root').rename(root)
-    return root
-
-
 def enter(name: str, root: Path, runs: dict[str, list[str]]) -> Path:
     """Run tests in a suite's tree, on this machine's kernel; the folder with what came of it."""
     share = prepare(f'{name}.userland', runs, patience=1)
-    (root / 'host').mkdir(exist_ok=True)
-    script = 'mount --bind "$1" "$1"; '  # ip-netns wants the root to be a mount
-    script += ''.join(f'mount --rbind /{there} "$1/{there}"; ' for there in ('proc', 'sys', 'dev'))
-    script += ('mount --bind "$2" "$1/host"; mount -t tmpfs tmpfs "$1/run"; exec chroot "$1" '
-               'sh -c "cp -r /host/elfprobe /run && cd /run/elfprobe && sh /host/job"')
+    script = 'cp -r /host/elfprobe /run && cd /run/elfprobe && sh /host/job'
     with open(share / 'console', 'wb') as console:
-        private = 'unshare', '--mount', '--propagation', 'private'
-        subprocess.run([*private, 'sh', '-ec', script, 'sh', root, share], check=True,
-                       stdin=subprocess.DEVNULL, stdout=console, stderr=console,
-                       env={'PATH': '/usr/sbin:/usr/bin:/sbin:/bin', 'HOME': '/root'},
-                       timeout=RUN_SECONDS * len(runs))
+        status = visit(root, share, script, console, RUN_SECONDS * len(runs))
+    if status:
+        raise Failure(f'{name}: exit status {status}, see {share / "console"}')
     return share
 
 
@@ -204,7 +147,8 @@ def image(name: str, packages: list[str]) -> Path:
     suite = SUITES[name]
     kernel = f'linux-image-{suite.flavour or suite.architecture}/{suite.kernel}'
     packages = [kernel, 'initramfs-tools', 'kmod', 'mount', *packages]
-    folder = cache() / f'{name}-{recipe(*packages, *sources(suite), str(IMAGE_MIB))}'
+    lines = sources(suite.name, suite.kernel)
+    folder = cache() / f'{name}-{recipe(*packages, *lines, str(IMAGE_MIB))}'
     if folder.exists():
         return folder
     print(f'{name}: building the image', file=sys.stderr)
@@ -216,7 +160,8 @@ def image(name: str, packages: list[str]) -> Path:
         modules = ('mkdir -p "$1/etc/initramfs-tools/conf.d" "$1/usr/share/initramfs-tools/modules.d"; '
                    'echo MODULES=list >"$1/etc/initramfs-tools/conf.d/vm"; '
                    'printf "%s\\n" virtio_pci virtio_blk ext4 >"$1/usr/share/initramfs-tools/modules.d/vm"')
-        bootstrap(suite, packages, root, f'--setup-hook={modules}')
+        bootstrap(suite.name, packages, root, f'--architectures={suite.architecture}',
+                  f'--setup-hook={modules}', lines=lines)
         for file in 'vmlinuz', 'initrd.img':
             (found,) = root.glob(f'boot/{file}-*')
             shutil.copy(found, new / file)
@@ -242,10 +187,7 @@ def job(runs: dict[str, list[str]], patience: int) -> str:
 
 def prepare(name: str, runs: dict[str, list[str]], patience: int) -> Path:
     """The folder that is shared with the tests: elfprobe's tree, the job, a place for what comes of it."""
-    share = cache() / name
-    shutil.rmtree(share, ignore_errors=True)
-    (share / 'out').mkdir(parents=True)
-    shutil.copytree(TREE, share / 'elfprobe', ignore=shutil.ignore_patterns('.git', '__pycache__'))
+    share = shared_folder(name)
     (share / 'job').write_text(job(runs, patience))
     return share
 
@@ -342,10 +284,10 @@ def main() -> int:
         start = time.monotonic()
         try:
             if arguments.userland:
-                shares[name] = enter(name, userland(name, arguments.packages), runs)
+                shares[name] = enter(name, tree(name, arguments.packages), runs)
             else:
                 shares[name] = boot(name, image(name, arguments.packages), runs)
-        except subprocess.SubprocessError as error:  # the others may do better
+        except (Failure, subprocess.SubprocessError) as error:  # the others may do better
             print(f'{name}: {error}', file=sys.stderr)
             continue
         print(f'{name}: {time.monotonic() - start:.0f} s, see {shares[name]}', file=sys.stderr)
