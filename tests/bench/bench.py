@@ -24,6 +24,7 @@ import driver
 import flows
 import packets
 import sockets
+import transactions
 from figures import Figure, table_lines
 from lab import interrupt_on_signals
 
@@ -34,6 +35,8 @@ BENCHMARKS: dict[str, Callable[[bool], Iterator[Figure]]] = {
     'owners': packets.by_owner_in_traffic,
     'probes': packets.in_traffic,
     'throughput': flows.throughput,
+    'transactions': transactions.transactions,
+    'forks': transactions.forks,
     'accuracy': flows.accuracy,
     'rows': driver.rows,
     'process': driver.process,

@@ -1,0 +1,150 @@
+"""Compare modes: without elfprobe, with empty programs at its places, and with elfprobe.
+
+Each round measures all modes, in an order that alternates, so that a drift of the machine hits all alike. A
+ratio divides what a round measured with a mode by what it measured without elfprobe ("on / off"); the figure
+is the median over the rounds. The floor of a ratio is that of empty programs at TC ingress and TC egress.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Callable, ContextManager, Dict, Iterator, NamedTuple
+
+import pyroute2
+
+from figures import Figure, at_least
+from lab import Lab
+from packets import load
+from progtest import Programs
+from progtest import elfprobe as driver
+from runs import ELFPROBE, elfprobe, inside
+
+OFF, EMPTY_TC, EMPTY_XDP, BY_ADDRESS, BY_NAME = 'off', 'empty at TC', 'empty at XDP', 'by address', '-a'
+APP = 'speedtest'  # the name of the program that makes the traffic
+ON_OFF = 0.97  # the least ratio that nobody notices
+CLSACT_INGRESS, CLSACT_EGRESS = 0xFFFFFFF2, 0xFFFFFFF3  # linux/pkt_sched.h, with TC_H_MAKE()
+
+Modes = Dict[str, Callable[[], ContextManager[Any]]]
+Measured = Dict[str, float]
+
+
+@lru_cache(maxsize=None)
+def ingress_hooks() -> dict[str, tuple[str, ...]]:
+    """Return elfprobe's options for each of its ingress hooks, by name. The first is what it does unasked.
+
+    An elfprobe that has no choice has one entry.
+    """
+    usage = subprocess.run([sys.executable, str(ELFPROBE), '--help'], stdout=subprocess.PIPE, text=True,
+                           check=True).stdout
+    choices = ('xdp', 'generic', 'tc') if '--ingress-hook' in usage else ()
+    return {'': (), **{f', hook {choice}': ('--ingress-hook', choice) for choice in choices}}
+
+
+class Scene(NamedTuple):
+    """A lab with elfprobe's programs loaded beside, and a folder for files."""
+
+    lab: Lab
+    programs: Programs
+    folder: Path
+
+    def program(self, source: str) -> Path:
+        """Return the path of a program's copy that has the name APP."""
+        path = self.folder / APP
+        if not path.exists():
+            shutil.copy(source, path)
+        return path
+
+    def modes(self) -> Modes:
+        on = partial(elfprobe, self.lab, cwd=self.folder)
+        return {
+            OFF: nullcontext,
+            EMPTY_TC: partial(empty_at_tc, self),
+            EMPTY_XDP: partial(empty_at_xdp, self),
+            BY_ADDRESS: partial(on, self.lab.server_address(4)),
+            BY_NAME: partial(on, '-a', APP),
+        }
+
+
+@contextmanager
+def scene(routers: int) -> Iterator[Scene]:
+    with tempfile.TemporaryDirectory(prefix='elf-') as folder, load() as programs, Lab(routers) as lab:
+        yield Scene(lab, programs, Path(folder))
+
+
+@contextmanager
+def empty_at_tc(scene: Scene) -> Iterator[None]:
+    """Attach an empty program at TC ingress and at TC egress of the client's device."""
+    with inside(scene.lab.client), pyroute2.IPRoute() as ipr:
+        device = driver.find_device(ipr, scene.lab.client_device)
+        with tc_filters(ipr, device, scene.programs, CLSACT_INGRESS, CLSACT_EGRESS):
+            yield
+
+
+@contextmanager
+def empty_at_xdp(scene: Scene) -> Iterator[None]:
+    """Attach an empty program at native XDP and at TC egress of the client's device."""
+    with inside(scene.lab.client), pyroute2.IPRoute() as ipr:
+        device, programs = driver.find_device(ipr, scene.lab.client_device), scene.programs
+        with driver.xdp_attachment(ipr, device, programs.bpf.funcs[b'empty_ingress'].fd), \
+                tc_filters(ipr, device, programs, CLSACT_EGRESS):
+            yield
+
+
+@contextmanager
+def tc_filters(ipr: Any, device: Any, programs: Programs, *parents: int) -> Iterator[None]:
+    """Attach the empty program of TC to the device's clsact at each of these parents."""
+    ipr.tc('add', 'clsact', device.ifindex)
+    try:
+        for parent in parents:
+            ipr.tc('add-filter', 'bpf', device.ifindex, handle=1, prio=1, name='empty', parent=parent,
+                   fd=programs.bpf.funcs[b'empty_egress'].fd, protocol=driver.ETH_P_ALL, direct_action=True,
+                   classid=1)
+        yield
+    finally:
+        ipr.tc('del', 'clsact', device.ifindex)
+
+
+class Comparison:
+    """What each mode measured in each round, by the name of what was measured."""
+
+    def __init__(self) -> None:
+        self._measured: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+
+    def run(self, modes: Modes, rounds: int, measure: Callable[[str], Measured]) -> None:
+        """Measure all modes in each round. `measure` gets the mode's name."""
+        for number in range(rounds):
+            for mode in list(modes)[:: -1 if number % 2 else 1]:
+                with modes[mode]():
+                    for what, value in measure(mode).items():
+                        self._measured[what][mode].append(value)
+
+    def total(self, what: str, mode: str) -> int:
+        return round(sum(self._measured[what][mode]))
+
+    def median(self, what: str, mode: str = OFF) -> float:
+        return statistics.median(self._measured[what][mode])
+
+    def ratio(self, what: str, mode: str) -> float:
+        values = self._measured[what]
+        return statistics.median(on / off for on, off in zip(values[mode], values[OFF]))
+
+    def figures(self, what: str, unit: str, note: Callable[[str], str] = lambda mode: '') -> Iterator[Figure]:
+        """Yield the value without elfprobe, then the ratio of each other mode that measured it."""
+        yield Figure(f'{what}: off', self.median(what), unit, note=note(OFF))
+        measured = self._measured[what]  # the first round is in the modes' order
+        floor = self.ratio(what, EMPTY_TC) if EMPTY_TC in measured else None
+        for mode in measured:
+            if mode in (EMPTY_TC, EMPTY_XDP):
+                yield Figure(f'{what}: {mode}, on / off', self.ratio(what, mode), 'times', note=note(mode))
+            elif mode != OFF:
+                goal = at_least(min(ON_OFF, floor or ON_OFF))
+                yield Figure(f'{what}: {mode}, on / off', self.ratio(what, mode), 'times', goal, floor,
+                             note(mode))
