@@ -3,6 +3,8 @@
 # What the tests of elfprobe.py need, but for bpftool.
 test_packages=(python3-bpfcc python3-pyroute2 python3-psutil python3-pytest python3-scapy iproute2 iperf3
                iputils-ping tcpdump nftables ethtool procps traceroute)
+# What is in the images of virtual machines, besides a kernel.
+vm_packages=("${test_packages[@]}" bpftool ppp)
 
 # need_packages PACKAGE...: install those that are missing, on Debian and its kin, when root.
 # Where that is not possible it says what is missing and fails.

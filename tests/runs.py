@@ -22,10 +22,11 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Iterator, NamedTuple, Sequence, Tuple
 
-from lab import NETNS, PATIENCE, Capture, CommandFailed, Host, Lab, end, kernel_counters, wait_until
+from lab import NETNS, PATIENCE, Capture, CommandFailed, Host, Lab, end, kernel_counters, run, wait_until
 
 ELFPROBE = Path(__file__).resolve().parent.parent / 'elfprobe.py'
 
@@ -245,6 +246,16 @@ def elfprobe(lab: Lab, *arguments: str, cwd: Path, host: Host | None = None,
         finally:
             end(process)
             run.finish()
+
+
+@lru_cache(maxsize=None)
+def ingress_hooks() -> dict[str, tuple[str, ...]]:
+    """Return elfprobe's options for each way to read answers, by name. An elfprobe that has no choice has
+    the first, `default`, only.
+    """
+    usage = run(sys.executable, str(ELFPROBE), '--help').stdout
+    choices = ('tc', 'xdp', 'generic') if '--ingress-hook' in usage else ()
+    return {'default': (), **{choice: ('--ingress-hook', choice) for choice in choices}}
 
 
 def both(lab: Lab) -> list[str]:

@@ -25,6 +25,7 @@ import flows
 import packets
 import sockets
 import transactions
+import virtual
 from figures import Figure, table_lines
 from lab import interrupt_on_signals
 
@@ -37,6 +38,7 @@ BENCHMARKS: dict[str, Callable[[bool], Iterator[Figure]]] = {
     'throughput': flows.throughput,
     'transactions': transactions.transactions,
     'forks': transactions.forks,
+    'guest': virtual.downloads,
     'accuracy': flows.accuracy,
     'rows': driver.rows,
     'process': driver.process,

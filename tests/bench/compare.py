@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, ContextManager, Dict, Iterator, NamedTuple
 
@@ -22,10 +20,10 @@ import pyroute2
 
 from figures import Figure, at_least
 from lab import Lab
-from packets import load
+from loaded import load
 from progtest import Programs
 from progtest import elfprobe as driver
-from runs import ELFPROBE, elfprobe, inside
+from runs import elfprobe, inside
 
 OFF, EMPTY_TC, EMPTY_XDP, BY_ADDRESS, BY_NAME = 'off', 'empty at TC', 'empty at XDP', 'by address', '-a'
 APP = 'speedtest'  # the name of the program that makes the traffic
@@ -34,18 +32,6 @@ CLSACT_INGRESS, CLSACT_EGRESS = 0xFFFFFFF2, 0xFFFFFFF3  # linux/pkt_sched.h, wit
 
 Modes = Dict[str, Callable[[], ContextManager[Any]]]
 Measured = Dict[str, float]
-
-
-@lru_cache(maxsize=None)
-def ingress_hooks() -> dict[str, tuple[str, ...]]:
-    """Return elfprobe's options for each of its ingress hooks, by name. The first is what it does unasked.
-
-    An elfprobe that has no choice has one entry.
-    """
-    usage = subprocess.run([sys.executable, str(ELFPROBE), '--help'], stdout=subprocess.PIPE, text=True,
-                           check=True).stdout
-    choices = ('xdp', 'generic', 'tc') if '--ingress-hook' in usage else ()
-    return {'': (), **{f', hook {choice}': ('--ingress-hook', choice) for choice in choices}}
 
 
 class Scene(NamedTuple):
@@ -113,35 +99,44 @@ def tc_filters(ipr: Any, device: Any, programs: Programs, *parents: int) -> Iter
 
 
 class Comparison:
-    """What each mode measured in each round, by the name of what was measured."""
+    """What each mode measured in each round, and what was measured without elfprobe to compare it with."""
 
     def __init__(self) -> None:
-        self._measured: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self._pairs: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
 
     def run(self, modes: Modes, rounds: int, measure: Callable[[str], Measured]) -> None:
-        """Measure all modes in each round. `measure` gets the mode's name."""
+        """Measure all modes in each round, OFF among them. `measure` gets the mode's name.
+
+        Without OFF among the modes it is measured before each of them.
+        """
         for number in range(rounds):
+            on: dict[str, Measured] = {}
+            off: dict[str, Measured] = {}
             for mode in list(modes)[:: -1 if number % 2 else 1]:
+                if OFF not in modes:
+                    off[mode] = measure(OFF)
                 with modes[mode]():
-                    for what, value in measure(mode).items():
-                        self._measured[what][mode].append(value)
+                    on[mode] = measure(mode)
+            for mode in modes:
+                for what, value in on[mode].items():
+                    without = off.get(mode) or on[OFF]
+                    self._pairs[what][mode].append((value, without[what]))
 
     def total(self, what: str, mode: str) -> int:
-        return round(sum(self._measured[what][mode]))
+        return round(sum(on for on, _ in self._pairs[what][mode]))
 
-    def median(self, what: str, mode: str = OFF) -> float:
-        return statistics.median(self._measured[what][mode])
+    def off(self, what: str) -> float:
+        """Return the median of what was measured without elfprobe."""
+        return statistics.median(off for pairs in self._pairs[what].values() for _, off in pairs)
 
     def ratio(self, what: str, mode: str) -> float:
-        values = self._measured[what]
-        return statistics.median(on / off for on, off in zip(values[mode], values[OFF]))
+        return statistics.median(on / off for on, off in self._pairs[what][mode])
 
     def figures(self, what: str, unit: str, note: Callable[[str], str] = lambda mode: '') -> Iterator[Figure]:
         """Yield the value without elfprobe, then the ratio of each other mode that measured it."""
-        yield Figure(f'{what}: off', self.median(what), unit, note=note(OFF))
-        measured = self._measured[what]  # the first round is in the modes' order
-        floor = self.ratio(what, EMPTY_TC) if EMPTY_TC in measured else None
-        for mode in measured:
+        yield Figure(f'{what}: off', self.off(what), unit, note=note(OFF))
+        floor = self.ratio(what, EMPTY_TC) if EMPTY_TC in self._pairs[what] else None
+        for mode in self._pairs[what]:
             if mode in (EMPTY_TC, EMPTY_XDP):
                 yield Figure(f'{what}: {mode}, on / off', self.ratio(what, mode), 'times', note=note(mode))
             elif mode != OFF:

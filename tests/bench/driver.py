@@ -16,7 +16,8 @@ from typing import Iterator
 
 from figures import Figure, at_least, at_most
 from lab import Lab, wait_until
-from packets import frame, load
+from loaded import load
+from packets import frame
 from progtest import LOOPBACK, Programs, elfprobe, own_namespace
 from runs import elfprobe as started
 

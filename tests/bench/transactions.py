@@ -27,7 +27,7 @@ from typing import Iterator
 from compare import APP, BY_NAME, EMPTY_XDP, OFF, Comparison, Measured, Scene, scene
 from figures import Figure
 from lab import Lab
-from packets import pinned
+from loaded import pinned
 from runs import elfprobe, inside
 
 CLIENT = Path(__file__).with_name('client.py')
