@@ -1,10 +1,11 @@
 # For bash scripts to source: what they share.
 
 # What elfprobe.py needs, as in README.md; what it and the lab need, as tests/demo; what its tests need, but
-# for bpftool. Each begins with all of the one before.
+# for bpftool; what is in the images of virtual machines, besides a kernel. Each begins with all of the one before.
 elfprobe_packages=(python3-bpfcc python3-pyroute2 python3-psutil)
 lab_packages=("${elfprobe_packages[@]}" iproute2 iperf3 iputils-ping procps)
 test_packages=("${lab_packages[@]}" python3-pytest python3-scapy tcpdump nftables ethtool mount traceroute)
+vm_packages=("${test_packages[@]}" bpftool ppp)
 
 # asks_for_help ARGUMENT...: whether there is -h or --help among them, before any --.
 asks_for_help() {

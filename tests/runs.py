@@ -62,6 +62,9 @@ def with_fault(name: str, fault: str, change: str = '') -> tuple[str, ...]:
     return with_change(f'{change}\nname, fault = {name!r}, {fault!r}\n{FAULT}')
 
 
+# elfprobe's options for each way to read answers.
+INGRESS_HOOKS = {'auto': (), **{hook: ('--ingress-hook', hook) for hook in ('tc', 'xdp', 'generic')}}
+
 # As before Linux 6.6, which has no tcx links.
 NO_TCX = 'elfprobe.may_have_tcx = lambda: False'
 CLSACT_COMMAND = with_change(NO_TCX)

@@ -48,7 +48,7 @@ int cycle_ingress(struct xdp_md *ctx)
 	if ((void *)(ip + 1) <= (void *)(long)ctx->data_end)
 		ip->saddr = other;
 	ingress.call(ctx, 0);
-	return XDP_ABORTED;
+	return VERDICT_DROP;
 }
 
 /* ---- Probes: what a packet takes that carries one ------------------------------------------- */

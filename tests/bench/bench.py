@@ -24,6 +24,8 @@ import driver
 import flows
 import packets
 import sockets
+import transactions
+import virtual
 from figures import Figure, table_lines
 from lab import interrupt_on_signals
 
@@ -34,6 +36,9 @@ BENCHMARKS: dict[str, Callable[[bool], Iterator[Figure]]] = {
     'owners': packets.by_owner_in_traffic,
     'probes': packets.in_traffic,
     'throughput': flows.throughput,
+    'transactions': transactions.transactions,
+    'forks': transactions.forks,
+    'guest': virtual.downloads,
     'accuracy': flows.accuracy,
     'rows': driver.rows,
     'process': driver.process,

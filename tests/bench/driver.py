@@ -16,7 +16,8 @@ from typing import Iterator
 
 from figures import Figure, at_least, at_most
 from lab import Lab, wait_until
-from packets import frame, load
+from loaded import load
+from packets import frame
 from progtest import LOOPBACK, Programs, elfprobe, own_namespace, pack_address
 from runs import elfprobe as started
 
@@ -61,7 +62,7 @@ def drained(programs: Programs, path: Path, rate: int, seconds: float) -> tuple[
     """Rows written, results lost, and s of CPU time, while results come at a rate."""
     programs.clear()
     probe = elfprobe.ElfProbe(elfprobe.Config(LOOPBACK.name, duration=seconds))
-    probe._removed = lambda: ''
+    probe._attachments = []
     probe._bpf, probe._device = programs.bpf, LOOPBACK
     csv = elfprobe.OutputFile(str(path))
     results = programs.results

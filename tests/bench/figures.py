@@ -23,13 +23,14 @@ def at_least(bound: float) -> Goal:
 
 class Figure(NamedTuple):
     """`floor` is what was measured in the same run without elfprobe, in the same unit; where it is not
-    another quantity, it is subtracted from `value` already."""
+    another quantity, it is subtracted from `value` already. `note` stands behind the line."""
 
     name: str
     value: float
     unit: str = ''
     goal: Goal | None = None
     floor: float | None = None
+    note: str = ''
 
 
 def number(value: float | None) -> str:
@@ -42,12 +43,12 @@ def number(value: float | None) -> str:
 
 
 def table_lines(title: str, figures: Iterable[Figure]) -> list[str]:
-    lines = [f'{title:64} {"measured":>11} {"":6} {"floor":>9} {"goal":>10}  met']
+    lines = [f'{title:72} {"measured":>11} {"":6} {"floor":>9} {"goal":>10}  met']
     for figure in figures:
         goal = met = ''
         if figure.goal:
             goal = f'{figure.goal.sign} {number(figure.goal.bound)}'
             met = 'yes' if figure.goal.is_met(figure.value) else 'NO'
-        lines.append(f'  {figure.name:62} {number(figure.value):>11} {figure.unit:6} '
-                     f'{number(figure.floor):>9} {goal:>10}  {met}'.rstrip())
+        lines.append(f'  {figure.name:70} {number(figure.value):>11} {figure.unit:6} '
+                     f'{number(figure.floor):>9} {goal:>10}  {met:3}  {figure.note}'.rstrip())
     return lines

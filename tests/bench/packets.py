@@ -9,9 +9,9 @@ socket. Two TC filters stand around elf_egress and take the time. The second one
 is a probe and recorded: then the network's part is the same as with the floor, which is a program in
 the place of elf_egress that makes a clone and leaves it at that. Each figure is a difference of medians.
 
-A reply is timed by the kernel's own statistics of BPF programs, since nothing can stand behind an XDP
-program: mean times of elf_ingress and of an empty program over packets of which nearly all are replies. So
-are packets of sockets whose owner is noted. What the statistics cost themselves is in the floor, too.
+A reply is timed by the kernel's own statistics of BPF programs: mean times of elf_ingress and of an empty
+program over packets of which nearly all are replies. So are packets of sockets whose owner is noted. What the
+statistics cost themselves is in the floor, too. Packets arrive at TC ingress.
 """
 
 from __future__ import annotations
@@ -38,15 +38,9 @@ from scapy.packet import Packet
 
 from figures import Figure, Goal, at_most
 from lab import CommandFailed, Lab
+from loaded import load, pinned
 from progtest import Programs, SkBuff, elfprobe, own_namespace, pack_address
 from runs import inside
-
-BENCH_C = str(Path(__file__).with_name('bench.c'))
-EXTRA = {
-    **dict.fromkeys(('empty_egress', 'cycle_egress', 'begin_egress', 'end_egress', 'clone_egress'),
-                    bcc.BPF.SCHED_CLS),
-    **dict.fromkeys(('empty_ingress', 'cycle_ingress', 'one_result'), bcc.BPF.XDP),
-}
 
 CLIENT, SERVER, OTHER = '192.0.2.1', '198.51.100.80', '198.51.100.81'
 FLOWS = 256  # that packets belong to, in turn
@@ -55,32 +49,10 @@ ALL = 65536
 BPF_STATS_RUN_TIME = 0  # linux/bpf.h
 
 
-def load(by_owner: bool = False, **config: Any) -> Programs:
-    """The programs of elfprobe.c and those of bench.c, with their maps empty but for the heartbeat."""
-    if by_owner:
-        config['apps'] = ('speedtest',)
-    programs = Programs(by_owner, hooks=BENCH_C, **config)
-    for name, kind in EXTRA.items():
-        programs.bpf.load_func(name, kind)
-    programs.clear()
-    return programs
-
-
 def put(programs: Programs, array: str, program: str) -> None:
     """Have tail calls of `array` go to this program."""
     table = programs.bpf[array]
     table[table.Key(0)] = table.Leaf(programs.bpf.funcs[program.encode()].fd)
-
-
-@contextmanager
-def pinned() -> Iterator[None]:
-    """This thread stays on one CPU, not the first, which has most of the interrupts."""
-    former = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(former)})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, former)
 
 
 DATAGRAM, SEGMENT = UDP(sport=40112, dport=443), TCP(sport=40112, dport=443, flags='A')
@@ -232,7 +204,7 @@ def in_traffic(quick: bool) -> Iterator[Figure]:
             fd = programs.bpf.funcs[program.encode()].fd
             programs.clear()
             programs.follow(lab.server_address(4), length=5)
-            with elfprobe.XdpAttachment(ipr, device, fd, is_native=True):
+            with elfprobe.TcxAttachment(ipr, device, fd, elfprobe.BPF_TCX_INGRESS):
                 took, runs = run_time(fd, partial(transfer, lab, *UDP_SMALL))
             replies = programs.counters().get('replies', 0)
             if program == 'elf_ingress' and replies < 0.95 * runs:

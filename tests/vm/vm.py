@@ -24,9 +24,11 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import guest
 
 from lab import interrupt_on_signals
 from trees import Failure, bootstrap, cache, recipe, shared_folder, sources, tree, visit
@@ -61,10 +63,11 @@ class Machine(NamedTuple):
     machine: str
     cpu: str
     console: str
+    cards: Sequence[str] = ()  # drivers of network cards, of those that guest.py knows
 
 
 MACHINES = {
-    'amd64': Machine('qemu-system-x86_64', 'q35', 'max', 'ttyS0'),
+    'amd64': Machine('qemu-system-x86_64', 'q35', 'max', 'ttyS0', [*guest.CARDS]),
     # Pointers are signed by QEMU's own algorithm, which its manual calls faster than the architecture's.
     'arm64': Machine('qemu-system-aarch64', 'virt', 'max,pauth-impdef=on', 'ttyAMA0'),
     's390x': Machine('qemu-system-s390x', 's390-ccw-virtio', 'max', 'ttysclp0'),  # big-endian
@@ -88,6 +91,7 @@ RUNS = {
     'others': ['test_faults.py', '-k', 'of_others or taken_away'],
     'ends': ['test_faults.py', '-k', 'orderly or sigkill or killed'],
     'kernel': ['vm/test_kernel.py'],
+    'cards': ['vm/test_cards.py'],
 }
 
 # Rows of the table, and which tests count: by what matches `module.test[parameters]`.
@@ -107,6 +111,7 @@ ROWS = {
     'ipip, sit, ip6tnl, gre, ip6gre, WireGuard, PPP': r'test_kernel\.test_tunnel',
     '802.1Q devices': r'test_kernel\.test_vlan',
     'no kprobes': r'test_kernel\.test_kprobes',
+    'network cards: all settings as before, offloads stay on': r'test_cards\.',
 }
 USERLAND_ROWS = {
     'all builds compile without a warning, and load': r'test_packets\.',
@@ -194,21 +199,27 @@ def prepare(name: str, runs: dict[str, list[str]], patience: int) -> Path:
 
 def boot(name: str, folder: Path, runs: dict[str, list[str]]) -> Path:
     """Run tests in a virtual machine; the folder that it shares, with what came of them."""
-    share, machine = prepare(f'{name}.run', runs, PATIENCE), MACHINES[SUITES[name].architecture]
-    start = ('modprobe -a 9pnet_virtio 9p; mkdir -p /host; mount -t 9p -o msize=262144 host /host; '
-             'exec sh /host/elfprobe/tests/vm/init')
-    with open(share / 'console', 'wb') as console:
+    share = prepare(f'{name}.run', runs, PATIENCE)
+    start(name, folder, share, RUN_SECONDS * len(runs) + 300)
+    return share
+
+
+def start(name: str, folder: Path, share: Path, seconds: float) -> None:
+    """Run the job of a shared folder in a virtual machine that has the cards of guest.py, to its end."""
+    machine = MACHINES[SUITES[name].architecture]
+    command = ('modprobe -a 9pnet_virtio 9p; mkdir -p /host; mount -t 9p -o msize=262144 host /host; '
+               'exec sh /host/elfprobe/tests/vm/init')
+    with open(share / 'console', 'wb') as console, guest.outside(machine.emulator, machine.cards) as outside:
         subprocess.run(
-            [machine.emulator, '-accel', 'tcg', '-machine', machine.machine, '-cpu', machine.cpu, '-smp', '1',
-             '-m', str(MEMORY_MIB), '-nodefaults', '-display', 'none', '-serial', 'stdio', '-no-reboot',
+            [*outside.prefix, machine.emulator, '-accel', 'tcg', '-machine', machine.machine,
+             '-cpu', machine.cpu, '-smp', '1', '-m', str(MEMORY_MIB), '-nodefaults', '-display', 'none',
+             '-serial', 'stdio', '-no-reboot',
              '-kernel', folder / 'vmlinuz', '-initrd', folder / 'initrd.img', '-snapshot',
              '-drive', f'file={folder / "disk"},format=raw,if=virtio', '-device', 'virtio-rng',
-             '-virtfs', f'local,path={share},mount_tag=host,security_model=none',
+             '-virtfs', f'local,path={share},mount_tag=host,security_model=none', *outside.options,
              '-append', f'console={machine.console} quiet panic=-1 root=/dev/vda rw init=/bin/sh '
-                        f'-- -c "{start}"'],
-            stdin=subprocess.DEVNULL, stdout=console, stderr=console,
-            timeout=RUN_SECONDS * len(runs) + 300, check=True)
-    return share
+                        f'-- -c "{command}"'],
+            stdin=subprocess.DEVNULL, stdout=console, stderr=console, timeout=seconds, check=True)
 
 
 def text(file: Path) -> str:
