@@ -23,6 +23,13 @@
  * is lost where the probe is shorter than the packet that it is made of.
  *
  * afterrecv: a time exceeded answers a probe, is still whole, and its result is about to be recorded.
+ *
+ * Answers are read at XDP or at TC ingress (--ingress-hook; the log says which). At TC ingress `struct xdp_md`
+ * is read as `struct __sk_buff`: data, data_end, data_meta and ingress_ifindex are in both. rx_queue_index and
+ * egress_ifindex are there at XDP only, so a hook that uses them compiles with --ingress-hook xdp or generic
+ * only. At TC ingress the answer can be read as far as an ICMP error needs (2560 bytes), a VLAN tag may be in
+ * the context (vlan_tci) and not in front of the IP header, and a hook that writes to the packet makes the
+ * kernel un-clone every packet that arrives.
  */
 
 static inline int elf_v4_icmp_beforesend(struct __sk_buff *ctx)

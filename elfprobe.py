@@ -3,18 +3,18 @@
 """Hop-by-hop latency inside an application's own flow.
 
 $ sudo python3 elfprobe.py -i eno2 -a speedtest
-14:02:11.402 probing on eno2, XDP native, answers dropped; rows go to elf.csv
-14:02:12.418 of interest: 203.0.113.80 (speedtest 4127)
+14:02:11.396 of interest: speedtest (4127)
+14:02:11.402 probing on eno2, answers read at TC ingress (native XDP may disturb the driver igb), then dropped ...
 ^C14:02:19.120 2804 probes, 2797 replies, 7 unanswered
 $ head -3 elf.csv
 recvcpu,seq,origseq,latency,sendtime,recvtime,dest,responder,outttl,recvttl,sport,dport,protocol,outipid,inipid
 0,0,2943351213,211358,731841604110,731841815468,203.0.113.80,192.0.2.1,1,64,40112,443,6,21931,21931
 1,1,2943352661,1498120,731851689002,731853187122,203.0.113.80,198.51.100.9,2,254,40112,443,6,21945,21945
 
-A TC egress program clones one of the application's own packets now and then, lowers the clone's
-TTL and sends it along; the router where the TTL ends answers with an ICMP time exceeded, which an
-XDP program reads and times. Both are in elfprobe.c, which this driver compiles with BCC, attaches,
-tells what is of interest, and drains into FILEBASE.csv.
+A TC egress program clones one of the application's own packets from time to time, lowers the clone's TTL
+and sends it along. The router where the TTL expires answers with an ICMP time exceeded. A program at TC
+ingress or XDP reads and times this answer. Both are in elfprobe.c. This driver compiles it with BCC, attaches
+the programs, tells them what the targets are, and writes their results to FILEBASE.csv.
 """
 
 from __future__ import annotations
