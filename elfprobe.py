@@ -4,7 +4,7 @@
 
 $ sudo python3 elfprobe.py -i eno2 -a speedtest
 14:02:11.396 of interest: speedtest (4127)
-14:02:11.402 probing on eno2, answers read at TC ingress (native XDP may disturb the driver igb), then dropped ...
+14:02:11.402 probing on eno2, answers read at TC ingress (...), then dropped; rows go to elf.csv
 ^C14:02:19.120 2804 probes, 2797 replies, 7 unanswered
 $ head -3 elf.csv
 recvcpu,seq,origseq,latency,sendtime,recvtime,dest,responder,outttl,recvttl,sport,dport,protocol,outipid,inipid
