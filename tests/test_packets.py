@@ -1708,8 +1708,12 @@ def test_mutated_replies(load: Load, ingress_tc: bool, version: int, protocol: s
     for number in range(count):
         packet = mutated(chance, reply)
         match = answers(packet) == wanted
-        assert programs.receive(packet) == (DROP if match else PASS, packet), (
-            number, packet.hex())
+        try:
+            received = programs.receive(packet)
+        except OSError:  # newer kernels run no TC program on what is shorter than its IP header
+            assert ingress_tc and not match
+            continue
+        assert received == (DROP if match else PASS, packet), (number, packet.hex())
         if match:
             put_in_flight()  # which it is no more
             matches += 1
