@@ -2,28 +2,39 @@
  *
  * elfprobe: hop-by-hop latency inside an application's own flow. The kernel's half.
  *
- *   application --> TC egress: elf_egress --------------------------------> device
+ *   application --> TC egress: elf_egress ------------------------------------> device
  *                      | a probe is due: bpf_clone_redirect()
- *                      +--> the clone comes through elf_egress again, at once, on this CPU
+ *                      +--> the clone enters elf_egress at once, on the same CPU
  *                             '-- tail call --> elf_probe: trim, lower the TTL, record --> device
- *                                    (once more through elf_egress, if it is shorter than the packet now)
+ *                                    (a trimmed clone passes elf_egress once more)
  *
- *   process --> cgroup sock_create: elf_sock_create, notes with each socket whose it is; which
- *               processes are of interest, elf_exec, elf_fork, elf_exit and the driver keep current
+ *   process --> cgroup sock_create: elf_sock_create stores the owning process with the socket;
+ *               elf_exec, elf_fork, elf_exit and user space keep the set of target processes up to date
  *
- *   device --> XDP or TC ingress: elf_ingress -- time exceeded, quotes a probe in flight --> results --> driver
- *                      |-- sent by a destination ------> teaches how long the path is
- *                      '-- passes on, unchanged, whatever it is (but for the answers, with INGRESS_DROP)
+ *   device --> XDP or TC ingress: elf_ingress -- time exceeded, quotes a probe in flight --> results --> user space
+ *                      |-- packet of a destination ----> teaches the path model the distance
+ *                      '-- passes on unchanged (with INGRESS_DROP, replies to probes are dropped)
  *
- * elf_egress only reads. A program that writes to packets directly gets a prologue from the
- * kernel that un-clones every packet before its first instruction (bpf_unclone_prologue() in
- * net/core/filter.c); in elf_probe that costs the probes, in elf_egress it would cost the
- * application. This is why there are two programs.
+ * elf_egress only reads. If a program writes to packets directly, the kernel adds a prologue that un-clones every
+ * packet before the first instruction (bpf_unclone_prologue() in net/core/filter.c). In elf_probe only probes pay for
+ * that. In elf_egress the application would. This is why there are two programs.
  *
- * Addresses are IPv6, IPv4 as v4-mapped (RFC 4291, 2.5.5.2), so that there is one path through the
- * program. A variable that holds a value as it is on the wire is a __be*, the rest are host order.
- * elfprobe.py compiles this file with BCC, with elfhooks.c or the user's own hooks in the place of
- * its #include, and takes the layout of every struct in a map from BCC.
+ * Addresses are IPv6; IPv4 addresses are v4-mapped (RFC 4291, 2.5.5.2), so that both families take the same code. A
+ * __be* variable holds network byte order, all others host order. elfprobe.py compiles this file with BCC, replaces
+ * the #include by elfhooks.c or the user's hooks, and takes the layout of each struct in a map from BCC.
+ *
+ * Glossary:
+ *   probe         a clone of an application packet that is sent with a lowered TTL, to expire at a router
+ *   carrier       the application packet from which a probe is cloned; it leaves unchanged
+ *   target        a process or a destination that the user wants to be probed
+ *   hop           a TTL value, from 1, and the router at which a probe with that TTL expires
+ *   responder     source of the ICMP error that answers a probe
+ *   quoted packet the start of the probe, as an ICMP error contains it
+ *   in flight     sent, recorded, and not answered yet; whoever removes a probe from the map in_flight owns it
+ *   reservation   the right to send one probe, with its sequence number and TTL; it ends as committed or cancelled
+ *   back-off      time without probes to a hop that does not respond; it grows with each unanswered probe
+ *   scratch       memory of one program run outside its 512 bytes of stack
+ *   lease         permission to send probes until a time (alive_until); user space renews it while it runs
  */
 
 /* ---- Build parameters: the driver's -D flags ---------------------------------------------- */
@@ -76,8 +87,8 @@
 #ifndef BY_APP
 #error "BY_APP: 1 where processes are of interest by name, so that each new one is looked at"
 #endif
-#ifndef PEERS_MAX
-#error "PEERS_MAX: most destinations of processes' flows at once; the least recently used make room"
+#ifndef FLOW_DESTINATIONS_MAX
+#error "FLOW_DESTINATIONS_MAX: most destinations of processes' flows at once; the least recently used make room"
 #endif
 #ifndef IN_FLIGHT_MAX
 #error "IN_FLIGHT_MAX: most probes waiting for their reply at once"
@@ -113,13 +124,13 @@
 #define TCP_SEQ_BACK 2048
 
 /* A silent hop rests before each probe that asks whether it still is: ever longer, up to this. */
-#define REST_ROUTER_MAX (10 * NSEC_PER_SEC)  /* it is a router for certain */
-#define REST_BEYOND_MAX (256 * NSEC_PER_SEC) /* it may be the destination */
-#define REST_ANSWERED (200 * NSEC_PER_MSEC)  /* the first rest of one that may be, but has answered before */
-#define REST_UNHEARD NSEC_PER_SEC            /* and of one that has not */
-#define REST_SHIFT 3                         /* each rest is 2^3 times the one before, */
-#define ALARMS_A_REST 4                      /* but one more as long as the first for so many false alarms */
-#define ALARMS_MAX 12
+#define BACKOFF_ROUTER_MAX (10 * NSEC_PER_SEC)  /* it is a router for certain */
+#define BACKOFF_BEYOND_MAX (256 * NSEC_PER_SEC) /* it may be the destination */
+#define BACKOFF_ANSWERED (200 * NSEC_PER_MSEC)  /* the first rest of one that may be, but has answered before */
+#define BACKOFF_NEVER_ANSWERED NSEC_PER_SEC            /* and of one that has not */
+#define BACKOFF_SHIFT 3                         /* each rest is 2^3 times the one before, */
+#define FALSE_ALARMS_PER_LEVEL 4                      /* but one more as long as the first for so many false alarms */
+#define FALSE_ALARMS_MAX 12
 /* Probes without an answer, in a row, before a router counts as silent. */
 #define GRACE_ROUTER 8
 /* Hops whose silence began within this time of each other fell silent together. */
@@ -135,7 +146,7 @@
 /* One probe in so many is sent one hop farther than the path is thought to be long. */
 #define EXPLORE_EVERY 20000
 /* Replies of the last router that say that it may be longer have one sent at most once in this time. */
-#define LOOK_AGAIN (10 * NSEC_PER_SEC)
+#define EXPLORE_AGAIN (10 * NSEC_PER_SEC)
 
 /* A TCP flow of which nothing is acknowledged for so long is in trouble, perhaps by our doing. */
 #define STALL (3 * NSEC_PER_SEC)
@@ -151,7 +162,7 @@
 #define EXTENSION_MAX 252 /* bytes that are kept of what a router tells besides (RFC 4884) */
 #define EXTENSION_VERSION 2
 #define QUOTE_PADDED 128  /* least length of a quote with something behind (RFC 4884) */
-#define CHECK_STEP 40507 /* between the checksums of UDP probes in a row, modulo 65535, to which it is prime:
+#define CHECKSUM_STEP 40507 /* between the checksums of UDP probes in a row, modulo 65535, to which it is prime:
 			  * lest one that is off by some constant, as behind a NAT, be that of another probe */
 #define UDP_HEAD 32      /* payload bytes that tell UDP packets with unfinished checksums apart */
 #define UDP_SUM_MAX 9216 /* longest UDP payload that is summed up here: jumbo frames */
@@ -314,9 +325,9 @@ struct probe {
 	__u32 pid; /* of the socket's owner; 0: not known */
 	__u16 outipid;
 	__u8 outttl;
-	__u8 kept; /* bytes behind the headers, where that is not the packet's payload */
+	__u8 payload_len; /* bytes behind the headers, where that is not the packet's payload */
 	struct app_name app;
-	__u16 balance; /* of trimmed UDP, what makes its checksum right, as it is on the wire */
+	__u16 compensation; /* of trimmed UDP, what makes its checksum right, as it is on the wire */
 	__u8 outtos;   /* DSCP and ECN */
 	__u8 unused;
 	struct tcp_state tcp; /* of the socket that sent the packet */
@@ -351,59 +362,59 @@ struct hop {
 	__u64 since;      /* when the first of the unanswered probes left, or the last reply came */
 	__u32 rtt;        /* latency of the last reply, us; 0: never answered */
 	__u8 unanswered;  /* probes sent since the last reply */
-	__u8 alarms;      /* how often it answered after its first rests, as where packets are lost */
-	__u8 rests;       /* taken since the last reply */
-	__u8 resting;     /* bits: */
+	__u8 false_alarms;      /* how often it answered after its first rests, as where packets are lost */
+	__u8 backoff_level;       /* taken since the last reply */
+	__u8 backoff;     /* bits: */
 };
 
 /* The last rest is not over, or the probe behind it has yet to be sent; a rest has ended early since the
  * last reply, which comes only once. */
-enum { RESTING = 1, WOKEN = 2 };
+enum { BACKING_OFF = 1, RETRIED_EARLY = 2 };
 
 /* A destination of interest and what is known of the way there. Written under schedule.lock. */
 struct path {
 	__u64 next_due;   /* no probe before */
-	__u64 quiet;      /* nor before this tick: the one field that packets between probes read */
+	__u64 next_due_tick;      /* nor before this tick: the one field that packets between probes read */
 	__u64 last_sent;  /* when the last probe left */
-	__u64 far_reply;  /* when the farthest hop that answers did so last */
-	__u64 heard;      /* the tick at which a packet of the destination came last */
-	__u64 closed;     /* since when nothing came any more that now does, */
-	__u64 reopened;   /* and when it came again */
-	__u64 proven;     /* when a hop answered that was not the next behind those that had */
-	__u64 shortened;  /* when the way was found to be shorter: replies to older probes are of the old one */
+	__u64 farthest_reply;  /* when the farthest hop that answers did so last */
+	__u64 last_received;      /* the tick at which a packet of the destination came last */
+	__u64 outage_start;     /* since when nothing came any more that now does, */
+	__u64 outage_end;   /* and when it came again */
+	__u64 routers_proven;     /* when a hop answered that was not the next behind those that had */
+	__u64 shortened_at;  /* when the way was found to be shorter: replies to older probes are of the old one */
 	__u32 seq;        /* of the next probe */
 	__u8 length;      /* TTL that reaches the destination; 0: not known yet */
-	__u8 reverse;     /* what the TTL of its packets says that to be */
-	__u8 horizon;     /* farthest hop to probe while length is not known */
-	__u8 responsive;  /* farthest hop that answers; 0: none */
-	__u8 turn;        /* hop probed last */
-	__u8 longer;      /* packets in a row that say that the way has become longer */
+	__u8 reverse_distance;     /* what the TTL of its packets says that to be */
+	__u8 max_ttl_tried;     /* farthest hop to probe while length is not known */
+	__u8 last_responsive;  /* farthest hop that answers; 0: none */
+	__u8 last_probed;   /* hop probed last */
+	__u8 longer_packets;      /* packets in a row that say that the way has become longer */
 	__u8 explore;     /* probe one hop beyond, once */
-	__u8 left_alone;  /* no more probes: flows there stalled under them, or clones left as they were */
-	__u8 of_flows;    /* of interest only for the flows of processes of interest */
-	__u8 is_told;     /* how far the destination is, by a probe that reached it */
-	__u64 distances;  /* bits: of the last router, by the TTLs of its replies, since length is what it is */
-	__u64 looked;     /* when such a reply last had one hop beyond probed; 0: never */
+	__u8 excluded;  /* no more probes: flows there stalled under them, or clones left as they were */
+	__u8 flows_only;    /* of interest only for the flows of processes of interest */
+	__u8 is_confirmed;     /* how far the destination is, by a probe that reached it */
+	__u64 reply_distances;  /* bits: of the last router, by the TTLs of its replies, since length is what it is */
+	__u64 last_explored;     /* when such a reply last had one hop beyond probed; 0: never */
 	struct hop hops[MAX_HOPS + 1];
 };
 
 /* Where an address that is in paths or in peers has its mark, so that for most others one look into
  * an array says that they are in neither. Marks stay when addresses go, and are shared: they say
  * where to look, not what is there. */
-#define MARK_LINES 16384
-#define MARKS_PER_LINE 64
-enum { IN_PATHS = 1, IN_PEERS = 2 };
+#define FILTER_LINES 16384
+#define FILTER_LINE_SIZE 64
+enum { IN_PATHS = 1, IN_FLOW_PATHS = 2 };
 
-struct mark_line {
-	__u8 marks[MARKS_PER_LINE];
+struct filter_line {
+	__u8 slots[FILTER_LINE_SIZE];
 };
 
 /* Is a process of interest? Most have no entry: no. The other answers: */
-enum { UNDECIDED = 1, OF_INTEREST = 2 }; /* the driver has yet to look at it; yes */
+enum { UNDECIDED = 1, TARGET = 2 }; /* the driver has yet to look at it; yes */
 
 struct process {
 	__u64 id; /* tells it from others that had or will have its PID */
-	__u32 interest;
+	__u32 status;
 	__u32 unused;
 	struct app_name app;
 };
@@ -411,7 +422,7 @@ struct process {
 /* Noted with a socket, and with what is accepted from it: the process that made it. */
 struct owner {
 	__u64 process; /* its id */
-	__u32 interest;
+	__u32 status;
 	__u32 pid;
 	struct app_name app;
 };
@@ -420,7 +431,7 @@ struct owner {
 struct process_event {
 	__u64 id;
 	__u32 pid;
-	__u32 interest; /* 0: its first thread has ended */
+	__u32 status; /* 0: its first thread has ended */
 };
 
 /* The beginning of a struct task_struct, in which the driver looks for the PID that it knows. */
@@ -438,7 +449,7 @@ struct tcp_progress {
 };
 
 /* What the driver tells the user of a flow, or of a destination, which is all that is known of CLONE_TAKEN. */
-enum { FLOW_STALLED = 1, FLOW_MOVES = 2, DESTINATION_LEFT_ALONE = 3, CLONE_TAKEN = 4 };
+enum { FLOW_STALLED = 1, FLOW_RESUMED = 2, DESTINATION_EXCLUDED = 3, CLONE_INTERCEPTED = 4 };
 
 struct flow_event {
 	struct probe_key flow;
@@ -461,9 +472,9 @@ struct counters {
 	__u64 carrier_unfit;   /* due, but the packet may not carry one: SYN, FIN, RST, fragment, other protocol */
 	__u64 carrier_resent;  /* due, but the packet is a retransmission or a keep-alive */
 	__u64 carrier_zerocopy; /* due, but the packet holds memory of the application (MSG_ZEROCOPY) */
-	__u64 hop_silent;      /* due, but just then the hop whose turn it was is found silent, and rests */
+	__u64 hop_unresponsive;      /* due, but just then the hop whose turn it was is found silent, and rests */
 	__u64 flow_stalled;    /* due, but nothing of the flow is acknowledged any more */
-	__u64 driver_silent;   /* due, but the driver has not been heard for too long */
+	__u64 lease_expired;   /* due, but the driver has not been heard for too long */
 	__u64 processes_full;  /* a process of interest for which there was no room */
 	__u64 events_lost;     /* of processes and flows, for which their ring had no room */
 	__u64 not_ours;        /* time exceeded that answers nothing in flight */
@@ -481,7 +492,7 @@ struct schedule {
 enum { CLONE = 1, PROBE = 2 };
 
 /* Carries a claim into the run of the clone, and what came of it back. */
-struct claim {
+struct reservation {
 	__u32 expected; /* one of these; 0: just a packet */
 	__u32 recorded; /* it is in flight, under key */
 	__u32 resent;   /* the probe was sent anew in place of the clone, with this result: */
@@ -498,7 +509,7 @@ struct claim {
 };
 
 /* Tells an unfinished UDP checksum, as quoted behind a device that never finishes it, from others. */
-struct udp_unfinished {
+struct udp_partial {
 	struct probe_key key; /* ident: length << 16 | unfinished checksum */
 	__u8 head[UDP_HEAD];
 };
@@ -514,15 +525,15 @@ struct sum_buffer {
 
 /* BCC's macro for a hash that takes memory only for what is in it. */
 BPF_F_TABLE("hash", struct address, struct path, paths, DESTINATIONS_MAX, BPF_F_NO_PREALLOC);
-BPF_TABLE("lru_hash", struct address, struct path, peers, PEERS_MAX);
-BPF_ARRAY(blank_path, struct path, 1); /* what a new peer starts from: of_flows, and no more */
-BPF_ARRAY(marks, struct mark_line, MARK_LINES);
+BPF_TABLE("lru_hash", struct address, struct path, flow_paths, FLOW_DESTINATIONS_MAX);
+BPF_ARRAY(new_path, struct path, 1); /* what a new peer starts from: of_flows, and no more */
+BPF_ARRAY(address_filter, struct filter_line, FILTER_LINES);
 BPF_HASH(in_flight, struct probe_key, struct probe, IN_FLIGHT_MAX);
-BPF_TABLE("lru_hash", struct udp_unfinished, __u32, unfinished, IN_FLIGHT_MAX);
+BPF_TABLE("lru_hash", struct udp_partial, __u32, partial_checksums, IN_FLIGHT_MAX);
 BPF_ARRAY(schedules, struct schedule, 1);
 BPF_ARRAY(alive_until, __u64, 1); /* the driver's heartbeat: no probe after this time */
 BPF_ARRAY(link_up_since, __u64, 1); /* when the device got its carrier; in the future while it has none */
-BPF_PERCPU_ARRAY(claims, struct claim, 1);
+BPF_PERCPU_ARRAY(reservations, struct reservation, 1);
 BPF_PERCPU_ARRAY(counters, struct counters, 1);
 BPF_PERCPU_ARRAY(ip6ext_walks, struct ip6ext_walk, 1);
 BPF_PERCPU_ARRAY(sum_buffers, struct sum_buffer, 1);
@@ -533,7 +544,7 @@ BPF_PROG_ARRAY(programs, 2); /* 0: elf_probe; with INGRESS_TC 1: elf_ingress */
 /* The entry of a task that stopped in the midst of its run goes to another where so many others send meanwhile. */
 #define TASKS_MAX 8192
 BPF_PERCPU_ARRAY(tasks_expecting, __u32, 1); /* how many expect a packet, mostly none */
-BPF_TABLE("lru_hash", __u64, struct claim, task_claims, TASKS_MAX);
+BPF_TABLE("lru_hash", __u64, struct reservation, task_reservations, TASKS_MAX);
 BPF_TABLE("lru_hash", __u64, struct ip6ext_walk, task_ip6ext_walks, TASKS_MAX);
 BPF_TABLE("lru_hash", __u64, struct sum_buffer, task_sum_buffers, TASKS_MAX);
 BPF_TABLE("lru_hash", __u64, struct extended_result, task_extended_results, TASKS_MAX);
@@ -597,14 +608,14 @@ static inline struct counters *this_cpu_counters(void)
 
 /* What a run needs beside the stack is the CPU's. Where another run may interrupt it there, and use that, too,
  * it is the task's, made of the CPU's, which is never written then. Both runs of a probe are one task's. */
-static inline struct claim *own_claim(struct claim *claim)
+static inline struct reservation *own_reservation(struct reservation *reservation)
 {
 #if PREEMPTIBLE
 	__u64 task = bpf_get_current_task();
 
-	return claim ? task_claims.lookup_or_try_init(&task, claim) : 0;
+	return reservation ? task_reservations.lookup_or_try_init(&task, reservation) : 0;
 #else
-	return claim;
+	return reservation;
 #endif
 }
 
@@ -642,19 +653,19 @@ static inline struct extended_result *own_extended(struct extended_result *exten
 }
 
 /* The claim whose clone or probe comes next on this CPU, or from this task; 0: none does. */
-static inline struct claim *claim_of_next(struct claim *claim)
+static inline struct reservation *reservation_of_next(struct reservation *reservation)
 {
 #if PREEMPTIBLE
 	int zero = 0;
 	__u32 *any;
 
 	any = tasks_expecting.lookup(&zero);
-	claim = any && *any ? own_claim(claim) : 0;
+	reservation = any && *any ? own_reservation(reservation) : 0;
 #endif
-	return claim && claim->expected ? claim : 0;
+	return reservation && reservation->expected ? reservation : 0;
 }
 
-static inline void expect(struct claim *claim, __u32 what)
+static inline void expect(struct reservation *reservation, __u32 what)
 {
 #if PREEMPTIBLE
 	int zero = 0;
@@ -662,9 +673,9 @@ static inline void expect(struct claim *claim, __u32 what)
 
 	tasks = tasks_expecting.lookup(&zero);
 	if (tasks)
-		__sync_fetch_and_add(tasks, (__u32)!!what - !!claim->expected);
+		__sync_fetch_and_add(tasks, (__u32)!!what - !!reservation->expected);
 #endif
-	claim->expected = what;
+	reservation->expected = what;
 }
 
 /* Hands a result of this size to the driver, which looks for them now and then, and is woken when so much
@@ -758,7 +769,7 @@ struct hdr_cursor {
 enum { FIRST_FRAGMENT = 1, LATER_FRAGMENT = 2 };
 
 /* Both parsers refuse what goes to many: nobody answers for it (RFC 1122, 3.2.2; RFC 4443, 2.4). */
-#define IPV4_TO_MANY 0xe0000000 /* multicast, and beyond it broadcast */
+#define IPV4_MULTICAST 0xe0000000 /* multicast, and beyond it broadcast */
 #define IPV6_MULTICAST 0xff
 
 struct packet {
@@ -769,7 +780,7 @@ struct packet {
 	__u32 l4_len; /* bytes behind it, as it says */
 	__u32 protocol;
 	__u32 fragment; /* 0: it is whole */
-	__u32 wrapped;  /* it is inside another IPv4 packet */
+	__u32 encapsulated;  /* it is inside another IPv4 packet */
 	__u32 outer_off; /* bytes in front of that one's header */
 	__u32 ttl;
 	__u8 tos;
@@ -798,7 +809,7 @@ static inline int parse_iphdr(struct hdr_cursor *nh, struct packet *pkt)
 	if ((void *)(ip + 1) > nh->end || ip->version_ihl >> 4 != 4)
 		return -1;
 	len = (ip->version_ihl & 0xf) * 4;
-	if (len < sizeof(*ip) || nh->pos + len > nh->end || bpf_ntohl(ip->daddr) >= IPV4_TO_MANY)
+	if (len < sizeof(*ip) || nh->pos + len > nh->end || bpf_ntohl(ip->daddr) >= IPV4_MULTICAST)
 		return -1;
 	pkt->ip = ip;
 	pkt->version = 4;
@@ -888,7 +899,7 @@ static inline int parse_inner(struct hdr_cursor *nh, struct packet *pkt)
 {
 	if (!TUNNEL || pkt->version != 4 || pkt->protocol != TUNNEL || pkt->fragment)
 		return 0;
-	pkt->wrapped = 1;
+	pkt->encapsulated = 1;
 	pkt->outer_off = pkt->ip_off;
 	pkt->ip_off += pkt->ip_len;
 	return TUNNEL == IPPROTO_IPIP ? parse_iphdr(nh, pkt) : parse_ip6hdr(nh, pkt);
@@ -1121,12 +1132,12 @@ static inline struct hop *hop_at(struct path *path, __u64 nr)
 /* Does a hop behind this one answer, and has it done so since this one fell silent? */
 static inline int is_router(const struct path *path, __u32 nr, const struct hop *hop)
 {
-	return nr < path->responsive && path->far_reply > hop->since;
+	return nr < path->last_responsive && path->farthest_reply > hop->since;
 }
 
 /* Are the hop's replies overdue? One that may have become the destination is not asked again before
  * the last reply is there, or late. Replies that are late end its rest (learn_hop()). */
-static inline int is_silent(const struct path *path, __u32 nr, const struct hop *hop, __u64 now)
+static inline int is_unresponsive(const struct path *path, __u32 nr, const struct hop *hop, __u64 now)
 {
 	__u64 rtt = hop->rtt * 1000ULL, silent = now - hop->since;
 
@@ -1136,34 +1147,34 @@ static inline int is_silent(const struct path *path, __u32 nr, const struct hop 
 }
 
 /* How many rests besides the first are as long as that. */
-static inline __u32 first_rests(const struct hop *hop)
+static inline __u32 free_levels(const struct hop *hop)
 {
-	return hop->alarms / ALARMS_A_REST;
+	return hop->false_alarms / FALSE_ALARMS_PER_LEVEL;
 }
 
 /* How long a silent hop rests, ns. Routers, since each probe costs them and us something. What may be
  * the destination, since no probe must reach that: the longer the farther it is behind what answers. */
-static inline __u64 rest_of_hop(const struct path *path, __u32 nr, const struct hop *hop)
+static inline __u64 backoff_delay(const struct path *path, __u32 nr, const struct hop *hop)
 {
-	__u32 beyond, rests;
+	__u32 beyond, backoff_level;
 
 	if (is_router(path, nr, hop))
-		return min64(PATIENCE << min64(hop->rests, 16), REST_ROUTER_MAX);
-	beyond = nr > path->responsive ? nr - path->responsive - 1 : 0;
-	rests = hop->rests > first_rests(hop) ? hop->rests - first_rests(hop) : 0;
-	return min64((hop->rtt ? REST_ANSWERED : REST_UNHEARD) << min64(REST_SHIFT * (rests + beyond), 12),
-		     REST_BEYOND_MAX);
+		return min64(PATIENCE << min64(hop->backoff_level, 16), BACKOFF_ROUTER_MAX);
+	beyond = nr > path->last_responsive ? nr - path->last_responsive - 1 : 0;
+	backoff_level = hop->backoff_level > free_levels(hop) ? hop->backoff_level - free_levels(hop) : 0;
+	return min64((hop->rtt ? BACKOFF_ANSWERED : BACKOFF_NEVER_ANSWERED) << min64(BACKOFF_SHIFT * (backoff_level + beyond), 12),
+		     BACKOFF_BEYOND_MAX);
 }
 
 /* Is the hop's rest over before its time? Where one that fell silent together with it is heard again, or the
  * destination is; or where one so far behind it answers that it is now known to be a router. */
-static inline int is_woken(const struct path *path, __u32 nr, const struct hop *hop)
+static inline int is_retried_early(const struct path *path, __u32 nr, const struct hop *hop)
 {
-	if (hop->resting != RESTING)
+	if (hop->backoff != BACKING_OFF)
 		return 0;
-	if (nr < path->responsive && hop->since < path->proven)
+	if (nr < path->last_responsive && hop->since < path->routers_proven)
 		return 1;
-	return hop->since < path->reopened && hop->since + TOGETHER > path->closed;
+	return hop->since < path->outage_end && hop->since + TOGETHER > path->outage_start;
 }
 
 /* Farthest hop to probe: short of the destination, or, while its distance is not known, step by
@@ -1174,30 +1185,30 @@ static inline __u32 farthest_hop(struct path *path, __u64 now)
 
 	if (path->length)
 		return path->length - 1;
-	if (path->horizon <= path->responsive && path->responsive < MAX_HOPS) {
-		path->horizon = path->responsive + 1;
-	} else if (path->horizon < MAX_HOPS) {
-		hop = hop_at(path, path->horizon);
+	if (path->max_ttl_tried <= path->last_responsive && path->last_responsive < MAX_HOPS) {
+		path->max_ttl_tried = path->last_responsive + 1;
+	} else if (path->max_ttl_tried < MAX_HOPS) {
+		hop = hop_at(path, path->max_ttl_tried);
 		if (hop && hop->unanswered && now > hop->since && /* or another CPU has just asked it */
-		    now - hop->since > STEP_WAIT << min64(2 * (__u32)(path->horizon - 1 - path->responsive), STEP_SHIFT_MAX))
-			path->horizon++;
+		    now - hop->since > STEP_WAIT << min64(2 * (__u32)(path->max_ttl_tried - 1 - path->last_responsive), STEP_SHIFT_MAX))
+			path->max_ttl_tried++;
 	}
-	return path->horizon;
+	return path->max_ttl_tried;
 }
 
 /* No probe before this time: for certain not before as many ticks as fit until then. */
 static inline void set_next_due(struct path *path, __u64 due, __u64 now, __u64 ticks)
 {
 	path->next_due = due;
-	path->quiet = TICK_NS && due > now ? ticks + (due - now) / (TICK_NS + !TICK_NS) : 0;
+	path->next_due_tick = TICK_NS && due > now ? ticks + (due - now) / (TICK_NS + !TICK_NS) : 0;
 }
 
 /* Why there is none: another CPU was first, or all hops rest; the budget is spent; the hop whose turn it was
  * is found silent. */
-enum { NONE_DUE = -1, OVER_MAX_RATE = -2, HOP_SILENT = -3 };
+enum { NONE_DUE = -1, OVER_MAX_RATE = -2, HOP_UNRESPONSIVE = -3 };
 
 /* Claims the right to send one probe: fills in seq, ttl, time and due. 0, or one of these. */
-static inline int claim_probe(struct path *path, struct claim *claim, __u64 now)
+static inline int reserve_probe(struct path *path, struct reservation *reservation, __u64 now)
 {
 	__u64 earliest = now + NSEC_PER_SEC, ticks = ticks_now();
 	struct schedule *schedule;
@@ -1216,19 +1227,19 @@ static inline int claim_probe(struct path *path, struct claim *claim, __u64 now)
 	    (path->explore || path->seq % EXPLORE_EVERY == EXPLORE_EVERY - 1)) {
 		hop = hop_at(path, path->length);
 		if (hop && hop->due <= now) {
-			path->turn = farthest;
+			path->last_probed = farthest;
 			farthest = path->length;
 		}
 	}
 #pragma unroll
 	for (i = 0; i < MAX_HOPS; i++) {
 		if (i < farthest) {
-			path->turn = path->turn < farthest ? path->turn + 1 : 1;
-			nr = READ_ONCE(path->turn); /* or else the verifier follows every hop's number apart */
+			path->last_probed = path->last_probed < farthest ? path->last_probed + 1 : 1;
+			nr = READ_ONCE(path->last_probed); /* or else the verifier follows every hop's number apart */
 			hop = hop_at(path, nr);
 			if (!hop)
 				goto unlock;
-			if (hop->due <= now || is_woken(path, nr, hop))
+			if (hop->due <= now || is_retried_early(path, nr, hop))
 				goto found;
 			earliest = min64(earliest, hop->due);
 		}
@@ -1236,29 +1247,29 @@ static inline int claim_probe(struct path *path, struct claim *claim, __u64 now)
 	set_next_due(path, max64(earliest, RATE_GLOBAL ? path->last_sent + INTERVAL_NS : 0), now, ticks);
 	goto unlock;
 found:
-	if (nr != path->length && is_silent(path, nr, hop, now) && !(hop->resting & RESTING)) {
-		if (nr == path->responsive)
-			path->responsive--;
-		hop->due = now + rest_of_hop(path, nr, hop);
-		hop->resting |= RESTING;
-		if (hop->rests < 16)
-			hop->rests++;
-		err = HOP_SILENT;
+	if (nr != path->length && is_unresponsive(path, nr, hop, now) && !(hop->backoff & BACKING_OFF)) {
+		if (nr == path->last_responsive)
+			path->last_responsive--;
+		hop->due = now + backoff_delay(path, nr, hop);
+		hop->backoff |= BACKING_OFF;
+		if (hop->backoff_level < 16)
+			hop->backoff_level++;
+		err = HOP_UNRESPONSIVE;
 		goto unlock; /* the next packet may carry a probe to another hop */
 	}
 	if (schedule->budget > now + BUDGET_BURST) {
-		path->turn = nr - 1;
+		path->last_probed = nr - 1;
 		err = OVER_MAX_RATE;
 		goto unlock;
 	}
 	schedule->budget = max64(schedule->budget, now) + BUDGET_COST;
 	if (path->length && nr == path->length)
 		path->explore = 0;
-	if (is_woken(path, nr, hop)) {
-		hop->rests = 0;
-		hop->resting = WOKEN;
+	if (is_retried_early(path, nr, hop)) {
+		hop->backoff_level = 0;
+		hop->backoff = RETRIED_EARLY;
 	}
-	hop->resting &= WOKEN;
+	hop->backoff &= RETRIED_EARLY;
 	if (hop->unanswered == 0)
 		hop->since = now;
 	if (hop->unanswered < 0xff)
@@ -1266,29 +1277,29 @@ found:
 	hop->due = now + HOP_INTERVAL;
 	set_next_due(path, RATE_GLOBAL ? now + INTERVAL_NS : 0, now, ticks);
 	path->last_sent = now;
-	claim->seq = path->seq++;
-	claim->ttl = nr;
-	claim->time = now;
-	claim->due = hop->due;
+	reservation->seq = path->seq++;
+	reservation->ttl = nr;
+	reservation->time = now;
+	reservation->due = hop->due;
 	err = 0;
 unlock:
 	bpf_spin_unlock(&schedule->lock);
 	if (err == OVER_MAX_RATE)
 		COUNT(over_max_rate);
-	if (err == HOP_SILENT)
-		COUNT(hop_silent);
+	if (err == HOP_UNRESPONSIVE)
+		COUNT(hop_unresponsive);
 	return err;
 }
 
 /* Intervals are counted from when the probe really left; one that did not is not held against its hop. */
-static inline void settle_claim(struct path *path, const struct claim *claim, int sent)
+static inline void settle_reservation(struct path *path, const struct reservation *reservation, int sent)
 {
 	struct schedule *schedule;
 	struct hop *hop;
 	int zero = 0;
 
 	schedule = schedules.lookup(&zero);
-	hop = hop_at(path, claim->ttl);
+	hop = hop_at(path, reservation->ttl);
 	if (!schedule || !hop)
 		return;
 	bpf_spin_lock(&schedule->lock);
@@ -1296,11 +1307,11 @@ static inline void settle_claim(struct path *path, const struct claim *claim, in
 		if (hop->unanswered)
 			hop->unanswered--;
 	} else {
-		if (hop->due == claim->due)
-			hop->due += claim->sendtime - claim->time;
-		path->last_sent = claim->sendtime;
+		if (hop->due == reservation->due)
+			hop->due += reservation->sendtime - reservation->time;
+		path->last_sent = reservation->sendtime;
 		if (RATE_GLOBAL)
-			path->next_due = max64(path->next_due, claim->sendtime + INTERVAL_NS);
+			path->next_due = max64(path->next_due, reservation->sendtime + INTERVAL_NS);
 	}
 	bpf_spin_unlock(&schedule->lock);
 }
@@ -1312,7 +1323,7 @@ static inline void reschedule(struct path *path, __u64 due)
 		due = max64(due, path->last_sent + INTERVAL_NS);
 	if (due < path->next_due) {
 		path->next_due = due;
-		path->quiet = 0;
+		path->next_due_tick = 0;
 	}
 }
 
@@ -1330,25 +1341,25 @@ static inline __u32 ttl_distance(__u32 ttl)
 static inline void set_length(struct path *path, __u32 length)
 {
 	path->length = length;
-	path->distances = 0;
-	path->is_told = 0;
+	path->reply_distances = 0;
+	path->is_confirmed = 0;
 	path->explore = 0;
 }
 
 /* A packet of the destination came with this TTL. Ways that seem shorter are believed at once,
  * longer ones only when nothing says otherwise for a while: the error that does no harm. The first
  * packet after a gap says that the way is open again: hops that fell silent meanwhile need rest no more. */
-static inline void learn_length(struct path *path, __u32 ttl)
+static inline void learn_distance(struct path *path, __u32 ttl)
 {
-	__u64 now, ticks = ticks_now(), heard = READ_ONCE(path->heard);
-	__u64 gap = ticks > heard ? ticks - heard : 0; /* another CPU may have noted a later one */
+	__u64 now, ticks = ticks_now(), last_received = READ_ONCE(path->last_received);
+	__u64 gap = ticks > last_received ? ticks - last_received : 0; /* another CPU may have noted a later one */
 	__u32 distance = ttl_distance(ttl);
 	struct schedule *schedule;
 	int zero = 0;
 
-	if (distance == path->reverse && !path->longer && gap <= TOGETHER_TICKS) {
+	if (distance == path->reverse_distance && !path->longer_packets && gap <= TOGETHER_TICKS) {
 		if (gap)
-			path->heard = ticks;
+			path->last_received = ticks;
 		return;
 	}
 	now = bpf_ktime_get_ns();
@@ -1356,25 +1367,25 @@ static inline void learn_length(struct path *path, __u32 ttl)
 	if (!schedule)
 		return;
 	bpf_spin_lock(&schedule->lock);
-	if (gap > TOGETHER_TICKS && heard) {
-		path->closed = now - gap * TICK_NS;
-		path->reopened = now;
+	if (gap > TOGETHER_TICKS && last_received) {
+		path->outage_start = now - gap * TICK_NS;
+		path->outage_end = now;
 		reschedule(path, now);
 	}
 	if (gap)
-		path->heard = ticks;
-	if (distance == path->reverse) {
-		path->longer = 0;
-	} else if (path->reverse && distance > path->reverse && path->longer < LONGER_AFTER) {
-		path->longer++;
+		path->last_received = ticks;
+	if (distance == path->reverse_distance) {
+		path->longer_packets = 0;
+	} else if (path->reverse_distance && distance > path->reverse_distance && path->longer_packets < LONGER_AFTER) {
+		path->longer_packets++;
 	} else {
-		path->longer = 0;
-		path->reverse = distance;
+		path->longer_packets = 0;
+		path->reverse_distance = distance;
 		if (distance < path->length)
-			path->shortened = now;
+			path->shortened_at = now;
 		set_length(path, distance > MAX_HOPS ? 0 : distance); /* or the TTL began as none of those values */
-		if (path->responsive >= distance)
-			path->responsive = distance - 1;
+		if (path->last_responsive >= distance)
+			path->last_responsive = distance - 1;
 		reschedule(path, now);
 	}
 	bpf_spin_unlock(&schedule->lock);
@@ -1396,31 +1407,31 @@ static inline void learn_hop(struct path *path, const struct probe *probe, __u32
 	if (!hop)
 		return;
 	bpf_spin_lock(&schedule->lock);
-	if (path->length && nr >= path->length && probe->sendtime < path->shortened)
+	if (path->length && nr >= path->length && probe->sendtime < path->shortened_at)
 		goto unlock;
-	if (hop->rests || !hop->rtt) {
-		path->closed = hop->since;
-		path->reopened = now;
+	if (hop->backoff_level || !hop->rtt) {
+		path->outage_start = hop->since;
+		path->outage_end = now;
 		reschedule(path, now);
 	}
-	if (nr > path->responsive + 1)
-		path->proven = now;
-	if (hop->rests && hop->rests <= 1 + first_rests(hop) && hop->alarms < ALARMS_MAX)
-		hop->alarms++;
+	if (nr > path->last_responsive + 1)
+		path->routers_proven = now;
+	if (hop->backoff_level && hop->backoff_level <= 1 + free_levels(hop) && hop->false_alarms < FALSE_ALARMS_MAX)
+		hop->false_alarms++;
 	hop->unanswered = 0;
-	hop->rests = 0;
-	hop->resting = 0;
+	hop->backoff_level = 0;
+	hop->backoff = 0;
 	hop->since = now;
 	hop->rtt = (now - probe->sendtime) / 1000 + 1;
 	hop->due = min64(hop->due, now + HOP_INTERVAL);
 	reschedule(path, hop->due);
-	if (nr >= path->responsive) {
-		path->responsive = nr;
-		path->far_reply = now;
+	if (nr >= path->last_responsive) {
+		path->last_responsive = nr;
+		path->farthest_reply = now;
 	}
 	if (!path->length) {
-		if (nr >= path->horizon && nr < MAX_HOPS)
-			path->horizon = nr + 1;
+		if (nr >= path->max_ttl_tried && nr < MAX_HOPS)
+			path->max_ttl_tried = nr + 1;
 	} else if (nr >= path->length) {
 		set_length(path, nr + 1);
 		path->explore = nr < MAX_HOPS;
@@ -1430,18 +1441,18 @@ static inline void learn_hop(struct path *path, const struct probe *probe, __u32
 		 * for each distance that it seems to have; and not often, where the way back changes. */
 		ttl = ttl_distance(ttl);
 		bit = 1ULL << (ttl & 63);
-		if (!path->is_told && !(path->distances & bit) && ttl + 1 != path->reverse) {
-			if (path->looked && now - path->looked < LOOK_AGAIN)
+		if (!path->is_confirmed && !(path->reply_distances & bit) && ttl + 1 != path->reverse_distance) {
+			if (path->last_explored && now - path->last_explored < EXPLORE_AGAIN)
 				goto unlock;
-			path->looked = now;
+			path->last_explored = now;
 			path->explore = 1;
 		}
-		path->is_told = 0;
-		path->distances |= bit;
+		path->is_confirmed = 0;
+		path->reply_distances |= bit;
 	}
 	if (path->explore && next && nr + 1 == path->length) {
 		next->due = now; /* even if it rests */
-		next->resting |= RESTING;
+		next->backoff |= BACKING_OFF;
 	}
 unlock:
 	bpf_spin_unlock(&schedule->lock);
@@ -1463,13 +1474,13 @@ static inline void learn_reached(struct path *path, __u32 ttl)
 		if (ttl != path->length)
 			set_length(path, ttl);
 		path->explore = 0;
-		path->shortened = now;
+		path->shortened_at = now;
 		last = hop_at(path, ttl - 1);
 		if (last && last->rtt && !last->unanswered)
-			path->is_told = 1;
+			path->is_confirmed = 1;
 	}
-	if (ttl && path->responsive >= ttl)
-		path->responsive = ttl - 1;
+	if (ttl && path->last_responsive >= ttl)
+		path->last_responsive = ttl - 1;
 	bpf_spin_unlock(&schedule->lock);
 	COUNT(reached);
 }
@@ -1482,12 +1493,12 @@ struct built {
 	__u32 protocol;
 	__u32 origseq;
 	__u16 ip_id;
-	__u16 balance;
+	__u16 compensation;
 	__u8 tos;
-	__u8 kept;
-	__u16 unfinished; /* the UDP checksum is left to the device */
+	__u8 payload_len;
+	__u16 device_check; /* the UDP checksum is left to the device */
 	struct probe_key key;
-	struct udp_unfinished quoted; /* how the probe is quoted if no device finishes it */
+	struct udp_partial quoted; /* how the probe is quoted if no device finishes it */
 };
 
 /* sum and the one's complement sum of len bytes of the packet, of SUM_CHUNK at most. */
@@ -1556,10 +1567,10 @@ static inline int l4_header_len(struct hdr_cursor *nh, const struct packet *pkt)
  * checksum come out as wanted for UDP and ICMP, or 4 where the echo request has 2 itself;
  * with NOTRUNC all of it, or of a packet that is yet to be segmented, what the first segment gets.
  * Tells in exact whether the payload is kept, otherwise in tail how many bytes there are. */
-static inline int trim_clone(struct __sk_buff *skb, int *exact, __u8 *tail)
+static inline int trim_clone(struct __sk_buff *skb, int *keep_payload, __u8 *padding)
 {
 	struct hdr_cursor nh = { (void *)(long)skb->data, (void *)(long)skb->data_end };
-	__u32 headers, payload, kept;
+	__u32 headers, payload, payload_len;
 	struct packet pkt = {};
 	int l4_len;
 
@@ -1572,14 +1583,14 @@ static inline int trim_clone(struct __sk_buff *skb, int *exact, __u8 *tail)
 	if (skb->len < headers)
 		return -1;
 	payload = skb->len - headers;
-	*exact = NOTRUNC && (payload || pkt.protocol != IPPROTO_TCP);
-	if (!*exact)
-		*tail = kept = pkt.protocol == IPPROTO_TCP ? 0 : is_icmp(&pkt) && payload == 2 ? 4 : 2;
+	*keep_payload = NOTRUNC && (payload || pkt.protocol != IPPROTO_TCP);
+	if (!*keep_payload)
+		*padding = payload_len = pkt.protocol == IPPROTO_TCP ? 0 : is_icmp(&pkt) && payload == 2 ? 4 : 2;
 	else
-		kept = segment_len(skb, payload);
-	if (kept == payload)
+		payload_len = segment_len(skb, payload);
+	if (payload_len == payload)
 		return bpf_skb_pull_data(skb, skb->len);
-	return bpf_skb_change_tail(skb, headers + kept, 0);
+	return bpf_skb_change_tail(skb, headers + payload_len, 0);
 }
 
 static inline void set_tot_len(struct iphdr *ip, __u32 len)
@@ -1591,7 +1602,7 @@ static inline void set_tot_len(struct iphdr *ip, __u32 len)
 }
 
 /* Makes the clone the probe that the claim says, all but its hook. 0, or -1: the clone is of no use. */
-static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, struct built *built)
+static inline int build_probe(struct __sk_buff *skb, const struct reservation *reservation, struct built *built)
 {
 	__u32 old_len, new_len, partial;
 	struct hdr_cursor nh, l4;
@@ -1602,11 +1613,11 @@ static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, 
 	struct tcphdr *tcp;
 	struct udphdr *udp;
 	struct iphdr *ip;
-	__u16 *balance, ttl, check;
-	int exact = 0;
+	__u16 *compensation, ttl, check;
+	int keep_payload = 0;
 
 	old_len = skb->len;
-	if (trim_clone(skb, &exact, &built->kept) < 0)
+	if (trim_clone(skb, &keep_payload, &built->payload_len) < 0)
 		return -1;
 	nh.pos = (void *)(long)skb->data;
 	nh.end = (void *)(long)skb->data_end;
@@ -1616,7 +1627,7 @@ static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, 
 	old_len -= pkt.ip_off + pkt.ip_len;
 	new_len = skb->len - pkt.ip_off - pkt.ip_len;
 
-	if (TUNNEL && pkt.wrapped) {
+	if (TUNNEL && pkt.encapsulated) {
 		ip = (void *)(long)skb->data + pkt.outer_off;
 		if ((void *)(ip + 1) > nh.end)
 			return -1;
@@ -1626,19 +1637,19 @@ static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, 
 		ip = pkt.ip;
 		set_tot_len(ip, pkt.ip_len + new_len);
 		ttl = *(__u16 *)&ip->ttl; /* with the protocol: checksums count in 16 bits */
-		ip->ttl = claim->ttl;
+		ip->ttl = reservation->ttl;
 		ip->check = csum_replace(ip->check, ttl, *(__u16 *)&ip->ttl);
 	} else {
 		ip6 = pkt.ip;
 		ip6->payload_len = bpf_htons(pkt.ip_len - sizeof(*ip6) + new_len);
-		ip6->hop_limit = claim->ttl;
+		ip6->hop_limit = reservation->ttl;
 	}
 
 	/* A checksum that is left to the device is, in memory, the sum of the pseudo header. A
 	 * finished one is that as well once in 65535 packets; such a probe's checksum is wrong,
 	 * which no router minds. */
 	pseudo = csum_address(&pkt.saddr) + csum_address(&pkt.daddr) + bpf_htonl(pkt.protocol);
-	built->unfinished = 0;
+	built->device_check = 0;
 	if (pkt.protocol == IPPROTO_TCP) {
 		tcp = l4.pos;
 		if ((void *)(tcp + 1) > l4.end)
@@ -1646,8 +1657,8 @@ static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, 
 		built->origseq = bpf_ntohl(tcp->seq);
 		partial = tcp->check == csum_fold(pseudo + bpf_htonl(old_len));
 		pseudo += bpf_htonl(new_len);
-		if (!exact) {
-			tcp->seq = bpf_htonl(built->origseq - TCP_SEQ_BACK + claim->seq % TCP_SEQ_BACK);
+		if (!keep_payload) {
+			tcp->seq = bpf_htonl(built->origseq - TCP_SEQ_BACK + reservation->seq % TCP_SEQ_BACK);
 			tcp->flags = TCP_ACK;
 			tcp->urg_ptr = 0;
 			tcp->check = 0;
@@ -1657,8 +1668,8 @@ static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, 
 			tcp->check = csum_fold(pseudo);
 	} else if (pkt.protocol == IPPROTO_UDP) {
 		udp = l4.pos;
-		balance = (__u16 *)(udp + 1);
-		if ((void *)balance > l4.end)
+		compensation = (__u16 *)(udp + 1);
+		if ((void *)compensation > l4.end)
 			return -1;
 		built->origseq = bpf_ntohs(udp->check);
 		partial = udp->check == csum_fold(pseudo + bpf_htonl(old_len));
@@ -1666,12 +1677,12 @@ static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, 
 		udp->len = bpf_htons(new_len);
 		sum = pseudo + udp->source + udp->dest + udp->len;
 		check = udp->check;
-		if (!exact) {
-			if ((void *)(balance + 1) > l4.end)
+		if (!keep_payload) {
+			if ((void *)(compensation + 1) > l4.end)
 				return -1;
-			check = bpf_htons(1 + ((__u64)claim->seq * CHECK_STEP + SALT) % 65535);
-			*balance = ~csum_fold(sum + check);
-			built->balance = *balance;
+			check = bpf_htons(1 + ((__u64)reservation->seq * CHECKSUM_STEP + SALT) % 65535);
+			*compensation = ~csum_fold(sum + check);
+			built->compensation = *compensation;
 			udp->check = check;
 		} else if (partial) {
 			check = ~csum_fold(sum + csum_skb(skb, skb->len - new_len + sizeof(*udp), new_len - sizeof(*udp)));
@@ -1680,21 +1691,21 @@ static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, 
 		}
 		if (partial) {
 			udp->check = csum_fold(pseudo);
-			built->unfinished = check;
+			built->device_check = check;
 		}
 	} else if (is_icmp(&pkt)) {
 		icmp = l4.pos;
-		balance = (__u16 *)(icmp + 1);
-		if ((void *)balance > l4.end)
+		compensation = (__u16 *)(icmp + 1);
+		if ((void *)compensation > l4.end)
 			return -1;
 		built->origseq = bpf_ntohs(icmp->sequence);
-		if (!exact) {
-			if ((void *)(balance + 1) > l4.end)
+		if (!keep_payload) {
+			if ((void *)(compensation + 1) > l4.end)
 				return -1;
-			icmp->sequence = bpf_htons(claim->seq + SALT);
+			icmp->sequence = bpf_htons(reservation->seq + SALT);
 			sum = pkt.version == 6 ? pseudo + bpf_htonl(new_len) : 0;
 			sum += *(__u16 *)icmp + icmp->check + icmp->id + icmp->sequence;
-			*balance = ~csum_fold(sum);
+			*compensation = ~csum_fold(sum);
 		}
 	} else {
 		return -1;
@@ -1706,25 +1717,25 @@ static inline int build_probe(struct __sk_buff *skb, const struct claim *claim, 
 	built->tos = pkt.tos;
 	if (parse_probe_key(&l4, &pkt, &built->key) < 0)
 		return -1;
-	if (built->unfinished) {
+	if (built->device_check) {
 		built->quoted.key = built->key;
 		if (parse_udp_head(&l4, built->quoted.head) < 0)
 			return -1;
-		built->key.ident = new_len << 16 | bpf_ntohs(built->unfinished);
+		built->key.ident = new_len << 16 | bpf_ntohs(built->device_check);
 	}
 	return 0;
 }
 
 /* Puts the probe in flight. 0, or -1 with the reason counted. */
-static inline int record_probe(const struct built *built, struct claim *claim)
+static inline int record_probe(const struct built *built, struct reservation *reservation)
 {
 	struct probe probe = {};
 	__u32 *ident;
 	struct probe_key key = built->key;
 	int err;
 
-	if (built->unfinished) {
-		ident = unfinished.lookup((struct udp_unfinished *)&built->quoted);
+	if (built->device_check) {
+		ident = partial_checksums.lookup((struct udp_partial *)&built->quoted);
 		if (ident) {
 			key.ident = *ident;
 			if (in_flight.lookup(&key)) {
@@ -1733,18 +1744,18 @@ static inline int record_probe(const struct built *built, struct claim *claim)
 			}
 			key.ident = built->key.ident;
 		}
-		unfinished.update((struct udp_unfinished *)&built->quoted, &key.ident);
+		partial_checksums.update((struct udp_partial *)&built->quoted, &key.ident);
 	}
-	probe.seq = claim->seq;
+	probe.seq = reservation->seq;
 	probe.origseq = built->origseq;
 	probe.outipid = built->ip_id;
 	probe.outtos = built->tos;
-	probe.balance = built->balance;
-	probe.outttl = claim->ttl;
-	probe.kept = built->kept;
-	probe.pid = claim->pid;
-	probe.app = claim->app;
-	probe.tcp = claim->tcp;
+	probe.compensation = built->compensation;
+	probe.outttl = reservation->ttl;
+	probe.payload_len = built->payload_len;
+	probe.pid = reservation->pid;
+	probe.app = reservation->app;
+	probe.tcp = reservation->tcp;
 	probe.sendtime = bpf_ktime_get_ns();
 	err = in_flight.insert(&key, &probe);
 	if (err == -EEXIST) {
@@ -1755,19 +1766,19 @@ static inline int record_probe(const struct built *built, struct claim *claim)
 		COUNT(in_flight_full);
 		return -1;
 	}
-	claim->sendtime = probe.sendtime;
-	claim->key = key;
-	claim->recorded = 1;
+	reservation->sendtime = probe.sendtime;
+	reservation->key = key;
+	reservation->recorded = 1;
 	return 0;
 }
 
 /* The probe leaves now. */
-static inline void stamp_probe(struct claim *claim)
+static inline void stamp_probe(struct reservation *reservation)
 {
-	struct probe *probe = in_flight.lookup(&claim->key);
+	struct probe *probe = in_flight.lookup(&reservation->key);
 
 	if (probe)
-		claim->sendtime = probe->sendtime = bpf_ktime_get_ns();
+		reservation->sendtime = probe->sendtime = bpf_ktime_get_ns();
 }
 
 /* ---- Processes and their sockets ---------------------------------------------------------- */
@@ -1783,10 +1794,10 @@ static inline struct app_name current_app(void)
 }
 
 /* What -a makes of a command name, without regard to (ASCII) case. 0: nothing. */
-static inline __u32 interest_in_app(const struct app_name *app)
+static inline __u32 status_by_name(const struct app_name *app)
 {
 	__u64 word[sizeof(*app) / 8], low, from_a, above_z;
-	__u32 i, *exact;
+	__u32 i, *keep_payload;
 
 	if (!BY_APP)
 		return 0;
@@ -1799,23 +1810,23 @@ static inline __u32 interest_in_app(const struct app_name *app)
 		above_z = low + 0x2525252525252525ULL; /* beyond 'Z' */
 		word[i] |= ((from_a ^ above_z) & ~word[i] & 0x8080808080808080ULL) >> 2;
 	}
-	exact = apps.lookup((struct app_name *)word);
-	if (!exact)
+	keep_payload = apps.lookup((struct app_name *)word);
+	if (!keep_payload)
 		return 0;
-	return *exact ? OF_INTEREST : UNDECIDED;
+	return *keep_payload ? TARGET : UNDECIDED;
 }
 
 /* Enters the process, in the place of one that had its PID. */
 static inline void enter_process(struct process_event *event, const struct app_name *app)
 {
-	struct process process = { .interest = event->interest, .app = *app };
+	struct process process = { .status = event->status, .app = *app };
 
 	event->id = process.id = bpf_ktime_get_ns();
 	if (processes.update(&event->pid, &process))
 		COUNT(processes_full);
 }
 
-static inline void tell_driver(struct process_event *event)
+static inline void report_process(struct process_event *event)
 {
 	if (process_events.ringbuf_output(event, sizeof(*event), 0))
 		COUNT(events_lost);
@@ -1830,17 +1841,17 @@ int elf_exec(struct bpf_raw_tracepoint_args *ctx)
 	struct process *process;
 
 	process = processes.lookup(&event.pid);
-	if (process && process->interest == OF_INTEREST) {
+	if (process && process->status == TARGET) {
 		process->app = app;
 		return 0;
 	}
 	if (!BY_APP)
 		return 0;
-	event.interest = interest_in_app(&app);
-	if (!event.interest)
-		event.interest = UNDECIDED;
+	event.status = status_by_name(&app);
+	if (!event.status)
+		event.status = UNDECIDED;
 	enter_process(&event, &app);
-	tell_driver(&event);
+	report_process(&event);
 	return 0;
 }
 
@@ -1874,10 +1885,10 @@ int elf_fork(struct bpf_raw_tracepoint_args *ctx)
 	}
 	app = process->app;
 	event.pid = child.pid;
-	event.interest = process->interest;
+	event.status = process->status;
 	enter_process(&event, &app);
-	if (event.interest == UNDECIDED)
-		tell_driver(&event);
+	if (event.status == UNDECIDED)
+		report_process(&event);
 	return 0;
 }
 
@@ -1894,7 +1905,7 @@ int elf_exit(struct bpf_raw_tracepoint_args *ctx)
 	process = processes.lookup(&event.pid);
 	if (process) {
 		event.id = process->id;
-		tell_driver(&event);
+		report_process(&event);
 	}
 	return 0;
 }
@@ -1914,17 +1925,17 @@ int elf_sock_create(struct bpf_sock *sk)
 		if (event.pid != (__u32)ids)
 			return 1;
 		app = current_app();
-		event.interest = interest_in_app(&app);
-		if (!event.interest)
+		event.status = status_by_name(&app);
+		if (!event.status)
 			return 1;
 		enter_process(&event, &app);
-		tell_driver(&event);
+		report_process(&event);
 		process = processes.lookup(&event.pid);
 		if (!process)
 			return 1;
 	}
 	owner.process = process->id;
-	owner.interest = process->interest;
+	owner.status = process->status;
 	owner.pid = event.pid;
 	owner.app = event.pid == (__u32)ids ? current_app() : process->app; /* threads have names of their own */
 	sockets.sk_storage_get(sk, &owner, BPF_SK_STORAGE_GET_F_CREATE);
@@ -1932,19 +1943,19 @@ int elf_sock_create(struct bpf_sock *sk)
 }
 
 /* The socket keeps the answer, so that it outlives the process. */
-static inline int is_of_interest(struct owner *owner)
+static inline int is_target(struct owner *owner)
 {
 	__u32 pid = owner->pid;
 	struct process *process;
 
-	if (owner->interest != UNDECIDED)
-		return owner->interest == OF_INTEREST;
+	if (owner->status != UNDECIDED)
+		return owner->status == TARGET;
 	process = processes.lookup(&pid);
 	if (!process || process->id != owner->process)
-		owner->interest = 0; /* it was found to be of none, or ended before it was looked at */
-	else if (process->interest == OF_INTEREST)
-		owner->interest = OF_INTEREST;
-	return owner->interest == OF_INTEREST;
+		owner->status = 0; /* it was found to be of none, or ended before it was looked at */
+	else if (process->status == TARGET)
+		owner->status = TARGET;
+	return owner->status == TARGET;
 }
 
 /* Which process of interest the packet comes from; 0: none. */
@@ -1954,7 +1965,7 @@ static inline struct owner *packet_owner(struct __sk_buff *skb)
 	struct owner *owner;
 
 	owner = sk ? sockets.sk_storage_get(sk, 0, 0) : 0;
-	return owner && is_of_interest(owner) ? owner : 0;
+	return owner && is_target(owner) ? owner : 0;
 }
 
 #else
@@ -1967,47 +1978,47 @@ static inline struct owner *packet_owner(struct __sk_buff *skb)
 #endif
 
 /* Where the address has its mark. The driver does the same: mark_of() in elfprobe.py. */
-static inline __u8 *mark_of(const struct address *a)
+static inline __u8 *filter_slot(const struct address *a)
 {
 	__u32 hash = (a->word[0] ^ a->word[1] ^ a->word[2] ^ a->word[3]) * 0x9e3779b1;
 	__u32 nr = hash >> 18; /* of MARK_LINES */
-	struct mark_line *line = marks.lookup(&nr);
+	struct filter_line *line = address_filter.lookup(&nr);
 
-	return line ? &line->marks[(hash >> 12) % MARKS_PER_LINE] : 0;
+	return line ? &line->slots[(hash >> 12) % FILTER_LINE_SIZE] : 0;
 }
 
 /* What is known of the way to a destination of interest, by itself or for a process's flows; 0: of none. */
-static inline struct path *known_path(struct address *dest, const __u8 *mark)
+static inline struct path *known_path(struct address *dest, const __u8 *slot)
 {
 	struct path *path = 0;
 
-	if (*mark & IN_PATHS)
+	if (*slot & IN_PATHS)
 		path = paths.lookup(dest);
-	if (BY_OWNER && !path && *mark & IN_PEERS)
-		path = peers.lookup(dest);
+	if (BY_OWNER && !path && *slot & IN_FLOW_PATHS)
+		path = flow_paths.lookup(dest);
 	return path;
 }
 
 static inline struct path *path_to(struct address *dest)
 {
-	__u8 *mark = mark_of(dest);
+	__u8 *slot = filter_slot(dest);
 
-	return mark && *mark ? known_path(dest, mark) : 0;
+	return slot && *slot ? known_path(dest, slot) : 0;
 }
 
 /* A flow of interest makes its destination one. */
-static inline struct path *new_peer(struct address *dest, __u8 *mark)
+static inline struct path *new_flow_path(struct address *dest, __u8 *slot)
 {
 	struct path *path;
 	int zero = 0;
 
-	path = blank_path.lookup(&zero);
+	path = new_path.lookup(&zero);
 	if (!path)
 		return 0;
-	path->of_flows = 1; /* before it is in the map, where packets of others find it at once */
-	*mark |= IN_PEERS; /* the driver writes no marks any more when packets come */
-	peers.insert(dest, path); /* or another CPU has */
-	return peers.lookup(dest);
+	path->flows_only = 1; /* before it is in the map, where packets of others find it at once */
+	*slot |= IN_FLOW_PATHS; /* the driver writes no marks any more when packets come */
+	flow_paths.insert(dest, path); /* or another CPU has */
+	return flow_paths.lookup(dest);
 }
 
 /* ---- TC egress ---------------------------------------------------------------------------- */
@@ -2016,13 +2027,13 @@ static inline struct path *new_peer(struct address *dest, __u8 *mark)
 int elf_probe(struct __sk_buff *skb)
 {
 	struct built built = {};
-	struct claim *claim;
+	struct reservation *reservation;
 	int zero = 0;
 
-	claim = own_claim(claims.lookup(&zero));
-	if (!claim)
+	reservation = own_reservation(reservations.lookup(&zero));
+	if (!reservation)
 		return TC_ACT_SHOT;
-	if (build_probe(skb, claim, &built) < 0) {
+	if (build_probe(skb, reservation, &built) < 0) {
 		COUNT(build_failed);
 		return TC_ACT_SHOT;
 	}
@@ -2030,16 +2041,16 @@ int elf_probe(struct __sk_buff *skb)
 		COUNT(hook_dropped);
 		return TC_ACT_SHOT;
 	}
-	if (record_probe(&built, claim) < 0)
+	if (record_probe(&built, reservation) < 0)
 		return TC_ACT_SHOT;
 	if (skb->wire_len <= skb->len)
 		return TC_ACT_UNSPEC;
 	/* Queues go by the length that the kernel noted as it took the clone in, the whole packet's: a shaper would
 	 * have the probe pay for that. It notes the length anew of what is sent anew. */
-	expect(claim, PROBE);
-	claim->result = bpf_clone_redirect(skb, skb->ifindex, 0);
-	expect(claim, 0);
-	claim->resent = 1;
+	expect(reservation, PROBE);
+	reservation->result = bpf_clone_redirect(skb, skb->ifindex, 0);
+	expect(reservation, 0);
+	reservation->resent = 1;
 	return TC_ACT_CONSUMED;
 }
 
@@ -2084,7 +2095,7 @@ static inline int is_zerocopy(struct __sk_buff *skb)
 }
 
 /* Of the packet's flow, if its TCP header is given, otherwise of its destination. */
-static inline void tell_of_flow(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp,
+static inline void report_flow(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp,
 				__u32 kind)
 {
 	struct flow_event event = { .kind = kind };
@@ -2139,7 +2150,7 @@ static inline int flow_is_well(struct __sk_buff *skb, struct hdr_cursor *nh, con
 		return 1;
 	if (!tp->packets_out || progress->acked != tp->snd_una || !progress->since) {
 		if (progress->stalled)
-			tell_of_flow(skb, pkt, tcp, FLOW_MOVES);
+			report_flow(skb, pkt, tcp, FLOW_RESUMED);
 		progress->stalled = 0;
 		progress->acked = tp->snd_una;
 		progress->since = tp->packets_out ? now : 0;
@@ -2154,37 +2165,37 @@ static inline int flow_is_well(struct __sk_buff *skb, struct hdr_cursor *nh, con
 	if (progress->stalled)
 		return 0;
 	progress->stalled = 1;
-	tell_of_flow(skb, pkt, tcp, FLOW_STALLED);
+	report_flow(skb, pkt, tcp, FLOW_STALLED);
 	if (++progress->stalls >= STALLS_MAX) {
-		path->left_alone = 1;
-		tell_of_flow(skb, pkt, tcp, DESTINATION_LEFT_ALONE);
+		path->excluded = 1;
+		report_flow(skb, pkt, tcp, DESTINATION_EXCLUDED);
 	}
 	return 0;
 }
 
 /* Sends the probe that was claimed as a copy of the packet. 1 if it left. */
-static inline int send_probe(struct __sk_buff *skb, const struct packet *pkt, struct path *path, struct claim *claim)
+static inline int send_probe(struct __sk_buff *skb, const struct packet *pkt, struct path *path, struct reservation *reservation)
 {
 	int ret;
 
-	claim->recorded = 0;
-	claim->resent = 0;
-	expect(claim, CLONE);
+	reservation->recorded = 0;
+	reservation->resent = 0;
+	expect(reservation, CLONE);
 	ret = bpf_clone_redirect(skb, skb->ifindex, 0);
-	if (claim->expected) {
-		expect(claim, 0);
+	if (reservation->expected) {
+		expect(reservation, 0);
 		COUNT(clone_lost);
 		if (!ret) { /* a filter before us took it, or let it out as it was: it would do so with the next */
-			path->left_alone = 1;
-			tell_of_flow(skb, pkt, 0, CLONE_TAKEN);
+			path->excluded = 1;
+			report_flow(skb, pkt, 0, CLONE_INTERCEPTED);
 		}
 		return 0;
 	}
-	if (!claim->recorded)
+	if (!reservation->recorded)
 		return 0;
-	if (claim->resent)
-		ret = claim->result;
-	if (ret && ret != NET_XMIT_CN && in_flight.delete(&claim->key) == 0) {
+	if (reservation->resent)
+		ret = reservation->result;
+	if (ret && ret != NET_XMIT_CN && in_flight.delete(&reservation->key) == 0) {
 		COUNT(send_failed);
 		return 0;
 	}
@@ -2197,18 +2208,18 @@ int elf_egress(struct __sk_buff *skb)
 {
 	struct hdr_cursor nh = { (void *)(long)skb->data, (void *)(long)skb->data_end };
 	struct packet pkt = {};
-	struct claim *claim, *cloned;
+	struct reservation *reservation, *cloned;
 	struct owner *owner;
 	struct path *path;
 	int zero = 0;
 	__u64 now, *alive;
 	__u32 expected;
-	__u8 *mark;
+	__u8 *slot;
 
-	claim = claims.lookup(&zero);
-	if (!claim)
+	reservation = reservations.lookup(&zero);
+	if (!reservation)
 		return TC_ACT_UNSPEC;
-	cloned = claim_of_next(claim);
+	cloned = reservation_of_next(reservation);
 	if (cloned) {
 		expected = cloned->expected;
 		expect(cloned, 0);
@@ -2220,19 +2231,19 @@ int elf_egress(struct __sk_buff *skb)
 		COUNT(build_failed);
 		return TC_ACT_SHOT;
 	}
-	if (parse_frame(&nh, &pkt) < 0 || (TUNNEL && FRAME == FRAME_ETHERNET && !pkt.wrapped))
+	if (parse_frame(&nh, &pkt) < 0 || (TUNNEL && FRAME == FRAME_ETHERNET && !pkt.encapsulated))
 		return TC_ACT_UNSPEC;
-	mark = mark_of(&pkt.daddr);
-	if (!mark)
+	slot = filter_slot(&pkt.daddr);
+	if (!slot)
 		return TC_ACT_UNSPEC;
-	path = known_path(&pkt.daddr, mark);
-	if (path && (ticks_now() < path->quiet || path->left_alone))
+	path = known_path(&pkt.daddr, slot);
+	if (path && (ticks_now() < path->next_due_tick || path->excluded))
 		return TC_ACT_UNSPEC;
 	owner = packet_owner(skb);
-	if (!owner && (!path || path->of_flows))
+	if (!owner && (!path || path->flows_only))
 		return TC_ACT_UNSPEC;
 	if (!path)
-		path = new_peer(&pkt.daddr, mark);
+		path = new_flow_path(&pkt.daddr, slot);
 	if (!path)
 		return TC_ACT_UNSPEC;
 	now = bpf_ktime_get_ns();
@@ -2252,22 +2263,22 @@ int elf_egress(struct __sk_buff *skb)
 	}
 	alive = alive_until.lookup(&zero);
 	if (!alive || now > *alive) {
-		COUNT(driver_silent);
+		COUNT(lease_expired);
 		return TC_ACT_UNSPEC;
 	}
-	claim = own_claim(claim);
-	if (!claim)
+	reservation = own_reservation(reservation);
+	if (!reservation)
 		return TC_ACT_UNSPEC;
-	__builtin_memset(&claim->tcp, 0, sizeof(claim->tcp));
-	if (!flow_is_well(skb, &nh, &pkt, path, &claim->tcp, now) || claim_probe(path, claim, now) < 0)
+	__builtin_memset(&reservation->tcp, 0, sizeof(reservation->tcp));
+	if (!flow_is_well(skb, &nh, &pkt, path, &reservation->tcp, now) || reserve_probe(path, reservation, now) < 0)
 		return TC_ACT_UNSPEC;
-	claim->pid = 0;
-	__builtin_memset(&claim->app, 0, sizeof(claim->app));
+	reservation->pid = 0;
+	__builtin_memset(&reservation->app, 0, sizeof(reservation->app));
 	if (owner) {
-		claim->pid = owner->pid;
-		claim->app = owner->app;
+		reservation->pid = owner->pid;
+		reservation->app = owner->app;
 	}
-	settle_claim(path, claim, send_probe(skb, &pkt, path, claim));
+	settle_reservation(path, reservation, send_probe(skb, &pkt, path, reservation));
 	return TC_ACT_UNSPEC;
 }
 
@@ -2276,7 +2287,7 @@ int elf_egress(struct __sk_buff *skb)
 /* Finds the probe that a router quotes, at the cursor. */
 static inline struct probe *find_probe(struct hdr_cursor *nh, const struct packet *quote, struct probe_key *key)
 {
-	struct udp_unfinished quoted = {};
+	struct udp_partial quoted = {};
 	struct probe *probe;
 	__u32 *ident;
 
@@ -2288,7 +2299,7 @@ static inline struct probe *find_probe(struct hdr_cursor *nh, const struct packe
 	quoted.key = *key;
 	if (parse_udp_head(nh, quoted.head) < 0)
 		return 0;
-	ident = unfinished.lookup(&quoted);
+	ident = partial_checksums.lookup(&quoted);
 	if (!ident)
 		return 0;
 	key->ident = *ident;
@@ -2337,7 +2348,7 @@ static inline int receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, const
 	struct packet quote = {};
 	struct probe *probe;
 	struct path *path;
-	__u16 *balance;
+	__u16 *compensation;
 	int err;
 
 	if ((outer->version == 4 ? parse_iphdr(nh, &quote) : parse_ip6hdr(nh, &quote)) < 0)
@@ -2347,8 +2358,8 @@ static inline int receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, const
 	probe = find_probe(nh, &quote, &result.key);
 	if (!probe)
 		return 0;
-	balance = nh->pos + sizeof(struct udphdr);
-	if (probe->balance && (void *)(balance + 1) <= nh->end && *balance && *balance != probe->balance)
+	compensation = nh->pos + sizeof(struct udphdr);
+	if (probe->compensation && (void *)(compensation + 1) <= nh->end && *compensation && *compensation != probe->compensation)
 		return 0; /* the checksum is another's, changed on the way; 0 may be padding (RFC 4884) */
 	path = path_to(&result.key.dest);
 	if (!is_time_exceeded(outer, icmp)) {
@@ -2400,7 +2411,7 @@ static inline void receive_echo_reply(const struct packet *pkt, const struct icm
 	key.ident = bpf_ntohs(icmp->sequence);
 	probe = in_flight.lookup(&key);
 	/* The application's own may have the same number, but are of another size. */
-	if (!probe || !probe->kept || pkt->l4_len != sizeof(*icmp) + probe->kept)
+	if (!probe || !probe->payload_len || pkt->l4_len != sizeof(*icmp) + probe->payload_len)
 		return;
 	path = path_to(&key.dest);
 	if (path)
@@ -2462,6 +2473,6 @@ int elf_ingress(struct xdp_md *ctx)
 	}
 	path = path_to(&pkt.saddr);
 	if (path)
-		learn_length(path, pkt.ttl);
+		learn_distance(path, pkt.ttl);
 	return VERDICT_PASS;
 }

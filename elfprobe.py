@@ -98,7 +98,7 @@ FORKS_SAMPLED, FORKS_SAMPLED_MAX = 3, 30  # to find out where a task has its PID
 LINGER = 30.0  # s that a destination stays of interest after its last connection ended
 DRAW_EVERY = 1.0  # s between two tables on a terminal
 DESTINATIONS_MAX = 65536
-PEERS_MAX = 16384  # destinations of processes' flows
+FLOW_DESTINATIONS_MAX = 16384  # destinations of processes' flows
 RING_HOLDS = 0.25  # s of results at the highest rate
 RING_PAGE = os.sysconf("SC_PAGESIZE")
 RING_PAGES_MIN = 64  # replies may come in bursts at any rate
@@ -128,7 +128,7 @@ BPF_CGROUP_INET_SOCK_CREATE, BPF_XDP = 2, 37  # enum bpf_attach_type, linux/bpf.
 BPF_TCX_INGRESS, BPF_TCX_EGRESS = 46, 47  # the same, since Linux 6.6
 BTF_KIND_STRUCT = 4  # linux/btf.h
 BPF_STATS_RUN_TIME = 0  # enum bpf_stats_type, linux/bpf.h
-UNDECIDED, OF_INTEREST = 1, 2  # as in elfprobe.c
+UNDECIDED, TARGET = 1, 2  # as in elfprobe.c
 TASK_COMM_LEN = 16  # linux/sched.h: of a command name, the final zero included
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, linux/proc_ns.h: its inode number, always
 # asm-generic/unistd.h: one number on all machines
@@ -181,9 +181,9 @@ UNFIT = {
     "carrier_unfit": "SYN, FIN, RST, fragments, other protocols",
     "carrier_resent": "retransmissions and keep-alives",
     "carrier_zerocopy": "sent with MSG_ZEROCOPY, of which the kernel would tell that it was copied",
-    "hop_silent": "the hop whose turn it was had fallen silent",
+    "hop_unresponsive": "the next hop stopped responding and is backing off",
     "flow_stalled": "nothing was acknowledged any more",
-    "driver_silent": "elfprobe was stopped or starved",
+    "lease_expired": "elfprobe was stopped or starved",
     "hook_dropped": "the hook's verdict",
 }
 
@@ -284,7 +284,7 @@ class Config:
             "BY_OWNER": str(int(build.by_owner)),
             "BY_APP": str(int(build.by_owner and bool(self.apps))),
             "DESTINATIONS_MAX": str(DESTINATIONS_MAX),
-            "PEERS_MAX": str(PEERS_MAX if build.by_owner else 1),
+            "FLOW_DESTINATIONS_MAX": str(FLOW_DESTINATIONS_MAX if build.by_owner else 1),
             "IN_FLIGHT_MAX": str(power_of_two(min(max(waiting, 1024), 1 << 18))),
             "OLD_MAPS": str(int(build.old_maps)),
             "PREEMPTIBLE": str(int(build.preemptible)),
@@ -620,32 +620,32 @@ def connected_addresses(chosen: dict[int, str]) -> dict[bytes, str]:
     return found
 
 
-def mark_of(packed: bytes) -> int:
-    """Which of all marks an address has: mark_of() of elfprobe.c."""
+def filter_slot(packed: bytes) -> int:
+    """Return the slot of an address in the address filter: filter_slot() of elfprobe.c."""
     first, second, third, fourth = struct.unpack("=4I", packed)
     number: int = (first ^ second ^ third ^ fourth) * 0x9E3779B1 & 0xFFFFFFFF
     return number >> 12
 
 
 class Destinations:
-    """The kernel's table of destinations of interest, with their marks."""
+    """The kernel's table of target destinations, and the address filter in front of it."""
 
     IN_PATHS = 1  # as in elfprobe.c
 
     def __init__(self, bpf: Any) -> None:
         self._paths = bpf["paths"]
-        self._marks = bpf["marks"]
-        self._marks_per_line = ctypes.sizeof(self._marks.Leaf)
-        self._lines: dict[int, Any] = {}  # what of the marks is not empty
-        self._removed: dict[bytes, tuple[int, int]] = {}  # what holds for the whole run: seq, left_alone
+        self._filter = bpf["address_filter"]
+        self._line_size = ctypes.sizeof(self._filter.Leaf)
+        self._lines: dict[int, Any] = {}  # lines of the filter that are not empty
+        self._removed: dict[bytes, tuple[int, int]] = {}  # what holds for the whole run: seq, excluded
         self._full = False
 
     def add(self, packed: bytes, path: Any = None) -> bool:
         """Makes an address one of interest, with nothing known of the way there or this struct path.
         False where there is no room; the first time that is logged."""
         if path is None:
-            seq, left_alone = self._removed.get(packed, (0, 0))
-            path = self._paths.Leaf(seq=seq, left_alone=left_alone)
+            seq, excluded = self._removed.get(packed, (0, 0))
+            path = self._paths.Leaf(seq=seq, excluded=excluded)
         try:
             self._paths[self._paths.Key.from_buffer_copy(packed)] = path
         except Exception as err:  # BCC raises a bare Exception where the table is full
@@ -654,18 +654,18 @@ class Destinations:
             self._full = True
             return False
         self._removed.pop(packed, None)
-        number, place = divmod(mark_of(packed), self._marks_per_line)
-        line = self._lines.get(number) or self._lines.setdefault(number, self._marks.Leaf())
-        if not line.marks[place]:
-            line.marks[place] = self.IN_PATHS
-            self._marks[self._marks.Key(number)] = line
+        number, place = divmod(filter_slot(packed), self._line_size)
+        line = self._lines.get(number) or self._lines.setdefault(number, self._filter.Leaf())
+        if not line.slots[place]:
+            line.slots[place] = self.IN_PATHS
+            self._filter[self._filter.Key(number)] = line
         return True
 
     def remove(self, packed: bytes) -> None:
         key = self._paths.Key.from_buffer_copy(packed)
         with contextlib.suppress(KeyError):
             path = self._paths[key]
-            self._removed[packed] = path.seq, path.left_alone
+            self._removed[packed] = path.seq, path.excluded
             if len(self._removed) > REMOVED_MAX:
                 del self._removed[next(iter(self._removed))]
             del self._paths[key]
@@ -944,7 +944,7 @@ class SocketOwners:
         return {
             self._processes.Key.from_buffer_copy(key).value
             for key, value in entries(self._processes)
-            if self._processes.Leaf.from_buffer_copy(value).interest == OF_INTEREST
+            if self._processes.Leaf.from_buffer_copy(value).status == TARGET
         }
 
     def _missed(self) -> int:
@@ -971,7 +971,7 @@ class SocketOwners:
 
     def _adopt(self, pid: int, process_id: int, name: str) -> None:
         """From now on the process is of interest, with the sockets that it has."""
-        entry = self._processes.Leaf(id=process_id, interest=OF_INTEREST)
+        entry = self._processes.Leaf(id=process_id, status=TARGET)
         entry.app.text = comm_bytes(name)
         self._processes[self._processes.Key(pid)] = entry
         if self._tag_sockets(pid, entry):
@@ -990,14 +990,14 @@ class SocketOwners:
     def _tag_sockets(self, pid: int, process: Any) -> bool:
         """Notes this process as owner of its sockets, but for those that one of interest has already.
         False where they cannot be had, or the process has ended."""
-        owner = self._owner(process=process.id, interest=process.interest, pid=pid)
+        owner = self._owner(process=process.id, status=process.status, pid=pid)
         owner.app.text = process.app.text
         known = self._owner()
         try:
             for found in duplicated_sockets(pid):
                 key = ctypes.c_int(found.fileno())
                 tagged = bcc.lib.bpf_lookup_elem(self._sockets, ctypes.byref(key), ctypes.byref(known)) == 0
-                if not (tagged and known.interest == OF_INTEREST):
+                if not (tagged and known.status == TARGET):
                     bcc.lib.bpf_update_elem(self._sockets, ctypes.byref(key), ctypes.byref(owner), 0)
         except OSError as err:
             if err.errno not in (errno.ESRCH, errno.ENOENT):
@@ -1030,8 +1030,8 @@ class SocketOwners:
                     if not os.path.exists(f"/proc/{pid}") or not self._entry(process_id, pid):
                         ending.remove((process_id, pid))
                         self._forget(process_id, pid)
-            if event and event.interest:
-                self._decide(event.id, event.pid, event.interest)
+            if event and event.status:
+                self._decide(event.id, event.pid, event.status)
             elif event:
                 ending.add((event.id, event.pid))
 
@@ -1047,8 +1047,8 @@ class SocketOwners:
         if entry is None:  # taken away with that of the program before, or this is another process
             interest = UNDECIDED
         parent = self._processes.get(self._processes.Key(process.ppid))
-        inherits = parent is not None and parent.interest == OF_INTEREST  # it was found so after the fork
-        if interest == OF_INTEREST or inherits or self._apps & process_names(process):
+        inherits = parent is not None and parent.status == TARGET  # it was found so after the fork
+        if interest == TARGET or inherits or self._apps & process_names(process):
             self._adopt(pid, process_id, process.name)
         else:
             self._forget(process_id, pid)
@@ -2195,9 +2195,9 @@ class Results:
 FLOW_EVENTS = {
     1: "{flow}: nothing is acknowledged any more: no probes until it moves again",
     2: "{flow}: moves again, and is probed again",
-    3: "{flow}: stalled under probes again: its destination is left alone for the rest of this run",
-    4: "{dest}: a filter in front of ours took the copy of a packet, or let it out whole: the destination "
-       "is left alone for the rest of this run",
+    3: "{flow}: stalled under probes again: destination excluded for the rest of this run",
+    4: "{dest}: a filter in front of ours took the copy of a packet, or let it out whole: destination "
+       "excluded for the rest of this run",
 }  # fmt: skip
 
 
@@ -2484,7 +2484,7 @@ class ElfProbe:
     def _unprobed(self, count: dict[str, int]) -> Iterator[str]:
         """Why there are no probes, to some destinations or at all."""
         length = self._bpf["paths"].Leaf.length.offset
-        paths = itertools.chain(entries(self._bpf["paths"]), entries(self._bpf["peers"]))
+        paths = itertools.chain(entries(self._bpf["paths"]), entries(self._bpf["flow_paths"]))
         near = [address_text(key) for key, path in paths if path[length] == 1]
         if near:
             more = f" and {len(near) - 5} more" if len(near) > 5 else ""

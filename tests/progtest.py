@@ -95,7 +95,7 @@ class Flight(NamedTuple):
     outttl: int = 1
     outipid: int = 0
     sendtime: int = 1
-    kept: int = 0
+    payload_len: int = 0
 
 
 @contextmanager
@@ -190,9 +190,9 @@ class Programs:
     def clear(self) -> None:
         """Forgets everything that was seen, but lets probes be made."""
         self.rows()
-        for name in 'paths', 'in_flight', 'unfinished', 'schedules', 'counters':
+        for name in 'paths', 'in_flight', 'partial_checksums', 'schedules', 'counters':
             self.bpf[name].clear()
-        self.set_claim()
+        self.set_reservation()
         self.set_alive_until(1 << 63)
 
     def set_alive_until(self, when: int) -> None:
@@ -200,19 +200,19 @@ class Programs:
         table = self.bpf['alive_until']
         table[table.Key(0)] = table.Leaf(when)
 
-    def set_claim(self, **fields: int) -> None:
+    def set_reservation(self, **fields: int) -> None:
         """What elf_probe finds, on whichever CPU it runs, and with PREEMPT_RT in whichever task."""
         if elfprobe.is_preemptible():
-            self.bpf['task_claims'].clear()
-        table = self.bpf['claims']
+            self.bpf['task_reservations'].clear()
+        table = self.bpf['reservations']
         per_cpu = table.Leaf()
-        for claim in per_cpu:
+        for reservation in per_cpu:
             for name, value in fields.items():
-                setattr(claim, name, value)
+                setattr(reservation, name, value)
         table[table.Key(0)] = per_cpu
 
     def follow(self, address: str, hops: dict[int, dict[str, int]] | None = None, **fields: int) -> None:
-        """Makes an address one of interest, with this known of the way there; `hops` by number."""
+        """Make an address a target with this state of its path; `hops` by number."""
         path = self.bpf['paths'].Leaf(**fields)
         for number, known in (hops or {}).items():
             for name, value in known.items():

@@ -631,7 +631,7 @@ def test_suspicious_firewall(lab4: Lab, tmp_path: Path) -> None:
 
         wait_until(lambda: is_said('nothing is acknowledged any more'), 20, 'the flows stall')
         wait_until(lambda: is_said('moves again'), 20, 'the flows move again')
-        wait_until(lambda: is_said('left alone for the rest of this run'), 20, 'the flows are left alone')
+        wait_until(lambda: is_said('excluded for the rest of this run'), 20, 'the flows are excluded')
         quiet = time.monotonic_ns()
         before = list(arrived)
         wait_until(lambda: all(now > then + 10_000 for now, then in zip(talk(), before)), 20, 'they go on')
@@ -699,7 +699,7 @@ def test_stalled_flow_is_not_probed(lab4: Lab, tmp_path: Path) -> None:
         stack.callback(end, lab4.client.popen(*iperf3, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         first = stall(lab4, run, 'nothing is acknowledged any more')
         wait_until(lambda: 'moves again' in run.log, 20, 'it moves again')
-        second = stall(lab4, run, 'left alone for the rest of this run')
+        second = stall(lab4, run, 'excluded for the rest of this run')
         sent = segments_sent(lab4)
         wait_until(lambda: segments_sent(lab4) >= sent + 100, 20, 'the flow goes on')
         assert run.stop() == 0

@@ -55,7 +55,7 @@ SECONDS = float(os.environ.get('ELFPROBE_TESTS_SECONDS', 5))  # beside somebody 
 SHORT_FLOWS = 200
 ENOUGH = 20  # packets of each program, at least
 # Counters of packets without a probe, where the machine is too slow.
-STARVED = 'driver_silent', 'hop_silent', 'flow_stalled', 'carrier_resent'
+STARVED = 'lease_expired', 'hop_unresponsive', 'flow_stalled', 'carrier_resent'
 MANY = ','.join(f'10.0.5.{number}' for number in range(2, 10))  # addresses of the server
 PORTS = count(20000)
 PEER_OFFSET = 5000  # to the port of the one who connects, from that of the program that listens

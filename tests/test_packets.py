@@ -322,7 +322,7 @@ def probe_of(sent: Packet, came: Packet, trimmed: bool) -> Packet:
 @EVERY_CARRIER
 def test_probe(load: Load, sent: Packet, notrunc: bool) -> None:
     programs = load(notrunc=notrunc)
-    programs.set_claim(seq=SEQ, ttl=TTL)
+    programs.set_reservation(seq=SEQ, ttl=TTL)
     before = time.monotonic_ns()
     verdict, out = programs.run('elf_probe', sent)
     after = time.monotonic_ns()
@@ -356,7 +356,7 @@ def test_numbers_of_probes_in_a_row_differ(load: Load, layers: list[Packet], cou
     offsets = {*range(20), *range(count - 20, count), *random.Random(count).sample(range(count), 400)}
     seqs = sorted((first + offset) % 2**32 for offset in offsets)
     for seq in seqs:
-        programs.set_claim(seq=seq, ttl=1)
+        programs.set_reservation(seq=seq, ttl=1)
         assert programs.run('elf_probe', sent).verdict == TC_ACT_UNSPEC
     flights = programs.in_flight()
     assert sorted(flight.seq for flight in flights) == seqs
@@ -368,7 +368,7 @@ def test_numbers_of_probes_in_a_row_differ(load: Load, layers: list[Packet], cou
 @pytest.mark.parametrize('seq', [0, 65534, 65535, 65536, 2**32 - 1])
 def test_numbers_that_wrap(load: Load, version: int, seq: int) -> None:
     programs = load()
-    programs.set_claim(seq=seq, ttl=TTL)
+    programs.set_reservation(seq=seq, ttl=TTL)
     for layers in [segment()], [datagram(), data(9)], [echo(version), data(9)]:
         sent = frame(ip(version), *layers)
         out = programs.run('elf_probe', sent).frame
@@ -392,7 +392,7 @@ def test_checksum_that_comes_out_as_zero(load: Load, version: int) -> None:
 def test_notrunc_keeps_the_first_segment_of_a_packet_yet_to_be_segmented(
         load: Load, version: int, layers: list[Packet], tcx: bool, ended: int) -> None:
     programs = load(notrunc=True, tcx=tcx)
-    programs.set_claim(seq=SEQ, ttl=TTL)
+    programs.set_reservation(seq=SEQ, ttl=TTL)
     sent = unfinished(frame(ip(version), *layers, data(1000)))
     verdict, out = programs.run('elf_probe', sent, SkBuff(gso_size=99, gso_segs=11))
     assert verdict == ended  # the clone: the probe, which is shorter, is sent anew
@@ -429,7 +429,7 @@ def test_probes_that_cannot_be_told_apart_are_not_sent(
         load: Load, notrunc: bool, one: list[Packet], other: list[Packet], both: bool,
         finish: Callable[[Packet], Packet]) -> None:
     programs = load(notrunc=notrunc)
-    programs.set_claim(seq=SEQ, ttl=TTL)
+    programs.set_reservation(seq=SEQ, ttl=TTL)
     assert programs.run('elf_probe', finish(frame(ip(4), *one))).verdict == TC_ACT_UNSPEC
     flights = programs.in_flight()
     verdict = programs.run('elf_probe', finish(frame(ip(4), *other))).verdict
@@ -443,7 +443,7 @@ def test_no_room_in_flight(load: Load) -> None:
     programs = load(max_rate=1)
     room = programs.bpf['in_flight'].max_entries
     for seq in range(room + 1):
-        programs.set_claim(seq=seq, ttl=TTL)
+        programs.set_reservation(seq=seq, ttl=TTL)
         verdict = programs.run('elf_probe', frame(ip(4), datagram())).verdict
         assert verdict == (TC_ACT_UNSPEC if seq < room else TC_ACT_SHOT)
     assert programs.counters() == {'in_flight_full': 1}
@@ -518,7 +518,7 @@ FIT = {
 @pytest.mark.parametrize('version, packet', [*in_versions(FIT)])
 def test_fit_carrier(load: Load, version: int, packet: Packet) -> None:
     programs = load()
-    programs.follow(SERVER[version], length=9, turn=TTL - 1, seq=SEQ)
+    programs.follow(SERVER[version], length=9, last_probed=TTL - 1, seq=SEQ)
     sent = frame(packet)
     with programs.attached() as send:
         [out] = send(sent)
@@ -570,7 +570,7 @@ def test_somebodys_traceroute_carries_no_probe(load: Load, version: int, ttl: in
     assert programs.counters() == {counter: 1}
 
 
-@pytest.mark.parametrize('seconds, counter', [(-1, 'driver_silent'), (None, 'driver_silent'), (10, 'probes')])
+@pytest.mark.parametrize('seconds, counter', [(-1, 'lease_expired'), (None, 'lease_expired'), (10, 'probes')])
 def test_no_probe_without_the_drivers_heartbeat(load: Load, seconds: int | None, counter: str) -> None:
     programs = load()
     programs.follow(SERVER[4], length=9)
@@ -738,7 +738,7 @@ def test_reply_finds_the_probe_that_was_made(load: Load, sent: Packet, notrunc: 
     padding and extensions behind the least."""
     programs, version = load(notrunc=notrunc), version_of(sent)
     for finishes, quote in (False, bytes), (True, bytes), (True, least), (True, lambda q: extended(least(q))):
-        programs.set_claim(seq=SEQ, ttl=TTL)
+        programs.set_reservation(seq=SEQ, ttl=TTL)
         probe = Ether(programs.run('elf_probe', sent).frame)
         [flight] = programs.in_flight()
         on_the_wire = finished(probe) if finishes and is_unfinished(probe) else probe
@@ -754,7 +754,7 @@ def test_reply_finds_the_probe_that_was_made(load: Load, sent: Packet, notrunc: 
 def test_quote_of_an_unfinished_probe_must_tell_it(load: Load, version: int, notrunc: bool) -> None:
     """All have the same checksum: what tells them apart is in the first 32 bytes of data."""
     programs = load(notrunc=notrunc)
-    programs.set_claim(seq=SEQ, ttl=TTL)
+    programs.set_reservation(seq=SEQ, ttl=TTL)
     probe = programs.run('elf_probe', unfinished(frame(ip(version), datagram(), data(40)))).frame
     quote = bytes(Ether(probe).payload)
     needed = len(ip(version)) + 8 + (32 if notrunc else 2)
@@ -1005,7 +1005,7 @@ def test_what_is_in_front_stays(load: Load, version: int, config: dict[str, str]
     probes, flights = [], []
     for packet, options in (sent, {}), (front(sent), config):
         programs = load(notrunc=notrunc, **options)
-        programs.set_claim(seq=SEQ, ttl=TTL)
+        programs.set_reservation(seq=SEQ, ttl=TTL)
         verdict, probe = programs.run('elf_probe', packet)
         assert verdict == TC_ACT_UNSPEC, programs.counters()
         [flight] = programs.in_flight()
@@ -1089,11 +1089,11 @@ def test_what_xdp_on_a_tunnel_is_shown_in_front(
 def test_ttl_tells_the_length_of_the_path(load: Load, version: int, ttl: int, length: int) -> None:
     """Systems begin with 32, 64, 128 or 255; what seems farther than MAX_HOPS began with something else."""
     programs = load()
-    programs.follow(SERVER[version], horizon=4, responsive=3, next_due=NEVER)
+    programs.follow(SERVER[version], max_ttl_tried=4, last_responsive=3, next_due=NEVER)
     packet = frame(ip(version, src=SERVER[version], dst=CLIENT[version], ttl=ttl), segment())
     assert programs.receive(packet) == (PASS, bytes(packet))
     path = programs.path(SERVER[version])
-    assert (path.length, path.responsive) == (length, min(3, length - 1) if length else 3)
+    assert (path.length, path.last_responsive) == (length, min(3, length - 1) if length else 3)
     assert path.next_due < NEVER
     assert programs.counters() == {}
 
@@ -1143,13 +1143,13 @@ def test_destination_that_answers_a_probe_is_nearer_than_was_thought(
     programs, probe = load(), PROBES[protocol](version)
     flight = flight_of(probe, **KNOWN)
     programs.put_in_flight(flight)
-    programs.follow(SERVER[version], length=before, reverse=9, responsive=TTL)
+    programs.follow(SERVER[version], length=before, reverse_distance=9, last_responsive=TTL)
     source = ip(version, src=SERVER[version], dst=CLIENT[version], ttl=56)
     packet = frame(source, answer[version].copy(), Raw(bytes(probe.payload)))
     assert programs.receive(packet) == (PASS, bytes(packet))
     assert programs.in_flight() == [flight]
     path = programs.path(SERVER[version])
-    assert (path.length, path.responsive) == (after, TTL - 1)
+    assert (path.length, path.last_responsive) == (after, TTL - 1)
     assert programs.counters() == {'reached': 1}
 
 
@@ -1160,11 +1160,11 @@ def test_destination_that_answers_from_where_it_was_thought_to_be(
     destination again and again, where the router is asked so often that an answer is always due."""
     programs, probe = load(), PROBES['UDP'](4)
     programs.put_in_flight(flight_of(probe, **KNOWN))
-    programs.follow(SERVER[4], {TTL - 1: dict(rtt=9, unanswered=1)}, length=length, reverse=9, distances=0x30)
+    programs.follow(SERVER[4], {TTL - 1: dict(rtt=9, unanswered=1)}, length=length, reverse_distance=9, reply_distances=0x30)
     source = ip(4, src=SERVER[4], dst=CLIENT[4], ttl=56)
     programs.receive(frame(source, ICMP(type=3, code=3), Raw(bytes(probe.payload))))
     path = programs.path(SERVER[4])
-    assert (path.length, path.distances) == (TTL, distances)
+    assert (path.length, path.reply_distances) == (TTL, distances)
 
 
 @BOTH_VERSIONS
@@ -1172,8 +1172,8 @@ def test_destination_that_answers_from_where_it_was_thought_to_be(
 def test_echo_replies_to_a_packet_and_its_probe(load: Load, version: int, length: int) -> None:
     """The packet's may have the number of a probe that waits for a silent router: only their sizes differ."""
     programs = load()
-    programs.follow(SERVER[version], length=9, reverse=9)
-    programs.set_claim(seq=SEQ, ttl=TTL)
+    programs.follow(SERVER[version], length=9, reverse_distance=9)
+    programs.set_reservation(seq=SEQ, ttl=TTL)
     probe = Ether(programs.run('elf_probe', frame(ip(version), echo(version), data(length))).frame)
     known = dict(id=0x4142, seq=transport(probe).seq)
     echo_reply = {4: ICMP(type=0, **known), 6: ICMPv6EchoReply(**known)}[version]
@@ -1190,8 +1190,8 @@ def test_echo_replies_to_a_packet_and_its_probe(load: Load, version: int, length
 def test_echo_reply_to_a_probe(load: Load, version: int, notrunc: bool) -> None:
     """With the payload kept, probe and packet have one number, and the reply is most likely the packet's."""
     programs = load(notrunc=notrunc)
-    programs.put_in_flight(flight_of(PROBES['ICMP'](version), **KNOWN, kept=0 if notrunc else 2))
-    programs.follow(SERVER[version], length=9, reverse=9)
+    programs.put_in_flight(flight_of(PROBES['ICMP'](version), **KNOWN, payload_len=0 if notrunc else 2))
+    programs.follow(SERVER[version], length=9, reverse_distance=9)
     echo_reply = {4: ICMP(type=0, id=0x4142, seq=0x4344), 6: ICMPv6EchoReply(id=0x4142, seq=0x4344)}
     source = ip(version, src=SERVER[version], dst=CLIENT[version], ttl=56)
     packet = frame(source, echo_reply[version], data(0 if notrunc else 2))
@@ -1205,17 +1205,17 @@ def test_echo_reply_to_a_probe(load: Load, version: int, notrunc: bool) -> None:
 Hops = Dict[int, Dict[str, int]]
 PER_HOP, GLOBAL, EVERY_PACKET = dict(probeint=1000), dict(probeint=1000, rate_global=True), dict(probeint=0)
 RESTING = dict(due=NEVER)
-ROUTERS = dict(responsive=9, far_reply=NEVER)  # all hops are, for certain
+ROUTERS = dict(last_responsive=9, farthest_reply=NEVER)  # all hops are, for certain
 TURNS: dict[str, tuple[dict[str, Any], dict[str, int], Hops, list[int]]] = {
     # configuration, path, hops; TTLs of the probes that so many packets in a row and a few more carry
     'each hop once in an interval': (PER_HOP, dict(length=5), {}, [1, 2, 3, 4]),
     'one probe in an interval': (GLOBAL, dict(length=5), {}, [1]),
-    'one probe in an interval, of the next hop': (GLOBAL, dict(length=5, turn=2), {}, [3]),
+    'one probe in an interval, of the next hop': (GLOBAL, dict(length=5, last_probed=2), {}, [3]),
     'no interval': (EVERY_PACKET, dict(ROUTERS, length=4), {}, [1, 2, 3] * 3),
     'no interval, global': (
         dict(EVERY_PACKET, rate_global=True), dict(ROUTERS, length=4), {}, [1, 2, 3] * 3),
-    'in the middle of a round': (PER_HOP, dict(length=5, turn=2), {}, [3, 4, 1, 2]),
-    'after a path became shorter': (PER_HOP, dict(length=5, turn=9), {}, [1, 2, 3, 4]),
+    'in the middle of a round': (PER_HOP, dict(length=5, last_probed=2), {}, [3, 4, 1, 2]),
+    'after a path became shorter': (PER_HOP, dict(length=5, last_probed=9), {}, [1, 2, 3, 4]),
     'a hop that rests': (PER_HOP, dict(length=5), {2: RESTING}, [1, 3, 4]),
     'all hops rest': (PER_HOP, dict(length=3), {1: RESTING, 2: RESTING}, []),
     'nothing before the destination': (PER_HOP, dict(length=1), {}, []),
@@ -1226,10 +1226,10 @@ TURNS: dict[str, tuple[dict[str, Any], dict[str, int], Hops, list[int]]] = {
         EVERY_PACKET, dict(ROUTERS, length=4, explore=1), {}, [4, 1, 2, 3, 1, 2, 3]),
     'one hop beyond, now and then': (PER_HOP, dict(length=4, seq=19999), {}, [4, 1, 2, 3]),
     'nothing beyond what can be probed': (
-        PER_HOP, dict(length=33, explore=1, turn=31), {}, [32, *range(1, 32)]),
+        PER_HOP, dict(length=33, explore=1, last_probed=31), {}, [32, *range(1, 32)]),
     'length unknown, nothing tried': (PER_HOP, {}, {}, [1]),
-    'length unknown, some hops known': (PER_HOP, dict(horizon=3), {}, [1, 2, 3]),
-    'length unknown, no hop left': (PER_HOP, dict(horizon=32, turn=30), {}, [31, 32, *range(1, 31)]),
+    'length unknown, some hops known': (PER_HOP, dict(max_ttl_tried=3), {}, [1, 2, 3]),
+    'length unknown, no hop left': (PER_HOP, dict(max_ttl_tried=32, last_probed=30), {}, [31, 32, *range(1, 31)]),
 }
 
 
@@ -1267,32 +1267,32 @@ def test_next_probe_is_due_when_the_interval_is_over(load: Load) -> None:
         assert without < flight.sendtime + 10 * MS <= max(later.sendtime for later in programs.in_flight())
 
 
-LAST = dict(responsive=4)  # the farthest hop that has answered
-PROVEN = dict(responsive=4, far_reply=NEVER)  # and it has done so since
+LAST = dict(last_responsive=4)  # the farthest hop that has answered
+PROVEN = dict(last_responsive=4, farthest_reply=NEVER)  # and it has done so since
 RESTS: dict[str, tuple[dict[str, int], int, dict[str, int], int]] = {
     # path, hop, what is known of it, silent since long ago: how many ms it rests; 0: it is probed
     'a hop that answers': (PROVEN, 2, dict(unanswered=0), 0),
     'a router, 8 lost': (PROVEN, 2, dict(unanswered=8), 0),
     'a router, 9 lost': (PROVEN, 2, dict(unanswered=9), 10),
-    'a router, 10 lost': (PROVEN, 2, dict(unanswered=10, rests=1), 20),
-    'a router, 14 lost': (PROVEN, 2, dict(unanswered=14, rests=5), 320),
-    'a silent router': (PROVEN, 2, dict(unanswered=19, rests=10), 10000),
-    'a router silent for long': (PROVEN, 2, dict(unanswered=2**8 - 1, rests=16), 10000),
-    'a router whose rest is over': (PROVEN, 2, dict(unanswered=9, rests=3, resting=1), 0),
+    'a router, 10 lost': (PROVEN, 2, dict(unanswered=10, backoff_level=1), 20),
+    'a router, 14 lost': (PROVEN, 2, dict(unanswered=14, backoff_level=5), 320),
+    'a silent router': (PROVEN, 2, dict(unanswered=19, backoff_level=10), 10000),
+    'a router silent for long': (PROVEN, 2, dict(unanswered=2**8 - 1, backoff_level=16), 10000),
+    'a router whose rest is over': (PROVEN, 2, dict(unanswered=9, backoff_level=3, backoff=1), 0),
     'a router, of which nothing has been heard since': (LAST, 2, dict(unanswered=1, rtt=9), 200),
     'the last router, 1 lost': (LAST, 4, dict(unanswered=1, rtt=9), 200),
-    'the last router, its rest is over': (LAST, 4, dict(unanswered=1, rtt=9, rests=1, resting=1), 0),
-    'the last router, 2 lost': (LAST, 4, dict(unanswered=2, rtt=9, rests=1), 1600),
-    'the last router, 3 lost': (LAST, 4, dict(unanswered=3, rtt=9, rests=2), 12800),
-    'the last router, 2 lost, of late as well': (LAST, 4, dict(unanswered=2, rtt=9, rests=1, alarms=4), 200),
-    'the last router, 3 lost, of late but 1': (LAST, 4, dict(unanswered=3, rtt=9, rests=2, alarms=7), 1600),
-    'the last router, 4 lost, of late as well': (LAST, 4, dict(unanswered=4, rtt=9, rests=3, alarms=12), 200),
-    'the last router, 5 lost': (LAST, 4, dict(unanswered=5, rtt=9, rests=4, alarms=12), 1600),
-    'the last router, many lost': (LAST, 4, dict(unanswered=99, rtt=9, rests=16), 256000),
+    'the last router, its rest is over': (LAST, 4, dict(unanswered=1, rtt=9, backoff_level=1, backoff=1), 0),
+    'the last router, 2 lost': (LAST, 4, dict(unanswered=2, rtt=9, backoff_level=1), 1600),
+    'the last router, 3 lost': (LAST, 4, dict(unanswered=3, rtt=9, backoff_level=2), 12800),
+    'the last router, 2 lost, of late as well': (LAST, 4, dict(unanswered=2, rtt=9, backoff_level=1, false_alarms=4), 200),
+    'the last router, 3 lost, of late but 1': (LAST, 4, dict(unanswered=3, rtt=9, backoff_level=2, false_alarms=7), 1600),
+    'the last router, 4 lost, of late as well': (LAST, 4, dict(unanswered=4, rtt=9, backoff_level=3, false_alarms=12), 200),
+    'the last router, 5 lost': (LAST, 4, dict(unanswered=5, rtt=9, backoff_level=4, false_alarms=12), 1600),
+    'the last router, many lost': (LAST, 4, dict(unanswered=99, rtt=9, backoff_level=16), 256000),
     'behind it, 1 lost': (PROVEN, 5, dict(unanswered=1), 1000),
     'behind it, 1 lost, but it has answered once': (PROVEN, 5, dict(unanswered=1, rtt=9), 200),
-    'behind it, 2 lost': (PROVEN, 5, dict(unanswered=2, rests=1), 8000),
-    'behind it, 4 lost': (PROVEN, 5, dict(unanswered=4, rests=3), 256000),
+    'behind it, 2 lost': (PROVEN, 5, dict(unanswered=2, backoff_level=1), 8000),
+    'behind it, 4 lost': (PROVEN, 5, dict(unanswered=4, backoff_level=3), 256000),
     'farther behind, nothing lost': (PROVEN, 7, dict(unanswered=0), 0),
     'farther behind, 1 lost': (PROVEN, 7, dict(unanswered=1), 64000),
     'far behind, 1 lost': (PROVEN, 20, dict(unanswered=1), 256000),
@@ -1304,7 +1304,7 @@ RESTS: dict[str, tuple[dict[str, int], int, dict[str, int], int]] = {
 def test_rests(load: Load, path: dict[str, int], number: int, hop: dict[str, int], rest: int) -> None:
     """A silent hop is not probed but for once behind each rest; each is longer than the one before."""
     programs = load(probeint=10)
-    programs.follow(SERVER[4], {number: dict(hop, since=1)}, length=25, turn=number - 1, **path)
+    programs.follow(SERVER[4], {number: dict(hop, since=1)}, length=25, last_probed=number - 1, **path)
     begin = time.monotonic_ns()
     with programs.attached() as send:
         assert len(send(frame(ip(4), segment()))) == (0 if rest else 1)
@@ -1313,14 +1313,14 @@ def test_rests(load: Load, path: dict[str, int], number: int, hop: dict[str, int
     known = after.hops[number]
     if not rest:
         [flight] = programs.in_flight()
-        assert (known.due, known.resting) == (flight.sendtime + 10 * MS, 0)
+        assert (known.due, known.backoff) == (flight.sendtime + 10 * MS, 0)
         assert known.unanswered == min(hop['unanswered'] + 1, 2**8 - 1)
         return
     assert begin <= known.due - rest * MS <= end
-    assert (known.resting, known.rests) == (1, min(hop.get('rests', 0) + 1, 16))
+    assert (known.backoff, known.backoff_level) == (1, min(hop.get('backoff_level', 0) + 1, 16))
     # A last router that is silent is no longer what proves that those before it are routers.
-    assert after.responsive == path.get('responsive', 0) - (number == path.get('responsive', 0))
-    assert (after.turn, programs.counters()) == (number, {'hop_silent': 1})
+    assert after.last_responsive == path.get('last_responsive', 0) - (number == path.get('last_responsive', 0))
+    assert (after.last_probed, programs.counters()) == (number, {'hop_unresponsive': 1})
 
 
 @pytest.mark.parametrize('path, latency, waited, rest', [
@@ -1336,7 +1336,7 @@ def test_late_is_not_silent(load: Load, path: dict[str, int], latency: int, wait
     with programs.attached() as send:
         begin = time.monotonic_ns()
         hop = dict(unanswered=14, since=begin - waited * MS, rtt=latency * 1000)
-        programs.follow(SERVER[4], {number: hop}, length=9, turn=number - 1, **path)
+        programs.follow(SERVER[4], {number: hop}, length=9, last_probed=number - 1, **path)
         assert len(send(packet)) == (0 if rest else 1)
     if rest:
         assert begin <= programs.path(SERVER[4]).hops[number].due - rest * MS <= time.monotonic_ns()
@@ -1360,10 +1360,10 @@ def test_steps_while_the_length_is_unknown(load: Load, where: tuple[int, int, in
     farthest, responsive, silent = where
     programs = load()
     hop = dict(unanswered=1, since=time.monotonic_ns() - silent * MS, due=NEVER)
-    programs.follow(SERVER[4], {farthest: hop}, horizon=farthest, responsive=responsive, turn=horizon - 1)
+    programs.follow(SERVER[4], {farthest: hop}, max_ttl_tried=farthest, last_responsive=responsive, last_probed=horizon - 1)
     with programs.attached() as send:
         [probe] = send(frame(ip(4), segment()))
-    assert programs.path(SERVER[4]).horizon == horizon
+    assert programs.path(SERVER[4]).max_ttl_tried == horizon
     assert Ether(probe)[IP].ttl == (horizon if horizon > farthest else 1)
 
 
@@ -1374,11 +1374,11 @@ def test_ticks_of_two_cpus(load: Load) -> None:
     arrived = frame(ip(4, src=SERVER[4], dst=CLIENT[4], ttl=60), segment())
     programs.receive(arrived)
     path = programs.path(SERVER[4])
-    path.heard = later = path.heard + 1000
+    path.last_received = later = path.last_received + 1000
     programs.set_path(SERVER[4], path)
     programs.receive(arrived)
     path = programs.path(SERVER[4])
-    assert (path.heard, path.closed, path.reopened) == (later, 0, 0)
+    assert (path.last_received, path.outage_start, path.outage_end) == (later, 0, 0)
 
 
 def test_ways_back_that_take_turns(load: Load) -> None:
@@ -1442,19 +1442,19 @@ def test_idle_flow_does_not_stall(load: Load) -> None:
 
 REPLIES: dict[str, tuple[dict[str, int], tuple[int, int], dict[str, int]]] = {
     # the path before; TTLs of a probe and its reply; the path afterwards
-    'length unknown, the farthest': (dict(horizon=3, responsive=2), (3, 62), dict(horizon=4, responsive=3)),
-    'length unknown, a nearer one': (dict(horizon=3, responsive=2), (2, 63), dict(horizon=3, responsive=2)),
-    'length unknown, the last possible': (dict(horizon=32), (32, 30), dict(horizon=32, responsive=32)),
-    'a router before the last': (dict(length=9, responsive=8), (3, 62), dict(length=9, responsive=8)),
-    'first answer of that far': (dict(length=9, responsive=3), (5, 60), dict(length=9, responsive=5)),
+    'length unknown, the farthest': (dict(max_ttl_tried=3, last_responsive=2), (3, 62), dict(max_ttl_tried=4, last_responsive=3)),
+    'length unknown, a nearer one': (dict(max_ttl_tried=3, last_responsive=2), (2, 63), dict(max_ttl_tried=3, last_responsive=2)),
+    'length unknown, the last possible': (dict(max_ttl_tried=32), (32, 30), dict(max_ttl_tried=32, last_responsive=32)),
+    'a router before the last': (dict(length=9, last_responsive=8), (3, 62), dict(length=9, last_responsive=8)),
+    'first answer of that far': (dict(length=9, last_responsive=3), (5, 60), dict(length=9, last_responsive=5)),
     'farther than the path was thought to be long': (
-        dict(length=5, distances=1 << 4), (5, 60), dict(length=6, explore=1, responsive=5, distances=0)),
+        dict(length=5, reply_distances=1 << 4), (5, 60), dict(length=6, explore=1, last_responsive=5, reply_distances=0)),
     'last router, one nearer than the destination': (
-        dict(length=5, reverse=5), (4, 61), dict(length=5, explore=0, distances=1 << 4)),
+        dict(length=5, reverse_distance=5), (4, 61), dict(length=5, explore=0, reply_distances=1 << 4)),
     'last router, as far as the destination': (
-        dict(length=5, reverse=5), (4, 60), dict(length=5, explore=1, distances=1 << 5)),
+        dict(length=5, reverse_distance=5), (4, 60), dict(length=5, explore=1, reply_distances=1 << 5)),
     'last router, as far as before': (
-        dict(length=5, reverse=5, distances=0x30), (4, 60), dict(length=5, explore=0, distances=0x30)),
+        dict(length=5, reverse_distance=5, reply_distances=0x30), (4, 60), dict(length=5, explore=0, reply_distances=0x30)),
 }
 
 
@@ -1486,11 +1486,11 @@ def test_replies_teach(load: Load, before: dict[str, int], ttls: tuple[int, int]
 def test_false_alarms_are_counted(load: Load, rests: int, before: int, after: int) -> None:
     """Answers after the first rests: so it had lost single packets."""
     programs, probe = load(), PROBES['UDP'](4)
-    hop = dict(unanswered=rests, rests=rests, rtt=9, alarms=before)
-    programs.follow(SERVER[4], {TTL: hop}, length=9, responsive=TTL)
+    hop = dict(unanswered=rests, backoff_level=rests, rtt=9, false_alarms=before)
+    programs.follow(SERVER[4], {TTL: hop}, length=9, last_responsive=TTL)
     programs.put_in_flight(flight_of(probe, **{**KNOWN, 'sendtime': time.monotonic_ns()}))
     assert programs.receive(time_exceeded(4, probe.payload)).verdict == DROP
-    assert programs.path(SERVER[4]).hops[TTL].alarms == after
+    assert programs.path(SERVER[4]).hops[TTL].false_alarms == after
 
 
 def test_replies_do_not_hasten_the_next_of_all_probes(load: Load) -> None:
@@ -1504,20 +1504,20 @@ def test_replies_do_not_hasten_the_next_of_all_probes(load: Load) -> None:
 
 
 @pytest.mark.parametrize('hop, woken', [
-    (dict(unanswered=9, rests=3, rtt=9, since=10 * SECOND), {5, 6}),
-    (dict(unanswered=9, rests=3, rtt=9, since=30 * SECOND), set()),  # they were silent before
-    (dict(unanswered=9, rests=0, rtt=9, since=10 * SECOND), set()),  # it was merely late
-    (dict(unanswered=1, rests=0, rtt=0, since=10 * SECOND), {5, 6}),  # its first answer
+    (dict(unanswered=9, backoff_level=3, rtt=9, since=10 * SECOND), {5, 6}),
+    (dict(unanswered=9, backoff_level=3, rtt=9, since=30 * SECOND), set()),  # they were silent before
+    (dict(unanswered=9, backoff_level=0, rtt=9, since=10 * SECOND), set()),  # it was merely late
+    (dict(unanswered=1, backoff_level=0, rtt=0, since=10 * SECOND), {5, 6}),  # its first answer
 ], ids=['together', 'not together', 'late', 'first'])
 def test_hops_behind_one_that_answers_again_are_tried_again(
         load: Load, hop: dict[str, int], woken: set[int]) -> None:
     """Those that fell silent together with it, lest they sleep on when the way is open again; once."""
     programs = load(probeint=0)
-    resting = dict(unanswered=3, rests=3, resting=1, due=NEVER)
+    resting = dict(unanswered=3, backoff_level=3, backoff=1, due=NEVER)
     programs.follow(SERVER[4], {
         4: hop, 5: dict(resting, since=10 * SECOND + SECOND // 2), 6: dict(resting, since=11 * SECOND - 1),
         7: dict(resting, since=8 * SECOND),
-    }, length=9, responsive=3)
+    }, length=9, last_responsive=3)
     probe = frame(ip(4, ttl=4), segment())
     programs.put_in_flight(flight_of(probe))
     programs.receive(time_exceeded(4, probe.payload))
@@ -1530,17 +1530,17 @@ def test_hops_rest_no_more_when_the_destination_is_heard_again(load: Load) -> No
     """Those that fell silent when it did, or later; after packets without a gap none."""
     programs = load(probeint=0)
     now = time.monotonic_ns()
-    resting = dict(unanswered=3, rests=3, resting=1, due=NEVER)
+    resting = dict(unanswered=3, backoff_level=3, backoff=1, due=NEVER)
     packet = frame(ip(4, src=SERVER[4], dst=CLIENT[4], ttl=61), segment())
     for gap, woken in (5, {2}), (0, set()):
         programs.clear()
         programs.follow(SERVER[4], {
             1: dict(resting, since=now - 90 * SECOND), 2: dict(resting, since=now - 5 * SECOND),
-        }, length=4, reverse=4, responsive=3)
+        }, length=4, reverse_distance=4, last_responsive=3)
         assert programs.receive(packet).verdict == PASS  # tells the tick
         tick = round(time.clock_getres(elfprobe.CLOCK_MONOTONIC_COARSE) * 1e9)
         path = programs.path(SERVER[4])
-        path.heard -= gap * SECOND // tick
+        path.last_received -= gap * SECOND // tick
         programs.set_path(SERVER[4], path)
         assert programs.receive(packet).verdict == PASS
         with programs.attached() as send:
@@ -1550,9 +1550,9 @@ def test_hops_rest_no_more_when_the_destination_is_heard_again(load: Load) -> No
 
 def test_routers_before_one_that_answers_rest_no_longer_than_routers(load: Load) -> None:
     programs = load(probeint=0)
-    resting = dict(unanswered=3, rests=3, resting=1, due=NEVER, since=SECOND)
+    resting = dict(unanswered=3, backoff_level=3, backoff=1, due=NEVER, since=SECOND)
     programs.follow(SERVER[4], {2: resting, 3: resting, 5: dict(unanswered=1, rtt=9, since=9 * SECOND),
-                                6: resting}, length=9, responsive=1)
+                                6: resting}, length=9, last_responsive=1)
     probe = frame(ip(4, ttl=5), segment())
     programs.put_in_flight(flight_of(probe))
     programs.receive(time_exceeded(4, probe.payload))
@@ -1566,7 +1566,7 @@ def test_replies_of_a_longer_way_that_is_no_more(load: Load) -> None:
     """To probes that left before the way became shorter."""
     for sent, length in (SECOND, 4), (3 * SECOND, 6):
         programs = load()
-        programs.follow(SERVER[4], length=4, reverse=4, responsive=3, shortened=2 * SECOND)
+        programs.follow(SERVER[4], length=4, reverse_distance=4, last_responsive=3, shortened_at=2 * SECOND)
         probe = frame(ip(4, ttl=5), segment())
         programs.put_in_flight(flight_of(probe, sendtime=sent))
         assert programs.receive(time_exceeded(4, probe.payload)).verdict == DROP
@@ -1589,7 +1589,7 @@ def test_most_probes_per_second(load: Load) -> None:
     with programs.attached() as send:
         assert [len(send(frame(ip(version), segment()))) for version in (4, 4, 6)] == [1, 0, 0]
     assert programs.counters() == {'probes': 1, 'over_max_rate': 2}
-    assert [programs.path(SERVER[version]).turn for version in (4, 6)] == [1, 0]
+    assert [programs.path(SERVER[version]).last_probed for version in (4, 6)] == [1, 0]
 
 
 def test_most_probes_at_once(load: Load) -> None:
@@ -1744,7 +1744,7 @@ def test_mutated_packets_leave_unchanged(load: Load, version: int, protocol: str
                 assert len(programs.in_flight()) == programs.counters().get('probes', 0)
                 probes += len(programs.in_flight())
                 programs.clear()
-                programs.follow(SERVER[version], never_late, length=9, responsive=9, far_reply=NEVER)
+                programs.follow(SERVER[version], never_late, length=9, last_responsive=9, farthest_reply=NEVER)
             packet = mutated(chance, sent)
             try:
                 came = send(packet)
@@ -1833,7 +1833,7 @@ Hooked = Callable[[str], Programs]
 
 def test_each_hook_is_called_for_its_packets(hooked: Hooked) -> None:
     programs = hooked(COUNTING_HOOKS)
-    programs.set_claim(seq=SEQ, ttl=TTL)
+    programs.set_reservation(seq=SEQ, ttl=TTL)
     calls = []
     for version in 4, 6:
         layers = [echo(version)], [segment()], [datagram()]
