@@ -15,7 +15,7 @@
  *	}
  *
  * The driver puts this file into elfprobe.c, in the place of its #include; the headers' structs
- * (struct ethhdr, iphdr, ip6hdr, tcphdr, udphdr, icmphdr) and everything above it can be used.
+ * (struct ethhdr, iphdr, ipv6hdr, tcphdr, udphdr, icmphdr) and everything above it can be used.
  *
  * beforesend: the probe is complete and about to be recorded and sent. ctx is the probe, never the
  * application's packet. 0: go on; negative: drop this probe, and only the probe. What a reply is

@@ -37,13 +37,13 @@
  *   lease         permission to send probes until a time (alive_until); user space renews it while it runs
  */
 
-/* ---- Build parameters: the driver's -D flags ---------------------------------------------- */
+/* ---- Build parameters: -D flags from user space ------------------------------------------- */
 
 #define FRAME_ETHERNET 0
 #define FRAME_IP 1
 #define FRAME_TUNNEL 2
 #ifndef FRAME
-#error "FRAME: packets on the device begin with 0: Ethernet's header, 1: IP's, 2: IP's, a tunnel's may be in front"
+#error "FRAME: packets on the device begin with 0: an Ethernet header, 1: an IP header, 2: IP, perhaps a tunnel's first"
 #endif
 #ifndef TUNNEL
 #error "TUNNEL: 0, or 4 or 41: the flows are inside IPv4 packets of this protocol"
@@ -52,131 +52,67 @@
 #error "NOTRUNC: 0 trims probes to their headers, 1 keeps the payload"
 #endif
 #ifndef RATE_GLOBAL
-#error "RATE_GLOBAL: 0 spaces the probes to each hop by INTERVAL_NS, 1 all probes to a destination"
+#error "RATE_GLOBAL: INTERVAL_NS is between 0: two probes to the same hop, 1: two probes to the same destination"
 #endif
 #ifndef INTERVAL_NS
-#error "INTERVAL_NS: least time between two probes, ns; 0 makes every packet carry one"
+#error "INTERVAL_NS: minimum time between two probes, ns; 0 makes every packet carry one"
 #endif
 #ifndef MAX_RATE
-#error "MAX_RATE: most probes per second over all destinations, 1 or more"
+#error "MAX_RATE: maximum number of probes per second over all destinations, 1 or more"
 #endif
 #ifndef SALT
-#error "SALT: 16 bits by which the numbers in probes differ from those that can be counted along"
+#error "SALT: random 16 bits in the numbers of probes, so that others cannot guess them"
 #endif
 #ifndef INGRESS_DROP
-#error "INGRESS_DROP: 1 drops time exceeded that answers a probe, 0 passes it to the stack"
+#error "INGRESS_DROP: 1 drops a time exceeded that answers a probe, 0 passes it to the stack"
 #endif
 #ifndef INGRESS_TC
 #error "INGRESS_TC: 1 compiles elf_ingress for TC ingress, 0 for XDP"
 #endif
 #ifndef TCX
-#error "TCX: 1 where TC programs are attached by tcx links (since Linux 6.6), 0 for filters of a clsact qdisc"
+#error "TCX: TC programs are attached by 1: tcx links (since Linux 6.6), 0: filters of a clsact qdisc"
 #endif
 #ifndef SKB_HEAD
-#error "SKB_HEAD, SKB_END: offsets of head and end in struct sk_buff; 0 where the kernel does not tell them"
+#error "SKB_HEAD, SKB_END: offsets of head and end in struct sk_buff; 0 if unknown"
 #endif
 #ifndef ZEROCOPY_FLAGS
 #error "ZEROCOPY_FLAGS, ZEROCOPY_FLAG: offset of the byte in struct skb_shared_info that marks user memory; its bit"
 #endif
 #ifndef DESTINATIONS_MAX
-#error "DESTINATIONS_MAX: most destinations of interest at once"
+#error "DESTINATIONS_MAX: maximum number of target destinations at a time"
 #endif
 #ifndef BY_OWNER
-#error "BY_OWNER: 1 probes what the sockets of processes of interest send, 0 only destinations"
+#error "BY_OWNER: 1 probes the flows of target processes and target destinations, 0 only target destinations"
 #endif
 #ifndef BY_APP
-#error "BY_APP: 1 where processes are of interest by name, so that each new one is looked at"
+#error "BY_APP: 1 if target processes are chosen by name, so that each new process must be checked"
 #endif
 #ifndef FLOW_DESTINATIONS_MAX
-#error "FLOW_DESTINATIONS_MAX: most destinations of processes' flows at once; the least recently used make room"
+#error "FLOW_DESTINATIONS_MAX: maximum number of destinations of target processes; the least recently used one goes"
 #endif
 #ifndef IN_FLIGHT_MAX
-#error "IN_FLIGHT_MAX: most probes waiting for their reply at once"
+#error "IN_FLIGHT_MAX: maximum number of probes that wait for their reply"
 #endif
 #ifndef TICK_NS
-#error "TICK_NS: between two ticks, ns; 0 where programs cannot count them (before Linux 5.6)"
+#error "TICK_NS: length of a jiffy, ns; 0 if programs cannot read jiffies (before Linux 5.6)"
 #endif
 #ifndef OLD_MAPS
-#error "OLD_MAPS: 1 where there are no ring buffers and no socket storage (before Linux 5.8, BCC 0.13); not with BY_OWNER"
+#error "OLD_MAPS: 1 without ring buffers and socket storage (before Linux 5.8, BCC 0.13); excludes BY_OWNER"
 #endif
 #ifndef PREEMPTIBLE
-#error "PREEMPTIBLE: 1 where a run of a program may be interrupted by another on its CPU (PREEMPT_RT)"
+#error "PREEMPTIBLE: 1 if a program run can be preempted by another run on its CPU (PREEMPT_RT)"
 #endif
 #ifndef RESULTS_PAGES
-#error "RESULTS_PAGES: size of the result ring, pages, a power of two"
+#error "RESULTS_PAGES: size of the ring buffer for results, pages, a power of two"
 #endif
 #ifndef WAKE_EVERY
-#error "WAKE_EVERY: so many results of a CPU wake the driver, however soon they come"
+#error "WAKE_EVERY: user space is woken after this number of results of a CPU, if it has not looked before"
 #endif
 
-/* ---- Limits ------------------------------------------------------------------------------- */
+/* ---- Protocol headers (no kernel header is needed to compile this file) ------------------- */
 
 #define NSEC_PER_MSEC 1000000ULL
 #define NSEC_PER_SEC 1000000000ULL
-
-/* Hops are numbered as their TTL is, from 1. A packet whose own TTL is no higher than this is
- * somebody's traceroute: it is not probed, and so its replies are never taken for a probe's. */
-#define MAX_HOPS 32
-
-/* How far below the packet's own TCP sequence number a probe's may be. Both numbers grow, so that
- * those of a flow's probes differ whether it sends bytes one by one or none at all. Firewalls accept numbers
- * that are older by up to the receiver's window; this is below the smallest windows in use. */
-#define TCP_SEQ_BACK 2048
-
-/* A silent hop rests before each probe that asks whether it still is: ever longer, up to this. */
-#define BACKOFF_ROUTER_MAX (10 * NSEC_PER_SEC)  /* it is a router for certain */
-#define BACKOFF_BEYOND_MAX (256 * NSEC_PER_SEC) /* it may be the destination */
-#define BACKOFF_ANSWERED (200 * NSEC_PER_MSEC)  /* the first rest of one that may be, but has answered before */
-#define BACKOFF_NEVER_ANSWERED NSEC_PER_SEC            /* and of one that has not */
-#define BACKOFF_SHIFT 3                         /* each rest is 2^3 times the one before, */
-#define FALSE_ALARMS_PER_LEVEL 4                      /* but one more as long as the first for so many false alarms */
-#define FALSE_ALARMS_MAX 12
-/* Probes without an answer, in a row, before a router counts as silent. */
-#define GRACE_ROUTER 8
-/* Hops whose silence began within this time of each other fell silent together. */
-#define TOGETHER NSEC_PER_SEC
-#define TOGETHER_TICKS (TOGETHER / (TICK_NS + !TICK_NS))
-
-/* While the destination has not been heard: how long a hop is waited for before the next is tried;
- * four times as long for each one before it that was silent. */
-#define STEP_WAIT (500 * NSEC_PER_MSEC)
-#define STEP_SHIFT_MAX 8
-/* Packets in a row that must say so before a path is believed to have become longer. */
-#define LONGER_AFTER 16
-/* One probe in so many is sent one hop farther than the path is thought to be long. */
-#define EXPLORE_EVERY 20000
-/* Replies of the last router that say that it may be longer have one sent at most once in this time. */
-#define EXPLORE_AGAIN (10 * NSEC_PER_SEC)
-
-/* A TCP flow of which nothing is acknowledged for so long is in trouble, perhaps by our doing. */
-#define STALL (3 * NSEC_PER_SEC)
-/* As often as it may stall under probes before its destination is left alone for good. */
-#define STALLS_MAX 2
-
-/* Slack of the overall budget: a burst of as many probes as fit into it may go at once. The rate is
- * set so much lower, and by what may pass between claim and departure, that no second ever holds
- * more than MAX_RATE. */
-#define BUDGET_BURST (NSEC_PER_SEC / 100)
-#define BUDGET_COST ((NSEC_PER_SEC + BUDGET_BURST + NSEC_PER_MSEC) / MAX_RATE + 1)
-
-#define EXTENSION_MAX 252 /* bytes that are kept of what a router tells besides (RFC 4884) */
-#define EXTENSION_VERSION 2
-#define QUOTE_PADDED 128  /* least length of a quote with something behind (RFC 4884) */
-#define CHECKSUM_STEP 40507 /* between the checksums of UDP probes in a row, modulo 65535, to which it is prime:
-			  * lest one that is off by some constant, as behind a NAT, be that of another probe */
-#define UDP_HEAD 32      /* payload bytes that tell UDP packets with unfinished checksums apart */
-#define UDP_SUM_MAX 9216 /* longest UDP payload that is summed up here: jumbo frames */
-#define SUM_CHUNK 512    /* most that bpf_csum_diff() takes at once */
-
-/* ---- Headers (no kernel header is needed to compile this) --------------------------------- */
-
-/* BCC's own swap the bytes wherever they run. */
-#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-#define bpf_htons(host) ((__be16)(host))
-#define bpf_ntohs(wire) ((__u16)(wire))
-#define bpf_htonl(host) ((__be32)(host))
-#define bpf_ntohl(wire) ((__u32)(wire))
-#endif
 
 #define ETH_P_IP 0x0800
 #define ETH_P_IPV6 0x86dd
@@ -187,30 +123,30 @@
 #define IPPROTO_IPIP 4
 #define IPPROTO_TCP 6
 #define IPPROTO_UDP 17
-#define IPPROTO_HOPOPTS 0 /* and other extension headers of IPv6 (RFC 8200) */
+#define IPPROTO_HOPOPTS 0 /* this, ROUTING, FRAGMENT and DSTOPTS: extension headers of IPv6 (RFC 8200) */
 #define IPPROTO_IPV6 41
 #define IPPROTO_ROUTING 43
 #define IPPROTO_FRAGMENT 44
 #define IPPROTO_GRE 47
 #define IPPROTO_DSTOPTS 60
-#define IP6_EXTENSIONS_MAX 4
-#define IP6_EXTENSIONS_MASK 1023 /* and most bytes of them, a power of two less 1 */
+#define IPV6_EXTENSIONS_MAX 4
+#define IPV6_EXTENSIONS_MASK 1023 /* maximum length of all extension headers; a power of two less 1 */
 #define IPPROTO_ICMPV6 58
 #define IP_MF 0x2000
 #define IP_OFFSET 0x1fff
 #define IP6_MF 0x0001
 #define IP6_OFFSET 0xfff8
-#define GRE_CHECKSUM 0x8000 /* each of these adds 4 bytes (RFC 2784, RFC 2890) */
+#define GRE_CSUM 0x8000 /* each of these flags adds 4 bytes (RFC 2784, RFC 2890) */
 #define GRE_KEY 0x2000
-#define GRE_SEQUENCE 0x1000
-#define GRE_FLAGS (GRE_CHECKSUM | GRE_KEY | GRE_SEQUENCE)
-#define ICMP_ECHO_REPLY 0
+#define GRE_SEQ 0x1000
+#define GRE_FLAGS (GRE_CSUM | GRE_KEY | GRE_SEQ)
+#define ICMP_ECHOREPLY 0
 #define ICMP_DEST_UNREACH 3
 #define ICMP_ECHO 8
 #define ICMP_TIME_EXCEEDED 11
 #define ICMPV6_DEST_UNREACH 1
-#define ICMPV6_TIME_EXCEEDED 3
-#define ICMPV6_ECHO 128
+#define ICMPV6_TIME_EXCEED 3
+#define ICMPV6_ECHO_REQUEST 128
 #define ICMPV6_ECHO_REPLY 129
 #define TCP_FIN 0x01
 #define TCP_SYN 0x02
@@ -220,31 +156,19 @@
 #define TC_ACT_UNSPEC (-1)
 #define TC_ACT_SHOT 2
 #define TC_ACT_STOLEN 4
-/* Ends a packet that is ours to end. clsact counts TC_ACT_SHOT as a drop, but not TC_ACT_STOLEN. tcx knows only
- * TC_ACT_SHOT: it takes other verdicts for TC_ACT_UNSPEC (tcx_action_code() in include/net/tcx.h). */
-#define TC_ACT_CONSUMED (TCX ? TC_ACT_SHOT : TC_ACT_STOLEN)
 #define EEXIST 17
 #define NET_XMIT_CN 2
 #define SOCK_STREAM 1
 
-/* elf_ingress runs at XDP or at TC ingress. Both contexts have data and data_end, which is all that it and the
- * hooks need, so that the same text is compiled for either. */
-#if INGRESS_TC
-#define xdp_md __sk_buff
-#define VERDICT_PASS TC_ACT_UNSPEC
-#define VERDICT_DROP TC_ACT_CONSUMED
-#else
-#define VERDICT_PASS XDP_PASS
-#define VERDICT_DROP XDP_DROP
-#endif
-
+/* Structs and fields have the kernel's names. Only bit fields are one field here (version_ihl, version_class_label,
+ * data_offset), because their order depends on the byte order. */
 struct ethhdr {
 	__u8 h_dest[6], h_source[6];
 	__be16 h_proto;
 };
 
-struct vlanhdr {
-	__be16 h_tci, h_proto;
+struct vlan_hdr {
+	__be16 h_vlan_TCI, h_vlan_encapsulated_proto;
 };
 
 struct iphdr {
@@ -255,23 +179,23 @@ struct iphdr {
 	__be32 saddr, daddr;
 };
 
-struct address {
-	__be32 word[4];
+struct in6_addr {
+	__be32 s6_addr32[4];
 };
 
-struct ip6hdr {
+struct ipv6hdr {
 	__be32 version_class_label;
 	__be16 payload_len;
 	__u8 nexthdr, hop_limit;
-	struct address saddr, daddr;
+	struct in6_addr saddr, daddr;
 };
 
-/* Those that are understood begin like this, the fragment header with its offset behind nexthdr. */
-struct ip6ext {
-	__u8 nexthdr, len, type, segments_left;
+/* Every extension header that we parse begins like this one. A fragment header has its offset in place of type. */
+struct ipv6_rt_hdr {
+	__u8 nexthdr, hdrlen, type, segments_left;
 };
 
-struct grehdr {
+struct gre_base_hdr {
 	__be16 flags; /* and version, 0 */
 	__be16 protocol;
 };
@@ -293,133 +217,88 @@ struct udphdr {
 struct icmphdr {
 	__u8 type, code;
 	__u16 check;
-	__be16 id, sequence;
+	__be16 id, sequence; /* of echo requests and replies */
 };
 
-/* ---- Types shared with the driver --------------------------------------------------------- */
+/* ---- Types shared with user space --------------------------------------------------------- */
 
-/* What the quote in a time exceeded says of the probe: only fields that are quoted by every
- * router (RFC 792: IP header and 8 bytes) and that nobody on the way changes. */
+/* A hop has its TTL as its number, from 1. We do not probe packets with a TTL up to MAX_HOPS, because they belong to
+ * somebody's traceroute: so its replies are never taken for replies to probes. */
+#define MAX_HOPS 32
+
+#define EXTENSION_MAX 252 /* maximum number of bytes that we keep of an ICMP extension (RFC 4884) */
+
+/* Identifies a probe in the packet that an ICMP error quotes. Contains only fields that every router quotes (RFC 792: IP
+ * header and 8 bytes) and that nothing on the forward path changes. SCTP cannot have a key: the 8 bytes are the same in
+ * all packets of an association but for the checksum, a CRC32c, which no helper computes. */
 struct probe_key {
-	struct address dest;
+	struct in6_addr dest;
 	__be16 sport, dport; /* ICMP: echo identifier, 0 */
 	__u32 ident;         /* TCP: sequence number. ICMP: echo sequence. UDP: length << 16 | checksum */
 	__u32 protocol;
 };
 
 struct app_name {
-	char text[16]; /* TASK_COMM_LEN: at most 15 characters and a zero, then zeros */
+	char text[16]; /* TASK_COMM_LEN: at most 15 characters, the rest zeros */
 };
 
-/* What the kernel knows of the TCP connection behind a socket; all 0 where there is none. */
+/* State of the TCP connection of a socket; all 0 if there is none. */
 struct tcp_state {
-	__u32 srtt;    /* smoothed round-trip time, us; 0: not known yet */
+	__u32 srtt;    /* smoothed round-trip time, us; 0: not measured yet */
 	__u32 cwnd;    /* congestion window, segments */
 	__u32 retrans; /* segments retransmitted so far */
 };
 
 struct probe {
-	__u64 sendtime; /* CLOCK_MONOTONIC, ns, as are all times here */
+	__u64 sendtime; /* CLOCK_MONOTONIC, ns, as all times in this file */
 	__u32 seq;
 	__u32 origseq;
 	__u32 pid; /* of the socket's owner; 0: not known */
 	__u16 outipid;
 	__u8 outttl;
-	__u8 payload_len; /* bytes behind the headers, where that is not the packet's payload */
+	__u8 payload_len; /* bytes behind the headers of a trimmed probe; 0 if the probe keeps the packet's payload */
 	struct app_name app;
-	__u16 compensation; /* of trimmed UDP, what makes its checksum right, as it is on the wire */
-	__u8 outtos;   /* DSCP and ECN */
+	__u16 compensation; /* trimmed UDP: payload word that makes the checksum right, in network byte order; else 0 */
+	__u8 outtos;        /* DSCP and ECN */
 	__u8 unused;
 	struct tcp_state tcp; /* of the socket that sent the packet */
 };
 
 struct reply {
 	__u64 recvtime;
-	struct address responder;
+	struct in6_addr responder;
 	__u32 recvcpu;
 	__u16 inipid;
 	__u8 recvttl;
-	__u8 intos; /* as quoted */
+	__u8 intos; /* of the quoted packet */
 };
 
 struct result {
 	struct probe probe;
 	struct reply reply;
 	struct probe_key key;
-	__u32 translated; /* the quote's source is not whom the reply is addressed to */
+	__u32 translated; /* the source of the quoted packet is not the address to which the reply was sent */
 };
 
-/* With what a router told behind its quote (RFC 4884), which the driver reads: from the extension's
- * header on, as far as it is there and fits. */
+/* A result with the ICMP extension (RFC 4884) that follows the quoted packet. The extension begins with its header and
+ * may be cut. User space parses it. */
 struct extended_result {
 	struct result result;
 	__u32 extension_len;
 	__u8 extension[EXTENSION_MAX];
 };
 
-struct hop {
-	__u64 due;        /* not to be probed before */
-	__u64 since;      /* when the first of the unanswered probes left, or the last reply came */
-	__u32 rtt;        /* latency of the last reply, us; 0: never answered */
-	__u8 unanswered;  /* probes sent since the last reply */
-	__u8 false_alarms;      /* how often it answered after its first rests, as where packets are lost */
-	__u8 backoff_level;       /* taken since the last reply */
-	__u8 backoff;     /* bits: */
-};
-
-/* The last rest is not over, or the probe behind it has yet to be sent; a rest has ended early since the
- * last reply, which comes only once. */
-enum { BACKING_OFF = 1, RETRIED_EARLY = 2 };
-
-/* A destination of interest and what is known of the way there. Written under schedule.lock. */
-struct path {
-	__u64 next_due;   /* no probe before */
-	__u64 next_due_tick;      /* nor before this tick: the one field that packets between probes read */
-	__u64 last_sent;  /* when the last probe left */
-	__u64 farthest_reply;  /* when the farthest hop that answers did so last */
-	__u64 last_received;      /* the tick at which a packet of the destination came last */
-	__u64 outage_start;     /* since when nothing came any more that now does, */
-	__u64 outage_end;   /* and when it came again */
-	__u64 routers_proven;     /* when a hop answered that was not the next behind those that had */
-	__u64 shortened_at;  /* when the way was found to be shorter: replies to older probes are of the old one */
-	__u32 seq;        /* of the next probe */
-	__u8 length;      /* TTL that reaches the destination; 0: not known yet */
-	__u8 reverse_distance;     /* what the TTL of its packets says that to be */
-	__u8 max_ttl_tried;     /* farthest hop to probe while length is not known */
-	__u8 last_responsive;  /* farthest hop that answers; 0: none */
-	__u8 last_probed;   /* hop probed last */
-	__u8 longer_packets;      /* packets in a row that say that the way has become longer */
-	__u8 explore;     /* probe one hop beyond, once */
-	__u8 excluded;  /* no more probes: flows there stalled under them, or clones left as they were */
-	__u8 flows_only;    /* of interest only for the flows of processes of interest */
-	__u8 is_confirmed;     /* how far the destination is, by a probe that reached it */
-	__u64 reply_distances;  /* bits: of the last router, by the TTLs of its replies, since length is what it is */
-	__u64 last_explored;     /* when such a reply last had one hop beyond probed; 0: never */
-	struct hop hops[MAX_HOPS + 1];
-};
-
-/* Where an address that is in paths or in peers has its mark, so that for most others one look into
- * an array says that they are in neither. Marks stay when addresses go, and are shared: they say
- * where to look, not what is there. */
-#define FILTER_LINES 16384
-#define FILTER_LINE_SIZE 64
-enum { IN_PATHS = 1, IN_FLOW_PATHS = 2 };
-
-struct filter_line {
-	__u8 slots[FILTER_LINE_SIZE];
-};
-
-/* Is a process of interest? Most have no entry: no. The other answers: */
-enum { UNDECIDED = 1, TARGET = 2 }; /* the driver has yet to look at it; yes */
+/* Status of a process. Most processes have no entry in the map, and so are no targets. */
+enum { UNDECIDED = 1, TARGET = 2 }; /* UNDECIDED: user space has to check the process */
 
 struct process {
-	__u64 id; /* tells it from others that had or will have its PID */
+	__u64 id; /* distinguishes processes that have the same PID one after the other */
 	__u32 status;
 	__u32 unused;
 	struct app_name app;
 };
 
-/* Noted with a socket, and with what is accepted from it: the process that made it. */
+/* The process that created a socket. Stored with the socket and inherited by the sockets that it accepts. */
 struct owner {
 	__u64 process; /* its id */
 	__u32 status;
@@ -427,177 +306,179 @@ struct owner {
 	struct app_name app;
 };
 
-/* What the driver hears of a process that it may have to look at. */
+/* Tells user space about a process that it may have to check. */
 struct process_event {
 	__u64 id;
 	__u32 pid;
 	__u32 status; /* 0: its first thread has ended */
 };
 
-/* The beginning of a struct task_struct, in which the driver looks for the PID that it knows. */
+/* The start of a struct task_struct. User space finds the offset of the PID by the PID that it knows. */
 struct task_sample {
-	__u32 parent; /* 0: nobody's */
+	__u32 parent; /* PID of the process whose next child is copied; 0: none */
 	__u8 task[8192];
 };
 
-/* How a TCP flow gets on that carried probes. */
-struct tcp_progress {
-	__u64 since;  /* when it was seen to have moved last; 0: it had nothing outstanding when it was last seen */
-	__u32 acked;  /* its first sequence number that was not acknowledged then */
-	__u16 stalled;
-	__u16 stalls; /* how often it came to that */
-};
-
-/* What the driver tells the user of a flow, or of a destination, which is all that is known of CLONE_TAKEN. */
 enum { FLOW_STALLED = 1, FLOW_RESUMED = 2, DESTINATION_EXCLUDED = 3, CLONE_INTERCEPTED = 4 };
 
+/* Tells user space about a flow. For CLONE_INTERCEPTED, only the destination is known. */
 struct flow_event {
 	struct probe_key flow;
 	__u32 kind;
 };
 
-/* Every way in which a packet or a probe can end has a counter. */
+/* Every way in which a carrier or a probe can end has a counter. "Due": a target's packet could have carried a probe at
+ * that time. */
 struct counters {
-	__u64 probes;          /* left, in flight from then on */
-	__u64 replies;         /* time exceeded that answered one of them */
+	__u64 probes;          /* sent, and in flight from then on */
+	__u64 replies;         /* time exceeded that answers a probe */
 	__u64 results_lost;    /* replies for which the result ring had no room */
-	__u64 send_failed;     /* dropped behind us: by a filter, the queue, the device */
-	__u64 clone_lost;      /* the clone never came to us: no memory, or a filter before us had another end for it */
-	__u64 build_failed;    /* the clone could not be trimmed or parsed */
-	__u64 hook_dropped;    /* by the hook's verdict */
-	__u64 key_busy;        /* one in flight could not have been told from it */
-	__u64 in_flight_full;  /* no room to wait for the reply, or none to be had just then */
+	__u64 send_failed;     /* probes dropped behind us: by a filter, the queue, the device */
+	__u64 clone_lost;      /* clones that did not reach us: no memory, or a filter before us ended them */
+	__u64 build_failed;    /* clones that could not be trimmed or parsed */
+	__u64 hook_dropped;    /* probes dropped by the hook's verdict */
+	__u64 key_busy;        /* probes that have the key of one in flight */
+	__u64 in_flight_full;  /* probes for which the map in_flight had no room, or could not be locked */
 	__u64 over_max_rate;   /* due, but over the budget */
-	__u64 carrier_low_ttl; /* due, but the packet is somebody's traceroute */
-	__u64 carrier_unfit;   /* due, but the packet may not carry one: SYN, FIN, RST, fragment, other protocol */
+	__u64 carrier_low_ttl; /* due, but the packet belongs to somebody's traceroute */
+	__u64 carrier_unfit;   /* due, but the packet must not be cloned: SYN, FIN, RST, fragment, other protocol */
 	__u64 carrier_resent;  /* due, but the packet is a retransmission or a keep-alive */
 	__u64 carrier_zerocopy; /* due, but the packet holds memory of the application (MSG_ZEROCOPY) */
-	__u64 hop_unresponsive;      /* due, but just then the hop whose turn it was is found silent, and rests */
+	__u64 hop_unresponsive; /* due, but the next hop just turned out to be unresponsive and backs off */
 	__u64 flow_stalled;    /* due, but nothing of the flow is acknowledged any more */
-	__u64 lease_expired;   /* due, but the driver has not been heard for too long */
-	__u64 processes_full;  /* a process of interest for which there was no room */
-	__u64 events_lost;     /* of processes and flows, for which their ring had no room */
-	__u64 not_ours;        /* time exceeded that answers nothing in flight */
+	__u64 lease_expired;   /* due, but user space has not renewed the lease */
+	__u64 processes_full;  /* target processes for which there was no room */
+	__u64 events_lost;     /* events of processes and flows for which the ring had no room */
+	__u64 not_ours;        /* time exceeded that answers no probe in flight */
 	__u64 reached;         /* probes that the destination itself answered */
 };
 
-/* ---- Maps --------------------------------------------------------------------------------- */
-
-struct schedule {
-	struct bpf_spin_lock lock; /* every claim, over all destinations and CPUs */
-	__u64 budget;              /* theoretical arrival time of the next probe (GCRA) */
+/* How a TCP flow that carried probes progresses. */
+struct tcp_progress {
+	__u64 since;  /* last time when we saw progress; 0: nothing was outstanding then */
+	__u32 acked;  /* first sequence number that was not acknowledged then */
+	__u16 stalled;
+	__u16 stalls; /* number of stalls so far */
 };
 
-/* What the next packet on this CPU, or with PREEMPTIBLE from this task, is: a clone to make a probe of; the probe. */
-enum { CLONE = 1, PROBE = 2 };
+/* ---- Types of this file ------------------------------------------------------------------- */
 
-/* Carries a claim into the run of the clone, and what came of it back. */
+#define UDP_HEAD_LEN 32 /* payload bytes that distinguish UDP packets with partial checksums */
+#define SUM_CHUNK 512   /* maximum length for bpf_csum_diff() */
+
+/* Functions that decide about a probe return 0 if all is well, or the reason why there is no probe: REASON() of a counter. This
+ * one is not counted, or was counted already. */
+#define NOT_SENT (-1)
+
+/* The right to send one probe. */
 struct reservation {
-	__u32 expected; /* one of these; 0: just a packet */
-	__u32 recorded; /* it is in flight, under key */
-	__u32 resent;   /* the probe was sent anew in place of the clone, with this result: */
-	__s32 result;
 	__u32 seq;
 	__u32 ttl;
-	__u64 time;     /* of the claim */
-	__u64 due;      /* of the hop, as the claim set it */
-	__u64 sendtime;
-	struct probe_key key;
-	__u32 pid;
-	struct app_name app;
-	struct tcp_state tcp;
+	__u64 time; /* when it was made */
+	__u64 due;  /* the hop's next due time, as the reservation set it */
 };
 
-/* Tells an unfinished UDP checksum, as quoted behind a device that never finishes it, from others. */
+/* Identifies a quoted UDP packet whose checksum no device has completed: such checksums are equal for all packets of a
+ * flow that have the same length. */
 struct udp_partial {
-	struct probe_key key; /* ident: length << 16 | unfinished checksum */
-	__u8 head[UDP_HEAD];
+	struct probe_key key; /* ident: length << 16 | partial checksum */
+	__u8 head[UDP_HEAD_LEN];
 };
 
-/* How far the cursor is into the extension headers of IPv6. */
-struct ip6ext_walk {
-	__u32 len;
+/* What the next packet in elf_egress is, 0: an application packet. */
+enum { CLONE = 1, PROBE = 2 };
+
+/* What a program run needs outside its stack. */
+struct scratch {
+	/* Between elf_egress and the run for its clone, elf_probe: */
+	struct reservation reservation;
+	__u32 expected;        /* CLONE or PROBE: the next packet is ours */
+	__u32 recorded;        /* the probe is in flight, under this key */
+	__u32 redirected;      /* elf_probe sent the probe again, in place of the clone, with this result: */
+	__s32 redirect_result;
+	struct probe_key key;
+	struct probe probe;    /* elf_egress fills in pid, app and tcp */
+	/* In elf_probe: */
+	struct udp_partial partial;
+	__u8 sum_buffer[SUM_CHUNK + 4];
+	/* In elf_ingress: */
+	struct extended_result result;
+	/* While headers are parsed: */
+	__u32 parsed_len;
 };
 
-struct sum_buffer {
-	__u8 bytes[SUM_CHUNK + 4];
-};
+/* ---- Platform: everything that depends on kernel, BCC or byte order ------------------------
+ *
+ * Each #if is a fallback that can be deleted by itself, when nobody needs it any more. */
 
-/* BCC's macro for a hash that takes memory only for what is in it. */
-BPF_F_TABLE("hash", struct address, struct path, paths, DESTINATIONS_MAX, BPF_F_NO_PREALLOC);
-BPF_TABLE("lru_hash", struct address, struct path, flow_paths, FLOW_DESTINATIONS_MAX);
-BPF_ARRAY(new_path, struct path, 1); /* what a new peer starts from: of_flows, and no more */
-BPF_ARRAY(address_filter, struct filter_line, FILTER_LINES);
-BPF_HASH(in_flight, struct probe_key, struct probe, IN_FLIGHT_MAX);
-BPF_TABLE("lru_hash", struct udp_partial, __u32, partial_checksums, IN_FLIGHT_MAX);
-BPF_ARRAY(schedules, struct schedule, 1);
-BPF_ARRAY(alive_until, __u64, 1); /* the driver's heartbeat: no probe after this time */
-BPF_ARRAY(link_up_since, __u64, 1); /* when the device got its carrier; in the future while it has none */
-BPF_PERCPU_ARRAY(reservations, struct reservation, 1);
-BPF_PERCPU_ARRAY(counters, struct counters, 1);
-BPF_PERCPU_ARRAY(ip6ext_walks, struct ip6ext_walk, 1);
-BPF_PERCPU_ARRAY(sum_buffers, struct sum_buffer, 1);
-BPF_PERCPU_ARRAY(extended_results, struct extended_result, 1);
-BPF_PROG_ARRAY(programs, 2); /* 0: elf_probe; with INGRESS_TC 1: elf_ingress */
-
-#if PREEMPTIBLE
-/* The entry of a task that stopped in the midst of its run goes to another where so many others send meanwhile. */
-#define TASKS_MAX 8192
-BPF_PERCPU_ARRAY(tasks_expecting, __u32, 1); /* how many expect a packet, mostly none */
-BPF_TABLE("lru_hash", __u64, struct reservation, task_reservations, TASKS_MAX);
-BPF_TABLE("lru_hash", __u64, struct ip6ext_walk, task_ip6ext_walks, TASKS_MAX);
-BPF_TABLE("lru_hash", __u64, struct sum_buffer, task_sum_buffers, TASKS_MAX);
-BPF_TABLE("lru_hash", __u64, struct extended_result, task_extended_results, TASKS_MAX);
+/* Big endian. BCC's own macros swap bytes on every machine. */
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+#define bpf_htons(host) ((__be16)(host))
+#define bpf_ntohs(wire) ((__u16)(wire))
+#define bpf_htonl(host) ((__be32)(host))
+#define bpf_ntohl(wire) ((__u32)(wire))
 #endif
 
-/* Never written: they tell the driver how what it gets from no map looks. */
-BPF_ARRAY(result_layout, struct extended_result, 1);
-BPF_ARRAY(flow_event_layout, struct flow_event, 1);
+/* Helpers by number, because some versions of BCC do not declare them, or declare others by that name. */
+static __u64 (*jiffies64)(void) = (void *)118;
+static long (*probe_read_kernel)(void *to, __u32 size, const void *from) = (void *)113;
 
-#if OLD_MAPS
-BPF_PERF_OUTPUT(results);
-BPF_PERF_OUTPUT(flow_events);
-BPF_TABLE("lru_hash", __u64, struct tcp_progress, tcp_progress, 16384); /* by socket cookie */
-#else
-BPF_RINGBUF_OUTPUT(results, RESULTS_PAGES);
-BPF_RINGBUF_OUTPUT(flow_events, 16);
-BPF_SK_STORAGE(tcp_progress, struct tcp_progress);
-#endif
-
-#if BY_OWNER
-BPF_ARRAY(process_event_layout, struct process_event, 1);
-BPF_ARRAY(owner_layout, struct owner, 1);
-BPF_HASH(processes, __u32, struct process, 65536); /* by PID */
-BPF_HASH(apps, struct app_name, __u32, 1024);      /* lower-case names of interest -> 1: that is it;
-						    * 0: its first 15 characters, or may be */
-BPF_ARRAY(task_sample, struct task_sample, 1); /* of the last child of one process, if one is asked for */
-BPF_ARRAY(task_pid_offset, __u32, 1); /* of pid in struct task_struct, tgid behind it; the driver finds out */
-BPF_RINGBUF_OUTPUT(process_events, 64);
-
-/* BCC's macro for socket storage has no place for the flag that hands it on to accepted sockets. */
-struct sockets_table_t {
-	int key;
-	struct owner leaf;
-	void *(*sk_storage_get)(void *, void *, int);
-	__u32 max_entries;
-	int flags;
-};
-__attribute__((section("maps/sk_storage"))) struct sockets_table_t sockets = {
-	.flags = BPF_F_NO_PREALLOC | BPF_F_CLONE,
-};
-BPF_ANNOTATE_KV_PAIR(sockets, int, struct owner);
-#endif
+/* Jiffies are coarse, but 30 ns cheaper than bpf_ktime_get_ns(). Without them (before Linux 5.6) time stands still. */
+static inline __u64 ticks_now(void)
+{
+	return TICK_NS ? jiffies64() : 0;
+}
 
 #define READ_ONCE(x) (*(volatile typeof(x) *)&(x))
 
-#define COUNT(field)                                                                                 \
-	do {                                                                                         \
-		struct counters *counters_ = this_cpu_counters();                                    \
-		if (counters_ && PREEMPTIBLE)                                                        \
-			__sync_fetch_and_add(&counters_->field, 1);                                  \
-		else if (counters_)                                                                  \
-			counters_->field++;                                                          \
-	} while (0)
+/* Advance a pointer to element nr of an array. Callers check nr against max; this checks it again.
+ * Symptom: "math between map_value pointer and register with unbounded min value", or "invalid access to map value".
+ * Cause: verifiers before Linux 5.10 lose the bounds of a register that is copied or spilled. They accept only the
+ * register that was compared, multiplied and added as it is, which no compiler promises.
+ * Can go: when test_all_builds passes on the oldest kernel with "pointer += nr" in its place. */
+#define ADVANCE(pointer, nr, max)                                                                    \
+	asm volatile("if %1 <= %2 goto +1\n\t%1 = 0\n\t%1 *= %3\n\t%0 += %1"                         \
+		     : "+r"(pointer), "+r"(nr)                                                       \
+		     : "i"(max), "i"(sizeof(*(pointer))))
+
+/* Verdict for a packet that we end on purpose. clsact counts TC_ACT_SHOT as a drop, but not TC_ACT_STOLEN. tcx knows only
+ * TC_ACT_SHOT and takes other verdicts for TC_ACT_UNSPEC (tcx_action_code() in include/net/tcx.h). */
+#define TC_ACT_CONSUMED (TCX ? TC_ACT_SHOT : TC_ACT_STOLEN)
+
+BPF_PROG_ARRAY(programs, 2); /* 0: elf_probe; with INGRESS_TC 1: elf_ingress */
+
+/* elf_ingress runs at XDP or at TC ingress. Both contexts have data, data_end, data_meta and ingress_ifindex. elf_ingress
+ * and most hooks need no more, so that the same text compiles for both.
+ *
+ * At TC ingress a program can read only the linear part of a packet. pull_and_rerun() makes the linear part len bytes long,
+ * if the packet is that long, and runs elf_ingress again. Returns 1 if the caller must return, because its pointers
+ * are no longer valid. */
+#if INGRESS_TC
+#define xdp_md __sk_buff
+#define VERDICT_PASS TC_ACT_UNSPEC
+#define VERDICT_DROP TC_ACT_CONSUMED
+
+static inline int pull_and_rerun(struct xdp_md *ctx, __u32 len)
+{
+	__u64 linear = (void *)(long)ctx->data_end - (void *)(long)ctx->data;
+
+	if (linear >= ctx->len || linear >= len)
+		return 0;
+	if (bpf_skb_pull_data(ctx, ctx->len < len ? ctx->len : len) == 0)
+		programs.call(ctx, 1);
+	return 1;
+}
+#else
+#define VERDICT_PASS XDP_PASS
+#define VERDICT_DROP XDP_DROP
+
+static inline int pull_and_rerun(struct xdp_md *ctx, __u32 len)
+{
+	return 0;
+}
+#endif
+
+BPF_PERCPU_ARRAY(counters, struct counters, 1);
 
 static inline struct counters *this_cpu_counters(void)
 {
@@ -606,105 +487,116 @@ static inline struct counters *this_cpu_counters(void)
 	return counters.lookup(&zero);
 }
 
-/* What a run needs beside the stack is the CPU's. Where another run may interrupt it there, and use that, too,
- * it is the task's, made of the CPU's, which is never written then. Both runs of a probe are one task's. */
-static inline struct reservation *own_reservation(struct reservation *reservation)
-{
-#if PREEMPTIBLE
-	__u64 task = bpf_get_current_task();
+/* The number of a counter, for functions that return why there is no probe. 0, the counter of probes, is no reason. */
+#define REASON(field) ((int)(__builtin_offsetof(struct counters, field) / sizeof(__u64)))
 
-	return reservation ? task_reservations.lookup_or_try_init(&task, reservation) : 0;
-#else
-	return reservation;
-#endif
+static inline void count_reason(__u64 reason)
+{
+	struct counters *all = this_cpu_counters();
+	__u64 *counter = (__u64 *)all;
+
+	if (!all)
+		return;
+	ADVANCE(counter, reason, sizeof(*all) / sizeof(*counter) - 1);
+	if (PREEMPTIBLE)
+		__sync_fetch_and_add(counter, 1);
+	else
+		(*counter)++;
 }
 
-static inline struct ip6ext_walk *own_walk(struct ip6ext_walk *walk)
-{
+#define COUNT(field) count_reason(REASON(field))
+
+/* Scratch is per CPU: no other run on this CPU begins before ours ends, except those for our own clone. With PREEMPT_RT
+ * another run can preempt ours, so scratch is per task instead. A new task's is a copy of the CPU's, which is never
+ * written then. The runs for a packet and its clone belong to the same task. */
+BPF_PERCPU_ARRAY(cpu_scratch, struct scratch, 1);
+
 #if PREEMPTIBLE
+#define TASKS_MAX 8192 /* when so many other tasks have sent since, a task that stopped in the midst of a run loses its scratch */
+BPF_TABLE("lru_hash", __u64, struct scratch, task_scratch, TASKS_MAX);
+BPF_PERCPU_ARRAY(tasks_expecting, __u32, 1); /* number of tasks that expect a clone or a probe, mostly 0 */
+
+static inline struct scratch *scratch_of_run(void)
+{
 	__u64 task = bpf_get_current_task();
-
-	return walk ? task_ip6ext_walks.lookup_or_try_init(&task, walk) : 0;
-#else
-	return walk;
-#endif
-}
-
-static inline struct sum_buffer *own_buffer(struct sum_buffer *buffer)
-{
-#if PREEMPTIBLE
-	__u64 task = bpf_get_current_task();
-
-	return buffer ? task_sum_buffers.lookup_or_try_init(&task, buffer) : 0;
-#else
-	return buffer;
-#endif
-}
-
-static inline struct extended_result *own_extended(struct extended_result *extended)
-{
-#if PREEMPTIBLE
-	__u64 task = bpf_get_current_task();
-
-	return extended ? task_extended_results.lookup_or_try_init(&task, extended) : 0;
-#else
-	return extended;
-#endif
-}
-
-/* The claim whose clone or probe comes next on this CPU, or from this task; 0: none does. */
-static inline struct reservation *reservation_of_next(struct reservation *reservation)
-{
-#if PREEMPTIBLE
+	struct scratch *initial;
 	int zero = 0;
-	__u32 *any;
 
-	any = tasks_expecting.lookup(&zero);
-	reservation = any && *any ? own_reservation(reservation) : 0;
-#endif
-	return reservation && reservation->expected ? reservation : 0;
+	initial = cpu_scratch.lookup(&zero);
+	return initial ? task_scratch.lookup_or_try_init(&task, initial) : 0;
 }
 
-static inline void expect(struct reservation *reservation, __u32 what)
+static inline int is_any_expected(void)
 {
-#if PREEMPTIBLE
+	int zero = 0;
+	__u32 *tasks;
+
+	tasks = tasks_expecting.lookup(&zero);
+	return tasks && *tasks;
+}
+
+static inline void expect(struct scratch *scratch, __u32 what)
+{
 	int zero = 0;
 	__u32 *tasks;
 
 	tasks = tasks_expecting.lookup(&zero);
 	if (tasks)
-		__sync_fetch_and_add(tasks, (__u32)!!what - !!reservation->expected);
-#endif
-	reservation->expected = what;
+		__sync_fetch_and_add(tasks, (__u32)!!what - !!scratch->expected);
+	scratch->expected = what;
+}
+#else
+static inline struct scratch *scratch_of_run(void)
+{
+	int zero = 0;
+
+	return cpu_scratch.lookup(&zero);
 }
 
-/* Hands a result of this size to the driver, which looks for them now and then, and is woken when so much
- * has come that this may be too late. Negative where there was no room. */
+static inline int is_any_expected(void)
+{
+	return 1;
+}
+
+static inline void expect(struct scratch *scratch, __u32 what)
+{
+	scratch->expected = what;
+}
+#endif
+
+/* Return the scratch of the run whose clone or probe this packet is, 0 for an application packet. */
+static inline struct scratch *scratch_expecting(void)
+{
+	struct scratch *scratch = is_any_expected() ? scratch_of_run() : 0;
+
+	return scratch && scratch->expected ? scratch : 0;
+}
+
+/* Results and events for user space, and progress_of(), which returns the progress of the TCP flow of a packet, or 0
+ * without memory for it.
+ *
+ * submit_result() and submit_flow_event() return a negative number if there is no room. User space looks for results from
+ * time to time; submit_result() wakes it when so many have come that this may be too late.
+ *
+ * first_segment_len() returns the payload length of the first segment that the device makes of a packet. Linux before
+ * 5.7 does not tell programs gso_size. */
+#if OLD_MAPS
+BPF_PERF_OUTPUT(results);
+BPF_PERF_OUTPUT(flow_events);
+BPF_TABLE("lru_hash", __u64, struct tcp_progress, tcp_progress, 16384); /* by socket cookie */
+
 static inline int submit_result(struct xdp_md *ctx, void *result, __u64 size)
 {
-#if OLD_MAPS
 	return results.perf_submit(ctx, result, size);
-#else
-	struct counters *count = this_cpu_counters();
-	__u64 wakeup = count && count->replies % WAKE_EVERY == 0 ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
-
-	return results.ringbuf_output(result, size, wakeup);
-#endif
 }
 
 static inline int submit_flow_event(struct __sk_buff *ctx, struct flow_event *event)
 {
-#if OLD_MAPS
 	return flow_events.perf_submit(ctx, event, sizeof(*event));
-#else
-	return flow_events.ringbuf_output(event, sizeof(*event), 0);
-#endif
 }
 
-/* How the TCP flow of the packet gets on, as kept with its socket; 0: there is no room for that. */
 static inline struct tcp_progress *progress_of(struct __sk_buff *skb, struct bpf_sock *sk)
 {
-#if OLD_MAPS
 	__u64 cookie = bpf_get_socket_cookie(skb);
 	struct tcp_progress *progress, none = {};
 
@@ -713,26 +605,755 @@ static inline struct tcp_progress *progress_of(struct __sk_buff *skb, struct bpf
 		return progress;
 	tcp_progress.update(&cookie, &none);
 	return tcp_progress.lookup(&cookie);
-#else
-	return tcp_progress.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-#endif
 }
 
-/* Bytes of payload in the first segment that is made of the packet. */
-static inline __u32 segment_len(const struct __sk_buff *skb, __u32 payload)
+static inline __u32 first_segment_len(const struct __sk_buff *skb, __u32 payload)
 {
-#if OLD_MAPS
-	__u32 segments = skb->gso_segs; /* gso_size came with Linux 5.7 */
+	__u32 segments = skb->gso_segs;
 
 	return segments > 1 ? (payload + segments - 1) / segments : payload;
+}
 #else
+BPF_RINGBUF_OUTPUT(results, RESULTS_PAGES);
+BPF_RINGBUF_OUTPUT(flow_events, 16);
+BPF_SK_STORAGE(tcp_progress, struct tcp_progress);
+
+static inline int submit_result(struct xdp_md *ctx, void *result, __u64 size)
+{
+	struct counters *all = this_cpu_counters();
+	__u64 wakeup = all && all->replies % WAKE_EVERY == 0 ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
+
+	return results.ringbuf_output(result, size, wakeup);
+}
+
+static inline int submit_flow_event(struct __sk_buff *ctx, struct flow_event *event)
+{
+	return flow_events.ringbuf_output(event, sizeof(*event), 0);
+}
+
+static inline struct tcp_progress *progress_of(struct __sk_buff *skb, struct bpf_sock *sk)
+{
+	return tcp_progress.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+}
+
+static inline __u32 first_segment_len(const struct __sk_buff *skb, __u32 payload)
+{
 	return skb->gso_size && skb->gso_size < payload ? skb->gso_size : payload;
+}
 #endif
+
+/* Does the packet hold memory of the application (MSG_ZEROCOPY, io_uring)? If we trim its clone, the kernel copies the data
+ * and tells the application so, once for each probe (skb_zcopy_clear() in __pskb_pull_tail()). Many applications stop
+ * using MSG_ZEROCOPY then. The context of a TC program is the struct sk_buff itself. struct skb_shared_info is
+ * behind the packet's data. */
+static inline int is_zerocopy(struct __sk_buff *skb)
+{
+	__u64 head = 0;
+	__u32 end = 0;
+	__u8 flags = 0;
+
+	if (!SKB_HEAD)
+		return 0;
+	probe_read_kernel(&head, sizeof(head), (void *)skb + SKB_HEAD);
+	probe_read_kernel(&end, sizeof(end), (void *)skb + SKB_END);
+	probe_read_kernel(&flags, sizeof(flags), (void *)(head + end + ZEROCOPY_FLAGS));
+	return flags & ZEROCOPY_FLAG;
+}
+
+/* ---- Path model: pacing, distance, liveness, back-off --------------------------------------
+ *
+ * What we know of the path to a destination, and which hop to probe next. All functions in this section are pure: no lock,
+ * no helper, no map. They also compile on the host, without the kernel: see tests/test_path_model.py.
+ *
+ *   event                 pacing                   distance                    liveness               hop and back-off
+ *   --------------------- ------------------------ --------------------------- ---------------------- -----------------------
+ *   choose_hop            none due: next_due;      unknown: one TTL more is    hop unresponsive: it   unresponsive: next level,
+ *                         else last_probed         tried, after STEP_WAIT      no longer is the last  due later
+ *                                                                              responsive one
+ *   probe_postponed       last_probed goes back
+ *   probe_reserved        next_due, last_sent, seq explore is done                                    due, unanswered + 1;
+ *                                                                                                     early retry: level 0
+ *   probe_sent            last_sent, next_due:                                                        due: the time it really
+ *                         the time it really left                                                     left
+ *   probe_cancelled                                                                                   unanswered - 1
+ *   hop_replied           next_due, if earlier     unknown: next TTL is tried; outage ends;           answered, level 0, rtt,
+ *                                                  beyond length: longer;      last_responsive, if    due, false_alarms
+ *                                                  last router: explore, if it farther
+ *                                                  is not one hop nearer
+ *   destination_seen      next_due, if the outage  shorter at once, longer     outage ends; last_
+ *                         ends or length changes   after LONGER_AFTER packets  received, last_
+ *                                                                              responsive < length
+ *   destination_reached                            length <= this TTL          last_responsive < TTL
+ *
+ * The wrappers below call all of them under schedule.lock. These fields are also used without it:
+ * - liveness.last_received is written by note_packet(). Two CPUs may write it at the same time, in any order: it is wrong by
+ *   a tick then, and compared with 1 s.
+ * - pacing.next_due and next_due_tick are read by elf_egress. choose_hop() checks next_due again. With an old
+ *   next_due_tick the probe leaves with the next packet.
+ * - excluded is set by elf_egress, and never cleared. flows_only is written before the entry is in a map. */
+
+/* An unresponsive hop backs off. Each level is 2^BACKOFF_SHIFT times as long as the one before, up to a maximum. */
+#define BACKOFF_ROUTER_MAX (10 * NSEC_PER_SEC)   /* of a hop that is certainly a router */
+#define BACKOFF_BEYOND_MAX (256 * NSEC_PER_SEC)  /* of a hop that may be the destination */
+#define BACKOFF_ANSWERED (200 * NSEC_PER_MSEC)   /* first level of such a hop, if it has answered before */
+#define BACKOFF_NEVER_ANSWERED NSEC_PER_SEC      /* and if it has not */
+#define BACKOFF_SHIFT 3
+#define BACKOFF_LEVEL_MAX 16
+#define FALSE_ALARMS_PER_LEVEL 4 /* for so many false alarms one more level is as short as the first */
+#define FALSE_ALARMS_MAX 12
+/* Number of consecutive unanswered probes up to which a router counts as responsive. */
+#define ROUTER_LOSSES_MAX 8
+/* Hops whose first unanswered probes left within this time became unresponsive together. */
+#define TOGETHER NSEC_PER_SEC
+#define TOGETHER_TICKS (TOGETHER / (TICK_NS + !TICK_NS))
+
+/* While the distance is unknown: time to wait for a hop before the next one is tried. It grows four times for each
+ * unresponsive hop before. */
+#define STEP_WAIT (500 * NSEC_PER_MSEC)
+#define STEP_SHIFT_MAX 8
+/* Number of consecutive packets that must say so, before we believe that the path has become longer. */
+#define LONGER_AFTER 16
+/* One probe out of so many goes one hop beyond the believed length of the path. */
+#define EXPLORE_EVERY 20000
+/* Minimum time between two explorations because of the last router's replies. */
+#define EXPLORE_AGAIN (10 * NSEC_PER_SEC)
+
+/* Time between two probes to a responsive hop. */
+#define HOP_INTERVAL (RATE_GLOBAL ? 0 : INTERVAL_NS)
+/* The same as a unit of waiting, because INTERVAL_NS may be 0. */
+#define PATIENCE (INTERVAL_NS > NSEC_PER_MSEC ? INTERVAL_NS : NSEC_PER_MSEC)
+
+enum backoff_state {
+	BACKING_OFF = 1,   /* bit: no probe until the hop is due, or may be retried early */
+	RETRIED_EARLY = 2, /* bit: the one early retry since the last reply is used up */
+};
+
+struct backoff {
+	__u8 level;        /* number of back-offs since the last reply */
+	__u8 state;        /* bits of enum backoff_state */
+	__u8 false_alarms; /* how often the hop answered after its first back-offs, as where packets are lost */
+};
+
+struct hop {
+	__u64 due;       /* no probe before this time */
+	__u64 since;     /* when the first of the unanswered probes left, or when the last reply came */
+	__u32 rtt;       /* latency of the last reply, us; 0: never answered */
+	__u8 unanswered; /* number of probes since the last reply */
+	struct backoff backoff;
+};
+
+struct pacing {
+	__u64 next_due;      /* no probe before this time */
+	__u64 next_due_tick; /* nor before this tick; the only field that packets read between two probes */
+	__u64 last_sent;     /* when the last probe left */
+	__u32 seq;           /* of the next probe */
+	__u8 last_probed;    /* the hop */
+};
+
+struct distance {
+	__u64 shortened_at;    /* when the path became shorter: replies to older probes are about the old path */
+	__u64 reply_distances; /* bits: distances that replies of the last router had, since length has this value */
+	__u64 last_explored;   /* last exploration because of such a reply; 0: never */
+	__u8 length;           /* TTL that reaches the destination; 0: unknown */
+	__u8 reverse;          /* length of the reverse path, by the TTL of the destination's packets */
+	__u8 longer_packets;   /* number of consecutive packets that say that the path is longer */
+	__u8 max_ttl_tried;    /* farthest hop to probe while length is unknown */
+	__u8 explore;          /* send one probe one hop beyond */
+	__u8 is_confirmed;     /* a probe has reached the destination */
+};
+
+struct liveness {
+	__u64 last_received;  /* tick of the destination's last packet */
+	__u64 outage_start;   /* of the last outage: last sign of life before, */
+	__u64 outage_end;     /* and first one after it */
+	__u64 farthest_reply; /* when last_responsive answered last */
+	__u64 routers_proven; /* when a hop answered behind unresponsive ones, which proves that these are routers */
+	__u8 last_responsive; /* farthest hop that answers; 0: none */
+};
+
+struct path {
+	struct pacing pacing;
+	struct distance distance;
+	struct liveness liveness;
+	__u8 excluded;   /* no more probes: flows stalled under them, or clones were intercepted */
+	__u8 flows_only; /* the destination is no target itself: probe only the flows of target processes */
+	struct hop hops[MAX_HOPS + 1];
+};
+
+static inline __u64 min64(__u64 a, __u64 b)
+{
+	return a < b ? a : b;
+}
+
+static inline __u64 max64(__u64 a, __u64 b)
+{
+	return a > b ? a : b;
+}
+
+static inline struct hop *hop_at(struct path *path, __u64 nr)
+{
+	struct hop *hop = path->hops;
+
+	if (nr > MAX_HOPS)
+		return 0;
+	ADVANCE(hop, nr, MAX_HOPS);
+	return hop;
+}
+
+/* Is the hop certainly a router? It is if a hop behind it answers, and has done so since this one became unresponsive. */
+static inline int is_router(const struct path *path, __u32 nr, const struct hop *hop)
+{
+	return nr < path->liveness.last_responsive && path->liveness.farthest_reply > hop->since;
+}
+
+/* Are the hop's replies overdue? A hop that may have become the destination is not probed again before the last reply is
+ * there, or overdue. A late reply ends the back-off (hop_replied()). */
+static inline int is_unresponsive(const struct path *path, __u32 nr, const struct hop *hop, __u64 now)
+{
+	__u64 rtt = hop->rtt * 1000ULL, waited = now - hop->since;
+
+	if (is_router(path, nr, hop))
+		return hop->unanswered > ROUTER_LOSSES_MAX &&
+		       (!rtt || waited > rtt + rtt / 4 + ROUTER_LOSSES_MAX * PATIENCE);
+	return hop->unanswered && waited > 2 * rtt + min64(PATIENCE, 4 * NSEC_PER_MSEC);
+}
+
+/* Return the number of levels, besides the first, that are as short as the first. */
+static inline __u32 short_levels(const struct backoff *backoff)
+{
+	return backoff->false_alarms / FALSE_ALARMS_PER_LEVEL;
+}
+
+/* Return how long an unresponsive hop backs off, ns. A router does because each probe costs it and us something. A hop that
+ * may be the destination does because probes must not reach that: the longer, the farther it is behind what answers. */
+static inline __u64 backoff_delay(const struct path *path, __u32 nr, const struct hop *hop)
+{
+	__u32 beyond, level = hop->backoff.level, last = path->liveness.last_responsive;
+
+	if (is_router(path, nr, hop))
+		return min64(PATIENCE << min64(level, BACKOFF_LEVEL_MAX), BACKOFF_ROUTER_MAX);
+	beyond = nr > last ? nr - last - 1 : 0;
+	level = level > short_levels(&hop->backoff) ? level - short_levels(&hop->backoff) : 0;
+	return min64((hop->rtt ? BACKOFF_ANSWERED : BACKOFF_NEVER_ANSWERED) << min64(BACKOFF_SHIFT * (level + beyond), 12),
+		     BACKOFF_BEYOND_MAX);
+}
+
+/* May the hop be probed before its back-off is over? It may, once, if an outage has ended that began together with its own,
+ * or if a hop far behind it has answered, so that it is certainly a router. */
+static inline int may_retry_early(const struct path *path, __u32 nr, const struct hop *hop)
+{
+	const struct liveness *liveness = &path->liveness;
+
+	if (hop->backoff.state != BACKING_OFF)
+		return 0;
+	if (nr < liveness->last_responsive && hop->since < liveness->routers_proven)
+		return 1;
+	return hop->since < liveness->outage_end && hop->since + TOGETHER > liveness->outage_start;
+}
+
+/* Return the farthest hop to probe: the last one before the destination. While the distance is unknown, one more at a time
+ * from the first hop on; the more unresponsive hops are before it, the longer we wait for each. */
+static inline __u32 farthest_hop(struct path *path, __u64 now)
+{
+	__u32 last = path->liveness.last_responsive, tried = path->distance.max_ttl_tried;
+	struct hop *hop;
+
+	if (path->distance.length)
+		return path->distance.length - 1;
+	if (tried <= last && last < MAX_HOPS) {
+		path->distance.max_ttl_tried = last + 1;
+	} else if (tried < MAX_HOPS) {
+		hop = hop_at(path, tried);
+		if (hop && hop->unanswered && now > hop->since && /* another CPU may just have probed it */
+		    now - hop->since > STEP_WAIT << min64(2 * (tried - 1 - last), STEP_SHIFT_MAX))
+			path->distance.max_ttl_tried++;
+	}
+	return path->distance.max_ttl_tried;
+}
+
+/* No probe before this time. Rounds down to ticks, so that no probe is late. */
+static inline void set_next_due(struct pacing *pacing, __u64 due, __u64 now, __u64 ticks)
+{
+	pacing->next_due = due;
+	pacing->next_due_tick = TICK_NS && due > now ? ticks + (due - now) / (TICK_NS + !TICK_NS) : 0;
+}
+
+/* A hop has become due at this time, perhaps earlier than the path was. */
+static inline void set_due_earlier(struct pacing *pacing, __u64 due)
+{
+	if (RATE_GLOBAL)
+		due = max64(due, pacing->last_sent + INTERVAL_NS);
+	if (due < pacing->next_due) {
+		pacing->next_due = due;
+		pacing->next_due_tick = 0;
+	}
+}
+
+/* Return the hop after the last probed one that is due, and make it the last probed. Return 0 if none is, and when the
+ * first will be. */
+static inline struct hop *next_due_hop(struct path *path, __u32 farthest, __u64 now, __u64 *earliest)
+{
+	struct pacing *pacing = &path->pacing;
+	struct hop *hop;
+	__u32 i, nr;
+
+#pragma unroll
+	for (i = 0; i < MAX_HOPS; i++) {
+		if (i < farthest) {
+			pacing->last_probed = pacing->last_probed < farthest ? pacing->last_probed + 1 : 1;
+			nr = READ_ONCE(pacing->last_probed); /* else the verifier follows each hop's number apart */
+			hop = hop_at(path, nr);
+			if (!hop)
+				return 0;
+			if (hop->due <= now || may_retry_early(path, nr, hop))
+				return hop;
+			*earliest = min64(*earliest, hop->due);
+		}
+	}
+	return 0;
+}
+
+static inline int is_exploration_due(const struct path *path)
+{
+	return path->distance.length && path->distance.length <= MAX_HOPS &&
+	       (path->distance.explore || path->pacing.seq % EXPLORE_EVERY == EXPLORE_EVERY - 1);
+}
+
+/* A hop turned out to be unresponsive. It backs off, and the hops before it are no longer proven to be routers by it. */
+static inline void back_off(struct path *path, __u32 nr, struct hop *hop, __u64 now)
+{
+	if (nr == path->liveness.last_responsive)
+		path->liveness.last_responsive--;
+	hop->due = now + backoff_delay(path, nr, hop);
+	hop->backoff.state |= BACKING_OFF;
+	if (hop->backoff.level < BACKOFF_LEVEL_MAX)
+		hop->backoff.level++;
+}
+
+#define NONE_DUE 0
+#define HOP_UNRESPONSIVE (-1)
+
+/* A packet may carry a probe. Return the TTL of that probe, NONE_DUE, or HOP_UNRESPONSIVE if the next hop just turned out to
+ * be unresponsive; then the next packet may carry a probe to another hop. */
+static inline int choose_hop(struct path *path, __u64 now, __u64 ticks)
+{
+	__u64 earliest = now + NSEC_PER_SEC;
+	__u32 nr, farthest;
+	struct hop *hop;
+
+	if (now < path->pacing.next_due) /* another CPU was faster */
+		return NONE_DUE;
+	farthest = farthest_hop(path, now);
+	if (is_exploration_due(path)) {
+		hop = hop_at(path, path->distance.length);
+		if (hop && hop->due <= now) {
+			path->pacing.last_probed = farthest;
+			farthest = path->distance.length;
+		}
+	}
+	hop = next_due_hop(path, farthest, now, &earliest);
+	if (!hop) {
+		if (RATE_GLOBAL)
+			earliest = max64(earliest, path->pacing.last_sent + INTERVAL_NS);
+		set_next_due(&path->pacing, earliest, now, ticks);
+		return NONE_DUE;
+	}
+	nr = READ_ONCE(path->pacing.last_probed);
+	if (nr != path->distance.length && is_unresponsive(path, nr, hop, now) &&
+	    !(hop->backoff.state & BACKING_OFF)) {
+		back_off(path, nr, hop, now);
+		return HOP_UNRESPONSIVE;
+	}
+	return nr;
+}
+
+/* The chosen hop cannot be probed now, because all paths together are over their budget. It is the next one again. */
+static inline void probe_postponed(struct path *path, __u32 nr)
+{
+	path->pacing.last_probed = nr - 1;
+}
+
+/* A probe to the chosen hop is about to be sent. Return the hop's next due time. */
+static inline __u64 probe_reserved(struct path *path, __u32 nr, __u64 now, __u64 ticks)
+{
+	struct hop *hop = hop_at(path, nr);
+
+	if (!hop)
+		return 0;
+	if (nr == path->distance.length)
+		path->distance.explore = 0;
+	if (may_retry_early(path, nr, hop)) {
+		hop->backoff.level = 0;
+		hop->backoff.state = RETRIED_EARLY;
+	}
+	hop->backoff.state &= RETRIED_EARLY;
+	if (hop->unanswered == 0)
+		hop->since = now;
+	if (hop->unanswered < 0xff)
+		hop->unanswered++;
+	hop->due = now + HOP_INTERVAL;
+	set_next_due(&path->pacing, RATE_GLOBAL ? now + INTERVAL_NS : 0, now, ticks);
+	path->pacing.last_sent = now;
+	path->pacing.seq++;
+	return hop->due;
+}
+
+/* The reserved probe left. Intervals begin at that time, unless a reply has changed the hop's due time meanwhile. */
+static inline void probe_sent(struct path *path, __u32 nr, __u64 reserved, __u64 due, __u64 sendtime)
+{
+	struct hop *hop = hop_at(path, nr);
+
+	if (hop && hop->due == due)
+		hop->due += sendtime - reserved;
+	path->pacing.last_sent = sendtime;
+	if (RATE_GLOBAL)
+		path->pacing.next_due = max64(path->pacing.next_due, sendtime + INTERVAL_NS);
+}
+
+/* The reserved probe did not leave. That says nothing about its hop. */
+static inline void probe_cancelled(struct path *path, __u32 nr)
+{
+	struct hop *hop = hop_at(path, nr);
+
+	if (hop && hop->unanswered)
+		hop->unanswered--;
+}
+
+/* Return the length of the path of a packet that arrived with this TTL, as the TTL that would reach its sender. It left with
+ * one of the usual values. */
+static inline __u32 ttl_distance(__u32 ttl)
+{
+	__u32 initial = ttl <= 32 ? 32 : ttl <= 64 ? 64 : ttl <= 128 ? 128 : 255;
+
+	return initial - ttl + 1;
+}
+
+/* The length has changed (0: it is unknown now). Forget what we learnt about the last hop. */
+static inline void set_length(struct distance *distance, __u32 length)
+{
+	distance->length = length;
+	distance->reply_distances = 0;
+	distance->is_confirmed = 0;
+	distance->explore = 0;
+}
+
+static inline void end_outage(struct path *path, __u64 start, __u64 now)
+{
+	path->liveness.outage_start = start;
+	path->liveness.outage_end = now;
+	set_due_earlier(&path->pacing, now);
+}
+
+/* Does a packet of the destination tell nothing new? Needs no lock. gap: ticks since its last packet. */
+static inline int is_as_expected(const struct path *path, __u32 distance, __u64 gap)
+{
+	return distance == path->distance.reverse && !path->distance.longer_packets && gap <= TOGETHER_TICKS;
+}
+
+/* A packet of the destination arrived from this distance, with a gap of ticks since the one before. Believe a shorter path
+ * at once, a longer one only after LONGER_AFTER consistent packets: an underestimate is harmless, an overestimate
+ * sends probes to the destination. After a gap, the path works again: hops that became unresponsive in it are retried. */
+static inline void destination_seen(struct path *path, __u32 seen, __u64 gap, int is_first, __u64 now, __u64 ticks)
+{
+	struct distance *distance = &path->distance;
+
+	if (gap > TOGETHER_TICKS && !is_first)
+		end_outage(path, now - gap * TICK_NS, now);
+	if (gap)
+		path->liveness.last_received = ticks;
+	if (seen == distance->reverse) {
+		distance->longer_packets = 0;
+	} else if (distance->reverse && seen > distance->reverse && distance->longer_packets < LONGER_AFTER) {
+		distance->longer_packets++;
+	} else {
+		distance->longer_packets = 0;
+		distance->reverse = seen;
+		if (seen < distance->length)
+			distance->shortened_at = now;
+		set_length(distance, seen > MAX_HOPS ? 0 : seen); /* beyond: the TTL began with an unusual value */
+		if (path->liveness.last_responsive >= seen)
+			path->liveness.last_responsive = seen - 1;
+		set_due_earlier(&path->pacing, now);
+	}
+}
+
+/* The hop answered: it is responsive, and the hops before it are routers. */
+static inline void note_alive(struct path *path, __u32 nr, struct hop *hop, __u64 sendtime, __u64 now)
+{
+	struct liveness *liveness = &path->liveness;
+	struct backoff *backoff = &hop->backoff;
+
+	if (backoff->level || !hop->rtt)
+		end_outage(path, hop->since, now);
+	if (nr > liveness->last_responsive + 1U)
+		liveness->routers_proven = now;
+	if (backoff->level && backoff->level <= 1 + short_levels(backoff) && backoff->false_alarms < FALSE_ALARMS_MAX)
+		backoff->false_alarms++;
+	hop->unanswered = 0;
+	backoff->level = 0;
+	backoff->state = 0;
+	hop->since = now;
+	hop->rtt = (now - sendtime) / 1000 + 1;
+	hop->due = min64(hop->due, now + HOP_INTERVAL);
+	set_due_earlier(&path->pacing, hop->due);
+	if (nr >= liveness->last_responsive) {
+		liveness->last_responsive = nr;
+		liveness->farthest_reply = now;
+	}
+}
+
+/* The last router answered from this distance. It should be one hop nearer than the destination. If not, the forward path
+ * may be longer than the reverse path: explore, once for each distance that it has, and not often, in case the reverse
+ * path changes all the time. */
+static inline void last_router_replied(struct distance *distance, __u32 seen, __u64 now)
+{
+	__u64 bit = 1ULL << (seen & 63);
+
+	if (!distance->is_confirmed && !(distance->reply_distances & bit) && seen + 1 != distance->reverse) {
+		if (distance->last_explored && now - distance->last_explored < EXPLORE_AGAIN)
+			return;
+		distance->last_explored = now;
+		distance->explore = 1;
+	}
+	distance->is_confirmed = 0;
+	distance->reply_distances |= bit;
+}
+
+/* The hop where a probe expired answered. The reply came from this distance. */
+static inline void hop_replied(struct path *path, __u32 nr, __u64 sendtime, __u32 seen, __u64 now)
+{
+	struct hop *hop = hop_at(path, nr), *next = hop_at(path, nr + 1);
+	struct distance *distance = &path->distance;
+
+	if (!hop || nr == 0)
+		return;
+	if (distance->length && nr >= distance->length && sendtime < distance->shortened_at)
+		return;
+	note_alive(path, nr, hop, sendtime, now);
+	if (!distance->length) {
+		if (nr >= distance->max_ttl_tried && nr < MAX_HOPS)
+			distance->max_ttl_tried = nr + 1;
+	} else if (nr >= distance->length) {
+		set_length(distance, nr + 1);
+		distance->explore = nr < MAX_HOPS;
+	} else if (nr + 1 == distance->length) {
+		last_router_replied(distance, seen, now);
+	}
+	if (distance->explore && next && nr + 1 == distance->length) {
+		next->due = now; /* even during a back-off */
+		next->backoff.state |= BACKING_OFF;
+	}
+}
+
+/* A probe with this TTL reached the destination: the path is no longer than that. */
+static inline void destination_reached(struct path *path, __u32 ttl, __u64 now)
+{
+	struct distance *distance = &path->distance;
+	struct hop *last = hop_at(path, ttl - 1);
+
+	if (ttl && (!distance->length || ttl <= distance->length)) {
+		if (ttl != distance->length)
+			set_length(distance, ttl);
+		distance->explore = 0;
+		distance->shortened_at = now;
+		if (last && last->rtt && !last->unanswered)
+			distance->is_confirmed = 1;
+	}
+	if (ttl && path->liveness.last_responsive >= ttl)
+		path->liveness.last_responsive = ttl - 1;
+}
+
+/* ---- Maps --------------------------------------------------------------------------------- */
+
+/* Pre-filter for the maps paths and flow_paths: a Bloom filter with one hash function, in an array. An empty slot proves
+ * that the address is in neither map. Slots are never cleared, and addresses may share one. */
+#define FILTER_LINES 16384
+#define FILTER_LINE_SIZE 64
+enum { IN_PATHS = 1, IN_FLOW_PATHS = 2 };
+
+struct filter_line {
+	__u8 slots[FILTER_LINE_SIZE];
+};
+
+struct schedule {
+	struct bpf_spin_lock lock; /* of the path model, for all paths */
+	__u64 budget;              /* over all paths: theoretical arrival time of the next probe (GCRA) */
+};
+
+/* What user space gets from no map, or from a map whose layout BCC does not tell. Never written. */
+struct layouts {
+	struct extended_result result;
+	struct flow_event flow_event;
+	struct process_event process_event;
+	struct owner owner;
+};
+
+BPF_ARRAY(layouts, struct layouts, 1);
+
+/* Target destinations. BCC's macro for a hash that allocates memory only for its entries. */
+BPF_F_TABLE("hash", struct in6_addr, struct path, paths, DESTINATIONS_MAX, BPF_F_NO_PREALLOC);
+BPF_TABLE("lru_hash", struct in6_addr, struct path, flow_paths, FLOW_DESTINATIONS_MAX); /* destinations of targets' flows */
+BPF_ARRAY(new_path, struct path, 1); /* the first value of an entry in flow_paths: all 0, but for flows_only */
+BPF_ARRAY(address_filter, struct filter_line, FILTER_LINES);
+BPF_HASH(in_flight, struct probe_key, struct probe, IN_FLIGHT_MAX);
+BPF_TABLE("lru_hash", struct udp_partial, __u32, partial_checksums, IN_FLIGHT_MAX); /* ident of the probe in in_flight */
+BPF_ARRAY(schedules, struct schedule, 1);
+BPF_ARRAY(alive_until, __u64, 1);   /* the lease: no probe after this time */
+BPF_ARRAY(link_up_since, __u64, 1); /* when the device got its carrier; in the future while it has none */
+
+/* Return the slot of an address in the filter. User space does the same: filter_slot() in elfprobe.py. */
+static inline __u8 *filter_slot(const struct in6_addr *a)
+{
+	__u32 hash = (a->s6_addr32[0] ^ a->s6_addr32[1] ^ a->s6_addr32[2] ^ a->s6_addr32[3]) * 0x9e3779b1;
+	__u32 nr = hash >> 18; /* of FILTER_LINES */
+	struct filter_line *line = address_filter.lookup(&nr);
+
+	return line ? &line->slots[(hash >> 12) % FILTER_LINE_SIZE] : 0;
+}
+
+/* Return the path to a destination that is a target, or that a target's flow has; 0 for all others. */
+static inline struct path *lookup_path(struct in6_addr *dest, const __u8 *slot)
+{
+	struct path *path = 0;
+
+	if (*slot & IN_PATHS)
+		path = paths.lookup(dest);
+	if (BY_OWNER && !path && *slot & IN_FLOW_PATHS)
+		path = flow_paths.lookup(dest);
+	return path;
+}
+
+static inline struct path *path_to(struct in6_addr *dest)
+{
+	__u8 *slot = filter_slot(dest);
+
+	return slot && *slot ? lookup_path(dest, slot) : 0;
+}
+
+/* Return the path to the destination of a target's flow, made now. */
+static inline struct path *add_flow_path(struct in6_addr *dest, __u8 *slot)
+{
+	struct path *path;
+	int zero = 0;
+
+	path = new_path.lookup(&zero);
+	if (!path)
+		return 0;
+	path->flows_only = 1; /* before the insert, because packets of other processes find the entry at once */
+	*slot |= IN_FLOW_PATHS; /* no race with user space: it has written all its slots before packets come */
+	flow_paths.insert(dest, path); /* fails if another CPU was faster */
+	return flow_paths.lookup(dest);
+}
+
+/* ---- Path model: its events, under the lock ----------------------------------------------- */
+
+/* The overall budget allows a burst of BUDGET_BURST. The rate is lower by that, and by the time between a reservation and the
+ * departure of its probe, so that no second ever holds more than MAX_RATE probes. */
+#define BUDGET_BURST (NSEC_PER_SEC / 100)
+#define BUDGET_COST ((NSEC_PER_SEC + BUDGET_BURST + NSEC_PER_MSEC) / MAX_RATE + 1)
+
+static inline struct schedule *lookup_schedule(void)
+{
+	int zero = 0;
+
+	return schedules.lookup(&zero);
+}
+
+/* Reserve one probe. Return 0, the reason why there is none, or NOT_SENT. */
+static inline int reserve_probe(struct path *path, struct reservation *reservation, __u64 now)
+{
+	__u64 ticks = ticks_now();
+	struct schedule *all = lookup_schedule();
+	int ttl, reason = NOT_SENT;
+
+	if (!all)
+		return NOT_SENT;
+	bpf_spin_lock(&all->lock);
+	ttl = choose_hop(path, now, ticks);
+	if (ttl == HOP_UNRESPONSIVE) {
+		reason = REASON(hop_unresponsive);
+	} else if (ttl != NONE_DUE && all->budget > now + BUDGET_BURST) {
+		probe_postponed(path, ttl);
+		reason = REASON(over_max_rate);
+	} else if (ttl != NONE_DUE) {
+		all->budget = max64(all->budget, now) + BUDGET_COST;
+		reservation->seq = path->pacing.seq;
+		reservation->ttl = ttl;
+		reservation->time = now;
+		reservation->due = probe_reserved(path, ttl, now, ticks);
+		reason = 0;
+	}
+	bpf_spin_unlock(&all->lock);
+	return reason;
+}
+
+/* Commit the reservation if the probe was sent, else cancel it. */
+static inline void settle_reservation(struct path *path, const struct reservation *reservation, __u64 sendtime, int is_sent)
+{
+	__u64 time = reservation->time, due = reservation->due;
+	struct schedule *all = lookup_schedule();
+	__u32 ttl = reservation->ttl;
+
+	if (!all)
+		return;
+	bpf_spin_lock(&all->lock);
+	if (is_sent)
+		probe_sent(path, ttl, time, due, sendtime);
+	else
+		probe_cancelled(path, ttl);
+	bpf_spin_unlock(&all->lock);
+}
+
+static inline void note_packet(struct path *path, __u32 ttl)
+{
+	__u64 now, ticks = ticks_now(), last = READ_ONCE(path->liveness.last_received);
+	__u64 gap = ticks > last ? ticks - last : 0; /* another CPU may have written a later tick */
+	__u32 distance = ttl_distance(ttl);
+	struct schedule *all;
+
+	if (is_as_expected(path, distance, gap)) {
+		if (gap)
+			path->liveness.last_received = ticks;
+		return;
+	}
+	now = bpf_ktime_get_ns();
+	all = lookup_schedule();
+	if (!all)
+		return;
+	bpf_spin_lock(&all->lock);
+	destination_seen(path, distance, gap, !last, now, ticks);
+	bpf_spin_unlock(&all->lock);
+}
+
+static inline void note_reply(struct path *path, const struct probe *probe, __u32 ttl, __u64 now)
+{
+	__u32 nr = probe->outttl, distance = ttl_distance(ttl);
+	struct schedule *all = lookup_schedule();
+	__u64 sendtime = probe->sendtime;
+
+	if (!all)
+		return;
+	bpf_spin_lock(&all->lock);
+	hop_replied(path, nr, sendtime, distance, now);
+	bpf_spin_unlock(&all->lock);
+}
+
+static inline void note_reached(struct path *path, __u32 ttl)
+{
+	__u64 now = bpf_ktime_get_ns();
+	struct schedule *all = lookup_schedule();
+
+	if (!all)
+		return;
+	bpf_spin_lock(&all->lock);
+	destination_reached(path, ttl, now);
+	bpf_spin_unlock(&all->lock);
+	COUNT(reached);
 }
 
 /* ---- Internet checksums (RFC 1071) -------------------------------------------------------- */
 
-/* 16-bit one's complement sum; never 0 for a sum that is not 0, as the kernel's own. */
+/* Return the 16-bit one's complement sum. Like the kernel's, it is 0 only for a sum of 0. */
 static inline __u16 csum_fold(__u64 sum)
 {
 	sum = (sum & 0xffffffff) + (sum >> 32);
@@ -742,24 +1363,57 @@ static inline __u16 csum_fold(__u64 sum)
 	return sum;
 }
 
-/* check after a 16-bit field that it covers went from one value to another (RFC 1624). */
+/* Return the checksum after a 16-bit field under it has changed (RFC 1624). */
 static inline __u16 csum_replace(__u16 check, __u16 from, __u16 to)
 {
 	return ~csum_fold((__u64)(__u16)~check + (__u16)~from + to);
 }
 
-static inline int is_same(const struct address *a, const struct address *b)
+static inline __u64 csum_address(const struct in6_addr *a)
 {
-	return a->word[0] == b->word[0] && a->word[1] == b->word[1] && a->word[2] == b->word[2] &&
-	       a->word[3] == b->word[3];
+	return (__u64)a->s6_addr32[0] + a->s6_addr32[1] + a->s6_addr32[2] + a->s6_addr32[3];
 }
 
-static inline __u64 csum_address(const struct address *a)
+/* Return sum plus the sum of len bytes of the packet, SUM_CHUNK at most. */
+static inline __u32 csum_chunk(struct __sk_buff *skb, __u8 *buffer, __u32 off, __u32 len, __u32 sum)
 {
-	return (__u64)a->word[0] + a->word[1] + a->word[2] + a->word[3];
+	__u64 n = ((len - 1) & (SUM_CHUNK - 1)) + 1, words; /* the mask gives the verifier a bound */
+	__u8 *end = buffer;
+
+	if (!len)
+		return 0;
+	asm volatile("%0 += %1" : "+r"(end) : "r"(n)); /* before n is spilled: see ADVANCE */
+	if (bpf_skb_load_bytes(skb, off, buffer, n))
+		return 0;
+	end[0] = 0; /* bpf_csum_diff() takes words of 4 bytes */
+	end[1] = 0;
+	end[2] = 0;
+	words = (n + 3) & ~3ULL;
+	asm volatile("if %0 <= %1 goto +1\n\t%0 = %1" : "+r"(words) : "i"(SUM_CHUNK));
+	return bpf_csum_diff(0, 0, (__be32 *)buffer, words, sum);
 }
 
-/* ---- Parsing: TC, XDP and the packet that a router quotes --------------------------------- */
+/* Return the sum of len bytes of the packet. Of longer packets than jumbo frames, the rest is left out. */
+#define SUM_MAX 9216
+
+static inline __u32 csum_skb(struct __sk_buff *skb, __u8 *buffer, __u32 off, __u32 len)
+{
+	__u32 i, sum = 0;
+
+#pragma unroll
+	for (i = 0; i < SUM_MAX / SUM_CHUNK; i++) {
+		if (len > SUM_CHUNK) {
+			if (bpf_skb_load_bytes(skb, off, buffer, SUM_CHUNK))
+				return 0;
+			sum = bpf_csum_diff(0, 0, (__be32 *)buffer, SUM_CHUNK, sum);
+			off += SUM_CHUNK;
+			len -= SUM_CHUNK;
+		}
+	}
+	return csum_chunk(skb, buffer, off, len, sum);
+}
+
+/* ---- Parsing: TC, XDP and quoted packets -------------------------------------------------- */
 
 struct hdr_cursor {
 	void *pos;
@@ -768,32 +1422,38 @@ struct hdr_cursor {
 
 enum { FIRST_FRAGMENT = 1, LATER_FRAGMENT = 2 };
 
-/* Both parsers refuse what goes to many: nobody answers for it (RFC 1122, 3.2.2; RFC 4443, 2.4). */
-#define IPV4_MULTICAST 0xe0000000 /* multicast, and beyond it broadcast */
+/* Both parsers reject multicast and broadcast, because no ICMP error answers them (RFC 1122, 3.2.2; RFC 4443, 2.4). */
+#define IPV4_MULTICAST 0xe0000000 /* and what is above, up to broadcast */
 #define IPV6_MULTICAST 0xff
 
 struct packet {
-	void *ip; /* struct iphdr or ip6hdr, by version */
+	void *ip; /* struct iphdr or ipv6hdr, by version */
 	__u32 version;
-	__u32 ip_off; /* bytes in front of the IP header */
-	__u32 ip_len; /* bytes of the IP header, IPv6's with its extension headers */
-	__u32 l4_len; /* bytes behind it, as it says */
+	__u32 ip_off; /* bytes before the IP header */
+	__u32 ip_len; /* bytes of the IP header, with the extension headers of IPv6 */
+	__u32 l4_len; /* bytes behind the IP header, as the header tells */
 	__u32 protocol;
-	__u32 fragment; /* 0: it is whole */
-	__u32 encapsulated;  /* it is inside another IPv4 packet */
-	__u32 outer_off; /* bytes in front of that one's header */
+	__u32 fragment;     /* 0: not a fragment */
+	__u32 encapsulated; /* the packet is inside another IPv4 packet */
+	__u32 outer_off;    /* bytes before the header of that one */
 	__u32 ttl;
 	__u8 tos;
 	__u16 ip_id; /* IPv6: low 16 bits of the flow label */
-	struct address saddr, daddr;
+	struct in6_addr saddr, daddr;
 };
 
-static inline void map_v4(struct address *a, __be32 v4)
+static inline int is_same(const struct in6_addr *a, const struct in6_addr *b)
 {
-	a->word[0] = 0;
-	a->word[1] = 0;
-	a->word[2] = bpf_htonl(0xffff);
-	a->word[3] = v4;
+	return a->s6_addr32[0] == b->s6_addr32[0] && a->s6_addr32[1] == b->s6_addr32[1] &&
+	       a->s6_addr32[2] == b->s6_addr32[2] && a->s6_addr32[3] == b->s6_addr32[3];
+}
+
+static inline void map_v4(struct in6_addr *a, __be32 v4)
+{
+	a->s6_addr32[0] = 0;
+	a->s6_addr32[1] = 0;
+	a->s6_addr32[2] = bpf_htonl(0xffff);
+	a->s6_addr32[3] = v4;
 }
 
 static inline __u32 which_fragment(__be16 offset, __be16 more)
@@ -826,45 +1486,44 @@ static inline int parse_iphdr(struct hdr_cursor *nh, struct packet *pkt)
 	return 0;
 }
 
-static inline int is_ip6ext(__u32 protocol)
+static inline int is_ipv6_extension(__u32 protocol)
 {
 	return protocol < 64 && (1ULL << protocol & (1ULL << IPPROTO_HOPOPTS | 1ULL << IPPROTO_ROUTING |
 						     1ULL << IPPROTO_FRAGMENT | 1ULL << IPPROTO_DSTOPTS));
 }
 
-/* Moves the cursor behind the extension headers. -1 also where a routing header says that the packet is
- * on its way to somewhere else first. */
-static inline int parse_ip6ext(struct hdr_cursor *nh, struct packet *pkt)
+/* Move the cursor behind the extension headers. Return -1 if a routing header says that the packet visits another
+ * destination first. The length is in scratch, because a value in a map is unknown to the verifier: it then follows one
+ * path through the loop, not one for each combination of headers. */
+static inline int parse_ipv6_extensions(struct hdr_cursor *nh, struct packet *pkt)
 {
-	struct ip6ext_walk *walk;
-	struct ip6ext *ext;
-	int zero = 0;
+	struct scratch *scratch = scratch_of_run();
+	struct ipv6_rt_hdr *ext;
 	__u32 i, len;
 	__be16 frag;
 
-	walk = own_walk(ip6ext_walks.lookup(&zero));
-	if (!walk)
+	if (!scratch)
 		return -1;
-	walk->len = 0;
+	scratch->parsed_len = 0;
 #pragma clang loop unroll(disable)
-	for (i = 0; i < IP6_EXTENSIONS_MAX && is_ip6ext(pkt->protocol); i++) {
-		len = READ_ONCE(walk->len); /* from a map, so that the verifier follows one way, not all */
-		ext = nh->pos + (len & IP6_EXTENSIONS_MASK);
+	for (i = 0; i < IPV6_EXTENSIONS_MAX && is_ipv6_extension(pkt->protocol); i++) {
+		len = READ_ONCE(scratch->parsed_len);
+		ext = nh->pos + (len & IPV6_EXTENSIONS_MASK);
 		if ((void *)(ext + 1) > nh->end)
 			return -1;
 		if (pkt->protocol == IPPROTO_FRAGMENT) {
 			frag = *(__be16 *)&ext->type;
 			pkt->fragment = which_fragment(frag & bpf_htons(IP6_OFFSET), frag & bpf_htons(IP6_MF));
-			walk->len = len + 8;
+			scratch->parsed_len = len + 8;
 		} else {
 			if (pkt->protocol == IPPROTO_ROUTING && ext->segments_left)
 				return -1;
-			walk->len = len + 8 + ext->len * 8;
+			scratch->parsed_len = len + 8 + ext->hdrlen * 8;
 		}
 		pkt->protocol = ext->nexthdr;
 	}
-	len = READ_ONCE(walk->len);
-	if (len > IP6_EXTENSIONS_MASK)
+	len = READ_ONCE(scratch->parsed_len);
+	if (len > IPV6_EXTENSIONS_MASK)
 		return -1;
 	nh->pos += len;
 	pkt->ip_len += len;
@@ -872,9 +1531,9 @@ static inline int parse_ip6ext(struct hdr_cursor *nh, struct packet *pkt)
 	return 0;
 }
 
-static inline int parse_ip6hdr(struct hdr_cursor *nh, struct packet *pkt)
+static inline int parse_ipv6hdr(struct hdr_cursor *nh, struct packet *pkt)
 {
-	struct ip6hdr *ip6 = nh->pos;
+	struct ipv6hdr *ip6 = nh->pos;
 
 	if ((void *)(ip6 + 1) > nh->end || (bpf_ntohl(ip6->version_class_label) >> 28) != 6 ||
 	    *(__u8 *)&ip6->daddr == IPV6_MULTICAST)
@@ -891,10 +1550,10 @@ static inline int parse_ip6hdr(struct hdr_cursor *nh, struct packet *pkt)
 	pkt->saddr = ip6->saddr;
 	pkt->daddr = ip6->daddr;
 	nh->pos = ip6 + 1;
-	return is_ip6ext(pkt->protocol) ? parse_ip6ext(nh, pkt) : 0;
+	return is_ipv6_extension(pkt->protocol) ? parse_ipv6_extensions(nh, pkt) : 0;
 }
 
-/* With TUNNEL, the packet inside an IPv4 one of that protocol, if it is one: the cursor is behind its header. */
+/* With TUNNEL, parse the packet inside an IPv4 packet of that protocol. The cursor is behind the outer header. */
 static inline int parse_inner(struct hdr_cursor *nh, struct packet *pkt)
 {
 	if (!TUNNEL || pkt->version != 4 || pkt->protocol != TUNNEL || pkt->fragment)
@@ -902,20 +1561,20 @@ static inline int parse_inner(struct hdr_cursor *nh, struct packet *pkt)
 	pkt->encapsulated = 1;
 	pkt->outer_off = pkt->ip_off;
 	pkt->ip_off += pkt->ip_len;
-	return TUNNEL == IPPROTO_IPIP ? parse_iphdr(nh, pkt) : parse_ip6hdr(nh, pkt);
+	return TUNNEL == IPPROTO_IPIP ? parse_iphdr(nh, pkt) : parse_ipv6hdr(nh, pkt);
 }
 
-/* Bytes up to the end of an IP header that is `off` bytes behind the cursor, and of GRE's, if that one is next; 0
- * unless there is one, of a packet that ends with the frame and has another inside. */
+/* Return the number of bytes before an inner packet: `off`, then an outer IP header, perhaps a GRE header. Return 0
+ * unless the outer packet ends with the frame and contains another packet. */
 static inline __u32 outer_len(const struct hdr_cursor *nh, __u32 off)
 {
 	struct hdr_cursor at = { nh->pos + off, nh->end };
 	struct packet outer = {};
-	struct grehdr *gre;
+	struct gre_base_hdr *gre;
 	__u8 *first = at.pos;
 
 	if ((void *)(first + 1) > at.end ||
-	    (*first >> 4 == 4 ? parse_iphdr(&at, &outer) : parse_ip6hdr(&at, &outer)) < 0 ||
+	    (*first >> 4 == 4 ? parse_iphdr(&at, &outer) : parse_ipv6hdr(&at, &outer)) < 0 ||
 	    off + outer.ip_len + outer.l4_len != (__u32)(nh->end - nh->pos))
 		return 0;
 	if (outer.protocol == IPPROTO_IPIP || outer.protocol == IPPROTO_IPV6)
@@ -923,59 +1582,67 @@ static inline __u32 outer_len(const struct hdr_cursor *nh, __u32 off)
 	gre = at.pos;
 	if (outer.protocol != IPPROTO_GRE || (void *)(gre + 1) > at.end || gre->flags & ~bpf_htons(GRE_FLAGS))
 		return 0;
-	return off + outer.ip_len + sizeof(*gre) + (gre->flags & bpf_htons(GRE_CHECKSUM) ? 4 : 0) +
-	       (gre->flags & bpf_htons(GRE_KEY) ? 4 : 0) + (gre->flags & bpf_htons(GRE_SEQUENCE) ? 4 : 0);
+	return off + outer.ip_len + sizeof(*gre) + (gre->flags & bpf_htons(GRE_CSUM) ? 4 : 0) +
+	       (gre->flags & bpf_htons(GRE_KEY) ? 4 : 0) + (gre->flags & bpf_htons(GRE_SEQ) ? 4 : 0);
 }
 
-/* Before Linux 5.14 XDP on a tunnel device is shown what the tunnel has taken off already: the outer headers,
- * and Ethernet's in front of some. The cursor is behind them then. */
+/* Move the cursor behind the outer headers of a tunnel.
+ * Symptom: elf_ingress sees headers that the tunnel device has already removed, on some devices with an Ethernet header
+ * before them. Cause: XDP on tunnel devices before Linux 5.14. Can go: with FRAME_TUNNEL, when no older kernel matters.
+ * The length goes through scratch so that the verifier follows one path (see parse_ipv6_extensions()); that of Linux 7.3
+ * gives up otherwise. */
 static inline void skip_outer(struct hdr_cursor *nh)
 {
-	struct ip6ext_walk *walk;
+	struct scratch *scratch = scratch_of_run();
 	__u32 len;
-	int zero = 0;
 
-	walk = own_walk(ip6ext_walks.lookup(&zero));
-	if (!walk)
+	if (!scratch)
 		return;
 	len = outer_len(nh, 0);
 	if (!len)
 		len = outer_len(nh, sizeof(struct ethhdr));
-	walk->len = len <= IP6_EXTENSIONS_MASK ? len : 0;
-	/* From a map, so that the verifier follows one way, not all: that of Linux 7.3 gives up. */
-	nh->pos += READ_ONCE(walk->len) & IP6_EXTENSIONS_MASK;
+	scratch->parsed_len = len <= IPV6_EXTENSIONS_MASK ? len : 0;
+	nh->pos += READ_ONCE(scratch->parsed_len) & IPV6_EXTENSIONS_MASK;
 }
 
-/* What is in front of the IP header, and the IP header. Leaves the cursor behind; -1: not whole, or
- * something else. */
-static inline int parse_frame(struct hdr_cursor *nh, struct packet *pkt)
+/* Move the cursor behind the Ethernet header and the VLAN tags. Return the protocol, 0 if the packet is too short or sent
+ * to a multicast or broadcast address of Ethernet: its IP address may be a broadcast that only hosts there know. */
+static inline __be16 parse_ethhdr(struct hdr_cursor *nh, struct packet *pkt)
 {
 	struct ethhdr *eth = nh->pos;
-	struct vlanhdr *vlan;
-	__u8 *first = nh->pos;
+	struct vlan_hdr *vlan;
 	__be16 proto;
 	__u32 i;
+
+	if ((void *)(eth + 1) > nh->end || eth->h_dest[0] & 1)
+		return 0;
+	proto = eth->h_proto;
+	nh->pos = eth + 1;
+	pkt->ip_off = sizeof(*eth);
+#pragma unroll
+	for (i = 0; i < VLAN_TAGS_MAX; i++) {
+		if (proto == bpf_htons(ETH_P_8021Q) || proto == bpf_htons(ETH_P_8021AD)) {
+			vlan = nh->pos;
+			if ((void *)(vlan + 1) > nh->end)
+				return 0;
+			proto = vlan->h_vlan_encapsulated_proto;
+			nh->pos = vlan + 1;
+			pkt->ip_off += sizeof(*vlan);
+		}
+	}
+	return proto;
+}
+
+/* Parse a frame up to the end of the IP header, where it leaves the cursor. Return -1 if the packet is not complete or no
+ * IP packet. */
+static inline int parse_frame(struct hdr_cursor *nh, struct packet *pkt)
+{
+	__u8 *first = nh->pos;
+	__be16 proto;
 	int err;
 
 	if (FRAME == FRAME_ETHERNET) {
-		if ((void *)(eth + 1) > nh->end)
-			return -1;
-		if (eth->h_dest[0] & 1)
-			return -1; /* to many, perhaps by an address that only hosts there know for a broadcast */
-		proto = eth->h_proto;
-		nh->pos = eth + 1;
-		pkt->ip_off = sizeof(*eth);
-#pragma unroll
-		for (i = 0; i < VLAN_TAGS_MAX; i++) {
-			if (proto == bpf_htons(ETH_P_8021Q) || proto == bpf_htons(ETH_P_8021AD)) {
-				vlan = nh->pos;
-				if ((void *)(vlan + 1) > nh->end)
-					return -1;
-				proto = vlan->h_proto;
-				nh->pos = vlan + 1;
-				pkt->ip_off += sizeof(*vlan);
-			}
-		}
+		proto = parse_ethhdr(nh, pkt);
 	} else {
 		if ((void *)(first + 1) > nh->end)
 			return -1;
@@ -984,7 +1651,7 @@ static inline int parse_frame(struct hdr_cursor *nh, struct packet *pkt)
 	if (proto == bpf_htons(ETH_P_IP))
 		err = parse_iphdr(nh, pkt);
 	else if (proto == bpf_htons(ETH_P_IPV6))
-		err = parse_ip6hdr(nh, pkt);
+		err = parse_ipv6hdr(nh, pkt);
 	else
 		return -1;
 	return err < 0 ? err : parse_inner(nh, pkt);
@@ -995,29 +1662,25 @@ static inline int is_icmp(const struct packet *pkt)
 	return pkt->version == 4 ? pkt->protocol == IPPROTO_ICMP : pkt->protocol == IPPROTO_ICMPV6;
 }
 
-static inline int is_echo(const struct packet *pkt, const struct icmphdr *icmp)
+enum icmp_kind { OTHER_ICMP, ECHO_REQUEST, ECHO_REPLY, DEST_UNREACHABLE, TIME_EXCEEDED };
+
+/* Return what an ICMP or ICMPv6 message is. A time exceeded with code 1 is another: it tells that fragments did not become
+ * a packet. */
+static inline enum icmp_kind icmp_kind(const struct packet *pkt, const struct icmphdr *icmp)
 {
-	return icmp->type == (pkt->version == 4 ? ICMP_ECHO : ICMPV6_ECHO);
+	__u32 v4 = pkt->version == 4, type = icmp->type;
+
+	if (type == (v4 ? ICMP_TIME_EXCEEDED : ICMPV6_TIME_EXCEED))
+		return icmp->code == 0 ? TIME_EXCEEDED : OTHER_ICMP;
+	if (type == (v4 ? ICMP_ECHO : ICMPV6_ECHO_REQUEST))
+		return ECHO_REQUEST;
+	if (type == (v4 ? ICMP_ECHOREPLY : ICMPV6_ECHO_REPLY))
+		return ECHO_REPLY;
+	return type == (v4 ? ICMP_DEST_UNREACH : ICMPV6_DEST_UNREACH) ? DEST_UNREACHABLE : OTHER_ICMP;
 }
 
-static inline int is_echo_reply(const struct packet *pkt, const struct icmphdr *icmp)
-{
-	return icmp->type == (pkt->version == 4 ? ICMP_ECHO_REPLY : ICMPV6_ECHO_REPLY);
-}
-
-static inline int is_dest_unreach(const struct packet *pkt, const struct icmphdr *icmp)
-{
-	return icmp->type == (pkt->version == 4 ? ICMP_DEST_UNREACH : ICMPV6_DEST_UNREACH);
-}
-
-/* In transit (code 0); code 1 tells of fragments that did not become a packet. */
-static inline int is_time_exceeded(const struct packet *pkt, const struct icmphdr *icmp)
-{
-	return icmp->type == (pkt->version == 4 ? ICMP_TIME_EXCEEDED : ICMPV6_TIME_EXCEEDED) && icmp->code == 0;
-}
-
-/* The key of a probe, from its IP header and the 8 bytes behind it, at the cursor. -1: no probe. */
-static inline int parse_probe_key(struct hdr_cursor *nh, const struct packet *pkt, struct probe_key *key)
+/* Fill in the key of a packet from its IP header and the 8 bytes at the cursor. Return -1 if it cannot be a probe. */
+static inline int parse_probe_key(const struct hdr_cursor *nh, const struct packet *pkt, struct probe_key *key)
 {
 	struct udphdr *udp = nh->pos; /* TCP has its sequence number where UDP has length and checksum */
 	struct icmphdr *icmp = nh->pos;
@@ -1030,7 +1693,7 @@ static inline int parse_probe_key(struct hdr_cursor *nh, const struct packet *pk
 	key->dport = udp->dest;
 	if (pkt->protocol == IPPROTO_TCP || pkt->protocol == IPPROTO_UDP) {
 		key->ident = (__u32)bpf_ntohs(udp->len) << 16 | bpf_ntohs(udp->check);
-	} else if (is_icmp(pkt) && is_echo(pkt, icmp)) {
+	} else if (is_icmp(pkt) && icmp_kind(pkt, icmp) == ECHO_REQUEST) {
 		key->sport = icmp->id;
 		key->dport = 0;
 		key->ident = bpf_ntohs(icmp->sequence);
@@ -1040,8 +1703,8 @@ static inline int parse_probe_key(struct hdr_cursor *nh, const struct packet *pk
 	return 0;
 }
 
-/* The first bytes of a UDP packet's payload, zeros behind its end. -1: not all there. */
-static inline int parse_udp_head(struct hdr_cursor *nh, __u8 *head)
+/* Copy the first bytes of a UDP payload, with zeros behind its end. Return -1 if the packet is cut before. */
+static inline int parse_udp_head(const struct hdr_cursor *nh, __u8 *head)
 {
 	struct udphdr *udp = nh->pos;
 	__u8 *payload = (__u8 *)(udp + 1);
@@ -1050,9 +1713,9 @@ static inline int parse_udp_head(struct hdr_cursor *nh, __u8 *head)
 	if ((void *)payload > nh->end)
 		return -1;
 	len = bpf_ntohs(udp->len) - sizeof(*udp);
-	__builtin_memset(head, 0, UDP_HEAD);
+	__builtin_memset(head, 0, UDP_HEAD_LEN);
 #pragma unroll
-	for (i = 0; i < UDP_HEAD; i++) {
+	for (i = 0; i < UDP_HEAD_LEN; i++) {
 		if (i < len) {
 			if ((void *)(payload + i + 1) > nh->end)
 				return -1;
@@ -1064,9 +1727,9 @@ static inline int parse_udp_head(struct hdr_cursor *nh, __u8 *head)
 
 /* ---- Hooks -------------------------------------------------------------------------------- */
 
-/* Called when a probe is complete, just before it is recorded and sent; ctx is the probe. A
- * negative result drops it. What identifies a probe (addresses, ports, and see probe_key) must
- * stay as it is: a reply to a changed one finds no probe. */
+/* Called when a probe is complete, just before it is recorded and sent. ctx is the probe. A negative result drops it.
+ * A hook must not change what identifies the probe (addresses, ports, see struct probe_key): a reply to a changed probe
+ * matches no probe in flight. */
 static int elf_v4_icmp_beforesend(struct __sk_buff *ctx);
 static int elf_v4_tcp_beforesend(struct __sk_buff *ctx);
 static int elf_v4_udp_beforesend(struct __sk_buff *ctx);
@@ -1074,7 +1737,7 @@ static int elf_v6_icmp_beforesend(struct __sk_buff *ctx);
 static int elf_v6_tcp_beforesend(struct __sk_buff *ctx);
 static int elf_v6_udp_beforesend(struct __sk_buff *ctx);
 
-/* Called for a time exceeded that answers a probe, before its result is recorded. */
+/* Called for a time exceeded that answers a probe, before the result is recorded. */
 static void elf_v4_afterrecv(struct xdp_md *ctx);
 static void elf_v6_afterrecv(struct xdp_md *ctx);
 
@@ -1089,466 +1752,139 @@ static inline int hook_beforesend(struct __sk_buff *skb, __u32 version, __u32 pr
 	return version == 4 ? elf_v4_icmp_beforesend(skb) : elf_v6_icmp_beforesend(skb);
 }
 
-/* ---- Scheduling: when a probe is due, and to which hop ------------------------------------ */
+/* ---- Protocols: what may be a carrier, and how its clone becomes a probe ------------------
+ *
+ * A reply finds its probe by the 8 quoted bytes behind the IP header. Each protocol says what identifies a probe there.
+ * Ports, addresses, flow label, DSCP and the ICMP checksum stay as they are, because routers choose the path by them.
+ *
+ * A checksum that is left to the device (CHECKSUM_PARTIAL) is the sum of the pseudo header in memory. A complete checksum
+ * has the same value once in 65535 packets. The checksum of such a probe is wrong, which routers do not check. */
 
-static __u64 (*jiffies64)(void) = (void *)118; /* not every BCC declares it */
-
-/* Ticks of the kernel's clock: of no exactness, but 30 ns cheaper than bpf_ktime_get_ns(). */
-static inline __u64 ticks_now(void)
-{
-	return TICK_NS ? jiffies64() : 0;
-}
-
-/* What a hop that answers waits between two probes, ns. */
-#define HOP_INTERVAL (RATE_GLOBAL ? 0 : INTERVAL_NS)
-/* The same as a measure of patience, where INTERVAL_NS may be 0. */
-#define PATIENCE (INTERVAL_NS > NSEC_PER_MSEC ? INTERVAL_NS : NSEC_PER_MSEC)
-
-static inline __u64 min64(__u64 a, __u64 b)
-{
-	return a < b ? a : b;
-}
-
-static inline __u64 max64(__u64 a, __u64 b)
-{
-	return a > b ? a : b;
-}
-
-/* The hop of this number, 0 where there is none. Verifiers before Linux 5.10 see that the number is in bounds
- * only where the register that was compared is multiplied and added as it is, not a copy and not what was saved
- * meanwhile. No compiler promises that. */
-static inline struct hop *hop_at(struct path *path, __u64 nr)
-{
-	struct hop *hop = path->hops;
-
-	if (nr > MAX_HOPS)
-		return 0;
-	asm volatile("if %1 <= %2 goto +1\n\t%1 = 0\n\t%1 *= %3\n\t%0 += %1"
-		     : "+r"(hop), "+r"(nr)
-		     : "i"(MAX_HOPS), "i"(sizeof(*hop)));
-	return hop;
-}
-
-/* Does a hop behind this one answer, and has it done so since this one fell silent? */
-static inline int is_router(const struct path *path, __u32 nr, const struct hop *hop)
-{
-	return nr < path->last_responsive && path->farthest_reply > hop->since;
-}
-
-/* Are the hop's replies overdue? One that may have become the destination is not asked again before
- * the last reply is there, or late. Replies that are late end its rest (learn_hop()). */
-static inline int is_unresponsive(const struct path *path, __u32 nr, const struct hop *hop, __u64 now)
-{
-	__u64 rtt = hop->rtt * 1000ULL, silent = now - hop->since;
-
-	if (is_router(path, nr, hop))
-		return hop->unanswered > GRACE_ROUTER && (!rtt || silent > rtt + rtt / 4 + GRACE_ROUTER * PATIENCE);
-	return hop->unanswered && silent > 2 * rtt + min64(PATIENCE, 4 * NSEC_PER_MSEC);
-}
-
-/* How many rests besides the first are as long as that. */
-static inline __u32 free_levels(const struct hop *hop)
-{
-	return hop->false_alarms / FALSE_ALARMS_PER_LEVEL;
-}
-
-/* How long a silent hop rests, ns. Routers, since each probe costs them and us something. What may be
- * the destination, since no probe must reach that: the longer the farther it is behind what answers. */
-static inline __u64 backoff_delay(const struct path *path, __u32 nr, const struct hop *hop)
-{
-	__u32 beyond, backoff_level;
-
-	if (is_router(path, nr, hop))
-		return min64(PATIENCE << min64(hop->backoff_level, 16), BACKOFF_ROUTER_MAX);
-	beyond = nr > path->last_responsive ? nr - path->last_responsive - 1 : 0;
-	backoff_level = hop->backoff_level > free_levels(hop) ? hop->backoff_level - free_levels(hop) : 0;
-	return min64((hop->rtt ? BACKOFF_ANSWERED : BACKOFF_NEVER_ANSWERED) << min64(BACKOFF_SHIFT * (backoff_level + beyond), 12),
-		     BACKOFF_BEYOND_MAX);
-}
-
-/* Is the hop's rest over before its time? Where one that fell silent together with it is heard again, or the
- * destination is; or where one so far behind it answers that it is now known to be a router. */
-static inline int is_retried_early(const struct path *path, __u32 nr, const struct hop *hop)
-{
-	if (hop->backoff != BACKING_OFF)
-		return 0;
-	if (nr < path->last_responsive && hop->since < path->routers_proven)
-		return 1;
-	return hop->since < path->outage_end && hop->since + TOGETHER > path->outage_start;
-}
-
-/* Farthest hop to probe: short of the destination, or, while its distance is not known, step by
- * step from the first hop on, each waited for the longer the more before it were silent. */
-static inline __u32 farthest_hop(struct path *path, __u64 now)
-{
-	struct hop *hop;
-
-	if (path->length)
-		return path->length - 1;
-	if (path->max_ttl_tried <= path->last_responsive && path->last_responsive < MAX_HOPS) {
-		path->max_ttl_tried = path->last_responsive + 1;
-	} else if (path->max_ttl_tried < MAX_HOPS) {
-		hop = hop_at(path, path->max_ttl_tried);
-		if (hop && hop->unanswered && now > hop->since && /* or another CPU has just asked it */
-		    now - hop->since > STEP_WAIT << min64(2 * (__u32)(path->max_ttl_tried - 1 - path->last_responsive), STEP_SHIFT_MAX))
-			path->max_ttl_tried++;
-	}
-	return path->max_ttl_tried;
-}
-
-/* No probe before this time: for certain not before as many ticks as fit until then. */
-static inline void set_next_due(struct path *path, __u64 due, __u64 now, __u64 ticks)
-{
-	path->next_due = due;
-	path->next_due_tick = TICK_NS && due > now ? ticks + (due - now) / (TICK_NS + !TICK_NS) : 0;
-}
-
-/* Why there is none: another CPU was first, or all hops rest; the budget is spent; the hop whose turn it was
- * is found silent. */
-enum { NONE_DUE = -1, OVER_MAX_RATE = -2, HOP_UNRESPONSIVE = -3 };
-
-/* Claims the right to send one probe: fills in seq, ttl, time and due. 0, or one of these. */
-static inline int reserve_probe(struct path *path, struct reservation *reservation, __u64 now)
-{
-	__u64 earliest = now + NSEC_PER_SEC, ticks = ticks_now();
-	struct schedule *schedule;
-	__u32 i, nr, farthest;
-	int zero = 0, err = NONE_DUE;
-	struct hop *hop;
-
-	schedule = schedules.lookup(&zero);
-	if (!schedule)
-		return NONE_DUE;
-	bpf_spin_lock(&schedule->lock);
-	if (now < path->next_due)
-		goto unlock;
-	farthest = farthest_hop(path, now);
-	if (path->length && path->length <= MAX_HOPS &&
-	    (path->explore || path->seq % EXPLORE_EVERY == EXPLORE_EVERY - 1)) {
-		hop = hop_at(path, path->length);
-		if (hop && hop->due <= now) {
-			path->last_probed = farthest;
-			farthest = path->length;
-		}
-	}
-#pragma unroll
-	for (i = 0; i < MAX_HOPS; i++) {
-		if (i < farthest) {
-			path->last_probed = path->last_probed < farthest ? path->last_probed + 1 : 1;
-			nr = READ_ONCE(path->last_probed); /* or else the verifier follows every hop's number apart */
-			hop = hop_at(path, nr);
-			if (!hop)
-				goto unlock;
-			if (hop->due <= now || is_retried_early(path, nr, hop))
-				goto found;
-			earliest = min64(earliest, hop->due);
-		}
-	}
-	set_next_due(path, max64(earliest, RATE_GLOBAL ? path->last_sent + INTERVAL_NS : 0), now, ticks);
-	goto unlock;
-found:
-	if (nr != path->length && is_unresponsive(path, nr, hop, now) && !(hop->backoff & BACKING_OFF)) {
-		if (nr == path->last_responsive)
-			path->last_responsive--;
-		hop->due = now + backoff_delay(path, nr, hop);
-		hop->backoff |= BACKING_OFF;
-		if (hop->backoff_level < 16)
-			hop->backoff_level++;
-		err = HOP_UNRESPONSIVE;
-		goto unlock; /* the next packet may carry a probe to another hop */
-	}
-	if (schedule->budget > now + BUDGET_BURST) {
-		path->last_probed = nr - 1;
-		err = OVER_MAX_RATE;
-		goto unlock;
-	}
-	schedule->budget = max64(schedule->budget, now) + BUDGET_COST;
-	if (path->length && nr == path->length)
-		path->explore = 0;
-	if (is_retried_early(path, nr, hop)) {
-		hop->backoff_level = 0;
-		hop->backoff = RETRIED_EARLY;
-	}
-	hop->backoff &= RETRIED_EARLY;
-	if (hop->unanswered == 0)
-		hop->since = now;
-	if (hop->unanswered < 0xff)
-		hop->unanswered++;
-	hop->due = now + HOP_INTERVAL;
-	set_next_due(path, RATE_GLOBAL ? now + INTERVAL_NS : 0, now, ticks);
-	path->last_sent = now;
-	reservation->seq = path->seq++;
-	reservation->ttl = nr;
-	reservation->time = now;
-	reservation->due = hop->due;
-	err = 0;
-unlock:
-	bpf_spin_unlock(&schedule->lock);
-	if (err == OVER_MAX_RATE)
-		COUNT(over_max_rate);
-	if (err == HOP_UNRESPONSIVE)
-		COUNT(hop_unresponsive);
-	return err;
-}
-
-/* Intervals are counted from when the probe really left; one that did not is not held against its hop. */
-static inline void settle_reservation(struct path *path, const struct reservation *reservation, int sent)
-{
-	struct schedule *schedule;
-	struct hop *hop;
-	int zero = 0;
-
-	schedule = schedules.lookup(&zero);
-	hop = hop_at(path, reservation->ttl);
-	if (!schedule || !hop)
-		return;
-	bpf_spin_lock(&schedule->lock);
-	if (!sent) {
-		if (hop->unanswered)
-			hop->unanswered--;
-	} else {
-		if (hop->due == reservation->due)
-			hop->due += reservation->sendtime - reservation->time;
-		path->last_sent = reservation->sendtime;
-		if (RATE_GLOBAL)
-			path->next_due = max64(path->next_due, reservation->sendtime + INTERVAL_NS);
-	}
-	bpf_spin_unlock(&schedule->lock);
-}
-
-/* Has the schedule looked at anew: hops became due earlier than was thought. */
-static inline void reschedule(struct path *path, __u64 due)
-{
-	if (RATE_GLOBAL)
-		due = max64(due, path->last_sent + INTERVAL_NS);
-	if (due < path->next_due) {
-		path->next_due = due;
-		path->next_due_tick = 0;
-	}
-}
-
-/* Routers between here and the sender of a packet that arrived with this TTL, which began as one
- * of the values in use, and one more: the TTL with which to reach it. */
-static inline __u32 ttl_distance(__u32 ttl)
-{
-	__u32 initial = ttl <= 32 ? 32 : ttl <= 64 ? 64 : ttl <= 128 ? 128 : 255;
-
-	return initial - ttl + 1;
-}
-
-/* The TTL that reaches the destination is another one than was thought; 0: it is not known any more. What
- * was learnt about the last hop goes. */
-static inline void set_length(struct path *path, __u32 length)
-{
-	path->length = length;
-	path->reply_distances = 0;
-	path->is_confirmed = 0;
-	path->explore = 0;
-}
-
-/* A packet of the destination came with this TTL. Ways that seem shorter are believed at once,
- * longer ones only when nothing says otherwise for a while: the error that does no harm. The first
- * packet after a gap says that the way is open again: hops that fell silent meanwhile need rest no more. */
-static inline void learn_distance(struct path *path, __u32 ttl)
-{
-	__u64 now, ticks = ticks_now(), last_received = READ_ONCE(path->last_received);
-	__u64 gap = ticks > last_received ? ticks - last_received : 0; /* another CPU may have noted a later one */
-	__u32 distance = ttl_distance(ttl);
-	struct schedule *schedule;
-	int zero = 0;
-
-	if (distance == path->reverse_distance && !path->longer_packets && gap <= TOGETHER_TICKS) {
-		if (gap)
-			path->last_received = ticks;
-		return;
-	}
-	now = bpf_ktime_get_ns();
-	schedule = schedules.lookup(&zero);
-	if (!schedule)
-		return;
-	bpf_spin_lock(&schedule->lock);
-	if (gap > TOGETHER_TICKS && last_received) {
-		path->outage_start = now - gap * TICK_NS;
-		path->outage_end = now;
-		reschedule(path, now);
-	}
-	if (gap)
-		path->last_received = ticks;
-	if (distance == path->reverse_distance) {
-		path->longer_packets = 0;
-	} else if (path->reverse_distance && distance > path->reverse_distance && path->longer_packets < LONGER_AFTER) {
-		path->longer_packets++;
-	} else {
-		path->longer_packets = 0;
-		path->reverse_distance = distance;
-		if (distance < path->length)
-			path->shortened_at = now;
-		set_length(path, distance > MAX_HOPS ? 0 : distance); /* or the TTL began as none of those values */
-		if (path->last_responsive >= distance)
-			path->last_responsive = distance - 1;
-		reschedule(path, now);
-	}
-	bpf_spin_unlock(&schedule->lock);
-}
-
-/* The hop at which the probe ended has answered, with a packet that arrived with this TTL. */
-static inline void learn_hop(struct path *path, const struct probe *probe, __u32 ttl, __u64 now)
-{
-	__u64 nr = probe->outttl, bit;
-	struct schedule *schedule;
-	struct hop *hop, *next;
-	int zero = 0;
-
-	schedule = schedules.lookup(&zero);
-	if (!schedule || nr == 0)
-		return;
-	hop = hop_at(path, nr);
-	next = hop_at(path, nr + 1);
-	if (!hop)
-		return;
-	bpf_spin_lock(&schedule->lock);
-	if (path->length && nr >= path->length && probe->sendtime < path->shortened_at)
-		goto unlock;
-	if (hop->backoff_level || !hop->rtt) {
-		path->outage_start = hop->since;
-		path->outage_end = now;
-		reschedule(path, now);
-	}
-	if (nr > path->last_responsive + 1)
-		path->routers_proven = now;
-	if (hop->backoff_level && hop->backoff_level <= 1 + free_levels(hop) && hop->false_alarms < FALSE_ALARMS_MAX)
-		hop->false_alarms++;
-	hop->unanswered = 0;
-	hop->backoff_level = 0;
-	hop->backoff = 0;
-	hop->since = now;
-	hop->rtt = (now - probe->sendtime) / 1000 + 1;
-	hop->due = min64(hop->due, now + HOP_INTERVAL);
-	reschedule(path, hop->due);
-	if (nr >= path->last_responsive) {
-		path->last_responsive = nr;
-		path->farthest_reply = now;
-	}
-	if (!path->length) {
-		if (nr >= path->max_ttl_tried && nr < MAX_HOPS)
-			path->max_ttl_tried = nr + 1;
-	} else if (nr >= path->length) {
-		set_length(path, nr + 1);
-		path->explore = nr < MAX_HOPS;
-	} else if (nr + 1 == path->length) {
-		/* Seen from here, the last router is one hop nearer than the destination. Where it
-		 * is not, the way there may be longer than the way back: look one hop farther, once
-		 * for each distance that it seems to have; and not often, where the way back changes. */
-		ttl = ttl_distance(ttl);
-		bit = 1ULL << (ttl & 63);
-		if (!path->is_confirmed && !(path->reply_distances & bit) && ttl + 1 != path->reverse_distance) {
-			if (path->last_explored && now - path->last_explored < EXPLORE_AGAIN)
-				goto unlock;
-			path->last_explored = now;
-			path->explore = 1;
-		}
-		path->is_confirmed = 0;
-		path->reply_distances |= bit;
-	}
-	if (path->explore && next && nr + 1 == path->length) {
-		next->due = now; /* even if it rests */
-		next->backoff |= BACKING_OFF;
-	}
-unlock:
-	bpf_spin_unlock(&schedule->lock);
-}
-
-/* A probe with this TTL reached the destination: the way there is no longer than that. */
-static inline void learn_reached(struct path *path, __u32 ttl)
-{
-	__u64 now = bpf_ktime_get_ns();
-	struct schedule *schedule;
-	struct hop *last;
-	int zero = 0;
-
-	schedule = schedules.lookup(&zero);
-	if (!schedule)
-		return;
-	bpf_spin_lock(&schedule->lock);
-	if (ttl && (!path->length || ttl <= path->length)) {
-		if (ttl != path->length)
-			set_length(path, ttl);
-		path->explore = 0;
-		path->shortened_at = now;
-		last = hop_at(path, ttl - 1);
-		if (last && last->rtt && !last->unanswered)
-			path->is_confirmed = 1;
-	}
-	if (ttl && path->last_responsive >= ttl)
-		path->last_responsive = ttl - 1;
-	bpf_spin_unlock(&schedule->lock);
-	COUNT(reached);
-}
-
-/* ---- Rewriting: the clone becomes the probe ----------------------------------------------- */
-
-/* What build_probe() tells of the probe it made. */
-struct built {
-	__u32 version;
-	__u32 protocol;
-	__u32 origseq;
-	__u16 ip_id;
-	__u16 compensation;
-	__u8 tos;
-	__u8 payload_len;
-	__u16 device_check; /* the UDP checksum is left to the device */
-	struct probe_key key;
-	struct udp_partial quoted; /* how the probe is quoted if no device finishes it */
+/* A clone while it becomes a probe. */
+struct clone {
+	struct packet pkt;
+	struct hdr_cursor l4; /* behind the IP header */
+	__u32 old_len;        /* bytes behind the IP header before the clone was trimmed */
+	__u32 new_len;        /* and after */
+	__u64 pseudo;         /* sum of the pseudo header without its length */
+	__u16 device_check;   /* UDP: the checksum that the device will compute; 0: it is complete */
+	int keep_payload;
 };
 
-/* sum and the one's complement sum of len bytes of the packet, of SUM_CHUNK at most. */
-static inline __u32 csum_chunk(struct __sk_buff *skb, __u32 off, __u32 len, __u32 sum)
+static inline int is_partial(const struct clone *clone, __u16 check)
 {
-	__u64 n = ((len - 1) & (SUM_CHUNK - 1)) + 1, words; /* a bound that the verifier sees, too */
-	struct sum_buffer *buffer;
-	int zero = 0;
-	__u8 *end;
-
-	buffer = own_buffer(sum_buffers.lookup(&zero));
-	if (!buffer || !len)
-		return 0;
-	end = buffer->bytes;
-	asm volatile("%0 += %1" : "+r"(end) : "r"(n)); /* now, since a saved n is a number without bounds before 5.10 */
-	if (bpf_skb_load_bytes(skb, off, buffer->bytes, n))
-		return 0;
-	end[0] = 0; /* bpf_csum_diff() takes words */
-	end[1] = 0;
-	end[2] = 0;
-	words = (n + 3) & ~3ULL;
-	asm volatile("if %0 <= %1 goto +1\n\t%0 = %1" : "+r"(words) : "i"(SUM_CHUNK));
-	return bpf_csum_diff(0, 0, (__be32 *)buffer->bytes, words, sum);
+	return check == csum_fold(clone->pseudo + bpf_htonl(clone->old_len));
 }
 
-/* The same of UDP_SUM_MAX at most, from 0. */
-static inline __u32 csum_skb(struct __sk_buff *skb, __u32 off, __u32 len)
-{
-	struct sum_buffer *buffer;
-	__u32 i, sum = 0;
-	int zero = 0;
+/* TCP: ports and sequence number. A trimmed probe is a pure ACK with an older sequence number: the receiver discards it
+ * as a duplicate. Sequence numbers and probe numbers both grow, so that the probes of a flow differ, whether it sends
+ * byte by byte or nothing. Firewalls accept numbers that are older by up to the receiver's window. TCP_SEQ_BACK is
+ * below the smallest windows in use. */
+#define TCP_SEQ_BACK 2048
 
-	buffer = own_buffer(sum_buffers.lookup(&zero));
-	if (!buffer)
-		return 0;
-#pragma unroll
-	for (i = 0; i < UDP_SUM_MAX / SUM_CHUNK; i++) {
-		if (len > SUM_CHUNK) {
-			if (bpf_skb_load_bytes(skb, off, buffer->bytes, SUM_CHUNK))
-				return 0;
-			sum = bpf_csum_diff(0, 0, (__be32 *)buffer->bytes, SUM_CHUNK, sum);
-			off += SUM_CHUNK;
-			len -= SUM_CHUNK;
-		}
+static inline int tcp_may_carry(const struct hdr_cursor *l4)
+{
+	struct tcphdr *tcp = l4->pos;
+
+	return (void *)(tcp + 1) <= l4->end && (tcp->flags & (TCP_SYN | TCP_FIN | TCP_RST | TCP_ACK)) == TCP_ACK;
+}
+
+static inline int rewrite_tcp(struct __sk_buff *skb, struct clone *clone, struct scratch *scratch)
+{
+	__u64 pseudo = clone->pseudo + bpf_htonl(clone->new_len);
+	__u32 partial, len = clone->new_len;
+	struct tcphdr *tcp = clone->l4.pos;
+
+	if ((void *)(tcp + 1) > clone->l4.end)
+		return -1;
+	partial = is_partial(clone, tcp->check);
+	scratch->probe.origseq = bpf_ntohl(tcp->seq);
+	if (!clone->keep_payload) {
+		tcp->seq = bpf_htonl(bpf_ntohl(tcp->seq) - TCP_SEQ_BACK + scratch->reservation.seq % TCP_SEQ_BACK);
+		tcp->flags = TCP_ACK;
+		tcp->urg_ptr = 0;
+		tcp->check = 0;
+		tcp->check = ~csum_fold(pseudo + csum_chunk(skb, scratch->sum_buffer, skb->len - len, len, 0));
 	}
-	return csum_chunk(skb, off, len, sum);
+	if (partial)
+		tcp->check = csum_fold(pseudo);
+	return 0;
 }
 
-/* Bytes of header behind the IP header, -1 where they are not all there. */
-static inline int l4_header_len(struct hdr_cursor *nh, const struct packet *pkt)
+/* UDP: ports, length and checksum. A trimmed probe has a checksum of our choice, and 2 bytes of payload that make it right.
+ * If no device completes a partial checksum, as on veth, routers quote the partial one. So both must find the probe.
+ *
+ * CHECKSUM_STEP is the distance between the checksums of consecutive probes. It is coprime to 65535, so that every value is
+ * used before one repeats. It is large, so that a checksum that a NAT shifts by a constant does not match
+ * another probe in flight. */
+#define CHECKSUM_STEP 40507
+
+static inline int rewrite_udp(struct __sk_buff *skb, struct clone *clone, struct scratch *scratch)
+{
+	struct udphdr *udp = clone->l4.pos;
+	__u16 *compensation = (__u16 *)(udp + 1), check;
+	__u32 partial, len = clone->new_len;
+	__u64 pseudo, sum;
+
+	if ((void *)compensation > clone->l4.end)
+		return -1;
+	partial = is_partial(clone, udp->check);
+	scratch->probe.origseq = bpf_ntohs(udp->check);
+	udp->len = bpf_htons(len);
+	pseudo = clone->pseudo + bpf_htonl(len);
+	sum = pseudo + udp->source + udp->dest + udp->len;
+	check = udp->check;
+	if (!clone->keep_payload) {
+		if ((void *)(compensation + 1) > clone->l4.end)
+			return -1;
+		check = bpf_htons(1 + ((__u64)scratch->reservation.seq * CHECKSUM_STEP + SALT) % 65535);
+		*compensation = ~csum_fold(sum + check);
+		scratch->probe.compensation = *compensation;
+		udp->check = check;
+	} else if (partial) {
+		check = ~csum_fold(sum + csum_skb(skb, scratch->sum_buffer, skb->len - len + sizeof(*udp),
+						  len - sizeof(*udp)));
+		if (check == 0)
+			check = 0xffff; /* RFC 768 */
+	}
+	if (partial) {
+		udp->check = csum_fold(pseudo);
+		clone->device_check = check;
+	}
+	return 0;
+}
+
+/* ICMP echo requests: identifier and sequence. A trimmed probe has a sequence number of our choice, and 2 bytes of payload
+ * that keep the checksum as it was. */
+static inline int icmp_may_carry(const struct hdr_cursor *l4, const struct packet *pkt)
+{
+	struct icmphdr *icmp = l4->pos;
+
+	return (void *)(icmp + 1) <= l4->end && icmp_kind(pkt, icmp) == ECHO_REQUEST;
+}
+
+static inline int rewrite_icmp(struct clone *clone, struct scratch *scratch)
+{
+	struct icmphdr *icmp = clone->l4.pos;
+	__u16 *compensation = (__u16 *)(icmp + 1);
+	__u64 sum;
+
+	if ((void *)compensation > clone->l4.end)
+		return -1;
+	scratch->probe.origseq = bpf_ntohs(icmp->sequence);
+	if (clone->keep_payload)
+		return 0;
+	if ((void *)(compensation + 1) > clone->l4.end)
+		return -1;
+	icmp->sequence = bpf_htons(scratch->reservation.seq + SALT);
+	sum = clone->pkt.version == 6 ? clone->pseudo + bpf_htonl(clone->new_len) : 0;
+	sum += *(__u16 *)icmp + icmp->check + icmp->id + icmp->sequence;
+	*compensation = ~csum_fold(sum);
+	return 0;
+}
+
+/* Return the number of header bytes behind the IP header, -1 if the packet is cut before their end. */
+static inline int l4_header_len(const struct hdr_cursor *nh, const struct packet *pkt)
 {
 	struct tcphdr *tcp = nh->pos;
 	int len = sizeof(struct udphdr);
@@ -1563,11 +1899,18 @@ static inline int l4_header_len(struct hdr_cursor *nh, const struct packet *pkt)
 	return nh->pos + len > nh->end ? -1 : len;
 }
 
-/* Trims the clone. What a probe keeps behind its headers: nothing for TCP, 2 bytes that make the
- * checksum come out as wanted for UDP and ICMP, or 4 where the echo request has 2 itself;
- * with NOTRUNC all of it, or of a packet that is yet to be segmented, what the first segment gets.
- * Tells in exact whether the payload is kept, otherwise in tail how many bytes there are. */
-static inline int trim_clone(struct __sk_buff *skb, int *keep_payload, __u8 *padding)
+/* Return the payload length of a trimmed probe. UDP and ICMP need 2 bytes for their checksums. An echo request with 2 bytes
+ * gets 4, so that its reply differs in length from that of the application's own. */
+static inline __u32 trimmed_len(const struct packet *pkt, __u32 payload)
+{
+	if (pkt->protocol == IPPROTO_TCP)
+		return 0;
+	return is_icmp(pkt) && payload == 2 ? 4 : 2;
+}
+
+/* Trim the clone. With NOTRUNC keep the payload, or of a packet that is yet to be segmented, that of the first segment. A TCP
+ * packet without payload gets a sequence number of our own even then. */
+static inline int trim_clone(struct __sk_buff *skb, struct clone *clone, struct scratch *scratch)
 {
 	struct hdr_cursor nh = { (void *)(long)skb->data, (void *)(long)skb->data_end };
 	__u32 headers, payload, payload_len;
@@ -1583,11 +1926,9 @@ static inline int trim_clone(struct __sk_buff *skb, int *keep_payload, __u8 *pad
 	if (skb->len < headers)
 		return -1;
 	payload = skb->len - headers;
-	*keep_payload = NOTRUNC && (payload || pkt.protocol != IPPROTO_TCP);
-	if (!*keep_payload)
-		*padding = payload_len = pkt.protocol == IPPROTO_TCP ? 0 : is_icmp(&pkt) && payload == 2 ? 4 : 2;
-	else
-		payload_len = segment_len(skb, payload);
+	clone->keep_payload = NOTRUNC && (payload || pkt.protocol != IPPROTO_TCP);
+	payload_len = clone->keep_payload ? first_segment_len(skb, payload) : trimmed_len(&pkt, payload);
+	scratch->probe.payload_len = clone->keep_payload ? 0 : payload_len;
 	if (payload_len == payload)
 		return bpf_skb_pull_data(skb, skb->len);
 	return bpf_skb_change_tail(skb, headers + payload_len, 0);
@@ -1601,189 +1942,96 @@ static inline void set_tot_len(struct iphdr *ip, __u32 len)
 	ip->check = check;
 }
 
-/* Makes the clone the probe that the claim says, all but its hook. 0, or -1: the clone is of no use. */
-static inline int build_probe(struct __sk_buff *skb, const struct reservation *reservation, struct built *built)
+/* Set TTL and lengths, those of the outer header, too. */
+static inline int rewrite_ip(struct __sk_buff *skb, const struct clone *clone, __u8 ttl)
 {
-	__u32 old_len, new_len, partial;
-	struct hdr_cursor nh, l4;
-	struct packet pkt = {};
-	__u64 pseudo, sum;
-	struct icmphdr *icmp;
-	struct ip6hdr *ip6;
-	struct tcphdr *tcp;
-	struct udphdr *udp;
-	struct iphdr *ip;
-	__u16 *compensation, ttl, check;
-	int keep_payload = 0;
+	struct ipv6hdr *ip6 = clone->pkt.ip;
+	struct iphdr *ip = clone->pkt.ip, *outer;
+	__u16 ttl_and_protocol; /* checksums count in 16 bits */
 
-	old_len = skb->len;
-	if (trim_clone(skb, &keep_payload, &built->payload_len) < 0)
+	if (TUNNEL && clone->pkt.encapsulated) {
+		outer = (void *)(long)skb->data + clone->pkt.outer_off;
+		if ((void *)(outer + 1) > clone->l4.end)
+			return -1;
+		set_tot_len(outer, skb->len - clone->pkt.outer_off);
+	}
+	if (clone->pkt.version == 4) {
+		set_tot_len(ip, clone->pkt.ip_len + clone->new_len);
+		ttl_and_protocol = *(__u16 *)&ip->ttl;
+		ip->ttl = ttl;
+		ip->check = csum_replace(ip->check, ttl_and_protocol, *(__u16 *)&ip->ttl);
+	} else {
+		ip6->payload_len = bpf_htons(clone->pkt.ip_len - sizeof(*ip6) + clone->new_len);
+		ip6->hop_limit = ttl;
+	}
+	return 0;
+}
+
+static inline int rewrite_l4(struct __sk_buff *skb, struct clone *clone, struct scratch *scratch)
+{
+	if (clone->pkt.protocol == IPPROTO_TCP)
+		return rewrite_tcp(skb, clone, scratch);
+	if (clone->pkt.protocol == IPPROTO_UDP)
+		return rewrite_udp(skb, clone, scratch);
+	return is_icmp(&clone->pkt) ? rewrite_icmp(clone, scratch) : -1;
+}
+
+/* Make the clone the probe of the reservation, ready for its hook. Fill in its record and key in scratch. Return -1 if the
+ * clone cannot become a probe. */
+static inline int build_probe(struct __sk_buff *skb, struct clone *clone, struct scratch *scratch)
+{
+	struct hdr_cursor nh;
+	__u32 ip_end;
+
+	clone->old_len = skb->len;
+	scratch->probe.compensation = 0;
+	if (trim_clone(skb, clone, scratch) < 0)
 		return -1;
 	nh.pos = (void *)(long)skb->data;
 	nh.end = (void *)(long)skb->data_end;
-	if (parse_frame(&nh, &pkt) < 0)
+	if (parse_frame(&nh, &clone->pkt) < 0)
 		return -1;
-	l4 = nh;
-	old_len -= pkt.ip_off + pkt.ip_len;
-	new_len = skb->len - pkt.ip_off - pkt.ip_len;
-
-	if (TUNNEL && pkt.encapsulated) {
-		ip = (void *)(long)skb->data + pkt.outer_off;
-		if ((void *)(ip + 1) > nh.end)
-			return -1;
-		set_tot_len(ip, skb->len - pkt.outer_off);
-	}
-	if (pkt.version == 4) {
-		ip = pkt.ip;
-		set_tot_len(ip, pkt.ip_len + new_len);
-		ttl = *(__u16 *)&ip->ttl; /* with the protocol: checksums count in 16 bits */
-		ip->ttl = reservation->ttl;
-		ip->check = csum_replace(ip->check, ttl, *(__u16 *)&ip->ttl);
-	} else {
-		ip6 = pkt.ip;
-		ip6->payload_len = bpf_htons(pkt.ip_len - sizeof(*ip6) + new_len);
-		ip6->hop_limit = reservation->ttl;
-	}
-
-	/* A checksum that is left to the device is, in memory, the sum of the pseudo header. A
-	 * finished one is that as well once in 65535 packets; such a probe's checksum is wrong,
-	 * which no router minds. */
-	pseudo = csum_address(&pkt.saddr) + csum_address(&pkt.daddr) + bpf_htonl(pkt.protocol);
-	built->device_check = 0;
-	if (pkt.protocol == IPPROTO_TCP) {
-		tcp = l4.pos;
-		if ((void *)(tcp + 1) > l4.end)
-			return -1;
-		built->origseq = bpf_ntohl(tcp->seq);
-		partial = tcp->check == csum_fold(pseudo + bpf_htonl(old_len));
-		pseudo += bpf_htonl(new_len);
-		if (!keep_payload) {
-			tcp->seq = bpf_htonl(built->origseq - TCP_SEQ_BACK + reservation->seq % TCP_SEQ_BACK);
-			tcp->flags = TCP_ACK;
-			tcp->urg_ptr = 0;
-			tcp->check = 0;
-			tcp->check = ~csum_fold(pseudo + csum_chunk(skb, skb->len - new_len, new_len, 0));
-		}
-		if (partial)
-			tcp->check = csum_fold(pseudo);
-	} else if (pkt.protocol == IPPROTO_UDP) {
-		udp = l4.pos;
-		compensation = (__u16 *)(udp + 1);
-		if ((void *)compensation > l4.end)
-			return -1;
-		built->origseq = bpf_ntohs(udp->check);
-		partial = udp->check == csum_fold(pseudo + bpf_htonl(old_len));
-		pseudo += bpf_htonl(new_len);
-		udp->len = bpf_htons(new_len);
-		sum = pseudo + udp->source + udp->dest + udp->len;
-		check = udp->check;
-		if (!keep_payload) {
-			if ((void *)(compensation + 1) > l4.end)
-				return -1;
-			check = bpf_htons(1 + ((__u64)reservation->seq * CHECKSUM_STEP + SALT) % 65535);
-			*compensation = ~csum_fold(sum + check);
-			built->compensation = *compensation;
-			udp->check = check;
-		} else if (partial) {
-			check = ~csum_fold(sum + csum_skb(skb, skb->len - new_len + sizeof(*udp), new_len - sizeof(*udp)));
-			if (check == 0)
-				check = 0xffff;
-		}
-		if (partial) {
-			udp->check = csum_fold(pseudo);
-			built->device_check = check;
-		}
-	} else if (is_icmp(&pkt)) {
-		icmp = l4.pos;
-		compensation = (__u16 *)(icmp + 1);
-		if ((void *)compensation > l4.end)
-			return -1;
-		built->origseq = bpf_ntohs(icmp->sequence);
-		if (!keep_payload) {
-			if ((void *)(compensation + 1) > l4.end)
-				return -1;
-			icmp->sequence = bpf_htons(reservation->seq + SALT);
-			sum = pkt.version == 6 ? pseudo + bpf_htonl(new_len) : 0;
-			sum += *(__u16 *)icmp + icmp->check + icmp->id + icmp->sequence;
-			*compensation = ~csum_fold(sum);
-		}
-	} else {
+	clone->l4 = nh;
+	ip_end = clone->pkt.ip_off + clone->pkt.ip_len;
+	clone->old_len -= ip_end;
+	clone->new_len = skb->len - ip_end;
+	clone->pseudo = csum_address(&clone->pkt.saddr) + csum_address(&clone->pkt.daddr) +
+			bpf_htonl(clone->pkt.protocol);
+	if (rewrite_ip(skb, clone, scratch->reservation.ttl) < 0 || rewrite_l4(skb, clone, scratch) < 0 ||
+	    parse_probe_key(&clone->l4, &clone->pkt, &scratch->key) < 0)
 		return -1;
-	}
-
-	built->version = pkt.version;
-	built->protocol = pkt.protocol;
-	built->ip_id = pkt.ip_id;
-	built->tos = pkt.tos;
-	if (parse_probe_key(&l4, &pkt, &built->key) < 0)
-		return -1;
-	if (built->device_check) {
-		built->quoted.key = built->key;
-		if (parse_udp_head(&l4, built->quoted.head) < 0)
+	if (clone->device_check) {
+		scratch->partial.key = scratch->key;
+		if (parse_udp_head(&clone->l4, scratch->partial.head) < 0)
 			return -1;
-		built->key.ident = new_len << 16 | bpf_ntohs(built->device_check);
+		scratch->key.ident = clone->new_len << 16 | bpf_ntohs(clone->device_check);
 	}
 	return 0;
-}
-
-/* Puts the probe in flight. 0, or -1 with the reason counted. */
-static inline int record_probe(const struct built *built, struct reservation *reservation)
-{
-	struct probe probe = {};
-	__u32 *ident;
-	struct probe_key key = built->key;
-	int err;
-
-	if (built->device_check) {
-		ident = partial_checksums.lookup((struct udp_partial *)&built->quoted);
-		if (ident) {
-			key.ident = *ident;
-			if (in_flight.lookup(&key)) {
-				COUNT(key_busy);
-				return -1;
-			}
-			key.ident = built->key.ident;
-		}
-		partial_checksums.update((struct udp_partial *)&built->quoted, &key.ident);
-	}
-	probe.seq = reservation->seq;
-	probe.origseq = built->origseq;
-	probe.outipid = built->ip_id;
-	probe.outtos = built->tos;
-	probe.compensation = built->compensation;
-	probe.outttl = reservation->ttl;
-	probe.payload_len = built->payload_len;
-	probe.pid = reservation->pid;
-	probe.app = reservation->app;
-	probe.tcp = reservation->tcp;
-	probe.sendtime = bpf_ktime_get_ns();
-	err = in_flight.insert(&key, &probe);
-	if (err == -EEXIST) {
-		COUNT(key_busy);
-		return -1;
-	}
-	if (err) {
-		COUNT(in_flight_full);
-		return -1;
-	}
-	reservation->sendtime = probe.sendtime;
-	reservation->key = key;
-	reservation->recorded = 1;
-	return 0;
-}
-
-/* The probe leaves now. */
-static inline void stamp_probe(struct reservation *reservation)
-{
-	struct probe *probe = in_flight.lookup(&reservation->key);
-
-	if (probe)
-		reservation->sendtime = probe->sendtime = bpf_ktime_get_ns();
 }
 
 /* ---- Processes and their sockets ---------------------------------------------------------- */
 
 #if BY_OWNER
+
+BPF_HASH(processes, __u32, struct process, 65536); /* by PID */
+BPF_HASH(apps, struct app_name, __u32, 1024);      /* target names in lower case -> 1: the whole name;
+						    * 0: its first 15 characters, so that user space must check */
+BPF_ARRAY(task_sample, struct task_sample, 1);
+BPF_ARRAY(task_pid_offset, __u32, 1); /* of pid in struct task_struct, with tgid behind it; user space finds it */
+BPF_RINGBUF_OUTPUT(process_events, 64);
+
+/* Declared by hand, because BCC's macro for socket storage does not set BPF_F_CLONE, by which accepted sockets inherit. */
+struct sockets_table_t {
+	int key;
+	struct owner leaf;
+	void *(*sk_storage_get)(void *, void *, int);
+	__u32 max_entries;
+	int flags;
+};
+__attribute__((section("maps/sk_storage"))) struct sockets_table_t sockets = {
+	.flags = BPF_F_NO_PREALLOC | BPF_F_CLONE,
+};
+BPF_ANNOTATE_KV_PAIR(sockets, int, struct owner);
 
 static inline struct app_name current_app(void)
 {
@@ -1793,30 +2041,30 @@ static inline struct app_name current_app(void)
 	return app;
 }
 
-/* What -a makes of a command name, without regard to (ASCII) case. 0: nothing. */
+/* Return the status that a command name gives a process by -a, 0 for none. Upper and lower case (ASCII) are the same.
+ * Converts 8 characters at a time and without a branch: 16 branches are 2^16 paths to verifiers before Linux 6.8. */
 static inline __u32 status_by_name(const struct app_name *app)
 {
 	__u64 word[sizeof(*app) / 8], low, from_a, above_z;
-	__u32 i, *keep_payload;
+	__u32 i, *is_whole;
 
 	if (!BY_APP)
 		return 0;
 	__builtin_memcpy(word, app, sizeof(*app));
-	/* Eight at a time and without a branch: sixteen branches are 2^16 paths to verifiers before Linux 6.8. */
 #pragma unroll
 	for (i = 0; i < sizeof(*app) / 8; i++) {
 		low = word[i] & 0x7f7f7f7f7f7f7f7fULL;
-		from_a = low + 0x3f3f3f3f3f3f3f3fULL;  /* the highest bit of each byte: 'A' or beyond */
-		above_z = low + 0x2525252525252525ULL; /* beyond 'Z' */
+		from_a = low + 0x3f3f3f3f3f3f3f3fULL;  /* highest bit of each byte: 'A' or above */
+		above_z = low + 0x2525252525252525ULL; /* above 'Z' */
 		word[i] |= ((from_a ^ above_z) & ~word[i] & 0x8080808080808080ULL) >> 2;
 	}
-	keep_payload = apps.lookup((struct app_name *)word);
-	if (!keep_payload)
+	is_whole = apps.lookup((struct app_name *)word);
+	if (!is_whole)
 		return 0;
-	return *keep_payload ? TARGET : UNDECIDED;
+	return *is_whole ? TARGET : UNDECIDED;
 }
 
-/* Enters the process, in the place of one that had its PID. */
+/* Enter the process. It replaces a former process with the same PID. */
 static inline void enter_process(struct process_event *event, const struct app_name *app)
 {
 	struct process process = { .status = event->status, .app = *app };
@@ -1832,8 +2080,8 @@ static inline void report_process(struct process_event *event)
 		COUNT(events_lost);
 }
 
-/* sched_process_exec, in the process. One that is of interest stays so, under its new name; any
- * other may now be it by a name that only the driver sees: its executable's, its script's. */
+/* sched_process_exec, in the process. A target stays one, under its new name. Any other process may become one by a name
+ * that only user space sees: that of its executable or its script. */
 int elf_exec(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct process_event event = { .pid = bpf_get_current_pid_tgid() >> 32 };
@@ -1855,9 +2103,9 @@ int elf_exec(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* sched_wakeup_new, in the parent, before the child runs: the child is what the parent is. At sched_process_fork
- * Linux 7.2 leaves a program out while another run of it is preempted on that CPU; here none is, with the run queue
- * locked. */
+/* sched_wakeup_new, in the parent, before the child runs. The child inherits the status of its parent.
+ * Not at sched_process_fork: Linux 7.2 skips a program there while another run of it is preempted on that CPU. Here no run
+ * is preempted, because the run queue is locked. */
 int elf_fork(struct bpf_raw_tracepoint_args *ctx)
 {
 	__u32 pid = bpf_get_current_pid_tgid() >> 32, *offset;
@@ -1877,10 +2125,10 @@ int elf_fork(struct bpf_raw_tracepoint_args *ctx)
 	if (!offset || bpf_probe_read_kernel(&child, sizeof(child), (void *)(ctx->args[0] + *offset)))
 		return 0;
 	if (child.pid != child.tgid)
-		return 0;
+		return 0; /* a thread */
 	process = processes.lookup(&pid);
 	if (!process) {
-		processes.delete(&child.pid); /* one that had this PID */
+		processes.delete(&child.pid); /* a former process with that PID */
 		return 0;
 	}
 	app = process->app;
@@ -1892,8 +2140,8 @@ int elf_fork(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* sched_process_exit, in every thread. Others may outlive the first one, or have become it by an exec:
- * the driver removes the process when nothing is left of it. */
+/* sched_process_exit, in every thread. Other threads may outlive the first one, or have become it by an exec. So user space
+ * removes the process, when all its threads have ended. */
 int elf_exit(struct bpf_raw_tracepoint_args *ctx)
 {
 	__u64 ids = bpf_get_current_pid_tgid();
@@ -1910,7 +2158,7 @@ int elf_exit(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* cgroup sock_create, in the creating process. Always 1: go on. */
+/* cgroup sock_create, in the creating process. Always returns 1, which allows the socket. */
 int elf_sock_create(struct bpf_sock *sk)
 {
 	__u64 ids = bpf_get_current_pid_tgid();
@@ -1921,10 +2169,9 @@ int elf_sock_create(struct bpf_sock *sk)
 
 	process = processes.lookup(&event.pid);
 	if (!process) {
-		/* It may have changed its name since it was looked at. */
 		if (event.pid != (__u32)ids)
 			return 1;
-		app = current_app();
+		app = current_app(); /* the process may have changed its name since user space checked it */
 		event.status = status_by_name(&app);
 		if (!event.status)
 			return 1;
@@ -1942,7 +2189,7 @@ int elf_sock_create(struct bpf_sock *sk)
 	return 1;
 }
 
-/* The socket keeps the answer, so that it outlives the process. */
+/* Is the owner a target? Stores the answer with the socket, which may outlive the process. */
 static inline int is_target(struct owner *owner)
 {
 	__u32 pid = owner->pid;
@@ -1952,16 +2199,16 @@ static inline int is_target(struct owner *owner)
 		return owner->status == TARGET;
 	process = processes.lookup(&pid);
 	if (!process || process->id != owner->process)
-		owner->status = 0; /* it was found to be of none, or ended before it was looked at */
+		owner->status = 0; /* user space found it to be no target, or it ended before that */
 	else if (process->status == TARGET)
 		owner->status = TARGET;
 	return owner->status == TARGET;
 }
 
-/* Which process of interest the packet comes from; 0: none. */
+/* Return the target process that the packet comes from, 0 for none. */
 static inline struct owner *packet_owner(struct __sk_buff *skb)
 {
-	struct bpf_sock *sk = skb->sk; /* whether it is a full one, the helper asks itself (Linux 5.10) */
+	struct bpf_sock *sk = skb->sk; /* the helper itself checks that it is a full socket (Linux 5.10) */
 	struct owner *owner;
 
 	owner = sk ? sockets.sk_storage_get(sk, 0, 0) : 0;
@@ -1977,126 +2224,128 @@ static inline struct owner *packet_owner(struct __sk_buff *skb)
 
 #endif
 
-/* Where the address has its mark. The driver does the same: mark_of() in elfprobe.py. */
-static inline __u8 *filter_slot(const struct address *a)
-{
-	__u32 hash = (a->word[0] ^ a->word[1] ^ a->word[2] ^ a->word[3]) * 0x9e3779b1;
-	__u32 nr = hash >> 18; /* of MARK_LINES */
-	struct filter_line *line = address_filter.lookup(&nr);
+/* ---- TC egress: the clone ----------------------------------------------------------------- */
 
-	return line ? &line->slots[(hash >> 12) % FILTER_LINE_SIZE] : 0;
+/* Record the probe as in flight. Return 0, or the reason why it is not. */
+static inline int record_probe(const struct clone *clone, struct scratch *scratch)
+{
+	__u32 ident = scratch->key.ident, *other;
+	int err;
+
+	if (clone->device_check) {
+		other = partial_checksums.lookup(&scratch->partial);
+		if (other) {
+			scratch->key.ident = *other;
+			if (in_flight.lookup(&scratch->key))
+				return REASON(key_busy);
+			scratch->key.ident = ident;
+		}
+		partial_checksums.update(&scratch->partial, &ident);
+	}
+	scratch->probe.seq = scratch->reservation.seq;
+	scratch->probe.outttl = scratch->reservation.ttl;
+	scratch->probe.outipid = clone->pkt.ip_id;
+	scratch->probe.outtos = clone->pkt.tos;
+	scratch->probe.sendtime = bpf_ktime_get_ns();
+	err = in_flight.insert(&scratch->key, &scratch->probe);
+	if (err)
+		return err == -EEXIST ? REASON(key_busy) : REASON(in_flight_full);
+	scratch->recorded = 1;
+	return 0;
 }
 
-/* What is known of the way to a destination of interest, by itself or for a process's flows; 0: of none. */
-static inline struct path *known_path(struct address *dest, const __u8 *slot)
+/* Make the clone a probe in flight. Return 0, or the reason why it is not. */
+static inline int make_probe(struct __sk_buff *skb, struct scratch *scratch)
 {
-	struct path *path = 0;
+	struct clone clone = {};
 
-	if (*slot & IN_PATHS)
-		path = paths.lookup(dest);
-	if (BY_OWNER && !path && *slot & IN_FLOW_PATHS)
-		path = flow_paths.lookup(dest);
-	return path;
+	if (build_probe(skb, &clone, scratch) < 0)
+		return REASON(build_failed);
+	if (hook_beforesend(skb, clone.pkt.version, clone.pkt.protocol) < 0)
+		return REASON(hook_dropped);
+	return record_probe(&clone, scratch);
 }
 
-static inline struct path *path_to(struct address *dest)
-{
-	__u8 *slot = filter_slot(dest);
-
-	return slot && *slot ? known_path(dest, slot) : 0;
-}
-
-/* A flow of interest makes its destination one. */
-static inline struct path *new_flow_path(struct address *dest, __u8 *slot)
-{
-	struct path *path;
-	int zero = 0;
-
-	path = new_path.lookup(&zero);
-	if (!path)
-		return 0;
-	path->flows_only = 1; /* before it is in the map, where packets of others find it at once */
-	*slot |= IN_FLOW_PATHS; /* the driver writes no marks any more when packets come */
-	flow_paths.insert(dest, path); /* or another CPU has */
-	return flow_paths.lookup(dest);
-}
-
-/* ---- TC egress ---------------------------------------------------------------------------- */
-
-/* The run of the clone, by tail call: makes it the probe, or drops it. */
+/* Runs for the clone, by tail call: makes it the probe, or drops it.
+ *
+ * qdisc_pkt_len was set before we trimmed the clone, so a shaper would charge the probe for the whole packet. Redirecting it
+ * once more makes the kernel compute it again. */
 int elf_probe(struct __sk_buff *skb)
 {
-	struct built built = {};
-	struct reservation *reservation;
-	int zero = 0;
+	struct scratch *scratch = scratch_of_run();
+	int reason;
 
-	reservation = own_reservation(reservations.lookup(&zero));
-	if (!reservation)
+	if (!scratch)
 		return TC_ACT_SHOT;
-	if (build_probe(skb, reservation, &built) < 0) {
-		COUNT(build_failed);
-		return TC_ACT_SHOT;
-	}
-	if (hook_beforesend(skb, built.version, built.protocol) < 0) {
-		COUNT(hook_dropped);
+	reason = make_probe(skb, scratch);
+	if (reason) {
+		count_reason(reason);
 		return TC_ACT_SHOT;
 	}
-	if (record_probe(&built, reservation) < 0)
-		return TC_ACT_SHOT;
 	if (skb->wire_len <= skb->len)
 		return TC_ACT_UNSPEC;
-	/* Queues go by the length that the kernel noted as it took the clone in, the whole packet's: a shaper would
-	 * have the probe pay for that. It notes the length anew of what is sent anew. */
-	expect(reservation, PROBE);
-	reservation->result = bpf_clone_redirect(skb, skb->ifindex, 0);
-	expect(reservation, 0);
-	reservation->resent = 1;
+	expect(scratch, PROBE);
+	scratch->redirect_result = bpf_clone_redirect(skb, skb->ifindex, 0);
+	expect(scratch, 0);
+	scratch->redirected = 1;
 	return TC_ACT_CONSUMED;
 }
 
-/* May a copy of this packet, with a low TTL, harm nobody? At the cursor: what follows the IP header. */
-static inline int may_carry(struct hdr_cursor *nh, const struct packet *pkt)
+/* Handle a packet in elf_egress that is our clone, or our probe on its second way through. */
+static inline int pass_ours(struct __sk_buff *skb, struct scratch *scratch)
 {
-	struct tcphdr *tcp = nh->pos;
-	struct icmphdr *icmp = nh->pos;
+	__u32 expected = scratch->expected;
+	struct probe *probe;
 
+	expect(scratch, 0);
+	if (expected == PROBE) {
+		probe = in_flight.lookup(&scratch->key);
+		if (probe) /* it leaves only now */
+			scratch->probe.sendtime = probe->sendtime = bpf_ktime_get_ns();
+		return TC_ACT_UNSPEC;
+	}
+	programs.call(skb, 0);
+	COUNT(build_failed);
+	return TC_ACT_SHOT;
+}
+
+/* ---- TC egress: the carrier --------------------------------------------------------------- */
+
+/* A TCP flow is stalled if nothing is acknowledged for STALL, perhaps because of our probes. */
+#define STALL (3 * NSEC_PER_SEC)
+/* After so many stalls under probes the destination is excluded for the rest of the run. */
+#define STALLS_MAX 2
+
+/* May a copy of this packet be sent with a low TTL? At the cursor: what follows the IP header. */
+static inline int may_carry(const struct hdr_cursor *nh, const struct packet *pkt)
+{
 	if (pkt->fragment || l4_header_len(nh, pkt) < 0)
 		return 0;
-	if (pkt->version == 6 && pkt->ip_len + pkt->l4_len == sizeof(struct ip6hdr))
-		return 0; /* BIG TCP: a length option that no probe may have (RFC 2675), and the device takes out */
-	if (pkt->protocol == IPPROTO_TCP) {
-		if ((void *)(tcp + 1) > nh->end)
-			return 0;
-		return (tcp->flags & (TCP_SYN | TCP_FIN | TCP_RST | TCP_ACK)) == TCP_ACK;
-	}
-	if (is_icmp(pkt))
-		return (void *)(icmp + 1) <= nh->end && is_echo(pkt, icmp);
-	return pkt->protocol == IPPROTO_UDP;
+	if (pkt->version == 6 && pkt->ip_len + pkt->l4_len == sizeof(struct ipv6hdr))
+		return 0; /* BIG TCP: has a jumbo option (RFC 2675), which the device removes and no probe may have */
+	if (pkt->protocol == IPPROTO_TCP)
+		return tcp_may_carry(nh);
+	return pkt->protocol == IPPROTO_UDP || (is_icmp(pkt) && icmp_may_carry(nh, pkt));
 }
 
-/* Does the packet hold memory of the application's (MSG_ZEROCOPY, io_uring)? To trim its clone the kernel copies the
- * data, and tells the application that it did (skb_zcopy_clear() in __pskb_pull_tail()), once for each probe: many
- * stop using it then. The context of a TC program is the struct sk_buff itself. Behind its data is its struct
- * skb_shared_info. */
-static long (*probe_read_kernel)(void *to, __u32 size, const void *from) = (void *)113; /* BCC's own may be another */
-
-static inline int is_zerocopy(struct __sk_buff *skb)
+/* Return 0 if the packet may carry a probe, else the reason. */
+static inline int check_carrier(struct __sk_buff *skb, const struct hdr_cursor *nh, const struct packet *pkt, __u64 now)
 {
-	__u64 head = 0;
-	__u32 end = 0;
-	__u8 flags = 0;
+	__u64 *lease;
+	int zero = 0;
 
-	if (!SKB_HEAD)
-		return 0;
-	probe_read_kernel(&head, sizeof(head), (void *)skb + SKB_HEAD);
-	probe_read_kernel(&end, sizeof(end), (void *)skb + SKB_END);
-	probe_read_kernel(&flags, sizeof(flags), (void *)(head + end + ZEROCOPY_FLAGS));
-	return flags & ZEROCOPY_FLAG;
+	if (!may_carry(nh, pkt))
+		return REASON(carrier_unfit);
+	if (pkt->ttl <= MAX_HOPS)
+		return REASON(carrier_low_ttl);
+	if (is_zerocopy(skb))
+		return REASON(carrier_zerocopy);
+	lease = alive_until.lookup(&zero);
+	return lease && now <= *lease ? 0 : REASON(lease_expired);
 }
 
-/* Of the packet's flow, if its TCP header is given, otherwise of its destination. */
-static inline void report_flow(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp,
-				__u32 kind)
+/* Report an event of the packet's flow. Without its TCP header, of its destination. */
+static inline void report_flow(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp, __u32 kind)
 {
 	struct flow_event event = { .kind = kind };
 
@@ -2110,8 +2359,8 @@ static inline void report_flow(struct __sk_buff *skb, const struct packet *pkt, 
 		COUNT(events_lost);
 }
 
-/* Has nothing of the flow been acknowledged for STALL, in which the device had its carrier? Some drivers take the link
- * down for seconds when XDP is attached, and cables are pulled: that is no sign of a firewall. */
+/* Has nothing of the flow been acknowledged for STALL, while the device had its carrier? A lost carrier is no sign of a
+ * firewall: cables are pulled, and some drivers take the link down for seconds when XDP is attached. */
 static inline int is_stalled(const struct tcp_progress *progress, __u64 now)
 {
 	__u64 *link_since;
@@ -2123,11 +2372,38 @@ static inline int is_stalled(const struct tcp_progress *progress, __u64 now)
 	return !link_since || (now > *link_since && now - *link_since > STALL);
 }
 
-/* May the TCP flow that the packet, parsed up to the cursor, belongs to be probed now? Not from what
- * it sends again (a firewall knows newer numbers), nor while it stalls: some firewalls take a low TTL
- * for an attack and block the flow. A flow whose TCP socket is not here passes; otherwise notes its state. */
-static inline int flow_is_well(struct __sk_buff *skb, struct hdr_cursor *nh, const struct packet *pkt,
-			       struct path *path, struct tcp_state *state, __u64 now)
+/* Note that the flow progresses, unless what was outstanding at the last look still is. */
+static inline void note_progress(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp,
+				 const struct bpf_tcp_sock *tp, struct tcp_progress *progress, __u64 now)
+{
+	if (tp->packets_out && progress->acked == tp->snd_una && progress->since)
+		return;
+	if (progress->stalled)
+		report_flow(skb, pkt, tcp, FLOW_RESUMED);
+	progress->stalled = 0;
+	progress->acked = tp->snd_una;
+	progress->since = tp->packets_out ? now : 0;
+}
+
+static inline void note_stall(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp,
+			      struct path *path, struct tcp_progress *progress)
+{
+	if (progress->stalled)
+		return;
+	progress->stalled = 1;
+	report_flow(skb, pkt, tcp, FLOW_STALLED);
+	if (++progress->stalls >= STALLS_MAX) {
+		path->excluded = 1;
+		report_flow(skb, pkt, tcp, DESTINATION_EXCLUDED);
+	}
+}
+
+/* Return 0 if the TCP flow of the packet may be probed now, else the reason. Fill in its TCP state. No probe may leave
+ * - from retransmissions, because a firewall knows newer sequence numbers,
+ * - while the flow is stalled, because some firewalls take a low TTL for an attack and block the flow.
+ * Flows of other protocols, and those whose socket is not on this machine, may always be probed. */
+static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh, const struct packet *pkt,
+			     struct path *path, struct tcp_state *state, __u64 now)
 {
 	struct tcp_progress *progress;
 	struct tcphdr *tcp = nh->pos;
@@ -2135,159 +2411,141 @@ static inline int flow_is_well(struct __sk_buff *skb, struct hdr_cursor *nh, con
 	struct bpf_sock *sk;
 
 	if (pkt->protocol != IPPROTO_TCP || (void *)(tcp + 1) > nh->end)
-		return 1;
+		return 0;
 	sk = skb->sk ? bpf_sk_fullsock(skb->sk) : 0;
-	if (!sk || sk->type != SOCK_STREAM) /* bpf_tcp_sock() takes raw ones for TCP, too, such as the kernel's own */
-		return 1;
+	if (!sk || sk->type != SOCK_STREAM) /* bpf_tcp_sock() takes raw sockets for TCP, such as the kernel's own */
+		return 0;
 	tp = bpf_tcp_sock(sk);
 	if (!tp)
-		return 1;
-	state->srtt = tp->srtt_us >> 3; /* the kernel has it in eighths */
+		return 0;
+	state->srtt = tp->srtt_us >> 3; /* the kernel stores eighths */
 	state->cwnd = tp->snd_cwnd;
 	state->retrans = tp->total_retrans;
 	progress = progress_of(skb, sk);
 	if (!progress)
-		return 1;
-	if (!tp->packets_out || progress->acked != tp->snd_una || !progress->since) {
-		if (progress->stalled)
-			report_flow(skb, pkt, tcp, FLOW_RESUMED);
-		progress->stalled = 0;
-		progress->acked = tp->snd_una;
-		progress->since = tp->packets_out ? now : 0;
-	}
-	if (!is_stalled(progress, now)) {
-		if ((__s32)(bpf_ntohl(tcp->seq) - tp->snd_nxt) >= 0)
-			return 1;
-		COUNT(carrier_resent);
 		return 0;
+	note_progress(skb, pkt, tcp, tp, progress, now);
+	if (is_stalled(progress, now)) {
+		note_stall(skb, pkt, tcp, path, progress);
+		return REASON(flow_stalled);
 	}
-	COUNT(flow_stalled);
-	if (progress->stalled)
-		return 0;
-	progress->stalled = 1;
-	report_flow(skb, pkt, tcp, FLOW_STALLED);
-	if (++progress->stalls >= STALLS_MAX) {
-		path->excluded = 1;
-		report_flow(skb, pkt, tcp, DESTINATION_EXCLUDED);
-	}
-	return 0;
+	return (__s32)(bpf_ntohl(tcp->seq) - tp->snd_nxt) >= 0 ? 0 : REASON(carrier_resent);
 }
 
-/* Sends the probe that was claimed as a copy of the packet. 1 if it left. */
-static inline int send_probe(struct __sk_buff *skb, const struct packet *pkt, struct path *path, struct reservation *reservation)
+/* Send the reserved probe as a clone of the packet. Return 0 if it left, the reason why it did not, or NOT_SENT if the run
+ * for the clone has counted a reason. */
+static inline int send_probe(struct __sk_buff *skb, const struct packet *pkt, struct path *path, struct scratch *scratch)
 {
 	int ret;
 
-	reservation->recorded = 0;
-	reservation->resent = 0;
-	expect(reservation, CLONE);
+	scratch->recorded = 0;
+	scratch->redirected = 0;
+	expect(scratch, CLONE);
 	ret = bpf_clone_redirect(skb, skb->ifindex, 0);
-	if (reservation->expected) {
-		expect(reservation, 0);
-		COUNT(clone_lost);
-		if (!ret) { /* a filter before us took it, or let it out as it was: it would do so with the next */
+	if (scratch->expected) {
+		expect(scratch, 0);
+		if (!ret) { /* a filter before ours consumed the clone or let it out whole, and would do so again */
 			path->excluded = 1;
 			report_flow(skb, pkt, 0, CLONE_INTERCEPTED);
 		}
-		return 0;
+		return REASON(clone_lost);
 	}
-	if (!reservation->recorded)
-		return 0;
-	if (reservation->resent)
-		ret = reservation->result;
-	if (ret && ret != NET_XMIT_CN && in_flight.delete(&reservation->key) == 0) {
-		COUNT(send_failed);
-		return 0;
-	}
+	if (!scratch->recorded)
+		return NOT_SENT;
+	if (scratch->redirected)
+		ret = scratch->redirect_result;
+	if (ret && ret != NET_XMIT_CN && in_flight.delete(&scratch->key) == 0)
+		return REASON(send_failed);
 	COUNT(probes);
-	return 1;
+	return 0;
 }
 
-/* Every packet that leaves. Never changes one; TC_ACT_UNSPEC lets the filters behind have it. */
+/* Send a probe with this packet, which is due for one. Return 0, or a reason, or a negative number if there is none to
+ * count. */
+static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh, const struct packet *pkt,
+			     struct path *path, const struct owner *owner, __u64 now)
+{
+	struct scratch *scratch;
+	int reason;
+
+	reason = check_carrier(skb, nh, pkt, now);
+	if (reason)
+		return reason;
+	scratch = scratch_of_run();
+	if (!scratch)
+		return NOT_SENT;
+	__builtin_memset(&scratch->probe.tcp, 0, sizeof(scratch->probe.tcp));
+	reason = check_flow(skb, nh, pkt, path, &scratch->probe.tcp, now);
+	if (reason)
+		return reason;
+	reason = reserve_probe(path, &scratch->reservation, now);
+	if (reason)
+		return reason;
+	scratch->probe.pid = 0;
+	__builtin_memset(&scratch->probe.app, 0, sizeof(scratch->probe.app));
+	if (owner) {
+		scratch->probe.pid = owner->pid;
+		scratch->probe.app = owner->app;
+	}
+	reason = send_probe(skb, pkt, path, scratch);
+	settle_reservation(path, &scratch->reservation, scratch->probe.sendtime, reason == 0);
+	return reason;
+}
+
+/* Runs for every packet that leaves. Never changes an application packet. TC_ACT_UNSPEC leaves it to the next filter. */
 int elf_egress(struct __sk_buff *skb)
 {
 	struct hdr_cursor nh = { (void *)(long)skb->data, (void *)(long)skb->data_end };
 	struct packet pkt = {};
-	struct reservation *reservation, *cloned;
+	struct scratch *scratch;
 	struct owner *owner;
 	struct path *path;
-	int zero = 0;
-	__u64 now, *alive;
-	__u32 expected;
 	__u8 *slot;
+	int reason;
+	__u64 now;
 
-	reservation = reservations.lookup(&zero);
-	if (!reservation)
-		return TC_ACT_UNSPEC;
-	cloned = reservation_of_next(reservation);
-	if (cloned) {
-		expected = cloned->expected;
-		expect(cloned, 0);
-		if (expected == PROBE) {
-			stamp_probe(cloned);
-			return TC_ACT_UNSPEC;
-		}
-		programs.call(skb, 0);
-		COUNT(build_failed);
-		return TC_ACT_SHOT;
-	}
+	scratch = scratch_expecting();
+	if (scratch)
+		return pass_ours(skb, scratch);
 	if (parse_frame(&nh, &pkt) < 0 || (TUNNEL && FRAME == FRAME_ETHERNET && !pkt.encapsulated))
 		return TC_ACT_UNSPEC;
 	slot = filter_slot(&pkt.daddr);
 	if (!slot)
 		return TC_ACT_UNSPEC;
-	path = known_path(&pkt.daddr, slot);
-	if (path && (ticks_now() < path->next_due_tick || path->excluded))
+	path = lookup_path(&pkt.daddr, slot);
+	if (path && (ticks_now() < path->pacing.next_due_tick || path->excluded))
 		return TC_ACT_UNSPEC;
 	owner = packet_owner(skb);
 	if (!owner && (!path || path->flows_only))
 		return TC_ACT_UNSPEC;
 	if (!path)
-		path = new_flow_path(&pkt.daddr, slot);
+		path = add_flow_path(&pkt.daddr, slot);
 	if (!path)
 		return TC_ACT_UNSPEC;
 	now = bpf_ktime_get_ns();
-	if (now < path->next_due)
+	if (now < path->pacing.next_due)
 		return TC_ACT_UNSPEC;
-	if (!may_carry(&nh, &pkt)) {
-		COUNT(carrier_unfit);
-		return TC_ACT_UNSPEC;
-	}
-	if (pkt.ttl <= MAX_HOPS) {
-		COUNT(carrier_low_ttl);
-		return TC_ACT_UNSPEC;
-	}
-	if (is_zerocopy(skb)) {
-		COUNT(carrier_zerocopy);
-		return TC_ACT_UNSPEC;
-	}
-	alive = alive_until.lookup(&zero);
-	if (!alive || now > *alive) {
-		COUNT(lease_expired);
-		return TC_ACT_UNSPEC;
-	}
-	reservation = own_reservation(reservation);
-	if (!reservation)
-		return TC_ACT_UNSPEC;
-	__builtin_memset(&reservation->tcp, 0, sizeof(reservation->tcp));
-	if (!flow_is_well(skb, &nh, &pkt, path, &reservation->tcp, now) || reserve_probe(path, reservation, now) < 0)
-		return TC_ACT_UNSPEC;
-	reservation->pid = 0;
-	__builtin_memset(&reservation->app, 0, sizeof(reservation->app));
-	if (owner) {
-		reservation->pid = owner->pid;
-		reservation->app = owner->app;
-	}
-	settle_reservation(path, reservation, send_probe(skb, &pkt, path, reservation));
+	reason = probe_with(skb, &nh, &pkt, path, owner, now);
+	if (reason > 0)
+		count_reason(reason);
 	return TC_ACT_UNSPEC;
 }
 
-/* ---- Ingress: XDP or TC --------------------------------------------------------------------- */
+/* ---- Ingress: XDP or TC ------------------------------------------------------------------- */
 
-/* Finds the probe that a router quotes, at the cursor. */
+#define EXTENSION_VERSION 2
+#define QUOTE_LEN_MIN 128 /* of a quoted packet with an extension behind it (RFC 4884) */
+
+/* Length that tells what a packet is: Ethernet, two VLAN tags, IPv6, and 8 bytes. */
+#define HEADERS_LEN 70
+/* Length of the longest ICMP error that we read: headers, the longest quoted packet of RFC 4884 (255 words of 8 bytes), and
+ * the extension. */
+#define ICMP_ERROR_LEN 2560
+
+/* Return the probe in flight that the quoted packet at the cursor is, and its key. */
 static inline struct probe *find_probe(struct hdr_cursor *nh, const struct packet *quote, struct probe_key *key)
 {
-	struct udp_partial quoted = {};
+	struct udp_partial partial = {};
 	struct probe *probe;
 	__u32 *ident;
 
@@ -2296,109 +2554,119 @@ static inline struct probe *find_probe(struct hdr_cursor *nh, const struct packe
 	probe = in_flight.lookup(key);
 	if (probe || quote->protocol != IPPROTO_UDP)
 		return probe;
-	quoted.key = *key;
-	if (parse_udp_head(nh, quoted.head) < 0)
+	partial.key = *key;
+	if (parse_udp_head(nh, partial.head) < 0)
 		return 0;
-	ident = partial_checksums.lookup(&quoted);
+	ident = partial_checksums.lookup(&partial);
 	if (!ident)
 		return 0;
 	key->ident = *ident;
 	return in_flight.lookup(key);
 }
 
-/* What a router tells behind its quote (RFC 4884), 0 where there is nothing. The length field of the
- * ICMP header says how long the quote is; older routers left it 0 and padded to 128 bytes. */
-static inline struct extended_result *read_extension(const struct hdr_cursor *nh, const struct packet *outer,
-						     const struct icmphdr *icmp)
+/* Parse the quoted packet at the cursor. Return the probe in flight that it is, and its key; 0 for none. */
+static inline struct probe *match_quote(struct hdr_cursor *nh, const struct packet *outer, struct packet *quote,
+					struct probe_key *key)
 {
-	__u32 quoted = outer->version == 4 ? ((__u8 *)icmp)[5] * 4 : ((__u8 *)icmp)[4] * 8;
-	__u32 *from, i, left, old_style = !quoted;
-	struct extended_result *extended;
-	int zero = 0;
+	struct probe *probe;
+	__u16 *compensation;
 
-	if (old_style)
-		quoted = QUOTE_PADDED;
-	left = outer->l4_len - sizeof(*icmp) - quoted;
-	if (quoted < QUOTE_PADDED || outer->l4_len < sizeof(*icmp) + quoted + 2 * sizeof(*from))
+	if ((outer->version == 4 ? parse_iphdr(nh, quote) : parse_ipv6hdr(nh, quote)) < 0)
 		return 0;
-	from = (void *)(icmp + 1) + quoted;
-	if ((void *)(from + 1) > nh->end || (old_style && *(__u8 *)from >> 4 != EXTENSION_VERSION))
-		return 0; /* the quote is so long */
-	extended = own_extended(extended_results.lookup(&zero));
-	if (!extended)
+	if (parse_inner(nh, quote) < 0 || quote->fragment == LATER_FRAGMENT)
 		return 0;
-#pragma clang loop unroll(disable)
-	for (i = 0; i < EXTENSION_MAX / sizeof(*from); i++) {
-		asm volatile("" : "+r"(from)); /* or compilers reckon with the packet's end, as verifiers forbid */
-		if ((i + 1) * sizeof(*from) > left || (void *)(from + 1) > nh->end)
-			break;
-		((__u32 *)extended->extension)[i] = *from++;
-	}
-	extended->extension_len = i * sizeof(*from);
-	return extended;
+	probe = find_probe(nh, quote, key);
+	if (!probe || !probe->compensation)
+		return probe;
+	compensation = nh->pos + sizeof(struct udphdr);
+	if ((void *)(compensation + 1) <= nh->end && *compensation && *compensation != probe->compensation)
+		return 0; /* another packet, with a checksum that was changed on the way; 0 may be padding (RFC 4884) */
+	return probe;
 }
 
-/* An ICMP error, its quote at the cursor. 1 if it is a time exceeded that answers a probe of ours. */
-static inline int receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, const struct packet *outer,
-				const struct icmphdr *icmp)
+/* Copy the ICMP extension behind the quoted packet (RFC 4884). Return its length, 0 if there is none. The ICMP header tells
+ * the length of the quoted packet. Older routers leave that 0 and pad the quoted packet to 128 bytes. */
+static inline __u32 read_extension(const struct hdr_cursor *nh, const struct packet *outer, const struct icmphdr *icmp,
+				   struct extended_result *result)
 {
-	__u64 now = bpf_ktime_get_ns(); /* before anything else: this is the measurement */
-	struct extended_result *extended;
-	struct result result = {};
+	__u32 quote_len = outer->version == 4 ? ((__u8 *)icmp)[5] * 4 : ((__u8 *)icmp)[4] * 8;
+	__u32 *from, i, left, is_old_style = !quote_len;
+
+	if (is_old_style)
+		quote_len = QUOTE_LEN_MIN;
+	left = outer->l4_len - sizeof(*icmp) - quote_len;
+	if (quote_len < QUOTE_LEN_MIN || outer->l4_len < sizeof(*icmp) + quote_len + 2 * sizeof(*from))
+		return 0;
+	from = (void *)(icmp + 1) + quote_len;
+	if ((void *)(from + 1) > nh->end || (is_old_style && *(__u8 *)from >> 4 != EXTENSION_VERSION))
+		return 0; /* no extension: all of this is the quoted packet */
+#pragma clang loop unroll(disable)
+	for (i = 0; i < EXTENSION_MAX / sizeof(*from); i++) {
+		asm volatile("" : "+r"(from)); /* otherwise clang computes with data_end, which verifiers reject */
+		if ((i + 1) * sizeof(*from) > left || (void *)(from + 1) > nh->end)
+			break;
+		((__u32 *)result->extension)[i] = *from++;
+	}
+	return i * sizeof(*from);
+}
+
+static inline int is_still_in_flight(struct probe_key *key)
+{
+	return in_flight.delete(key) == 0;
+}
+
+/* Handle an ICMP error, with the quoted packet at the cursor. Return 1 if it is a time exceeded that answers a probe. */
+static inline int receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, const struct packet *outer,
+				const struct icmphdr *icmp, enum icmp_kind kind)
+{
+	__u64 now = bpf_ktime_get_ns(); /* first of all: this is the measurement */
+	struct scratch *scratch = scratch_of_run();
 	struct packet quote = {};
+	struct result *result;
 	struct probe *probe;
 	struct path *path;
-	__u16 *compensation;
-	int err;
+	__u32 extension_len;
 
-	if ((outer->version == 4 ? parse_iphdr(nh, &quote) : parse_ip6hdr(nh, &quote)) < 0)
+	if (!scratch)
 		return 0;
-	if (parse_inner(nh, &quote) < 0 || quote.fragment == LATER_FRAGMENT)
-		return 0;
-	probe = find_probe(nh, &quote, &result.key);
+	result = &scratch->result.result;
+	probe = match_quote(nh, outer, &quote, &result->key);
 	if (!probe)
 		return 0;
-	compensation = nh->pos + sizeof(struct udphdr);
-	if (probe->compensation && (void *)(compensation + 1) <= nh->end && *compensation && *compensation != probe->compensation)
-		return 0; /* the checksum is another's, changed on the way; 0 may be padding (RFC 4884) */
-	path = path_to(&result.key.dest);
-	if (!is_time_exceeded(outer, icmp)) {
-		/* The application's own packets, which with NOTRUNC have a probe's identity, say nothing. */
-		if (path && quote.ttl <= MAX_HOPS && is_same(&outer->saddr, &result.key.dest))
-			learn_reached(path, probe->outttl);
+	path = path_to(&result->key.dest);
+	if (kind != TIME_EXCEEDED) {
+		/* With NOTRUNC, application packets have the key of a probe, but not its TTL. */
+		if (path && quote.ttl <= MAX_HOPS && is_same(&outer->saddr, &result->key.dest))
+			note_reached(path, probe->outttl);
 		return 0;
 	}
-	result.probe = *probe;
-	/* Whoever removes it owns it: another CPU, or the driver for which it is too old. */
-	if (in_flight.delete(&result.key))
-		return 0;
-	result.reply.recvtime = now;
-	result.reply.responder = outer->saddr;
-	result.reply.recvcpu = bpf_get_smp_processor_id();
-	result.reply.inipid = quote.ip_id;
-	result.reply.recvttl = outer->ttl;
-	result.reply.intos = quote.tos;
-	result.translated = outer->version == quote.version && !is_same(&quote.saddr, &outer->daddr);
+	result->probe = *probe;
+	if (!is_still_in_flight(&result->key))
+		return 0; /* another CPU was faster, or user space, for which the probe is too old */
+	result->reply.recvtime = now;
+	result->reply.responder = outer->saddr;
+	result->reply.recvcpu = bpf_get_smp_processor_id();
+	result->reply.inipid = quote.ip_id;
+	result->reply.recvttl = outer->ttl;
+	result->reply.intos = quote.tos;
+	result->translated = outer->version == quote.version && !is_same(&quote.saddr, &outer->daddr);
 	if (path)
-		learn_hop(path, &result.probe, outer->ttl, now);
+		note_reply(path, &result->probe, outer->ttl, now);
 	if (outer->version == 4)
 		elf_v4_afterrecv(ctx);
 	else
 		elf_v6_afterrecv(ctx);
 	COUNT(replies);
-	extended = read_extension(nh, outer, icmp);
-	if (extended) {
-		extended->result = result;
-		err = submit_result(ctx, extended, sizeof(*extended));
-	} else {
-		err = submit_result(ctx, &result, sizeof(result));
-	}
-	if (err)
+	extension_len = read_extension(nh, outer, icmp, &scratch->result);
+	scratch->result.extension_len = extension_len;
+	if (extension_len ? submit_result(ctx, &scratch->result, sizeof(scratch->result)) :
+			    submit_result(ctx, result, sizeof(*result)))
 		COUNT(results_lost);
 	return 1;
 }
 
-/* An echo reply: does it answer a probe, which came too far then? */
+/* Handle an echo reply. If it answers a probe, the probe reached the destination. The reply to an application packet with
+ * the same number has another length. */
 static inline void receive_echo_reply(const struct packet *pkt, const struct icmphdr *icmp)
 {
 	struct probe_key key = {};
@@ -2410,41 +2678,18 @@ static inline void receive_echo_reply(const struct packet *pkt, const struct icm
 	key.sport = icmp->id;
 	key.ident = bpf_ntohs(icmp->sequence);
 	probe = in_flight.lookup(&key);
-	/* The application's own may have the same number, but are of another size. */
 	if (!probe || !probe->payload_len || pkt->l4_len != sizeof(*icmp) + probe->payload_len)
 		return;
 	path = path_to(&key.dest);
 	if (path)
-		learn_reached(path, probe->outttl);
+		note_reached(path, probe->outttl);
 }
 
-/* Bytes that tell what a packet is: Ethernet, two VLAN tags, IPv6, and 8 of what follows. */
-#define HEADERS_LEN 70
-/* Longest ICMP error that is read: its headers, the longest quote that RFC 4884 can tell (255 words of 8 bytes), and
- * the extension behind it. */
-#define ICMP_ERROR_LEN 2560
-
-/* At TC ingress only the linear part of a packet can be read. Where that is shorter than len, and the packet is
- * not, make it longer and run elf_ingress again. 1: the caller must return, its pointers are no longer valid. */
-static inline int run_again_with(struct xdp_md *ctx, __u32 len)
-{
-#if INGRESS_TC
-	__u64 linear = (void *)(long)ctx->data_end - (void *)(long)ctx->data;
-
-	if (linear >= ctx->len || linear >= len)
-		return 0;
-	if (bpf_skb_pull_data(ctx, ctx->len < len ? ctx->len : len) == 0)
-		programs.call(ctx, 1);
-	return 1;
-#else
-	return 0;
-#endif
-}
-
-/* Every packet that arrives. All pass, but for the replies to our probes with INGRESS_DROP. */
+/* Runs for every packet that arrives. All pass, except replies to probes with INGRESS_DROP. */
 int elf_ingress(struct xdp_md *ctx)
 {
 	struct hdr_cursor nh = { (void *)(long)ctx->data, (void *)(long)ctx->data_end };
+	enum icmp_kind kind = OTHER_ICMP;
 	struct packet pkt = {};
 	struct icmphdr *icmp;
 	struct path *path;
@@ -2452,27 +2697,29 @@ int elf_ingress(struct xdp_md *ctx)
 	if (FRAME == FRAME_TUNNEL)
 		skip_outer(&nh);
 	if (parse_frame(&nh, &pkt) < 0) {
-		run_again_with(ctx, HEADERS_LEN);
+		pull_and_rerun(ctx, HEADERS_LEN);
 		return VERDICT_PASS;
 	}
 	icmp = nh.pos;
-	if (is_icmp(&pkt) && !pkt.fragment && run_again_with(ctx, ICMP_ERROR_LEN))
-		return VERDICT_PASS;
-	if (is_icmp(&pkt) && !pkt.fragment && (void *)(icmp + 1) <= nh.end) {
+	if (is_icmp(&pkt) && !pkt.fragment) {
+		if (pull_and_rerun(ctx, ICMP_ERROR_LEN))
+			return VERDICT_PASS;
+		if ((void *)(icmp + 1) <= nh.end)
+			kind = icmp_kind(&pkt, icmp);
 		nh.pos = icmp + 1;
-		if (is_time_exceeded(&pkt, icmp) || is_dest_unreach(&pkt, icmp)) {
-			if (receive_error(ctx, &nh, &pkt, icmp))
-				return INGRESS_DROP ? VERDICT_DROP : VERDICT_PASS;
-			if (is_time_exceeded(&pkt, icmp)) {
-				COUNT(not_ours);
-				return VERDICT_PASS;
-			}
-		} else if (is_echo_reply(&pkt, icmp)) {
-			receive_echo_reply(&pkt, icmp);
+	}
+	if (kind == TIME_EXCEEDED || kind == DEST_UNREACHABLE) {
+		if (receive_error(ctx, &nh, &pkt, icmp, kind))
+			return INGRESS_DROP ? VERDICT_DROP : VERDICT_PASS;
+		if (kind == TIME_EXCEEDED) {
+			COUNT(not_ours);
+			return VERDICT_PASS;
 		}
+	} else if (kind == ECHO_REPLY) {
+		receive_echo_reply(&pkt, icmp);
 	}
 	path = path_to(&pkt.saddr);
 	if (path)
-		learn_distance(path, pkt.ttl);
+		note_packet(path, pkt.ttl);
 	return VERDICT_PASS;
 }

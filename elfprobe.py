@@ -645,7 +645,8 @@ class Destinations:
         False where there is no room; the first time that is logged."""
         if path is None:
             seq, excluded = self._removed.get(packed, (0, 0))
-            path = self._paths.Leaf(seq=seq, excluded=excluded)
+            path = self._paths.Leaf(excluded=excluded)
+            path.pacing.seq = seq
         try:
             self._paths[self._paths.Key.from_buffer_copy(packed)] = path
         except Exception as err:  # BCC raises a bare Exception where the table is full
@@ -665,7 +666,7 @@ class Destinations:
         key = self._paths.Key.from_buffer_copy(packed)
         with contextlib.suppress(KeyError):
             path = self._paths[key]
-            self._removed[packed] = path.seq, path.excluded
+            self._removed[packed] = path.pacing.seq, path.excluded
             if len(self._removed) > REMOVED_MAX:
                 del self._removed[next(iter(self._removed))]
             del self._paths[key]
@@ -823,9 +824,9 @@ class SocketOwners:
         self._apps = frozenset(app.lower() for app in apps)
         self._pids = tuple(pids)
         self._processes = bpf["processes"]
-        self._owner = bpf["owner_layout"].Leaf
+        self._owner = struct_type(bpf, "owner")
         self._sockets = bcc.lib.bpf_table_fd(bpf.module, b"sockets")
-        self._layout = bpf["process_event_layout"].Leaf
+        self._layout = struct_type(bpf, "process_event")
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         # IDs and PIDs of processes adopted since the last look, and before it.
         self._adopted: list[tuple[int, int]] = []
@@ -1991,6 +1992,11 @@ class FileLog(logging.StreamHandler):  # type: ignore[type-arg]
 # ---- Results and rows -------------------------------------------------------------------------------
 
 
+def struct_type(bpf: Any, name: str) -> Any:
+    """Return the type of a field of struct layouts in elfprobe.c, which no map holds."""
+    return dict(bpf["layouts"].Leaf._fields_)[name]
+
+
 def struct_format(layout: Any) -> tuple[str, list[str]]:
     """struct's format for a ctypes Structure as BCC makes it of a C struct, nested ones flattened,
     and the names of its values. Arrays, alone in a struct or not, are bytes; fields named unused or
@@ -2117,7 +2123,7 @@ class Results:
         self._bpf = bpf
         self._in_flight = bpf["in_flight"]
         self._chunks: list[bytes] = []
-        extended = bpf["result_layout"].Leaf
+        extended = struct_type(bpf, "result")
         layout, names = struct_format(dict(extended._fields_)["result"])
         self._result = struct.Struct(layout)
         self._row = row_function(names)
@@ -2205,7 +2211,7 @@ class FlowEvents:
     """Logs them as they come."""
 
     def __init__(self, bpf: Any) -> None:
-        self._layout = bpf["flow_event_layout"].Leaf
+        self._layout = struct_type(bpf, "flow_event")
         hear(bpf, "flow_events", self._hear)
 
     def _hear(self, _context: Any, data: int, size: int) -> int:
@@ -2483,7 +2489,8 @@ class ElfProbe:
 
     def _unprobed(self, count: dict[str, int]) -> Iterator[str]:
         """Why there are no probes, to some destinations or at all."""
-        length = self._bpf["paths"].Leaf.length.offset
+        leaf = self._bpf["paths"].Leaf
+        length = leaf.distance.offset + dict(leaf._fields_)["distance"].length.offset
         paths = itertools.chain(entries(self._bpf["paths"]), entries(self._bpf["flow_paths"]))
         near = [address_text(key) for key, path in paths if path[length] == 1]
         if near:

@@ -203,21 +203,28 @@ class Programs:
     def set_reservation(self, **fields: int) -> None:
         """What elf_probe finds, on whichever CPU it runs, and with PREEMPT_RT in whichever task."""
         if elfprobe.is_preemptible():
-            self.bpf['task_reservations'].clear()
-        table = self.bpf['reservations']
+            self.bpf['task_scratch'].clear()
+        table = self.bpf['cpu_scratch']
         per_cpu = table.Leaf()
-        for reservation in per_cpu:
+        for scratch in per_cpu:
             for name, value in fields.items():
-                setattr(reservation, name, value)
+                setattr(scratch.reservation, name, value)
         table[table.Key(0)] = per_cpu
 
     def follow(self, address: str, hops: dict[int, dict[str, int]] | None = None, **fields: int) -> None:
         """Make an address a target with this state of its path; `hops` by number."""
-        path = self.bpf['paths'].Leaf(**fields)
+        path = self.new_path(**fields)
         for number, known in (hops or {}).items():
             for name, value in known.items():
-                setattr(path.hops[number], name, value)
+                set_field(path.hops[number], name, value)
         assert self._destinations.add(pack_address(address), path)
+
+    def new_path(self, **fields: int) -> Any:
+        """Return a struct path with these fields; those of its records by their names alone."""
+        path = self.bpf['paths'].Leaf()
+        for name, value in fields.items():
+            set_field(path, name, value)
+        return path
 
     def set_path(self, address: str, path: Any) -> None:
         table = self.bpf['paths']
@@ -268,6 +275,24 @@ class Programs:
     def expired(self, sent_before: int) -> list[dict[str, str]]:
         """Rows of the probes that left before this time and are no longer waited for."""
         return parsed(self.results.expire(sent_before))
+
+
+def set_field(struct: Any, name: str, value: int) -> None:
+    """Set a field of a ctypes structure, or of one inside it."""
+    setattr(next(record for record in records(struct) if hasattr(record, name)), name, value)
+
+
+def get_field(struct: Any, name: str) -> Any:
+    """Return a field of a ctypes structure, or of one inside it."""
+    return next(getattr(record, name) for record in records(struct) if hasattr(record, name))
+
+
+def records(struct: Any) -> Iterator[Any]:
+    """Yield the structure, then those that are inside it."""
+    yield struct
+    for name, kind, *_ in struct._fields_:
+        if hasattr(kind, '_fields_'):
+            yield from records(getattr(struct, name))
 
 
 def parsed(rows: str) -> list[dict[str, str]]:

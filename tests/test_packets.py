@@ -61,6 +61,7 @@ from progtest import (
     Programs,
     SkBuff,
     elfprobe,
+    get_field,
     own_namespace,
 )
 
@@ -1093,8 +1094,8 @@ def test_ttl_tells_the_length_of_the_path(load: Load, version: int, ttl: int, le
     packet = frame(ip(version, src=SERVER[version], dst=CLIENT[version], ttl=ttl), segment())
     assert programs.receive(packet) == (PASS, bytes(packet))
     path = programs.path(SERVER[version])
-    assert (path.length, path.last_responsive) == (length, min(3, length - 1) if length else 3)
-    assert path.next_due < NEVER
+    assert (path.distance.length, path.liveness.last_responsive) == (length, min(3, length - 1) if length else 3)
+    assert path.pacing.next_due < NEVER
     assert programs.counters() == {}
 
 
@@ -1117,7 +1118,7 @@ def test_shorter_is_believed_at_once_longer_after_a_while(load: Load, ttls: list
     programs.follow(SERVER[4])
     for ttl in [60, *ttls]:
         programs.receive(frame(ip(4, src=SERVER[4], dst=CLIENT[4], ttl=ttl), segment()))
-    assert programs.path(SERVER[4]).length == length
+    assert programs.path(SERVER[4]).distance.length == length
 
 
 def test_others_teach_nothing(load: Load) -> None:
@@ -1126,7 +1127,7 @@ def test_others_teach_nothing(load: Load) -> None:
     own = frame(ip(4), segment())
     for packet in own, from_router(4, segment()), time_exceeded(4, own.payload):
         programs.receive(packet)
-    assert programs.path(SERVER[4]).length == 0
+    assert programs.path(SERVER[4]).distance.length == 0
 
 
 ANSWERS: dict[str, tuple[str, PerVersion]] = {
@@ -1143,13 +1144,13 @@ def test_destination_that_answers_a_probe_is_nearer_than_was_thought(
     programs, probe = load(), PROBES[protocol](version)
     flight = flight_of(probe, **KNOWN)
     programs.put_in_flight(flight)
-    programs.follow(SERVER[version], length=before, reverse_distance=9, last_responsive=TTL)
+    programs.follow(SERVER[version], length=before, reverse=9, last_responsive=TTL)
     source = ip(version, src=SERVER[version], dst=CLIENT[version], ttl=56)
     packet = frame(source, answer[version].copy(), Raw(bytes(probe.payload)))
     assert programs.receive(packet) == (PASS, bytes(packet))
     assert programs.in_flight() == [flight]
     path = programs.path(SERVER[version])
-    assert (path.length, path.last_responsive) == (after, TTL - 1)
+    assert (path.distance.length, path.liveness.last_responsive) == (after, TTL - 1)
     assert programs.counters() == {'reached': 1}
 
 
@@ -1160,11 +1161,11 @@ def test_destination_that_answers_from_where_it_was_thought_to_be(
     destination again and again, where the router is asked so often that an answer is always due."""
     programs, probe = load(), PROBES['UDP'](4)
     programs.put_in_flight(flight_of(probe, **KNOWN))
-    programs.follow(SERVER[4], {TTL - 1: dict(rtt=9, unanswered=1)}, length=length, reverse_distance=9, reply_distances=0x30)
+    programs.follow(SERVER[4], {TTL - 1: dict(rtt=9, unanswered=1)}, length=length, reverse=9, reply_distances=0x30)
     source = ip(4, src=SERVER[4], dst=CLIENT[4], ttl=56)
     programs.receive(frame(source, ICMP(type=3, code=3), Raw(bytes(probe.payload))))
     path = programs.path(SERVER[4])
-    assert (path.length, path.reply_distances) == (TTL, distances)
+    assert (path.distance.length, path.distance.reply_distances) == (TTL, distances)
 
 
 @BOTH_VERSIONS
@@ -1172,7 +1173,7 @@ def test_destination_that_answers_from_where_it_was_thought_to_be(
 def test_echo_replies_to_a_packet_and_its_probe(load: Load, version: int, length: int) -> None:
     """The packet's may have the number of a probe that waits for a silent router: only their sizes differ."""
     programs = load()
-    programs.follow(SERVER[version], length=9, reverse_distance=9)
+    programs.follow(SERVER[version], length=9, reverse=9)
     programs.set_reservation(seq=SEQ, ttl=TTL)
     probe = Ether(programs.run('elf_probe', frame(ip(version), echo(version), data(length))).frame)
     known = dict(id=0x4142, seq=transport(probe).seq)
@@ -1180,9 +1181,9 @@ def test_echo_replies_to_a_packet_and_its_probe(load: Load, version: int, length
     source = ip(version, src=SERVER[version], dst=CLIENT[version], ttl=56)
     own, ours = (frame(source, echo_reply, data(size)) for size in (length, len(transport(probe)) - 8))
     programs.receive(own)
-    assert (programs.path(SERVER[version]).length, programs.counters()) == (9, {})
+    assert (programs.path(SERVER[version]).distance.length, programs.counters()) == (9, {})
     programs.receive(ours)
-    assert (programs.path(SERVER[version]).length, programs.counters()) == (TTL, {'reached': 1})
+    assert (programs.path(SERVER[version]).distance.length, programs.counters()) == (TTL, {'reached': 1})
 
 
 @BOTH_VERSIONS
@@ -1191,13 +1192,13 @@ def test_echo_reply_to_a_probe(load: Load, version: int, notrunc: bool) -> None:
     """With the payload kept, probe and packet have one number, and the reply is most likely the packet's."""
     programs = load(notrunc=notrunc)
     programs.put_in_flight(flight_of(PROBES['ICMP'](version), **KNOWN, payload_len=0 if notrunc else 2))
-    programs.follow(SERVER[version], length=9, reverse_distance=9)
+    programs.follow(SERVER[version], length=9, reverse=9)
     echo_reply = {4: ICMP(type=0, id=0x4142, seq=0x4344), 6: ICMPv6EchoReply(id=0x4142, seq=0x4344)}
     source = ip(version, src=SERVER[version], dst=CLIENT[version], ttl=56)
     packet = frame(source, echo_reply[version], data(0 if notrunc else 2))
     assert programs.receive(packet) == (PASS, bytes(packet))
     assert programs.counters() == ({} if notrunc else {'reached': 1})
-    assert programs.path(SERVER[version]).length == (9 if notrunc else TTL)
+    assert programs.path(SERVER[version]).distance.length == (9 if notrunc else TTL)
 
 
 # Scheduling: which hop is next, and how long it then rests
@@ -1247,7 +1248,7 @@ def test_turns(load: Load, config: dict[str, Any], path: dict[str, int], hops: H
     assert [flight.seq for flight in flights] == [path.get('seq', 0) + i for i in range(len(ttls))]
     assert programs.counters() == ({'probes': len(ttls)} if ttls else {})
     if more:  # the others were not even looked at
-        assert programs.path(SERVER[4]).next_due > time.monotonic_ns()
+        assert programs.path(SERVER[4]).pacing.next_due > time.monotonic_ns()
 
 
 def test_next_probe_is_due_when_the_interval_is_over(load: Load) -> None:
@@ -1259,7 +1260,7 @@ def test_next_probe_is_due_when_the_interval_is_over(load: Load) -> None:
             assert len(send(packet)) == 1
             [flight] = programs.in_flight()
             if 'rate_global' in config:
-                assert programs.path(SERVER[4]).next_due == flight.sendtime + 10 * MS
+                assert programs.path(SERVER[4]).pacing.next_due == flight.sendtime + 10 * MS
             sent = flight.sendtime
             while len(programs.in_flight()) < 2:
                 without, sent = sent, time.monotonic_ns()
@@ -1274,25 +1275,25 @@ RESTS: dict[str, tuple[dict[str, int], int, dict[str, int], int]] = {
     'a hop that answers': (PROVEN, 2, dict(unanswered=0), 0),
     'a router, 8 lost': (PROVEN, 2, dict(unanswered=8), 0),
     'a router, 9 lost': (PROVEN, 2, dict(unanswered=9), 10),
-    'a router, 10 lost': (PROVEN, 2, dict(unanswered=10, backoff_level=1), 20),
-    'a router, 14 lost': (PROVEN, 2, dict(unanswered=14, backoff_level=5), 320),
-    'a silent router': (PROVEN, 2, dict(unanswered=19, backoff_level=10), 10000),
-    'a router silent for long': (PROVEN, 2, dict(unanswered=2**8 - 1, backoff_level=16), 10000),
-    'a router whose rest is over': (PROVEN, 2, dict(unanswered=9, backoff_level=3, backoff=1), 0),
+    'a router, 10 lost': (PROVEN, 2, dict(unanswered=10, level=1), 20),
+    'a router, 14 lost': (PROVEN, 2, dict(unanswered=14, level=5), 320),
+    'a silent router': (PROVEN, 2, dict(unanswered=19, level=10), 10000),
+    'a router silent for long': (PROVEN, 2, dict(unanswered=2**8 - 1, level=16), 10000),
+    'a router whose rest is over': (PROVEN, 2, dict(unanswered=9, level=3, state=1), 0),
     'a router, of which nothing has been heard since': (LAST, 2, dict(unanswered=1, rtt=9), 200),
     'the last router, 1 lost': (LAST, 4, dict(unanswered=1, rtt=9), 200),
-    'the last router, its rest is over': (LAST, 4, dict(unanswered=1, rtt=9, backoff_level=1, backoff=1), 0),
-    'the last router, 2 lost': (LAST, 4, dict(unanswered=2, rtt=9, backoff_level=1), 1600),
-    'the last router, 3 lost': (LAST, 4, dict(unanswered=3, rtt=9, backoff_level=2), 12800),
-    'the last router, 2 lost, of late as well': (LAST, 4, dict(unanswered=2, rtt=9, backoff_level=1, false_alarms=4), 200),
-    'the last router, 3 lost, of late but 1': (LAST, 4, dict(unanswered=3, rtt=9, backoff_level=2, false_alarms=7), 1600),
-    'the last router, 4 lost, of late as well': (LAST, 4, dict(unanswered=4, rtt=9, backoff_level=3, false_alarms=12), 200),
-    'the last router, 5 lost': (LAST, 4, dict(unanswered=5, rtt=9, backoff_level=4, false_alarms=12), 1600),
-    'the last router, many lost': (LAST, 4, dict(unanswered=99, rtt=9, backoff_level=16), 256000),
+    'the last router, its rest is over': (LAST, 4, dict(unanswered=1, rtt=9, level=1, state=1), 0),
+    'the last router, 2 lost': (LAST, 4, dict(unanswered=2, rtt=9, level=1), 1600),
+    'the last router, 3 lost': (LAST, 4, dict(unanswered=3, rtt=9, level=2), 12800),
+    'the last router, 2 lost, of late as well': (LAST, 4, dict(unanswered=2, rtt=9, level=1, false_alarms=4), 200),
+    'the last router, 3 lost, of late but 1': (LAST, 4, dict(unanswered=3, rtt=9, level=2, false_alarms=7), 1600),
+    'the last router, 4 lost, of late as well': (LAST, 4, dict(unanswered=4, rtt=9, level=3, false_alarms=12), 200),
+    'the last router, 5 lost': (LAST, 4, dict(unanswered=5, rtt=9, level=4, false_alarms=12), 1600),
+    'the last router, many lost': (LAST, 4, dict(unanswered=99, rtt=9, level=16), 256000),
     'behind it, 1 lost': (PROVEN, 5, dict(unanswered=1), 1000),
     'behind it, 1 lost, but it has answered once': (PROVEN, 5, dict(unanswered=1, rtt=9), 200),
-    'behind it, 2 lost': (PROVEN, 5, dict(unanswered=2, backoff_level=1), 8000),
-    'behind it, 4 lost': (PROVEN, 5, dict(unanswered=4, backoff_level=3), 256000),
+    'behind it, 2 lost': (PROVEN, 5, dict(unanswered=2, level=1), 8000),
+    'behind it, 4 lost': (PROVEN, 5, dict(unanswered=4, level=3), 256000),
     'farther behind, nothing lost': (PROVEN, 7, dict(unanswered=0), 0),
     'farther behind, 1 lost': (PROVEN, 7, dict(unanswered=1), 64000),
     'far behind, 1 lost': (PROVEN, 20, dict(unanswered=1), 256000),
@@ -1313,14 +1314,14 @@ def test_rests(load: Load, path: dict[str, int], number: int, hop: dict[str, int
     known = after.hops[number]
     if not rest:
         [flight] = programs.in_flight()
-        assert (known.due, known.backoff) == (flight.sendtime + 10 * MS, 0)
+        assert (known.due, known.backoff.state) == (flight.sendtime + 10 * MS, 0)
         assert known.unanswered == min(hop['unanswered'] + 1, 2**8 - 1)
         return
     assert begin <= known.due - rest * MS <= end
-    assert (known.backoff, known.backoff_level) == (1, min(hop.get('backoff_level', 0) + 1, 16))
+    assert (known.backoff.state, known.backoff.level) == (1, min(hop.get('level', 0) + 1, 16))
     # A last router that is silent is no longer what proves that those before it are routers.
-    assert after.last_responsive == path.get('last_responsive', 0) - (number == path.get('last_responsive', 0))
-    assert (after.last_probed, programs.counters()) == (number, {'hop_unresponsive': 1})
+    assert after.liveness.last_responsive == path.get('last_responsive', 0) - (number == path.get('last_responsive', 0))
+    assert (after.pacing.last_probed, programs.counters()) == (number, {'hop_unresponsive': 1})
 
 
 @pytest.mark.parametrize('path, latency, waited, rest', [
@@ -1363,7 +1364,7 @@ def test_steps_while_the_length_is_unknown(load: Load, where: tuple[int, int, in
     programs.follow(SERVER[4], {farthest: hop}, max_ttl_tried=farthest, last_responsive=responsive, last_probed=horizon - 1)
     with programs.attached() as send:
         [probe] = send(frame(ip(4), segment()))
-    assert programs.path(SERVER[4]).max_ttl_tried == horizon
+    assert programs.path(SERVER[4]).distance.max_ttl_tried == horizon
     assert Ether(probe)[IP].ttl == (horizon if horizon > farthest else 1)
 
 
@@ -1374,11 +1375,11 @@ def test_ticks_of_two_cpus(load: Load) -> None:
     arrived = frame(ip(4, src=SERVER[4], dst=CLIENT[4], ttl=60), segment())
     programs.receive(arrived)
     path = programs.path(SERVER[4])
-    path.last_received = later = path.last_received + 1000
+    path.liveness.last_received = later = path.liveness.last_received + 1000
     programs.set_path(SERVER[4], path)
     programs.receive(arrived)
     path = programs.path(SERVER[4])
-    assert (path.last_received, path.outage_start, path.outage_end) == (later, 0, 0)
+    assert (path.liveness.last_received, path.liveness.outage_start, path.liveness.outage_end) == (later, 0, 0)
 
 
 def test_ways_back_that_take_turns(load: Load) -> None:
@@ -1413,7 +1414,7 @@ def test_idle_flow_does_not_stall(load: Load) -> None:
     programs.follow(server, length=2, next_due=NEVER)
 
     def set_next_due(when: int) -> None:
-        programs.set_path(server, programs.bpf['paths'].Leaf(length=2, next_due=when))
+        programs.set_path(server, programs.new_path(length=2, next_due=when))
 
     with socket.create_server((server, 0)) as listener, programs.attached(), \
             socket.create_connection(listener.getsockname(), source_address=(client, 0)) as ours:
@@ -1450,11 +1451,11 @@ REPLIES: dict[str, tuple[dict[str, int], tuple[int, int], dict[str, int]]] = {
     'farther than the path was thought to be long': (
         dict(length=5, reply_distances=1 << 4), (5, 60), dict(length=6, explore=1, last_responsive=5, reply_distances=0)),
     'last router, one nearer than the destination': (
-        dict(length=5, reverse_distance=5), (4, 61), dict(length=5, explore=0, reply_distances=1 << 4)),
+        dict(length=5, reverse=5), (4, 61), dict(length=5, explore=0, reply_distances=1 << 4)),
     'last router, as far as the destination': (
-        dict(length=5, reverse_distance=5), (4, 60), dict(length=5, explore=1, reply_distances=1 << 5)),
+        dict(length=5, reverse=5), (4, 60), dict(length=5, explore=1, reply_distances=1 << 5)),
     'last router, as far as before': (
-        dict(length=5, reverse_distance=5, reply_distances=0x30), (4, 60), dict(length=5, explore=0, reply_distances=0x30)),
+        dict(length=5, reverse=5, reply_distances=0x30), (4, 60), dict(length=5, explore=0, reply_distances=0x30)),
 }
 
 
@@ -1472,13 +1473,13 @@ def test_replies_teach(load: Load, before: dict[str, int], ttls: tuple[int, int]
     reply = frame(altered(reply.payload, ttl=recvttl))
     assert programs.receive(reply).verdict == DROP
     path = programs.path(SERVER[4])
-    assert {name: getattr(path, name) for name in after} == after
+    assert {name: get_field(path, name) for name in after} == after
     hop = path.hops[outttl]
     [row] = programs.rows()
     received = int(row['recvtime'])
     assert (hop.unanswered, hop.since) == (0, received)
     assert hop.rtt == pytest.approx(int(row['latency']) / 1000, abs=1)
-    assert hop.due == path.next_due == received + 10 * MS
+    assert hop.due == path.pacing.next_due == received + 10 * MS
 
 
 @pytest.mark.parametrize('rests, before, after', [
@@ -1486,11 +1487,11 @@ def test_replies_teach(load: Load, before: dict[str, int], ttls: tuple[int, int]
 def test_false_alarms_are_counted(load: Load, rests: int, before: int, after: int) -> None:
     """Answers after the first rests: so it had lost single packets."""
     programs, probe = load(), PROBES['UDP'](4)
-    hop = dict(unanswered=rests, backoff_level=rests, rtt=9, false_alarms=before)
+    hop = dict(unanswered=rests, level=rests, rtt=9, false_alarms=before)
     programs.follow(SERVER[4], {TTL: hop}, length=9, last_responsive=TTL)
     programs.put_in_flight(flight_of(probe, **{**KNOWN, 'sendtime': time.monotonic_ns()}))
     assert programs.receive(time_exceeded(4, probe.payload)).verdict == DROP
-    assert programs.path(SERVER[4]).hops[TTL].false_alarms == after
+    assert programs.path(SERVER[4]).hops[TTL].backoff.false_alarms == after
 
 
 def test_replies_do_not_hasten_the_next_of_all_probes(load: Load) -> None:
@@ -1500,20 +1501,20 @@ def test_replies_do_not_hasten_the_next_of_all_probes(load: Load) -> None:
     programs.put_in_flight(flight_of(probe))
     assert programs.receive(time_exceeded(4, probe.payload)).verdict == DROP
     path = programs.path(SERVER[4])
-    assert path.next_due == path.last_sent + SECOND
+    assert path.pacing.next_due == path.pacing.last_sent + SECOND
 
 
 @pytest.mark.parametrize('hop, woken', [
-    (dict(unanswered=9, backoff_level=3, rtt=9, since=10 * SECOND), {5, 6}),
-    (dict(unanswered=9, backoff_level=3, rtt=9, since=30 * SECOND), set()),  # they were silent before
-    (dict(unanswered=9, backoff_level=0, rtt=9, since=10 * SECOND), set()),  # it was merely late
-    (dict(unanswered=1, backoff_level=0, rtt=0, since=10 * SECOND), {5, 6}),  # its first answer
+    (dict(unanswered=9, level=3, rtt=9, since=10 * SECOND), {5, 6}),
+    (dict(unanswered=9, level=3, rtt=9, since=30 * SECOND), set()),  # they were silent before
+    (dict(unanswered=9, level=0, rtt=9, since=10 * SECOND), set()),  # it was merely late
+    (dict(unanswered=1, level=0, rtt=0, since=10 * SECOND), {5, 6}),  # its first answer
 ], ids=['together', 'not together', 'late', 'first'])
 def test_hops_behind_one_that_answers_again_are_tried_again(
         load: Load, hop: dict[str, int], woken: set[int]) -> None:
     """Those that fell silent together with it, lest they sleep on when the way is open again; once."""
     programs = load(probeint=0)
-    resting = dict(unanswered=3, backoff_level=3, backoff=1, due=NEVER)
+    resting = dict(unanswered=3, level=3, state=1, due=NEVER)
     programs.follow(SERVER[4], {
         4: hop, 5: dict(resting, since=10 * SECOND + SECOND // 2), 6: dict(resting, since=11 * SECOND - 1),
         7: dict(resting, since=8 * SECOND),
@@ -1530,17 +1531,17 @@ def test_hops_rest_no_more_when_the_destination_is_heard_again(load: Load) -> No
     """Those that fell silent when it did, or later; after packets without a gap none."""
     programs = load(probeint=0)
     now = time.monotonic_ns()
-    resting = dict(unanswered=3, backoff_level=3, backoff=1, due=NEVER)
+    resting = dict(unanswered=3, level=3, state=1, due=NEVER)
     packet = frame(ip(4, src=SERVER[4], dst=CLIENT[4], ttl=61), segment())
     for gap, woken in (5, {2}), (0, set()):
         programs.clear()
         programs.follow(SERVER[4], {
             1: dict(resting, since=now - 90 * SECOND), 2: dict(resting, since=now - 5 * SECOND),
-        }, length=4, reverse_distance=4, last_responsive=3)
+        }, length=4, reverse=4, last_responsive=3)
         assert programs.receive(packet).verdict == PASS  # tells the tick
         tick = round(time.clock_getres(elfprobe.CLOCK_MONOTONIC_COARSE) * 1e9)
         path = programs.path(SERVER[4])
-        path.last_received -= gap * SECOND // tick
+        path.liveness.last_received -= gap * SECOND // tick
         programs.set_path(SERVER[4], path)
         assert programs.receive(packet).verdict == PASS
         with programs.attached() as send:
@@ -1550,7 +1551,7 @@ def test_hops_rest_no_more_when_the_destination_is_heard_again(load: Load) -> No
 
 def test_routers_before_one_that_answers_rest_no_longer_than_routers(load: Load) -> None:
     programs = load(probeint=0)
-    resting = dict(unanswered=3, backoff_level=3, backoff=1, due=NEVER, since=SECOND)
+    resting = dict(unanswered=3, level=3, state=1, due=NEVER, since=SECOND)
     programs.follow(SERVER[4], {2: resting, 3: resting, 5: dict(unanswered=1, rtt=9, since=9 * SECOND),
                                 6: resting}, length=9, last_responsive=1)
     probe = frame(ip(4, ttl=5), segment())
@@ -1566,12 +1567,12 @@ def test_replies_of_a_longer_way_that_is_no_more(load: Load) -> None:
     """To probes that left before the way became shorter."""
     for sent, length in (SECOND, 4), (3 * SECOND, 6):
         programs = load()
-        programs.follow(SERVER[4], length=4, reverse_distance=4, last_responsive=3, shortened_at=2 * SECOND)
+        programs.follow(SERVER[4], length=4, reverse=4, last_responsive=3, shortened_at=2 * SECOND)
         probe = frame(ip(4, ttl=5), segment())
         programs.put_in_flight(flight_of(probe, sendtime=sent))
         assert programs.receive(time_exceeded(4, probe.payload)).verdict == DROP
         assert len(programs.rows()) == 1
-        assert programs.path(SERVER[4]).length == length
+        assert programs.path(SERVER[4]).distance.length == length
 
 
 def test_reply_for_a_destination_no_longer_of_interest(load: Load) -> None:
@@ -1589,7 +1590,7 @@ def test_most_probes_per_second(load: Load) -> None:
     with programs.attached() as send:
         assert [len(send(frame(ip(version), segment()))) for version in (4, 4, 6)] == [1, 0, 0]
     assert programs.counters() == {'probes': 1, 'over_max_rate': 2}
-    assert [programs.path(SERVER[version]).last_probed for version in (4, 6)] == [1, 0]
+    assert [programs.path(SERVER[version]).pacing.last_probed for version in (4, 6)] == [1, 0]
 
 
 def test_most_probes_at_once(load: Load) -> None:

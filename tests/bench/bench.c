@@ -121,12 +121,12 @@ int clone_egress(struct __sk_buff *skb)
 
 int one_result(struct xdp_md *ctx)
 {
-	struct extended_result *extended;
+	struct layouts *all;
 	int zero = 0;
 
-	extended = result_layout.lookup(&zero);
+	all = layouts.lookup(&zero);
 	COUNT(replies);
-	if (extended && submit_result(ctx, &extended->result, sizeof(extended->result)))
+	if (all && submit_result(ctx, &all->result.result, sizeof(all->result.result)))
 		COUNT(results_lost);
 	return VERDICT_PASS;
 }

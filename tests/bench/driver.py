@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import re
@@ -37,12 +38,14 @@ def rows(quick: bool) -> Iterator[Figure]:
     """Results come from another process, by test runs of a program that puts one into the ring; the driver's
     own loop makes rows of them."""
     with tempfile.TemporaryDirectory(prefix='elf-') as directory, own_namespace(), load() as programs:
-        layout, names = elfprobe.struct_format(programs.bpf['result_layout'].Leaf)
+        layout, names = elfprobe.struct_format(elfprobe.struct_type(programs.bpf, 'result'))
         assert set(VALUES) <= set(names)
         blank = {name: b'' if text.endswith('s') else 0 for name, text in zip(names, value_codes(layout))}
         template = struct.pack(layout, *({**blank, **VALUES}[name] for name in names))
-        table = programs.bpf['result_layout']
-        table[table.Key(0)] = table.Leaf.from_buffer_copy(template)
+        table = programs.bpf['layouts']
+        layouts = table.Leaf()
+        ctypes.memmove(ctypes.addressof(layouts.result), template, len(template))
+        table[table.Key(0)] = layouts
         path = Path(directory, 'rows.csv')
         written, _, _ = drained(programs, path, 10**6, 3)
         yield Figure('rows per second, when more come', written / 3, '', at_least(200000))
