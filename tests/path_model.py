@@ -1,0 +1,147 @@
+"""The path model of elfprobe.c, compiled for the host: no kernel, no root.
+
+    model = PathModel(interval_ns=10_000_000)
+    path = model.new_path()
+    ttl = model.choose_hop(path, now, ticks)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ELFPROBE_C = HERE.parent / 'elfprobe.c'
+MAX_HOPS = 32
+NONE_DUE, HOP_UNRESPONSIVE = 0, -1
+BACKING_OFF, RETRIED_EARLY = 1, 2
+
+# What the section needs from the rest of elfprobe.c, as plain C.
+PRELUDE = """\
+typedef unsigned char __u8;
+typedef unsigned int __u32;
+typedef unsigned long long __u64;
+#define NSEC_PER_MSEC 1000000ULL
+#define NSEC_PER_SEC 1000000000ULL
+#define MAX_HOPS 32
+#define READ_ONCE(x) (*(volatile __typeof__(x) *)&(x))
+#define ADVANCE(pointer, nr, max) ((pointer) += (nr))
+#define inline __attribute__((unused)) inline
+"""
+# The functions are static. Each gets a name that the library exports.
+EXPORTED = """\
+int exported_choose_hop(struct path *p, __u64 now, __u64 ticks) { return choose_hop(p, now, ticks); }
+void exported_probe_postponed(struct path *p, __u32 nr) { probe_postponed(p, nr); }
+__u64 exported_probe_reserved(struct path *p, __u32 nr, __u64 now, __u64 ticks)
+{ return probe_reserved(p, nr, now, ticks); }
+void exported_probe_sent(struct path *p, __u32 nr, __u64 reserved, __u64 due, __u64 sendtime)
+{ probe_sent(p, nr, reserved, due, sendtime); }
+void exported_probe_cancelled(struct path *p, __u32 nr) { probe_cancelled(p, nr); }
+void exported_hop_replied(struct path *p, __u32 nr, __u64 sendtime, __u32 seen, __u64 now)
+{ hop_replied(p, nr, sendtime, seen, now); }
+void exported_destination_seen(struct path *p, __u32 seen, __u64 gap, int is_first, __u64 now, __u64 ticks)
+{ destination_seen(p, seen, gap, is_first, now, ticks); }
+void exported_destination_reached(struct path *p, __u32 ttl, __u64 now) { destination_reached(p, ttl, now); }
+"""
+
+
+class Backoff(ctypes.Structure):
+    _fields_ = [('level', ctypes.c_uint8), ('state', ctypes.c_uint8), ('false_alarms', ctypes.c_uint8)]
+
+
+class Hop(ctypes.Structure):
+    _fields_ = [('due', ctypes.c_uint64), ('since', ctypes.c_uint64), ('rtt', ctypes.c_uint32),
+                ('unanswered', ctypes.c_uint8), ('backoff', Backoff)]
+
+
+class Pacing(ctypes.Structure):
+    _fields_ = [('next_due', ctypes.c_uint64), ('next_due_tick', ctypes.c_uint64), ('last_sent',
+        ctypes.c_uint64),
+                ('seq', ctypes.c_uint32), ('last_probed', ctypes.c_uint8)]
+
+
+class Distance(ctypes.Structure):
+    _fields_ = [('shortened_at', ctypes.c_uint64), ('reply_distances', ctypes.c_uint64),
+                ('last_explored', ctypes.c_uint64), ('length', ctypes.c_uint8), ('reverse', ctypes.c_uint8),
+                ('longer_packets', ctypes.c_uint8), ('max_ttl_tried', ctypes.c_uint8),
+                ('explore', ctypes.c_uint8), ('is_confirmed', ctypes.c_uint8)]
+
+
+class Liveness(ctypes.Structure):
+    _fields_ = [('last_received', ctypes.c_uint64), ('outage_start', ctypes.c_uint64),
+                ('outage_end', ctypes.c_uint64), ('farthest_reply', ctypes.c_uint64),
+                ('routers_proven', ctypes.c_uint64), ('last_responsive', ctypes.c_uint8)]
+
+
+class Path_(ctypes.Structure):
+    """struct path."""
+
+    _fields_ = [('pacing', Pacing), ('distance', Distance), ('liveness', Liveness), ('excluded',
+        ctypes.c_uint8),
+                ('flows_only', ctypes.c_uint8), ('hops', Hop * (MAX_HOPS + 1))]
+
+
+def section() -> str:
+    """Return the text of the path model in elfprobe.c."""
+    text = ELFPROBE_C.read_text()
+    begin = text.index('/* ---- Path model: pacing')
+    return text[begin:text.index('/* ---- ', begin + 8)]
+
+
+def compile_c(text: str, output: Path, *flags: str) -> None:
+    """Compile C text with gcc. CalledProcessError with gcc's messages on standard error."""
+    source = output.with_suffix('.c')
+    source.write_text(text)
+    warnings = '-Wall', '-Wextra', '-Werror', '-Wno-unknown-pragmas', '-Wno-sign-compare', '-Wno-unused-parameter'
+    checks = '-fsanitize=undefined', '-fno-sanitize-recover'
+    subprocess.run(['gcc', '-O2', *warnings, *checks, *flags, '-o', str(output), str(source)], check=True)
+
+
+def parameters(interval_ns: int, rate_global: bool, tick_ns: int) -> list[str]:
+    """Return gcc's -D flags."""
+    return [f'-DINTERVAL_NS={interval_ns}ULL', f'-DRATE_GLOBAL={int(rate_global)}', f'-DTICK_NS={tick_ns}ULL']
+
+
+class PathModel:
+    """The functions of one build. Each takes a path as its first argument."""
+
+    def __init__(self, interval_ns: int = 10_000_000, rate_global: bool = False,
+        tick_ns: int = 4_000_000) -> None:
+        sizes = 'unsigned int path_size = sizeof(struct path);\n'
+        with tempfile.TemporaryDirectory(prefix='elf-') as directory:
+            library = Path(directory, 'path_model.so')
+            compile_c(PRELUDE + section() + EXPORTED + sizes, library, '-shared', '-fPIC',
+                      *parameters(interval_ns, rate_global, tick_ns))
+            self._library = ctypes.CDLL(str(library))
+        size = ctypes.c_uint.in_dll(self._library, 'path_size').value
+        assert size == ctypes.sizeof(Path_), 'struct path has changed: change Path_, too'
+        u64, u32 = ctypes.c_uint64, ctypes.c_uint32
+        self._arguments = {
+            'choose_hop': (u64, u64), 'probe_postponed': (u32,), 'probe_reserved': (u32, u64, u64),
+            'probe_sent': (u32, u64, u64, u64), 'probe_cancelled': (u32,),
+            'hop_replied': (u32, u64, u32, u64),
+            'destination_seen': (u32, u64, ctypes.c_int, u64, u64), 'destination_reached': (u32, u64),
+        }
+        for name, arguments in self._arguments.items():
+            function = getattr(self._library, f'exported_{name}')
+            function.argtypes = (ctypes.POINTER(Path_), *arguments)
+            function.restype = ctypes.c_uint64 if name == 'probe_reserved' else ctypes.c_int
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._library, f'exported_{name}')
+
+
+def new_path(hops: dict[int, dict[str, int]] | None = None, **fields: int) -> Path_:
+    """Return a path with these fields; those of its records by their names alone."""
+    path = Path_()
+    for name, value in fields.items():
+        record = next(r for r in (path.pacing, path.distance, path.liveness, path) if hasattr(r, name))
+        setattr(record, name, value)
+    for number, known in (hops or {}).items():
+        hop = path.hops[number]
+        for name, value in known.items():
+            setattr(hop if hasattr(hop, name) else hop.backoff, name, value)
+    return path

@@ -1,0 +1,223 @@
+"""The path model of elfprobe.c without a kernel: tables of events and what becomes of a path, then a fuzzer.
+
+A longer run of the fuzzer: ELFPROBE_FUZZ_PATHS=1000000 tests/run test_path_model.py -k fuzzer
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+from pathlib import Path
+from typing import Any, Dict
+
+import pytest
+
+import path_model
+from path_model import BACKING_OFF, HOP_UNRESPONSIVE, NONE_DUE, RETRIED_EARLY, Path_, PathModel, new_path
+
+pytestmark = pytest.mark.needs('gcc')
+
+MS, SECOND = 10**6, 10**9  # ns
+NOW = 1000 * SECOND
+TICK = 4 * MS
+NEVER = 1 << 62
+FUZZ_PATHS = int(os.environ.get('ELFPROBE_FUZZ_PATHS', '1000'))
+
+Fields = Dict[str, int]
+
+
+@pytest.fixture(scope='module')
+def model() -> PathModel:
+    return PathModel(interval_ns=10 * MS, tick_ns=TICK)
+
+
+def fields(path: Path_, names: Any) -> Fields:
+    """Return these fields of a path's records."""
+    records = path.pacing, path.distance, path.liveness
+    return {name: next(getattr(r, name) for r in records if hasattr(r, name)) for name in names}
+
+
+RESPONSIVE = dict(last_responsive=4, farthest_reply=NEVER)
+CHOICES: dict[str, tuple[Fields, dict[int, Fields], int]] = {
+    # the path, its hops; the TTL that is chosen
+    'the first hop': (dict(length=5), {}, 1),
+    'the next hop': (dict(length=5, last_probed=2), {}, 3),
+    'the first again': (dict(length=5, last_probed=4), {}, 1),
+    'not before the path is due': (dict(length=5, next_due=NOW + 1), {}, NONE_DUE),
+    'the destination is no hop': (dict(length=1), {}, NONE_DUE),
+    'a hop that is not due is passed over': (dict(length=5), {1: dict(due=NOW + 1)}, 2),
+    'exploration': (dict(length=5, explore=1), {}, 5),
+    'exploration now and then': (dict(length=5, seq=19999), {}, 5),
+    'no exploration before the last one is over': (dict(length=5, explore=1), {5: dict(due=NOW + 1)}, 1),
+    'an unresponsive router': (dict(RESPONSIVE, length=5), {1: dict(unanswered=9, since=1)},
+        HOP_UNRESPONSIVE),
+    'a router with losses': (dict(RESPONSIVE, length=5), {1: dict(unanswered=8, since=1)}, 1),
+    'the last hop, one loss': (dict(last_responsive=4, length=5, last_probed=3),
+                               {4: dict(unanswered=1, since=1)}, HOP_UNRESPONSIVE),
+    'a back-off that is over': (dict(RESPONSIVE, length=5), {1: dict(unanswered=9, since=1,
+        state=BACKING_OFF)}, 1),
+    'an early retry after an outage': (
+        dict(length=5, outage_start=NOW - 9 * SECOND, outage_end=NOW),
+        {1: dict(unanswered=9, since=NOW - 9 * SECOND, state=BACKING_OFF, due=NEVER)}, 1),
+    'no second early retry': (
+        dict(length=2, outage_start=NOW - 9 * SECOND, outage_end=NOW),
+        {1: dict(unanswered=9, since=NOW - 9 * SECOND, state=BACKING_OFF | RETRIED_EARLY,
+            due=NEVER)}, NONE_DUE),
+    'length unknown: one hop': ({}, {}, 1),
+    'length unknown: the next one after a while': (
+        dict(max_ttl_tried=2, last_responsive=1, last_probed=2),
+        {1: dict(due=NEVER), 2: dict(due=NEVER, unanswered=1, since=NOW - SECOND)}, 3),
+}
+
+
+@pytest.mark.parametrize('before, hops, ttl', CHOICES.values(), ids=CHOICES)
+def test_choose_hop(model: PathModel, before: Fields, hops: dict[int, Fields], ttl: int) -> None:
+    path = new_path(hops, **before)
+    assert model.choose_hop(path, NOW, NOW // TICK) == ttl
+    if ttl == NONE_DUE:
+        assert path.pacing.next_due > NOW
+    else:
+        assert path.pacing.last_probed == (ttl if ttl > 0 else before.get('last_probed', 0) + 1)
+
+
+def test_back_off_grows_up_to_a_maximum(model: PathModel) -> None:
+    path = new_path(length=2)
+    delays = []
+    path.hops[1].rtt, now = 9, NOW
+    for _ in range(6):
+        path.hops[1].unanswered, path.hops[1].since, path.hops[1].backoff.state = 1, 1, 0
+        path.pacing.next_due = 0
+        assert model.choose_hop(path, now, 0) == HOP_UNRESPONSIVE
+        delays.append((path.hops[1].due - now) // MS)
+        now = path.hops[1].due
+    assert delays == [200, 1600, 12800, 102400, 256000, 256000]
+
+
+SEEN: dict[str, tuple[Fields, int, Fields]] = {
+    # the path; the distance of a packet of the destination; the path afterwards
+    'the first packet': ({}, 5, dict(length=5, reverse=5)),
+    'shorter at once': (dict(length=5, reverse=5, last_responsive=4), 3,
+                        dict(length=3, reverse=3, last_responsive=2, shortened_at=NOW)),
+    'longer not at once': (dict(length=5, reverse=5), 6, dict(length=5, reverse=5, longer_packets=1)),
+    'longer after 16': (dict(length=5, reverse=5, longer_packets=16), 6, dict(length=6, reverse=6,
+        longer_packets=0)),
+    'not longer after all': (dict(length=5, reverse=5, longer_packets=9), 5, dict(length=5,
+        longer_packets=0)),
+    'an unusual initial TTL': (dict(length=5), 33, dict(length=0, reverse=33)),
+}
+
+
+@pytest.mark.parametrize('before, distance, after', SEEN.values(), ids=SEEN)
+def test_destination_seen(model: PathModel, before: Fields, distance: int, after: Fields) -> None:
+    path = new_path(**before)
+    model.destination_seen(path, distance, 0, 0, NOW, NOW // TICK)
+    assert fields(path, after) == after
+
+
+@pytest.mark.parametrize('gap, is_first, ended', [(100, 0, 0), (251, 0, NOW), (251, 1, 0)])
+def test_gap_ends_an_outage(model: PathModel, gap: int, is_first: int, ended: int) -> None:
+    path = new_path(reverse=5, length=5)
+    model.destination_seen(path, 5, gap, is_first, NOW, NOW // TICK)
+    assert path.liveness.outage_end == ended
+    assert path.liveness.last_received == NOW // TICK
+
+
+REACHED: dict[str, tuple[Fields, int, Fields]] = {
+    'unknown': ({}, 4, dict(length=4)),
+    'shorter': (dict(length=9, last_responsive=8), 4, dict(length=4, last_responsive=3)),
+    'as long': (dict(length=4, explore=1, reply_distances=6), 4, dict(length=4, explore=0,
+        reply_distances=6)),
+    'longer than known': (dict(length=3), 4, dict(length=3)),
+    'by a TTL of 0': (dict(length=3, last_responsive=2), 0, dict(length=3, last_responsive=2)),
+}
+
+
+@pytest.mark.parametrize('before, ttl, after', REACHED.values(), ids=REACHED)
+def test_destination_reached(model: PathModel, before: Fields, ttl: int, after: Fields) -> None:
+    path = new_path(**before)
+    model.destination_reached(path, ttl, NOW)
+    assert fields(path, after) == after
+
+
+REPLIED: dict[str, tuple[Fields, tuple[int, int], Fields]] = {
+    # the path; the hop that answered and the reply's distance; the path afterwards
+    'unknown length': (dict(max_ttl_tried=3), (3, 3), dict(max_ttl_tried=4, last_responsive=3)),
+    'beyond the length': (dict(length=5), (5, 5), dict(length=6, explore=1, last_responsive=5)),
+    'last router, as expected': (dict(length=5, reverse=5), (4, 4), dict(explore=0, reply_distances=1 << 4)),
+    'last router, farther': (dict(length=5, reverse=5), (4, 5), dict(explore=1, last_explored=NOW)),
+    'last router, farther, not again so soon': (
+        dict(length=5, reverse=5, last_explored=NOW - SECOND), (4, 5), dict(explore=0, reply_distances=0)),
+    'of the old path': (dict(length=5, shortened_at=NOW), (6, 6), dict(length=5, last_responsive=0)),
+}
+
+
+@pytest.mark.parametrize('before, reply, after', REPLIED.values(), ids=REPLIED)
+def test_hop_replied(model: PathModel, before: Fields, reply: tuple[int, int], after: Fields) -> None:
+    path = new_path(**before)
+    number, distance = reply
+    model.hop_replied(path, number, NOW - 5 * MS, distance, NOW)
+    assert fields(path, after) == after
+
+
+def test_probe_that_is_cancelled_is_not_held_against_its_hop(model: PathModel) -> None:
+    path = new_path(length=5)
+    due = model.probe_reserved(path, 2, NOW, 0)
+    assert (due, path.hops[2].unanswered, path.pacing.seq) == (NOW + 10 * MS, 1, 1)
+    model.probe_cancelled(path, 2)
+    assert path.hops[2].unanswered == 0
+
+
+def test_interval_begins_when_the_probe_leaves(model: PathModel) -> None:
+    path = new_path(length=5)
+    due = model.probe_reserved(path, 2, NOW, 0)
+    model.probe_sent(path, 2, NOW, due, NOW + 3 * MS)
+    assert (path.hops[2].due, path.pacing.last_sent) == (due + 3 * MS, NOW + 3 * MS)
+
+
+def test_probe_that_is_postponed_is_next_again(model: PathModel) -> None:
+    path = new_path(length=5, last_probed=2)
+    for _ in range(2):
+        assert model.choose_hop(path, NOW, 0) == 3
+        model.probe_postponed(path, 3)
+
+
+# The fuzzer
+
+BUILDS = [(10 * MS, False, TICK), (0, False, TICK), (SECOND, True, 0), (100 * MS, True, MS)]
+MUTANTS = {  # what is broken in the model -> (text, its replacement)
+    'back-off without end': ('hop->due = now + backoff_delay(path, nr, hop);', 'hop->due = ~0ULL;'),
+    'early retries never end': ('hop->backoff.state = RETRIED_EARLY;',
+        'hop->due = ~0ULL >> 1; return hop->due;'),
+    'the destination is a hop': ('return path->distance.length - 1;', 'return path->distance.length;'),
+    'no exploration': ('path->pacing.seq % EXPLORE_EVERY == EXPLORE_EVERY - 1', '0'),
+    'due for ever': ('set_next_due(&path->pacing, earliest, now, ticks);',
+                     'set_next_due(&path->pacing, now + 4000 * NSEC_PER_SEC, now, ticks);'),
+}
+
+
+def fuzz(folder: Path, text: str, build: tuple[int, bool, int], first: int, count: int) -> tuple[int, str]:
+    """Return the fuzzer's exit status and output for this text of the model."""
+    fuzzer = folder / 'path_fuzz'
+    rest = (path_model.HERE / 'path_fuzz.c').read_text()
+    path_model.compile_c(path_model.PRELUDE + text + rest, fuzzer, *path_model.parameters(*build))
+    ran = subprocess.run([str(fuzzer), str(first), str(count)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                         text=True)
+    return ran.returncode, ran.stdout
+
+
+@pytest.mark.parametrize('build', BUILDS)
+def test_fuzzer_finds_nothing(build: tuple[int, bool, int], tmp_path: Path) -> None:
+    first = random.randrange(1 << 40)
+    status, output = fuzz(tmp_path, path_model.section(), build, first, FUZZ_PATHS)
+    assert status == 0, output
+
+
+@pytest.mark.parametrize('name', MUTANTS)
+def test_fuzzer_finds_mutants(name: str, tmp_path: Path) -> None:
+    """Each breaks what the fuzzer is to watch."""
+    text, replacement = MUTANTS[name]
+    model = path_model.section()
+    assert model.count(text) == 1
+    outputs = [fuzz(tmp_path, model.replace(text, replacement), build, 1, 1000) for build in BUILDS[:2]]
+    assert any(status for status, _ in outputs), outputs
