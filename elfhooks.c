@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-3.0-only
  *
- * elfprobe's hooks: eight functions that run in the kernel for every probe and every reply, here
- * doing nothing. Edit this file, or copy it and name the copy with -H; one that a file leaves out
- * does nothing. Maps and functions of your own may stand beside them, with BCC's macros and methods:
+ * elfprobe's hooks: eight functions that run in the kernel for every probe and every reply. Here they do nothing.
+ * Edit this file, or copy it and name the copy with -H. A hook that your file leaves out does nothing. You can add
+ * maps and functions of your own, with BCC's macros and methods:
  *
  *	BPF_HASH(seen, u8, u64, 256);
  *
@@ -14,22 +14,22 @@
  *			seen.increment(*ttl);
  *	}
  *
- * The driver puts this file into elfprobe.c, in the place of its #include; the headers' structs
- * (struct ethhdr, iphdr, ipv6hdr, tcphdr, udphdr, icmphdr) and everything above it can be used.
+ * elfprobe.py puts this file into elfprobe.c, in the place of its #include. You can use everything above it there: the
+ * headers' structs with the kernel's names (struct ethhdr, iphdr, ipv6hdr, tcphdr, udphdr, icmphdr), and parse_frame().
  *
- * beforesend: the probe is complete and about to be recorded and sent. ctx is the probe, never the
- * application's packet. 0: go on; negative: drop this probe, and only the probe. What a reply is
- * known by must stay: addresses, ports, the first 8 bytes behind the IP header. A departure time (tstamp)
- * is lost where the probe is shorter than the packet that it is made of.
+ * beforesend: the probe is complete. It is recorded and sent after the hook. ctx is the probe, never the application's
+ * packet. Return 0 to send the probe. A negative number drops it; the application's packet leaves all the same. Do not
+ * change what identifies a probe in its reply: addresses, ports, and the first 8 bytes behind the IP header. If the probe
+ * is shorter than its packet, a departure time (tstamp) gets lost.
  *
- * afterrecv: a time exceeded answers a probe, is still whole, and its result is about to be recorded.
+ * afterrecv: a time exceeded answers a probe. The hook sees the whole message, before the result is recorded.
  *
- * Answers are read at XDP or at TC ingress (--ingress-hook; the log says which). At TC ingress `struct xdp_md`
- * is read as `struct __sk_buff`: data, data_end, data_meta and ingress_ifindex are in both. rx_queue_index and
- * egress_ifindex are there at XDP only, so a hook that uses them compiles with --ingress-hook xdp or generic
- * only. At TC ingress the answer can be read as far as an ICMP error needs (2560 bytes), a VLAN tag may be in
- * the context (vlan_tci) and not in front of the IP header, and a hook that writes to the packet makes the
- * kernel un-clone every packet that arrives.
+ * elfprobe reads replies at XDP or at TC ingress (--ingress-hook; the log says which). At TC ingress
+ * - the compiler reads `struct xdp_md` as `struct __sk_buff`. Both have data, data_end, data_meta and ingress_ifindex.
+ *   rx_queue_index and egress_ifindex exist only at XDP: a hook that uses them needs --ingress-hook xdp or generic.
+ * - a program can read only the linear part of a packet. elfprobe makes it as long as an ICMP error can be (2560 bytes).
+ * - a VLAN tag may be in the context (vlan_tci), not before the IP header.
+ * - a hook that writes to the packet makes the kernel un-clone every packet that arrives.
  */
 
 static inline int elf_v4_icmp_beforesend(struct __sk_buff *ctx)

@@ -43,7 +43,7 @@
 #define FRAME_IP 1
 #define FRAME_TUNNEL 2
 #ifndef FRAME
-#error "FRAME: packets on the device begin with 0: an Ethernet header, 1: an IP header, 2: IP, perhaps a tunnel's first"
+#error "FRAME: packets on the device begin with 0: Ethernet's header, 1: IP's, 2: IP's, a tunnel's may be in front"
 #endif
 #ifndef TUNNEL
 #error "TUNNEL: 0, or 4 or 41: the flows are inside IPv4 packets of this protocol"
@@ -228,9 +228,9 @@ struct icmphdr {
 
 #define EXTENSION_MAX 252 /* maximum number of bytes that we keep of an ICMP extension (RFC 4884) */
 
-/* Identifies a probe in the packet that an ICMP error quotes. Contains only fields that every router quotes (RFC 792: IP
- * header and 8 bytes) and that nothing on the forward path changes. SCTP cannot have a key: the 8 bytes are the same in
- * all packets of an association but for the checksum, a CRC32c, which no helper computes. */
+/* Identifies a probe in the packet that an ICMP error quotes. Contains only fields that every router quotes (RFC
+ * 792: IP header and 8 bytes) and that nothing on the forward path changes. SCTP cannot have a key: the 8 bytes are
+ * the same in all packets of an association but for the checksum, a CRC32c, which no helper computes. */
 struct probe_key {
 	struct in6_addr dest;
 	__be16 sport, dport; /* ICMP: echo identifier, 0 */
@@ -280,8 +280,8 @@ struct result {
 	__u32 translated; /* the source of the quoted packet is not the address to which the reply was sent */
 };
 
-/* A result with the ICMP extension (RFC 4884) that follows the quoted packet. The extension begins with its header and
- * may be cut. User space parses it. */
+/* A result with the ICMP extension (RFC 4884) that follows the quoted packet. The extension begins with its header
+ * and may be cut. User space parses it. */
 struct extended_result {
 	struct result result;
 	__u32 extension_len;
@@ -327,8 +327,8 @@ struct flow_event {
 	__u32 kind;
 };
 
-/* Every way in which a carrier or a probe can end has a counter. "Due": a target's packet could have carried a probe at
- * that time. */
+/* Every way in which a carrier or a probe can end has a counter. "Due": a target's packet could have carried a
+ * probe at that time. */
 struct counters {
 	__u64 probes;          /* sent, and in flight from then on */
 	__u64 replies;         /* time exceeded that answers a probe */
@@ -366,8 +366,8 @@ struct tcp_progress {
 #define UDP_HEAD_LEN 32 /* payload bytes that distinguish UDP packets with partial checksums */
 #define SUM_CHUNK 512   /* maximum length for bpf_csum_diff() */
 
-/* Functions that decide about a probe return 0 if all is well, or the reason why there is no probe: REASON() of a counter. This
- * one is not counted, or was counted already. */
+/* Functions that decide about a probe return 0 if all is well, or the reason why there is no probe: REASON() of a
+ * counter. This one is not counted, or was counted already. */
 #define NOT_SENT (-1)
 
 /* The right to send one probe. */
@@ -378,8 +378,8 @@ struct reservation {
 	__u64 due;  /* the hop's next due time, as the reservation set it */
 };
 
-/* Identifies a quoted UDP packet whose checksum no device has completed: such checksums are equal for all packets of a
- * flow that have the same length. */
+/* Identifies a quoted UDP packet whose checksum no device has completed: such checksums are equal for all packets
+ * of a flow that have the same length. */
 struct udp_partial {
 	struct probe_key key; /* ident: length << 16 | partial checksum */
 	__u8 head[UDP_HEAD_LEN];
@@ -423,7 +423,8 @@ struct scratch {
 static __u64 (*jiffies64)(void) = (void *)118;
 static long (*probe_read_kernel)(void *to, __u32 size, const void *from) = (void *)113;
 
-/* Jiffies are coarse, but 30 ns cheaper than bpf_ktime_get_ns(). Without them (before Linux 5.6) time stands still. */
+/* Jiffies are coarse, but 30 ns cheaper than bpf_ktime_get_ns(). Without them (before Linux 5.6) time stands still.
+ */
 static inline __u64 ticks_now(void)
 {
 	return TICK_NS ? jiffies64() : 0;
@@ -441,18 +442,18 @@ static inline __u64 ticks_now(void)
 		     : "+r"(pointer), "+r"(nr)                                                       \
 		     : "i"(max), "i"(sizeof(*(pointer))))
 
-/* Verdict for a packet that we end on purpose. clsact counts TC_ACT_SHOT as a drop, but not TC_ACT_STOLEN. tcx knows only
- * TC_ACT_SHOT and takes other verdicts for TC_ACT_UNSPEC (tcx_action_code() in include/net/tcx.h). */
+/* Verdict for a packet that we end on purpose. clsact counts TC_ACT_SHOT as a drop, but not TC_ACT_STOLEN. tcx
+ * knows only TC_ACT_SHOT and takes other verdicts for TC_ACT_UNSPEC (tcx_action_code() in include/net/tcx.h). */
 #define TC_ACT_CONSUMED (TCX ? TC_ACT_SHOT : TC_ACT_STOLEN)
 
 BPF_PROG_ARRAY(programs, 2); /* 0: elf_probe; with INGRESS_TC 1: elf_ingress */
 
-/* elf_ingress runs at XDP or at TC ingress. Both contexts have data, data_end, data_meta and ingress_ifindex. elf_ingress
- * and most hooks need no more, so that the same text compiles for both.
+/* elf_ingress runs at XDP or at TC ingress. Both contexts have data, data_end, data_meta and ingress_ifindex.
+ * elf_ingress and most hooks need no more, so that the same text compiles for both.
  *
- * At TC ingress a program can read only the linear part of a packet. pull_and_rerun() makes the linear part len bytes long,
- * if the packet is that long, and runs elf_ingress again. Returns 1 if the caller must return, because its pointers
- * are no longer valid. */
+ * At TC ingress a program can read only the linear part of a packet. pull_and_rerun() makes the linear part len
+ * bytes long, if the packet is that long, and runs elf_ingress again. Returns 1 if the caller must return, because
+ * its pointers are no longer valid. */
 #if INGRESS_TC
 #define xdp_md __sk_buff
 #define VERDICT_PASS TC_ACT_UNSPEC
@@ -487,7 +488,8 @@ static inline struct counters *this_cpu_counters(void)
 	return counters.lookup(&zero);
 }
 
-/* The number of a counter, for functions that return why there is no probe. 0, the counter of probes, is no reason. */
+/* The number of a counter, for functions that return why there is no probe. 0, the counter of probes, is no reason.
+ */
 #define REASON(field) ((int)(__builtin_offsetof(struct counters, field) / sizeof(__u64)))
 
 static inline void count_reason(__u64 reason)
@@ -506,13 +508,14 @@ static inline void count_reason(__u64 reason)
 
 #define COUNT(field) count_reason(REASON(field))
 
-/* Scratch is per CPU: no other run on this CPU begins before ours ends, except those for our own clone. With PREEMPT_RT
- * another run can preempt ours, so scratch is per task instead. A new task's is a copy of the CPU's, which is never
- * written then. The runs for a packet and its clone belong to the same task. */
+/* Scratch is per CPU: no other run on this CPU begins before ours ends, except those for our own clone. With
+ * PREEMPT_RT another run can preempt ours, so scratch is per task instead. A new task's is a copy of the CPU's,
+ * which is never written then. The runs for a packet and its clone belong to the same task. */
 BPF_PERCPU_ARRAY(cpu_scratch, struct scratch, 1);
 
 #if PREEMPTIBLE
-#define TASKS_MAX 8192 /* when so many other tasks have sent since, a task that stopped in the midst of a run loses its scratch */
+/* A task that is preempted in a run loses its scratch after so many other tasks have had runs. */
+#define TASKS_MAX 8192
 BPF_TABLE("lru_hash", __u64, struct scratch, task_scratch, TASKS_MAX);
 BPF_PERCPU_ARRAY(tasks_expecting, __u32, 1); /* number of tasks that expect a clone or a probe, mostly 0 */
 
@@ -572,14 +575,14 @@ static inline struct scratch *scratch_expecting(void)
 	return scratch && scratch->expected ? scratch : 0;
 }
 
-/* Results and events for user space, and progress_of(), which returns the progress of the TCP flow of a packet, or 0
- * without memory for it.
+/* Results and events for user space, and progress_of(), which returns the progress of the TCP flow of a packet, or
+ * 0 without memory for it.
  *
- * submit_result() and submit_flow_event() return a negative number if there is no room. User space looks for results from
- * time to time; submit_result() wakes it when so many have come that this may be too late.
+ * submit_result() and submit_flow_event() return a negative number if there is no room. User space looks for
+ * results from time to time; submit_result() wakes it when so many have come that this may be too late.
  *
- * first_segment_len() returns the payload length of the first segment that the device makes of a packet. Linux before
- * 5.7 does not tell programs gso_size. */
+ * first_segment_len() returns the payload length of the first segment that the device makes of a packet. Linux
+ * before 5.7 does not tell programs gso_size. */
 #if OLD_MAPS
 BPF_PERF_OUTPUT(results);
 BPF_PERF_OUTPUT(flow_events);
@@ -642,10 +645,10 @@ static inline __u32 first_segment_len(const struct __sk_buff *skb, __u32 payload
 }
 #endif
 
-/* Does the packet hold memory of the application (MSG_ZEROCOPY, io_uring)? If we trim its clone, the kernel copies the data
- * and tells the application so, once for each probe (skb_zcopy_clear() in __pskb_pull_tail()). Many applications stop
- * using MSG_ZEROCOPY then. The context of a TC program is the struct sk_buff itself. struct skb_shared_info is
- * behind the packet's data. */
+/* Does the packet hold memory of the application (MSG_ZEROCOPY, io_uring)? If we trim its clone, the kernel copies
+ * the data and tells the application so, once for each probe (skb_zcopy_clear() in __pskb_pull_tail()). Many
+ * applications stop using MSG_ZEROCOPY then. The context of a TC program is the struct sk_buff itself. struct
+ * skb_shared_info is behind the packet's data. */
 static inline int is_zerocopy(struct __sk_buff *skb)
 {
 	__u64 head = 0;
@@ -662,35 +665,32 @@ static inline int is_zerocopy(struct __sk_buff *skb)
 
 /* ---- Path model: pacing, distance, liveness, back-off --------------------------------------
  *
- * What we know of the path to a destination, and which hop to probe next. All functions in this section are pure: no lock,
- * no helper, no map. They also compile on the host, without the kernel: see tests/test_path_model.py.
+ * What we know of the path to a destination, and which hop to probe next. The functions of this section are pure: no
+ * lock, no helper, no map. They also compile on the host, without the kernel: see tests/test_path_model.py.
  *
- *   event                 pacing                   distance                    liveness               hop and back-off
- *   --------------------- ------------------------ --------------------------- ---------------------- -----------------------
- *   choose_hop            none due: next_due;      unknown: one TTL more is    hop unresponsive: it   unresponsive: next level,
- *                         else last_probed         tried, after STEP_WAIT      no longer is the last  due later
- *                                                                              responsive one
- *   probe_postponed       last_probed goes back
- *   probe_reserved        next_due, last_sent, seq explore is done                                    due, unanswered + 1;
- *                                                                                                     early retry: level 0
- *   probe_sent            last_sent, next_due:                                                        due: the time it really
- *                         the time it really left                                                     left
- *   probe_cancelled                                                                                   unanswered - 1
- *   hop_replied           next_due, if earlier     unknown: next TTL is tried; outage ends;           answered, level 0, rtt,
- *                                                  beyond length: longer;      last_responsive, if    due, false_alarms
- *                                                  last router: explore, if it farther
- *                                                  is not one hop nearer
- *   destination_seen      next_due, if the outage  shorter at once, longer     outage ends; last_
- *                         ends or length changes   after LONGER_AFTER packets  received, last_
- *                                                                              responsive < length
- *   destination_reached                            length <= this TTL          last_responsive < TTL
+ * event                 pacing              distance                   liveness             hop, back-off
+ * --------------------  ------------------  -------------------------  -------------------  ----------------------
+ * choose_hop            last_probed; none   unknown: try one TTL more  unresponsive: is no  unresponsive: next level,
+ *                       due: next_due       after STEP_WAIT            last_responsive      due later
+ * probe_postponed       last_probed - 1
+ * probe_reserved        next_due, seq + 1,  exploration done                                unanswered + 1, due;
+ *                       last_sent                                                           early retry: level 0
+ * probe_sent            last_sent, next_due                                                 due counts from now
+ * probe_cancelled                                                                           unanswered - 1
+ * hop_replied           next_due, if this   unknown: try the next TTL; outage ends;         level 0, unanswered 0,
+ *                       hop is due earlier  beyond length: longer;     last_responsive, if  rtt, due, false_alarms
+ *                                           last router: may explore   farther
+ * destination_seen      next_due: now, if   shorter at once, longer    outage ends;
+ *                       anything changed    after LONGER_AFTER packets last_received;
+ *                                                                      last_responsive < length
+ * destination_reached                       length <= this TTL         last_responsive < TTL
  *
- * The wrappers below call all of them under schedule.lock. These fields are also used without it:
- * - liveness.last_received is written by note_packet(). Two CPUs may write it at the same time, in any order: it is wrong by
- *   a tick then, and compared with 1 s.
- * - pacing.next_due and next_due_tick are read by elf_egress. choose_hop() checks next_due again. With an old
+ * Wrappers in the section after the maps call these functions under the lock. Some fields are used without it:
+ * - note_packet() writes liveness.last_received. If two CPUs write it at the same time, it is wrong by a tick. It is
+ *   compared with a second.
+ * - elf_egress reads pacing.next_due and next_due_tick. choose_hop() checks next_due again. After an outdated
  *   next_due_tick the probe leaves with the next packet.
- * - excluded is set by elf_egress, and never cleared. flows_only is written before the entry is in a map. */
+ * - elf_egress sets excluded, which is never cleared. flows_only is written before the entry is in a map. */
 
 /* An unresponsive hop backs off. Each level is 2^BACKOFF_SHIFT times as long as the one before, up to a maximum. */
 #define BACKOFF_ROUTER_MAX (10 * NSEC_PER_SEC)   /* of a hop that is certainly a router */
@@ -800,14 +800,15 @@ static inline struct hop *hop_at(struct path *path, __u64 nr)
 	return hop;
 }
 
-/* Is the hop certainly a router? It is if a hop behind it answers, and has done so since this one became unresponsive. */
+/* Is the hop certainly a router? It is if a hop behind it answers, and has done so since this one became
+ * unresponsive. */
 static inline int is_router(const struct path *path, __u32 nr, const struct hop *hop)
 {
 	return nr < path->liveness.last_responsive && path->liveness.farthest_reply > hop->since;
 }
 
-/* Are the hop's replies overdue? A hop that may have become the destination is not probed again before the last reply is
- * there, or overdue. A late reply ends the back-off (hop_replied()). */
+/* Are the hop's replies overdue? A hop that may have become the destination is not probed again before the last
+ * reply is there, or overdue. A late reply ends the back-off (hop_replied()). */
 static inline int is_unresponsive(const struct path *path, __u32 nr, const struct hop *hop, __u64 now)
 {
 	__u64 rtt = hop->rtt * 1000ULL, waited = now - hop->since;
@@ -824,8 +825,9 @@ static inline __u32 short_levels(const struct backoff *backoff)
 	return backoff->false_alarms / FALSE_ALARMS_PER_LEVEL;
 }
 
-/* Return how long an unresponsive hop backs off, ns. A router does because each probe costs it and us something. A hop that
- * may be the destination does because probes must not reach that: the longer, the farther it is behind what answers. */
+/* Return how long an unresponsive hop backs off, ns. A router does because each probe costs it and us something. A
+ * hop that may be the destination does because probes must not reach that: the longer, the farther it is behind
+ * what answers. */
 static inline __u64 backoff_delay(const struct path *path, __u32 nr, const struct hop *hop)
 {
 	__u32 beyond, level = hop->backoff.level, last = path->liveness.last_responsive;
@@ -838,8 +840,8 @@ static inline __u64 backoff_delay(const struct path *path, __u32 nr, const struc
 		     BACKOFF_BEYOND_MAX);
 }
 
-/* May the hop be probed before its back-off is over? It may, once, if an outage has ended that began together with its own,
- * or if a hop far behind it has answered, so that it is certainly a router. */
+/* May the hop be probed before its back-off is over? It may, once, if an outage has ended that began together with
+ * its own, or if a hop far behind it has answered, so that it is certainly a router. */
 static inline int may_retry_early(const struct path *path, __u32 nr, const struct hop *hop)
 {
 	const struct liveness *liveness = &path->liveness;
@@ -851,8 +853,8 @@ static inline int may_retry_early(const struct path *path, __u32 nr, const struc
 	return hop->since < liveness->outage_end && hop->since + TOGETHER > liveness->outage_start;
 }
 
-/* Return the farthest hop to probe: the last one before the destination. While the distance is unknown, one more at a time
- * from the first hop on; the more unresponsive hops are before it, the longer we wait for each. */
+/* Return the farthest hop to probe: the last one before the destination. While the distance is unknown, one more at
+ * a time from the first hop on; the more unresponsive hops are before it, the longer we wait for each. */
 static inline __u32 farthest_hop(struct path *path, __u64 now)
 {
 	__u32 last = path->liveness.last_responsive, tried = path->distance.max_ttl_tried;
@@ -889,8 +891,8 @@ static inline void set_due_earlier(struct pacing *pacing, __u64 due)
 	}
 }
 
-/* Return the hop after the last probed one that is due, and make it the last probed. Return 0 if none is, and when the
- * first will be. */
+/* Return the hop after the last probed one that is due, and make it the last probed. Return 0 if none is, and when
+ * the first will be. */
 static inline struct hop *next_due_hop(struct path *path, __u32 farthest, __u64 now, __u64 *earliest)
 {
 	struct pacing *pacing = &path->pacing;
@@ -919,7 +921,8 @@ static inline int is_exploration_due(const struct path *path)
 	       (path->distance.explore || path->pacing.seq % EXPLORE_EVERY == EXPLORE_EVERY - 1);
 }
 
-/* A hop turned out to be unresponsive. It backs off, and the hops before it are no longer proven to be routers by it. */
+/* A hop turned out to be unresponsive. It backs off, and the hops before it are no longer proven to be routers by
+ * it. */
 static inline void back_off(struct path *path, __u32 nr, struct hop *hop, __u64 now)
 {
 	if (nr == path->liveness.last_responsive)
@@ -933,8 +936,8 @@ static inline void back_off(struct path *path, __u32 nr, struct hop *hop, __u64 
 #define NONE_DUE 0
 #define HOP_UNRESPONSIVE (-1)
 
-/* A packet may carry a probe. Return the TTL of that probe, NONE_DUE, or HOP_UNRESPONSIVE if the next hop just turned out to
- * be unresponsive; then the next packet may carry a probe to another hop. */
+/* A packet may carry a probe. Return the TTL of that probe, NONE_DUE, or HOP_UNRESPONSIVE if the next hop just
+ * turned out to be unresponsive; then the next packet may carry a probe to another hop. */
 static inline int choose_hop(struct path *path, __u64 now, __u64 ticks)
 {
 	__u64 earliest = now + NSEC_PER_SEC;
@@ -1019,8 +1022,8 @@ static inline void probe_cancelled(struct path *path, __u32 nr)
 		hop->unanswered--;
 }
 
-/* Return the length of the path of a packet that arrived with this TTL, as the TTL that would reach its sender. It left with
- * one of the usual values. */
+/* Return the length of the path of a packet that arrived with this TTL, as the TTL that would reach its sender. It
+ * left with one of the usual values. */
 static inline __u32 ttl_distance(__u32 ttl)
 {
 	__u32 initial = ttl <= 32 ? 32 : ttl <= 64 ? 64 : ttl <= 128 ? 128 : 255;
@@ -1050,9 +1053,10 @@ static inline int is_as_expected(const struct path *path, __u32 distance, __u64 
 	return distance == path->distance.reverse && !path->distance.longer_packets && gap <= TOGETHER_TICKS;
 }
 
-/* A packet of the destination arrived from this distance, with a gap of ticks since the one before. Believe a shorter path
- * at once, a longer one only after LONGER_AFTER consistent packets: an underestimate is harmless, an overestimate
- * sends probes to the destination. After a gap, the path works again: hops that became unresponsive in it are retried. */
+/* A packet of the destination arrived from this distance, with a gap of ticks since the one before. Believe a
+ * shorter path at once, a longer one only after LONGER_AFTER consistent packets: an underestimate is harmless, an
+ * overestimate sends probes to the destination. After a gap, the path works again: hops that became unresponsive in
+ * it are retried. */
 static inline void destination_seen(struct path *path, __u32 seen, __u64 gap, int is_first, __u64 now, __u64 ticks)
 {
 	struct distance *distance = &path->distance;
@@ -1102,9 +1106,9 @@ static inline void note_alive(struct path *path, __u32 nr, struct hop *hop, __u6
 	}
 }
 
-/* The last router answered from this distance. It should be one hop nearer than the destination. If not, the forward path
- * may be longer than the reverse path: explore, once for each distance that it has, and not often, in case the reverse
- * path changes all the time. */
+/* The last router answered from this distance. It should be one hop nearer than the destination. If not, the
+ * forward path may be longer than the reverse path: explore, once for each distance that it has, and not often, in
+ * case the reverse path changes all the time. */
 static inline void last_router_replied(struct distance *distance, __u32 seen, __u64 now)
 {
 	__u64 bit = 1ULL << (seen & 63);
@@ -1165,8 +1169,8 @@ static inline void destination_reached(struct path *path, __u32 ttl, __u64 now)
 
 /* ---- Maps --------------------------------------------------------------------------------- */
 
-/* Pre-filter for the maps paths and flow_paths: a Bloom filter with one hash function, in an array. An empty slot proves
- * that the address is in neither map. Slots are never cleared, and addresses may share one. */
+/* Pre-filter for the maps paths and flow_paths: a Bloom filter with one hash function, in an array. An empty slot
+ * proves that the address is in neither map. Slots are never cleared, and addresses may share one. */
 #define FILTER_LINES 16384
 #define FILTER_LINE_SIZE 64
 enum { IN_PATHS = 1, IN_FLOW_PATHS = 2 };
@@ -1192,11 +1196,13 @@ BPF_ARRAY(layouts, struct layouts, 1);
 
 /* Target destinations. BCC's macro for a hash that allocates memory only for its entries. */
 BPF_F_TABLE("hash", struct in6_addr, struct path, paths, DESTINATIONS_MAX, BPF_F_NO_PREALLOC);
-BPF_TABLE("lru_hash", struct in6_addr, struct path, flow_paths, FLOW_DESTINATIONS_MAX); /* destinations of targets' flows */
+/* Destinations of the flows of target processes. */
+BPF_TABLE("lru_hash", struct in6_addr, struct path, flow_paths, FLOW_DESTINATIONS_MAX);
 BPF_ARRAY(new_path, struct path, 1); /* the first value of an entry in flow_paths: all 0, but for flows_only */
 BPF_ARRAY(address_filter, struct filter_line, FILTER_LINES);
 BPF_HASH(in_flight, struct probe_key, struct probe, IN_FLIGHT_MAX);
-BPF_TABLE("lru_hash", struct udp_partial, __u32, partial_checksums, IN_FLIGHT_MAX); /* ident of the probe in in_flight */
+/* The ident under which the probe is in in_flight. */
+BPF_TABLE("lru_hash", struct udp_partial, __u32, partial_checksums, IN_FLIGHT_MAX);
 BPF_ARRAY(schedules, struct schedule, 1);
 BPF_ARRAY(alive_until, __u64, 1);   /* the lease: no probe after this time */
 BPF_ARRAY(link_up_since, __u64, 1); /* when the device got its carrier; in the future while it has none */
@@ -1247,8 +1253,8 @@ static inline struct path *add_flow_path(struct in6_addr *dest, __u8 *slot)
 
 /* ---- Path model: its events, under the lock ----------------------------------------------- */
 
-/* The overall budget allows a burst of BUDGET_BURST. The rate is lower by that, and by the time between a reservation and the
- * departure of its probe, so that no second ever holds more than MAX_RATE probes. */
+/* The overall budget allows a burst of BUDGET_BURST. The rate is lower by that, and by the time between a
+ * reservation and the departure of its probe, so that no second ever holds more than MAX_RATE probes. */
 #define BUDGET_BURST (NSEC_PER_SEC / 100)
 #define BUDGET_COST ((NSEC_PER_SEC + BUDGET_BURST + NSEC_PER_MSEC) / MAX_RATE + 1)
 
@@ -1288,7 +1294,8 @@ static inline int reserve_probe(struct path *path, struct reservation *reservati
 }
 
 /* Commit the reservation if the probe was sent, else cancel it. */
-static inline void settle_reservation(struct path *path, const struct reservation *reservation, __u64 sendtime, int is_sent)
+static inline void settle_reservation(struct path *path, const struct reservation *reservation, __u64 sendtime,
+				      int is_sent)
 {
 	__u64 time = reservation->time, due = reservation->due;
 	struct schedule *all = lookup_schedule();
@@ -1422,7 +1429,8 @@ struct hdr_cursor {
 
 enum { FIRST_FRAGMENT = 1, LATER_FRAGMENT = 2 };
 
-/* Both parsers reject multicast and broadcast, because no ICMP error answers them (RFC 1122, 3.2.2; RFC 4443, 2.4). */
+/* Both parsers reject multicast and broadcast, because no ICMP error answers them (RFC 1122, 3.2.2; RFC 4443, 2.4).
+ */
 #define IPV4_MULTICAST 0xe0000000 /* and what is above, up to broadcast */
 #define IPV6_MULTICAST 0xff
 
@@ -1493,8 +1501,8 @@ static inline int is_ipv6_extension(__u32 protocol)
 }
 
 /* Move the cursor behind the extension headers. Return -1 if a routing header says that the packet visits another
- * destination first. The length is in scratch, because a value in a map is unknown to the verifier: it then follows one
- * path through the loop, not one for each combination of headers. */
+ * destination first. The length is in scratch, because a value in a map is unknown to the verifier: it then follows
+ * one path through the loop, not one for each combination of headers. */
 static inline int parse_ipv6_extensions(struct hdr_cursor *nh, struct packet *pkt)
 {
 	struct scratch *scratch = scratch_of_run();
@@ -1587,10 +1595,10 @@ static inline __u32 outer_len(const struct hdr_cursor *nh, __u32 off)
 }
 
 /* Move the cursor behind the outer headers of a tunnel.
- * Symptom: elf_ingress sees headers that the tunnel device has already removed, on some devices with an Ethernet header
- * before them. Cause: XDP on tunnel devices before Linux 5.14. Can go: with FRAME_TUNNEL, when no older kernel matters.
- * The length goes through scratch so that the verifier follows one path (see parse_ipv6_extensions()); that of Linux 7.3
- * gives up otherwise. */
+ * Symptom: elf_ingress sees headers that the tunnel device has already removed, on some devices with an Ethernet
+ * header before them. Cause: XDP on tunnel devices before Linux 5.14. Can go: with FRAME_TUNNEL, when no older
+ * kernel matters. The length goes through scratch so that the verifier follows one path (see
+ * parse_ipv6_extensions()); that of Linux 7.3 gives up otherwise. */
 static inline void skip_outer(struct hdr_cursor *nh)
 {
 	struct scratch *scratch = scratch_of_run();
@@ -1605,8 +1613,9 @@ static inline void skip_outer(struct hdr_cursor *nh)
 	nh->pos += READ_ONCE(scratch->parsed_len) & IPV6_EXTENSIONS_MASK;
 }
 
-/* Move the cursor behind the Ethernet header and the VLAN tags. Return the protocol, 0 if the packet is too short or sent
- * to a multicast or broadcast address of Ethernet: its IP address may be a broadcast that only hosts there know. */
+/* Move the cursor behind the Ethernet header and the VLAN tags. Return the protocol, 0 if the packet is too short
+ * or sent to a multicast or broadcast address of Ethernet: its IP address may be a broadcast that only hosts there
+ * know. */
 static inline __be16 parse_ethhdr(struct hdr_cursor *nh, struct packet *pkt)
 {
 	struct ethhdr *eth = nh->pos;
@@ -1633,8 +1642,8 @@ static inline __be16 parse_ethhdr(struct hdr_cursor *nh, struct packet *pkt)
 	return proto;
 }
 
-/* Parse a frame up to the end of the IP header, where it leaves the cursor. Return -1 if the packet is not complete or no
- * IP packet. */
+/* Parse a frame up to the end of the IP header, where it leaves the cursor. Return -1 if the packet is not complete
+ * or no IP packet. */
 static inline int parse_frame(struct hdr_cursor *nh, struct packet *pkt)
 {
 	__u8 *first = nh->pos;
@@ -1664,8 +1673,8 @@ static inline int is_icmp(const struct packet *pkt)
 
 enum icmp_kind { OTHER_ICMP, ECHO_REQUEST, ECHO_REPLY, DEST_UNREACHABLE, TIME_EXCEEDED };
 
-/* Return what an ICMP or ICMPv6 message is. A time exceeded with code 1 is another: it tells that fragments did not become
- * a packet. */
+/* Return what an ICMP or ICMPv6 message is. A time exceeded with code 1 is another: it tells that fragments did not
+ * become a packet. */
 static inline enum icmp_kind icmp_kind(const struct packet *pkt, const struct icmphdr *icmp)
 {
 	__u32 v4 = pkt->version == 4, type = icmp->type;
@@ -1727,9 +1736,9 @@ static inline int parse_udp_head(const struct hdr_cursor *nh, __u8 *head)
 
 /* ---- Hooks -------------------------------------------------------------------------------- */
 
-/* Called when a probe is complete, just before it is recorded and sent. ctx is the probe. A negative result drops it.
- * A hook must not change what identifies the probe (addresses, ports, see struct probe_key): a reply to a changed probe
- * matches no probe in flight. */
+/* Called when a probe is complete, just before it is recorded and sent. ctx is the probe. A negative result drops
+ * it. A hook must not change what identifies the probe (addresses, ports, see struct probe_key): a reply to a
+ * changed probe matches no probe in flight. */
 static int elf_v4_icmp_beforesend(struct __sk_buff *ctx);
 static int elf_v4_tcp_beforesend(struct __sk_buff *ctx);
 static int elf_v4_udp_beforesend(struct __sk_buff *ctx);
@@ -1754,11 +1763,11 @@ static inline int hook_beforesend(struct __sk_buff *skb, __u32 version, __u32 pr
 
 /* ---- Protocols: what may be a carrier, and how its clone becomes a probe ------------------
  *
- * A reply finds its probe by the 8 quoted bytes behind the IP header. Each protocol says what identifies a probe there.
- * Ports, addresses, flow label, DSCP and the ICMP checksum stay as they are, because routers choose the path by them.
+ * A reply finds its probe by the 8 quoted bytes behind the IP header. Each protocol says what identifies a probe
+ * there. Ports, addresses, flow label, DSCP and the ICMP checksum stay as they are: routers choose the path by them.
  *
- * A checksum that is left to the device (CHECKSUM_PARTIAL) is the sum of the pseudo header in memory. A complete checksum
- * has the same value once in 65535 packets. The checksum of such a probe is wrong, which routers do not check. */
+ * A checksum that is left to the device (CHECKSUM_PARTIAL) is the sum of the pseudo header in memory. A complete
+ * checksum has the same value once in 65535 packets. That probe gets a wrong checksum, which routers do not check. */
 
 /* A clone while it becomes a probe. */
 struct clone {
@@ -1776,10 +1785,10 @@ static inline int is_partial(const struct clone *clone, __u16 check)
 	return check == csum_fold(clone->pseudo + bpf_htonl(clone->old_len));
 }
 
-/* TCP: ports and sequence number. A trimmed probe is a pure ACK with an older sequence number: the receiver discards it
- * as a duplicate. Sequence numbers and probe numbers both grow, so that the probes of a flow differ, whether it sends
- * byte by byte or nothing. Firewalls accept numbers that are older by up to the receiver's window. TCP_SEQ_BACK is
- * below the smallest windows in use. */
+/* TCP: ports and sequence number. A trimmed probe is a pure ACK with an older sequence number: the receiver
+ * discards it as a duplicate. Sequence numbers and probe numbers both grow, so that the probes of a flow differ,
+ * whether it sends byte by byte or nothing. Firewalls accept numbers that are older by up to the receiver's window.
+ * TCP_SEQ_BACK is below the smallest windows in use. */
 #define TCP_SEQ_BACK 2048
 
 static inline int tcp_may_carry(const struct hdr_cursor *l4)
@@ -1811,11 +1820,12 @@ static inline int rewrite_tcp(struct __sk_buff *skb, struct clone *clone, struct
 	return 0;
 }
 
-/* UDP: ports, length and checksum. A trimmed probe has a checksum of our choice, and 2 bytes of payload that make it right.
- * If no device completes a partial checksum, as on veth, routers quote the partial one. So both must find the probe.
+/* UDP: ports, length and checksum. A trimmed probe has a checksum of our choice, and 2 bytes of payload that make
+ * it right. If no device completes a partial checksum, as on veth, routers quote the partial one. So both must find
+ * the probe.
  *
- * CHECKSUM_STEP is the distance between the checksums of consecutive probes. It is coprime to 65535, so that every value is
- * used before one repeats. It is large, so that a checksum that a NAT shifts by a constant does not match
+ * CHECKSUM_STEP is the distance between the checksums of consecutive probes. It is coprime to 65535, so that every
+ * value is used before one repeats. It is large, so that a checksum that a NAT shifts by a constant does not match
  * another probe in flight. */
 #define CHECKSUM_STEP 40507
 
@@ -1854,8 +1864,8 @@ static inline int rewrite_udp(struct __sk_buff *skb, struct clone *clone, struct
 	return 0;
 }
 
-/* ICMP echo requests: identifier and sequence. A trimmed probe has a sequence number of our choice, and 2 bytes of payload
- * that keep the checksum as it was. */
+/* ICMP echo requests: identifier and sequence. A trimmed probe has a sequence number of our choice, and 2 bytes of
+ * payload that keep the checksum as it was. */
 static inline int icmp_may_carry(const struct hdr_cursor *l4, const struct packet *pkt)
 {
 	struct icmphdr *icmp = l4->pos;
@@ -1899,8 +1909,8 @@ static inline int l4_header_len(const struct hdr_cursor *nh, const struct packet
 	return nh->pos + len > nh->end ? -1 : len;
 }
 
-/* Return the payload length of a trimmed probe. UDP and ICMP need 2 bytes for their checksums. An echo request with 2 bytes
- * gets 4, so that its reply differs in length from that of the application's own. */
+/* Return the payload length of a trimmed probe. UDP and ICMP need 2 bytes for their checksums. An echo request with
+ * 2 bytes gets 4, so that its reply differs in length from that of the application's own. */
 static inline __u32 trimmed_len(const struct packet *pkt, __u32 payload)
 {
 	if (pkt->protocol == IPPROTO_TCP)
@@ -1908,8 +1918,8 @@ static inline __u32 trimmed_len(const struct packet *pkt, __u32 payload)
 	return is_icmp(pkt) && payload == 2 ? 4 : 2;
 }
 
-/* Trim the clone. With NOTRUNC keep the payload, or of a packet that is yet to be segmented, that of the first segment. A TCP
- * packet without payload gets a sequence number of our own even then. */
+/* Trim the clone. With NOTRUNC keep the payload, or of a packet that is yet to be segmented, that of the first
+ * segment. A TCP packet without payload gets a sequence number of our own even then. */
 static inline int trim_clone(struct __sk_buff *skb, struct clone *clone, struct scratch *scratch)
 {
 	struct hdr_cursor nh = { (void *)(long)skb->data, (void *)(long)skb->data_end };
@@ -1976,8 +1986,8 @@ static inline int rewrite_l4(struct __sk_buff *skb, struct clone *clone, struct 
 	return is_icmp(&clone->pkt) ? rewrite_icmp(clone, scratch) : -1;
 }
 
-/* Make the clone the probe of the reservation, ready for its hook. Fill in its record and key in scratch. Return -1 if the
- * clone cannot become a probe. */
+/* Make the clone the probe of the reservation, ready for its hook. Fill in its record and key in scratch. Return -1
+ * if the clone cannot become a probe. */
 static inline int build_probe(struct __sk_buff *skb, struct clone *clone, struct scratch *scratch)
 {
 	struct hdr_cursor nh;
@@ -2020,7 +2030,8 @@ BPF_ARRAY(task_sample, struct task_sample, 1);
 BPF_ARRAY(task_pid_offset, __u32, 1); /* of pid in struct task_struct, with tgid behind it; user space finds it */
 BPF_RINGBUF_OUTPUT(process_events, 64);
 
-/* Declared by hand, because BCC's macro for socket storage does not set BPF_F_CLONE, by which accepted sockets inherit. */
+/* Declared by hand, because BCC's macro for socket storage does not set BPF_F_CLONE, by which accepted sockets
+ * inherit. */
 struct sockets_table_t {
 	int key;
 	struct owner leaf;
@@ -2080,8 +2091,8 @@ static inline void report_process(struct process_event *event)
 		COUNT(events_lost);
 }
 
-/* sched_process_exec, in the process. A target stays one, under its new name. Any other process may become one by a name
- * that only user space sees: that of its executable or its script. */
+/* sched_process_exec, in the process. A target stays one, under its new name. Any other process may become one by a
+ * name that only user space sees: that of its executable or its script. */
 int elf_exec(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct process_event event = { .pid = bpf_get_current_pid_tgid() >> 32 };
@@ -2104,8 +2115,8 @@ int elf_exec(struct bpf_raw_tracepoint_args *ctx)
 }
 
 /* sched_wakeup_new, in the parent, before the child runs. The child inherits the status of its parent.
- * Not at sched_process_fork: Linux 7.2 skips a program there while another run of it is preempted on that CPU. Here no run
- * is preempted, because the run queue is locked. */
+ * Not at sched_process_fork: Linux 7.2 skips a program there while another run of it is preempted on that CPU. Here
+ * no run is preempted, because the run queue is locked. */
 int elf_fork(struct bpf_raw_tracepoint_args *ctx)
 {
 	__u32 pid = bpf_get_current_pid_tgid() >> 32, *offset;
@@ -2140,8 +2151,8 @@ int elf_fork(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* sched_process_exit, in every thread. Other threads may outlive the first one, or have become it by an exec. So user space
- * removes the process, when all its threads have ended. */
+/* sched_process_exit, in every thread. Other threads may outlive the first one, or have become it by an exec. So
+ * user space removes the process, when all its threads have ended. */
 int elf_exit(struct bpf_raw_tracepoint_args *ctx)
 {
 	__u64 ids = bpf_get_current_pid_tgid();
@@ -2268,8 +2279,8 @@ static inline int make_probe(struct __sk_buff *skb, struct scratch *scratch)
 
 /* Runs for the clone, by tail call: makes it the probe, or drops it.
  *
- * qdisc_pkt_len was set before we trimmed the clone, so a shaper would charge the probe for the whole packet. Redirecting it
- * once more makes the kernel compute it again. */
+ * qdisc_pkt_len was set before we trimmed the clone, so a shaper would charge the probe for the whole packet.
+ * Redirecting it once more makes the kernel compute it again. */
 int elf_probe(struct __sk_buff *skb)
 {
 	struct scratch *scratch = scratch_of_run();
@@ -2329,7 +2340,8 @@ static inline int may_carry(const struct hdr_cursor *nh, const struct packet *pk
 }
 
 /* Return 0 if the packet may carry a probe, else the reason. */
-static inline int check_carrier(struct __sk_buff *skb, const struct hdr_cursor *nh, const struct packet *pkt, __u64 now)
+static inline int check_carrier(struct __sk_buff *skb, const struct hdr_cursor *nh, const struct packet *pkt,
+				__u64 now)
 {
 	__u64 *lease;
 	int zero = 0;
@@ -2359,8 +2371,8 @@ static inline void report_flow(struct __sk_buff *skb, const struct packet *pkt, 
 		COUNT(events_lost);
 }
 
-/* Has nothing of the flow been acknowledged for STALL, while the device had its carrier? A lost carrier is no sign of a
- * firewall: cables are pulled, and some drivers take the link down for seconds when XDP is attached. */
+/* Has nothing of the flow been acknowledged for STALL, while the device had its carrier? A lost carrier is no sign
+ * of a firewall: cables are pulled, and some drivers take the link down for seconds when XDP is attached. */
 static inline int is_stalled(const struct tcp_progress *progress, __u64 now)
 {
 	__u64 *link_since;
@@ -2398,10 +2410,11 @@ static inline void note_stall(struct __sk_buff *skb, const struct packet *pkt, c
 	}
 }
 
-/* Return 0 if the TCP flow of the packet may be probed now, else the reason. Fill in its TCP state. No probe may leave
+/* Return 0 if the TCP flow of the packet may be probed now, else the reason. Fill in its TCP state. No probe may
+ * leave
  * - from retransmissions, because a firewall knows newer sequence numbers,
- * - while the flow is stalled, because some firewalls take a low TTL for an attack and block the flow.
- * Flows of other protocols, and those whose socket is not on this machine, may always be probed. */
+ * - while the flow is stalled, because some firewalls take a low TTL for an attack and block the flow. Flows of
+ *   other protocols, and those whose socket is not on this machine, may always be probed. */
 static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh, const struct packet *pkt,
 			     struct path *path, struct tcp_state *state, __u64 now)
 {
@@ -2432,9 +2445,10 @@ static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	return (__s32)(bpf_ntohl(tcp->seq) - tp->snd_nxt) >= 0 ? 0 : REASON(carrier_resent);
 }
 
-/* Send the reserved probe as a clone of the packet. Return 0 if it left, the reason why it did not, or NOT_SENT if the run
- * for the clone has counted a reason. */
-static inline int send_probe(struct __sk_buff *skb, const struct packet *pkt, struct path *path, struct scratch *scratch)
+/* Send the reserved probe as a clone of the packet. Return 0 if it left, the reason why it did not, or NOT_SENT if
+ * the run for the clone has counted a reason. */
+static inline int send_probe(struct __sk_buff *skb, const struct packet *pkt, struct path *path,
+			     struct scratch *scratch)
 {
 	int ret;
 
@@ -2460,8 +2474,8 @@ static inline int send_probe(struct __sk_buff *skb, const struct packet *pkt, st
 	return 0;
 }
 
-/* Send a probe with this packet, which is due for one. Return 0, or a reason, or a negative number if there is none to
- * count. */
+/* Send a probe with this packet, which is due for one. Return 0, or a reason, or a negative number if there is none
+ * to count. */
 static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh, const struct packet *pkt,
 			     struct path *path, const struct owner *owner, __u64 now)
 {
@@ -2492,7 +2506,8 @@ static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	return reason;
 }
 
-/* Runs for every packet that leaves. Never changes an application packet. TC_ACT_UNSPEC leaves it to the next filter. */
+/* Runs for every packet that leaves. Never changes an application packet. TC_ACT_UNSPEC leaves it to the next
+ * filter. */
 int elf_egress(struct __sk_buff *skb)
 {
 	struct hdr_cursor nh = { (void *)(long)skb->data, (void *)(long)skb->data_end };
@@ -2538,8 +2553,8 @@ int elf_egress(struct __sk_buff *skb)
 
 /* Length that tells what a packet is: Ethernet, two VLAN tags, IPv6, and 8 bytes. */
 #define HEADERS_LEN 70
-/* Length of the longest ICMP error that we read: headers, the longest quoted packet of RFC 4884 (255 words of 8 bytes), and
- * the extension. */
+/* Length of the longest ICMP error that we read: headers, the longest quoted packet of RFC 4884 (255 words of 8
+ * bytes), and the extension. */
 #define ICMP_ERROR_LEN 2560
 
 /* Return the probe in flight that the quoted packet at the cursor is, and its key. */
@@ -2584,10 +2599,10 @@ static inline struct probe *match_quote(struct hdr_cursor *nh, const struct pack
 	return probe;
 }
 
-/* Copy the ICMP extension behind the quoted packet (RFC 4884). Return its length, 0 if there is none. The ICMP header tells
- * the length of the quoted packet. Older routers leave that 0 and pad the quoted packet to 128 bytes. */
-static inline __u32 read_extension(const struct hdr_cursor *nh, const struct packet *outer, const struct icmphdr *icmp,
-				   struct extended_result *result)
+/* Copy the ICMP extension behind the quoted packet (RFC 4884). Return its length, 0 if there is none. The ICMP
+ * header tells the length of the quoted packet. Older routers leave that 0 and pad the quoted packet to 128 bytes. */
+static inline __u32 read_extension(const struct hdr_cursor *nh, const struct packet *outer,
+				   const struct icmphdr *icmp, struct extended_result *result)
 {
 	__u32 quote_len = outer->version == 4 ? ((__u8 *)icmp)[5] * 4 : ((__u8 *)icmp)[4] * 8;
 	__u32 *from, i, left, is_old_style = !quote_len;
@@ -2615,7 +2630,8 @@ static inline int is_still_in_flight(struct probe_key *key)
 	return in_flight.delete(key) == 0;
 }
 
-/* Handle an ICMP error, with the quoted packet at the cursor. Return 1 if it is a time exceeded that answers a probe. */
+/* Handle an ICMP error, with the quoted packet at the cursor. Return 1 if it is a time exceeded that answers a
+ * probe. */
 static inline int receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, const struct packet *outer,
 				const struct icmphdr *icmp, enum icmp_kind kind)
 {
@@ -2665,8 +2681,8 @@ static inline int receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, const
 	return 1;
 }
 
-/* Handle an echo reply. If it answers a probe, the probe reached the destination. The reply to an application packet with
- * the same number has another length. */
+/* Handle an echo reply. If it answers a probe, the probe reached the destination. The reply to an application
+ * packet with the same number has another length. */
 static inline void receive_echo_reply(const struct packet *pkt, const struct icmphdr *icmp)
 {
 	struct probe_key key = {};

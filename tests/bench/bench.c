@@ -1,4 +1,4 @@
-/* Programs of the benchmarks, compiled into elfprobe.c in the place of its hooks: see packets.py, driver.py. */
+/* Programs of the benchmarks. They are compiled into elfprobe.c in the place of its hooks: see packets.py, driver.py. */
 
 int empty_egress(struct __sk_buff *skb)
 {
@@ -10,11 +10,11 @@ int empty_ingress(struct xdp_md *ctx)
 	return VERDICT_PASS;
 }
 
-/* ---- Many destinations: each run has another packet ---------------------------------------- */
+/* ---- Many destinations: each run gets another packet --------------------------------------- */
 
-BPF_ARRAY(others, __be32, 1 << 16); /* the addresses of the packets' other ends, in turn */
+BPF_ARRAY(others, __be32, 1 << 16); /* addresses of the other end, one per packet */
 BPF_PERCPU_ARRAY(turns, __u16, 1);
-BPF_PROG_ARRAY(egress, 1); /* 0: what is measured */
+BPF_PROG_ARRAY(egress, 1); /* 0: the program under test */
 BPF_PROG_ARRAY(ingress, 1);
 
 static inline __be32 next_other(void)
@@ -51,7 +51,7 @@ int cycle_ingress(struct xdp_md *ctx)
 	return VERDICT_DROP;
 }
 
-/* ---- Probes: what a packet takes that carries one ------------------------------------------- */
+/* ---- Probes: the time that a carrier takes -------------------------------------------------- */
 
 struct timing {
 	__u64 start;
@@ -67,7 +67,7 @@ struct sample {
 BPF_PERCPU_ARRAY(timings, struct timing, 1);
 BPF_RINGBUF_OUTPUT(samples, 256);
 
-/* The first of two TC filters. The clone comes through both, too, and is marked. */
+/* The first of two TC filters. The clone passes both filters, too; tc_index marks it. */
 int begin_egress(struct __sk_buff *skb)
 {
 	struct timing *timing;
@@ -88,7 +88,7 @@ int begin_egress(struct __sk_buff *skb)
 	return TC_ACT_UNSPEC;
 }
 
-/* The second. Takes the clone, so that the network's part is the same whatever was made of it. */
+/* The second filter. Drops the clone, so that the network takes the same time for every kind of clone. */
 int end_egress(struct __sk_buff *skb)
 {
 	__u64 now = bpf_ktime_get_ns();
@@ -109,7 +109,7 @@ int end_egress(struct __sk_buff *skb)
 	return TC_ACT_UNSPEC;
 }
 
-/* Between the two, as the floor: nothing but a clone. */
+/* Between the two filters, as the floor: only a clone. */
 int clone_egress(struct __sk_buff *skb)
 {
 	if (skb->tc_index != 1)
@@ -117,7 +117,7 @@ int clone_egress(struct __sk_buff *skb)
 	return TC_ACT_UNSPEC;
 }
 
-/* ---- The driver: results as fast as they are wanted ------------------------------------------ */
+/* ---- User space: results as fast as it can take them ----------------------------------------- */
 
 int one_result(struct xdp_md *ctx)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-3.0-only
  *
- * Counts the bytes of probes by their DSCP (RFC 2474), in FILEBASE.bytes_by_dscp.json after the run.
- * With -T, where probes are as long as their packets, that is what the application sends in each class.
+ * Count the bytes of probes by DSCP (RFC 2474). The result is in FILEBASE.bytes_by_dscp.json after the run.
+ * With -T probes are as long as their packets, so that this is what the application sends in each class.
  */
 
 BPF_HASH(bytes_by_dscp, u8, u64, 64);
@@ -9,7 +9,7 @@ BPF_HASH(bytes_by_dscp, u8, u64, 64);
 static inline int count_bytes(struct __sk_buff *ctx)
 {
 	struct hdr_cursor nh = { (void *)(long)ctx->data, (void *)(long)ctx->data_end };
-	struct packet pkt = {}; /* elfprobe.c's own parser: both families, with VLAN tags and all */
+	struct packet pkt = {}; /* parse_frame() of elfprobe.c knows IPv4, IPv6 and VLAN tags */
 	u8 dscp;
 
 	if (parse_frame(&nh, &pkt) == 0) {

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: GPL-3.0-only
  *
- * Keeps a histogram of the TTL or hop limit with which time exceeded arrive, for each CPU, in
- * FILEBASE.reply_ttl.json after the run: how many ways back there are, and how long.
+ * Count replies by the TTL or hop limit with which they arrive, on each CPU. The result is in FILEBASE.reply_ttl.json
+ * after the run. It shows how many reverse paths there are, and how long they are.
  */
 
-BPF_PERCPU_ARRAY(reply_ttl, u64, 256); /* by TTL; no CPU waits for another's count */
+BPF_PERCPU_ARRAY(reply_ttl, u64, 256); /* by TTL; per CPU, so that no CPU waits for another */
 
 static inline void count_ttl(struct xdp_md *ctx)
 {
@@ -18,7 +18,7 @@ static inline void count_ttl(struct xdp_md *ctx)
 	ttl = pkt.ttl;
 	count = reply_ttl.lookup(&ttl);
 	if (count)
-		__sync_fetch_and_add(count, 1); /* with PREEMPT_RT another reply may come in between */
+		__sync_fetch_and_add(count, 1); /* with PREEMPT_RT another reply may preempt this run */
 }
 
 static inline void elf_v4_afterrecv(struct xdp_md *ctx) { count_ttl(ctx); }
