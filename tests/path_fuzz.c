@@ -171,10 +171,11 @@ static void simulate(__u64 seed)
 	w.speaks = 1;
 	w.reverse = w.distance;
 	memset(w.loss, 0, sizeof(w.loss));
-	/* The path learns its length, then no hop waits longer than the longest back-off and a second for the schedule. */
+	/* The path learns its length. Then no hop waits longer than the longest back-off, and two rounds through all hops:
+	 * with RATE_GLOBAL each of them takes an interval. */
 	settled = w.now + 20 * SEC;
 	go_on(&w, settled, 10 * MSEC);
-	go_on(&w, settled + BACKOFF_BEYOND_MAX + 2 * SEC, 50 * MSEC);
+	go_on(&w, settled + BACKOFF_BEYOND_MAX + 2 * MAX_HOPS * PATIENCE + 2 * SEC, 50 * MSEC);
 	for (i = 1; i < w.distance && i < w.path.distance.length; i++)
 		if (w.probed[i] < settled)
 			fail(&w, "never probed again", i);

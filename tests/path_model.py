@@ -15,6 +15,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ELFPROBE_C = HERE.parent / 'elfprobe.c'
+ACCEPTED = 'unknown-pragmas', 'sign-compare', 'unused-parameter'  # warnings that gcc need not give
 MAX_HOPS = 32
 NONE_DUE, HOP_UNRESPONSIVE = 0, -1
 BACKING_OFF, RETRIED_EARLY = 1, 2
@@ -58,9 +59,8 @@ class Hop(ctypes.Structure):
 
 
 class Pacing(ctypes.Structure):
-    _fields_ = [('next_due', ctypes.c_uint64), ('next_due_tick', ctypes.c_uint64), ('last_sent',
-        ctypes.c_uint64),
-                ('seq', ctypes.c_uint32), ('last_probed', ctypes.c_uint8)]
+    _fields_ = [('next_due', ctypes.c_uint64), ('next_due_tick', ctypes.c_uint64),
+                ('last_sent', ctypes.c_uint64), ('seq', ctypes.c_uint32), ('last_probed', ctypes.c_uint8)]
 
 
 class Distance(ctypes.Structure):
@@ -79,9 +79,8 @@ class Liveness(ctypes.Structure):
 class Path_(ctypes.Structure):
     """struct path."""
 
-    _fields_ = [('pacing', Pacing), ('distance', Distance), ('liveness', Liveness), ('excluded',
-        ctypes.c_uint8),
-                ('flows_only', ctypes.c_uint8), ('hops', Hop * (MAX_HOPS + 1))]
+    _fields_ = [('pacing', Pacing), ('distance', Distance), ('liveness', Liveness),
+                ('excluded', ctypes.c_uint8), ('flows_only', ctypes.c_uint8), ('hops', Hop * (MAX_HOPS + 1))]
 
 
 def section() -> str:
@@ -95,7 +94,7 @@ def compile_c(text: str, output: Path, *flags: str) -> None:
     """Compile C text with gcc. CalledProcessError with gcc's messages on standard error."""
     source = output.with_suffix('.c')
     source.write_text(text)
-    warnings = '-Wall', '-Wextra', '-Werror', '-Wno-unknown-pragmas', '-Wno-sign-compare', '-Wno-unused-parameter'
+    warnings = '-Wall', '-Wextra', '-Werror', *(f'-Wno-{name}' for name in ACCEPTED)
     checks = '-fsanitize=undefined', '-fno-sanitize-recover'
     subprocess.run(['gcc', '-O2', *warnings, *checks, *flags, '-o', str(output), str(source)], check=True)
 

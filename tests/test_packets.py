@@ -1094,8 +1094,8 @@ def test_ttl_tells_the_length_of_the_path(load: Load, version: int, ttl: int, le
     packet = frame(ip(version, src=SERVER[version], dst=CLIENT[version], ttl=ttl), segment())
     assert programs.receive(packet) == (PASS, bytes(packet))
     path = programs.path(SERVER[version])
-    assert (path.distance.length, path.liveness.last_responsive) == (length, min(3,
-        length - 1) if length else 3)
+    last = min(3, length - 1) if length else 3
+    assert (path.distance.length, path.liveness.last_responsive) == (length, last)
     assert path.pacing.next_due < NEVER
     assert programs.counters() == {}
 
@@ -1163,7 +1163,7 @@ def test_destination_that_answers_from_where_it_was_thought_to_be(
     programs, probe = load(), PROBES['UDP'](4)
     programs.put_in_flight(flight_of(probe, **KNOWN))
     programs.follow(SERVER[4], {TTL - 1: dict(rtt=9, unanswered=1)}, length=length, reverse=9,
-        reply_distances=0x30)
+                    reply_distances=0x30)
     source = ip(4, src=SERVER[4], dst=CLIENT[4], ttl=56)
     programs.receive(frame(source, ICMP(type=3, code=3), Raw(bytes(probe.payload))))
     path = programs.path(SERVER[4])
@@ -1232,8 +1232,8 @@ TURNS: dict[str, tuple[dict[str, Any], dict[str, int], Hops, list[int]]] = {
         PER_HOP, dict(length=33, explore=1, last_probed=31), {}, [32, *range(1, 32)]),
     'length unknown, nothing tried': (PER_HOP, {}, {}, [1]),
     'length unknown, some hops known': (PER_HOP, dict(max_ttl_tried=3), {}, [1, 2, 3]),
-    'length unknown, no hop left': (PER_HOP, dict(max_ttl_tried=32, last_probed=30), {}, [31, 32, *range(1,
-        31)]),
+    'length unknown, no hop left': (
+        PER_HOP, dict(max_ttl_tried=32, last_probed=30), {}, [31, 32, *range(1, 31)]),
 }
 
 
@@ -1288,12 +1288,12 @@ RESTS: dict[str, tuple[dict[str, int], int, dict[str, int], int]] = {
     'the last router, its rest is over': (LAST, 4, dict(unanswered=1, rtt=9, level=1, state=1), 0),
     'the last router, 2 lost': (LAST, 4, dict(unanswered=2, rtt=9, level=1), 1600),
     'the last router, 3 lost': (LAST, 4, dict(unanswered=3, rtt=9, level=2), 12800),
-    'the last router, 2 lost, of late as well': (LAST, 4, dict(unanswered=2, rtt=9, level=1,
-        false_alarms=4), 200),
-    'the last router, 3 lost, of late but 1': (LAST, 4, dict(unanswered=3, rtt=9, level=2, false_alarms=7),
-        1600),
-    'the last router, 4 lost, of late as well': (LAST, 4, dict(unanswered=4, rtt=9, level=3,
-        false_alarms=12), 200),
+    'the last router, 2 lost, of late as well': (
+        LAST, 4, dict(unanswered=2, rtt=9, level=1, false_alarms=4), 200),
+    'the last router, 3 lost, of late but 1': (
+        LAST, 4, dict(unanswered=3, rtt=9, level=2, false_alarms=7), 1600),
+    'the last router, 4 lost, of late as well': (
+        LAST, 4, dict(unanswered=4, rtt=9, level=3, false_alarms=12), 200),
     'the last router, 5 lost': (LAST, 4, dict(unanswered=5, rtt=9, level=4, false_alarms=12), 1600),
     'the last router, many lost': (LAST, 4, dict(unanswered=99, rtt=9, level=16), 256000),
     'behind it, 1 lost': (PROVEN, 5, dict(unanswered=1), 1000),
@@ -1326,8 +1326,8 @@ def test_rests(load: Load, path: dict[str, int], number: int, hop: dict[str, int
     assert begin <= known.due - rest * MS <= end
     assert (known.backoff.state, known.backoff.level) == (1, min(hop.get('level', 0) + 1, 16))
     # A last router that is silent is no longer what proves that those before it are routers.
-    assert after.liveness.last_responsive == path.get('last_responsive',
-        0) - (number == path.get('last_responsive', 0))
+    last = path.get('last_responsive', 0)
+    assert after.liveness.last_responsive == last - (number == last)
     assert (after.pacing.last_probed, programs.counters()) == (number, {'hop_unresponsive': 1})
 
 
@@ -1369,7 +1369,7 @@ def test_steps_while_the_length_is_unknown(load: Load, where: tuple[int, int, in
     programs = load()
     hop = dict(unanswered=1, since=time.monotonic_ns() - silent * MS, due=NEVER)
     programs.follow(SERVER[4], {farthest: hop}, max_ttl_tried=farthest, last_responsive=responsive,
-        last_probed=horizon - 1)
+                    last_probed=horizon - 1)
     with programs.attached() as send:
         [probe] = send(frame(ip(4), segment()))
     assert programs.path(SERVER[4]).distance.max_ttl_tried == horizon
@@ -1387,8 +1387,8 @@ def test_ticks_of_two_cpus(load: Load) -> None:
     programs.set_path(SERVER[4], path)
     programs.receive(arrived)
     path = programs.path(SERVER[4])
-    assert (path.liveness.last_received, path.liveness.outage_start, path.liveness.outage_end) == (later, 0,
-        0)
+    liveness = path.liveness
+    assert (liveness.last_received, liveness.outage_start, liveness.outage_end) == (later, 0, 0)
 
 
 def test_ways_back_that_take_turns(load: Load) -> None:
@@ -1452,26 +1452,26 @@ def test_idle_flow_does_not_stall(load: Load) -> None:
 
 REPLIES: dict[str, tuple[dict[str, int], tuple[int, int], dict[str, int]]] = {
     # the path before; TTLs of a probe and its reply; the path afterwards
-    'length unknown, the farthest': (dict(max_ttl_tried=3, last_responsive=2), (3, 62),
-        dict(max_ttl_tried=4, last_responsive=3)),
-    'length unknown, a nearer one': (dict(max_ttl_tried=3, last_responsive=2), (2, 63),
-        dict(max_ttl_tried=3, last_responsive=2)),
-    'length unknown, the last possible': (dict(max_ttl_tried=32), (32, 30), dict(max_ttl_tried=32,
-        last_responsive=32)),
-    'a router before the last': (dict(length=9, last_responsive=8), (3, 62), dict(length=9,
-        last_responsive=8)),
-    'first answer of that far': (dict(length=9, last_responsive=3), (5, 60), dict(length=9,
-        last_responsive=5)),
+    'length unknown, the farthest': (
+        dict(max_ttl_tried=3, last_responsive=2), (3, 62), dict(max_ttl_tried=4, last_responsive=3)),
+    'length unknown, a nearer one': (
+        dict(max_ttl_tried=3, last_responsive=2), (2, 63), dict(max_ttl_tried=3, last_responsive=2)),
+    'length unknown, the last possible': (
+        dict(max_ttl_tried=32), (32, 30), dict(max_ttl_tried=32, last_responsive=32)),
+    'a router before the last': (
+        dict(length=9, last_responsive=8), (3, 62), dict(length=9, last_responsive=8)),
+    'first answer of that far': (
+        dict(length=9, last_responsive=3), (5, 60), dict(length=9, last_responsive=5)),
     'farther than the path was thought to be long': (
-        dict(length=5, reply_distances=1 << 4), (5, 60), dict(length=6, explore=1, last_responsive=5,
-            reply_distances=0)),
+        dict(length=5, reply_distances=1 << 4), (5, 60),
+        dict(length=6, explore=1, last_responsive=5, reply_distances=0)),
     'last router, one nearer than the destination': (
         dict(length=5, reverse=5), (4, 61), dict(length=5, explore=0, reply_distances=1 << 4)),
     'last router, as far as the destination': (
         dict(length=5, reverse=5), (4, 60), dict(length=5, explore=1, reply_distances=1 << 5)),
     'last router, as far as before': (
-        dict(length=5, reverse=5, reply_distances=0x30), (4, 60), dict(length=5, explore=0,
-            reply_distances=0x30)),
+        dict(length=5, reverse=5, reply_distances=0x30), (4, 60),
+        dict(length=5, explore=0, reply_distances=0x30)),
 }
 
 
@@ -1762,7 +1762,7 @@ def test_mutated_packets_leave_unchanged(load: Load, version: int, protocol: str
                 probes += len(programs.in_flight())
                 programs.clear()
                 programs.follow(SERVER[version], never_late, length=9, last_responsive=9,
-                    farthest_reply=NEVER)
+                                farthest_reply=NEVER)
             packet = mutated(chance, sent)
             try:
                 came = send(packet)

@@ -50,20 +50,20 @@ CHOICES: dict[str, tuple[Fields, dict[int, Fields], int]] = {
     'exploration': (dict(length=5, explore=1), {}, 5),
     'exploration now and then': (dict(length=5, seq=19999), {}, 5),
     'no exploration before the last one is over': (dict(length=5, explore=1), {5: dict(due=NOW + 1)}, 1),
-    'an unresponsive router': (dict(RESPONSIVE, length=5), {1: dict(unanswered=9, since=1)},
-        HOP_UNRESPONSIVE),
+    'an unresponsive router': (
+        dict(RESPONSIVE, length=5), {1: dict(unanswered=9, since=1)}, HOP_UNRESPONSIVE),
     'a router with losses': (dict(RESPONSIVE, length=5), {1: dict(unanswered=8, since=1)}, 1),
     'the last hop, one loss': (dict(last_responsive=4, length=5, last_probed=3),
                                {4: dict(unanswered=1, since=1)}, HOP_UNRESPONSIVE),
-    'a back-off that is over': (dict(RESPONSIVE, length=5), {1: dict(unanswered=9, since=1,
-        state=BACKING_OFF)}, 1),
+    'a back-off that is over': (
+        dict(RESPONSIVE, length=5), {1: dict(unanswered=9, since=1, state=BACKING_OFF)}, 1),
     'an early retry after an outage': (
         dict(length=5, outage_start=NOW - 9 * SECOND, outage_end=NOW),
         {1: dict(unanswered=9, since=NOW - 9 * SECOND, state=BACKING_OFF, due=NEVER)}, 1),
     'no second early retry': (
         dict(length=2, outage_start=NOW - 9 * SECOND, outage_end=NOW),
-        {1: dict(unanswered=9, since=NOW - 9 * SECOND, state=BACKING_OFF | RETRIED_EARLY,
-            due=NEVER)}, NONE_DUE),
+        {1: dict(unanswered=9, since=NOW - 9 * SECOND, due=NEVER, state=BACKING_OFF | RETRIED_EARLY)},
+        NONE_DUE),
     'length unknown: one hop': ({}, {}, 1),
     'length unknown: the next one after a while': (
         dict(max_ttl_tried=2, last_responsive=1, last_probed=2),
@@ -188,7 +188,7 @@ BUILDS = [(10 * MS, False, TICK), (0, False, TICK), (SECOND, True, 0), (100 * MS
 MUTANTS = {  # what is broken in the model -> (text, its replacement)
     'back-off without end': ('hop->due = now + backoff_delay(path, nr, hop);', 'hop->due = ~0ULL;'),
     'early retries never end': ('hop->backoff.state = RETRIED_EARLY;',
-        'hop->due = ~0ULL >> 1; return hop->due;'),
+                                'hop->due = ~0ULL >> 1; return hop->due;'),
     'the destination is a hop': ('return path->distance.length - 1;', 'return path->distance.length;'),
     'no exploration': ('path->pacing.seq % EXPLORE_EVERY == EXPLORE_EVERY - 1', '0'),
     'due for ever': ('set_next_due(&path->pacing, earliest, now, ticks);',
@@ -201,8 +201,8 @@ def fuzz(folder: Path, text: str, build: tuple[int, bool, int], first: int, coun
     fuzzer = folder / 'path_fuzz'
     rest = (path_model.HERE / 'path_fuzz.c').read_text()
     path_model.compile_c(path_model.PRELUDE + text + rest, fuzzer, *path_model.parameters(*build))
-    ran = subprocess.run([str(fuzzer), str(first), str(count)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                         text=True)
+    ran = subprocess.run([str(fuzzer), str(first), str(count)], stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT, text=True)
     return ran.returncode, ran.stdout
 
 
