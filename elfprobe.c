@@ -345,18 +345,18 @@ struct counters {
 	__u64 carrier_resent;  /* due, but the packet is a retransmission or a keep-alive */
 	__u64 carrier_zerocopy; /* due, but the packet holds memory of the application (MSG_ZEROCOPY) */
 	__u64 hop_unresponsive; /* due, but the next hop just turned out to be unresponsive and backs off */
-	__u64 flow_stalled;    /* due, but nothing of the flow is acknowledged any more */
-	__u64 lease_expired;   /* due, but user space has not renewed the lease */
-	__u64 processes_full;  /* target processes for which there was no room */
-	__u64 events_lost;     /* events of processes and flows for which the ring had no room */
-	__u64 not_ours;        /* time exceeded that answers no probe in flight */
-	__u64 reached;         /* probes that the destination itself answered */
+	__u64 flow_stalled;     /* due, but nothing of the flow is acknowledged any more */
+	__u64 lease_expired;    /* due, but user space has not renewed the lease */
+	__u64 processes_full;   /* target processes for which there was no room */
+	__u64 events_lost;      /* events of processes and flows for which the ring had no room */
+	__u64 not_ours;         /* time exceeded that answers no probe in flight */
+	__u64 reached;          /* probes that the destination itself answered */
 };
 
 /* How a TCP flow that carried probes progresses. */
 struct tcp_progress {
-	__u64 since;  /* last time when we saw progress; 0: nothing was outstanding then */
-	__u32 acked;  /* first sequence number that was not acknowledged then */
+	__u64 since; /* last time when we saw progress; 0: nothing was outstanding then */
+	__u32 acked; /* first sequence number that was not acknowledged then */
 	__u16 stalled;
 	__u16 stalls; /* number of stalls so far */
 };
@@ -392,12 +392,12 @@ enum { CLONE = 1, PROBE = 2 };
 struct scratch {
 	/* Between elf_egress and the run for its clone, elf_probe: */
 	struct reservation reservation;
-	__u32 expected;        /* CLONE or PROBE: the next packet is ours */
-	__u32 recorded;        /* the probe is in flight, under this key */
-	__u32 redirected;      /* elf_probe sent the probe again, in place of the clone, with this result: */
+	__u32 expected;   /* CLONE or PROBE: the next packet is ours */
+	__u32 recorded;   /* the probe is in flight, under this key */
+	__u32 redirected; /* elf_probe sent the probe again, in place of the clone, with this result: */
 	__s32 redirect_result;
 	struct probe_key key;
-	struct probe probe;    /* elf_egress fills in pid, app and tcp */
+	struct probe probe; /* elf_egress fills in pid, app and tcp */
 	/* In elf_probe: */
 	struct udp_partial partial;
 	__u8 sum_buffer[SUM_CHUNK + 4];
@@ -437,9 +437,9 @@ static inline __u64 ticks_now(void)
  * Cause: verifiers before Linux 5.10 lose the bounds of a register that is copied or spilled. They accept only the
  * register that was compared, multiplied and added as it is, which no compiler promises.
  * Can go: when test_all_builds passes on the oldest kernel with "pointer += nr" in its place. */
-#define ADVANCE(pointer, nr, max)                                                                    \
-	asm volatile("if %1 <= %2 goto +1\n\t%1 = 0\n\t%1 *= %3\n\t%0 += %1"                         \
-		     : "+r"(pointer), "+r"(nr)                                                       \
+#define ADVANCE(pointer, nr, max) \
+	asm volatile("if %1 <= %2 goto +1\n\t%1 = 0\n\t%1 *= %3\n\t%0 += %1" \
+		     : "+r"(pointer), "+r"(nr) \
 		     : "i"(max), "i"(sizeof(*(pointer))))
 
 /* Verdict for a packet that we end on purpose. clsact counts TC_ACT_SHOT as a drop, but not TC_ACT_STOLEN. tcx
@@ -545,7 +545,7 @@ static inline void expect(struct scratch *scratch, __u32 what)
 
 	tasks = tasks_expecting.lookup(&zero);
 	if (tasks)
-		__sync_fetch_and_add(tasks, (__u32)!!what - !!scratch->expected);
+		__sync_fetch_and_add(tasks, (__u32) !!what - !!scratch->expected);
 	scratch->expected = what;
 }
 #else
@@ -693,10 +693,10 @@ static inline int is_zerocopy(struct __sk_buff *skb)
  * - elf_egress sets excluded, which is never cleared. flows_only is written before the entry is in a map. */
 
 /* An unresponsive hop backs off. Each level is 2^BACKOFF_SHIFT times as long as the one before, up to a maximum. */
-#define BACKOFF_ROUTER_MAX (10 * NSEC_PER_SEC)   /* of a hop that is certainly a router */
-#define BACKOFF_BEYOND_MAX (256 * NSEC_PER_SEC)  /* of a hop that may be the destination */
-#define BACKOFF_ANSWERED (200 * NSEC_PER_MSEC)   /* first level of such a hop, if it has answered before */
-#define BACKOFF_NEVER_ANSWERED NSEC_PER_SEC      /* and if it has not */
+#define BACKOFF_ROUTER_MAX (10 * NSEC_PER_SEC)  /* of a hop that is certainly a router */
+#define BACKOFF_BEYOND_MAX (256 * NSEC_PER_SEC) /* of a hop that may be the destination */
+#define BACKOFF_ANSWERED (200 * NSEC_PER_MSEC)  /* first level of such a hop, if it has answered before */
+#define BACKOFF_NEVER_ANSWERED NSEC_PER_SEC     /* and if it has not */
 #define BACKOFF_SHIFT 3
 #define BACKOFF_LEVEL_MAX 16
 #define FALSE_ALARMS_PER_LEVEL 4 /* for so many false alarms one more level is as short as the first */
@@ -836,7 +836,8 @@ static inline __u64 backoff_delay(const struct path *path, __u32 nr, const struc
 		return min64(PATIENCE << min64(level, BACKOFF_LEVEL_MAX), BACKOFF_ROUTER_MAX);
 	beyond = nr > last ? nr - last - 1 : 0;
 	level = level > short_levels(&hop->backoff) ? level - short_levels(&hop->backoff) : 0;
-	return min64((hop->rtt ? BACKOFF_ANSWERED : BACKOFF_NEVER_ANSWERED) << min64(BACKOFF_SHIFT * (level + beyond), 12),
+	return min64((hop->rtt ? BACKOFF_ANSWERED : BACKOFF_NEVER_ANSWERED)
+			     << min64(BACKOFF_SHIFT * (level + beyond), 12),
 		     BACKOFF_BEYOND_MAX);
 }
 
@@ -1091,7 +1092,8 @@ static inline void note_alive(struct path *path, __u32 nr, struct hop *hop, __u6
 		end_outage(path, hop->since, now);
 	if (nr > liveness->last_responsive + 1U)
 		liveness->routers_proven = now;
-	if (backoff->level && backoff->level <= 1 + short_levels(backoff) && backoff->false_alarms < FALSE_ALARMS_MAX)
+	if (backoff->level && backoff->level <= 1 + short_levels(backoff) &&
+	    backoff->false_alarms < FALSE_ALARMS_MAX)
 		backoff->false_alarms++;
 	hop->unanswered = 0;
 	backoff->level = 0;
@@ -1245,7 +1247,7 @@ static inline struct path *add_flow_path(struct in6_addr *dest, __u8 *slot)
 	path = new_path.lookup(&zero);
 	if (!path)
 		return 0;
-	path->flows_only = 1; /* before the insert, because packets of other processes find the entry at once */
+	path->flows_only = 1;   /* before the insert, because packets of other processes find the entry at once */
 	*slot |= IN_FLOW_PATHS; /* no race with user space: it has written all its slots before packets come */
 	flow_paths.insert(dest, path); /* fails if another CPU was faster */
 	return flow_paths.lookup(dest);
@@ -2005,8 +2007,8 @@ static inline int build_probe(struct __sk_buff *skb, struct clone *clone, struct
 	ip_end = clone->pkt.ip_off + clone->pkt.ip_len;
 	clone->old_len -= ip_end;
 	clone->new_len = skb->len - ip_end;
-	clone->pseudo = csum_address(&clone->pkt.saddr) + csum_address(&clone->pkt.daddr) +
-			bpf_htonl(clone->pkt.protocol);
+	clone->pseudo =
+		csum_address(&clone->pkt.saddr) + csum_address(&clone->pkt.daddr) + bpf_htonl(clone->pkt.protocol);
 	if (rewrite_ip(skb, clone, scratch->reservation.ttl) < 0 || rewrite_l4(skb, clone, scratch) < 0 ||
 	    parse_probe_key(&clone->l4, &clone->pkt, &scratch->key) < 0)
 		return -1;
@@ -2357,7 +2359,8 @@ static inline int check_carrier(struct __sk_buff *skb, const struct hdr_cursor *
 }
 
 /* Report an event of the packet's flow. Without its TCP header, of its destination. */
-static inline void report_flow(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp, __u32 kind)
+static inline void report_flow(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp,
+			       __u32 kind)
 {
 	struct flow_event event = { .kind = kind };
 
@@ -2675,8 +2678,8 @@ static inline int receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, const
 	COUNT(replies);
 	extension_len = read_extension(nh, outer, icmp, &scratch->result);
 	scratch->result.extension_len = extension_len;
-	if (extension_len ? submit_result(ctx, &scratch->result, sizeof(scratch->result)) :
-			    submit_result(ctx, result, sizeof(*result)))
+	if (extension_len ? submit_result(ctx, &scratch->result, sizeof(scratch->result))
+			  : submit_result(ctx, result, sizeof(*result)))
 		COUNT(results_lost);
 	return 1;
 }

@@ -562,9 +562,7 @@ def script_of(program: str, cmdline: tuple[str, ...]) -> str:
     return ""
 
 
-def choose_processes(
-    processes: Iterable[Process], apps: Iterable[str], pids: Iterable[int]
-) -> dict[int, str]:
+def choose_processes(processes: Iterable[Process], apps: Iterable[str], pids: Iterable[int]) -> dict[int, str]:
     """PID -> process name of those of interest: named by -a or -P, and their descendants."""
     wanted = {app.lower() for app in apps}
     known = {process.pid: process for process in processes}
@@ -2033,9 +2031,7 @@ def entries(table: Any) -> Iterator[tuple[bytes, bytes]]:
     while not failed:
         count = ctypes.c_uint32(BATCH)
         try:
-            failed = bcc.lib.bpf_lookup_batch(
-                table.map_fd, after, place, keys, values, ctypes.byref(count)
-            )
+            failed = bcc.lib.bpf_lookup_batch(table.map_fd, after, place, keys, values, ctypes.byref(count))
             reason = ctypes.get_errno()
         except AttributeError:  # BCC before 0.19
             failed = reason = errno.ENOTSUP
@@ -2307,9 +2303,7 @@ class ElfProbe:
                 finally:
                     self._drain(results, csv)
 
-    def _load_and_attach(
-        self, stack: contextlib.ExitStack, ipr: Any, stop: Stop
-    ) -> contextlib.ExitStack | None:
+    def _load_and_attach(self, stack: contextlib.ExitStack, ipr: Any, stop: Stop) -> contextlib.ExitStack | None:
         """Compile and load the programs, and attach them at the first of the possible hooks that takes them.
         Return what detaches them, or None if a stop was asked for before. Raises Failure."""
         hooks = ingress_hooks(ipr, self._device, self._config.ingress_hook)

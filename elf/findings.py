@@ -156,9 +156,7 @@ def findings_on(destination: Destination) -> Iterator[Finding]:
 
 def outages_to_tell(number: int, outages: dict[int, list[Outage]]) -> Iterator[HopOutage]:
     """Yield a hop's outages, without those that an outage of a nearer hop explains."""
-    nearer = [
-        outage for other in outages if other < number for outage in outages[other] if outage.ends_path
-    ]
+    nearer = [outage for other in outages if other < number for outage in outages[other] if outage.ends_path]
     for outage in outages[number]:
         if not (outage.ends_path and any(outage.overlaps(other) for other in nearer)):
             yield HopOutage(number, outage)

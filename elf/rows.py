@@ -115,12 +115,7 @@ def app_text(comm: bytes) -> str:
     return csv_field(comm.split(b"\0")[0].decode(errors="replace"))
 
 
-IN_EXPRESSIONS = {
-    "address_text": address_text,
-    "app_text": app_text,
-    "csv_field": csv_field,
-    "ntohs": socket.ntohs,
-}
+IN_EXPRESSIONS = {"address_text": address_text, "app_text": app_text, "csv_field": csv_field, "ntohs": socket.ntohs}
 
 
 def row_function(fields: Sequence[str]) -> Callable[..., tuple[str, Probe]]:

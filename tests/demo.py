@@ -27,13 +27,33 @@ DRAWN_WITH = 'matplotlib', 'pandas'  # what elfplot.py needs
 
 def probe(lab: Lab, speedtest: Path) -> None:
     """Run speedtest in the client, and elfprobe beside it; the link is slow for a while."""
-    command = ('/usr/bin/python3', str(ELFPROBE), '-i', lab.client_device, '-a', 'speedtest', '-l',
-               '-f', FILEBASE, '--duration', str(SECONDS))
+    command = (
+        '/usr/bin/python3',
+        str(ELFPROBE),
+        '-i',
+        lab.client_device,
+        '-a',
+        'speedtest',
+        '-l',
+        '-f',
+        FILEBASE,
+        '--duration',
+        str(SECONDS),
+    )
     print('$ sudo python3 elfprobe.py', *command[2:], flush=True)
     slow = 'dev', lab.routers[2].devices[1], 'root', 'tbf', 'rate', RATE, 'burst', BURST, 'latency', QUEUE
     with lab.iperf3_server():
-        lab.client.popen(str(speedtest), '-c', lab.server_address(4), '-b', LOAD, '-t', str(SECONDS + 5),
-                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        lab.client.popen(
+            str(speedtest),
+            '-c',
+            lab.server_address(4),
+            '-b',
+            LOAD,
+            '-t',
+            str(SECONDS + 5),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         elfprobe = lab.client.popen(*command)
         for wait, verb in (SLOW_FROM, 'add'), (SLOW_UNTIL - SLOW_FROM, 'del'):
             time.sleep(wait)
@@ -50,8 +70,10 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix='elf-demo-') as directory, Lab(routers=4) as lab:
             speedtest = Path(directory, 'speedtest')
             shutil.copy(iperf3, speedtest)
-            print(f'client - r1 - r2 - r3 - r4 - server; from second {SLOW_FROM} to {SLOW_UNTIL} '
-                  f'{RATE} and a queue of {QUEUE} from r3 to r4\n')
+            print(
+                f'client - r1 - r2 - r3 - r4 - server; from second {SLOW_FROM} to {SLOW_UNTIL} '
+                f'{RATE} and a queue of {QUEUE} from r3 to r4\n'
+            )
             probe(lab, speedtest)
     except CommandFailed as failure:
         print(f'demo: {failure}', file=sys.stderr)
@@ -62,12 +84,15 @@ def main() -> int:
     print(f'\n$ head -4 {path}', *path.read_text().splitlines()[:4], sep='\n', flush=True)
     if not all(map(find_spec, DRAWN_WITH)):
         packages = ' '.join(f'python3-{name}' for name in DRAWN_WITH)
-        print(f'\nThere is no picture, since elfplot.py needs more packages. To get it:\n'
-              f'$ sudo apt-get install --no-install-recommends {packages}\n$ python3 elfplot.py {path}')
+        print(
+            f'\nThere is no picture, since elfplot.py needs more packages. To get it:\n'
+            f'$ sudo apt-get install --no-install-recommends {packages}\n$ python3 elfplot.py {path}'
+        )
         return 0
     print(f'\n$ python3 elfplot.py {path}', flush=True)
-    return subprocess.run(['/usr/bin/python3', str(ELFPROBE.with_name('elfplot.py')), str(path)],
-                          check=False).returncode
+    return subprocess.run(
+        ['/usr/bin/python3', str(ELFPROBE.with_name('elfplot.py')), str(path)], check=False
+    ).returncode
 
 
 if __name__ == '__main__':

@@ -91,13 +91,15 @@ def one_line_install() -> str:
 
     No network is touched that is not the line's own, and it ends by itself. Status 3 is a run without probes.
     """
-    found = re.search(r'^(sudo apt\S* .*) && (sudo python3 elfprobe\.py .*-i (\S+).*)$',
-                      (TREE / 'README.md').read_text(), re.MULTILINE)
+    found = re.search(
+        r'^(sudo apt\S* .*) && (sudo python3 elfprobe\.py .*-i (\S+).*)$',
+        (TREE / 'README.md').read_text(),
+        re.MULTILINE,
+    )
     if not found:
         raise Failure('README.md has no line that installs packages and then runs elfprobe.py')
     install, run, device = found.groups()
-    inside = (f'python3 -c {shlex.quote(DEVICES)} {device}; '
-              f'runuser -u {USER} -- {run} --duration 1 || [ $? = 3 ]')
+    inside = f'python3 -c {shlex.quote(DEVICES)} {device}; runuser -u {USER} -- {run} --duration 1 || [ $? = 3 ]'
     return f'yes | {{ {install}; }}\nsudo unshare --net sh -ec {shlex.quote(inside)}'
 
 
@@ -123,8 +125,11 @@ def job(one: Visit, out: list[str]) -> str:
     """Return the script that runs commands in a copy; `out` are names for each one's output and status."""
     lines = ['set -e', one.who, 'set +e', 'export TERM=dumb']
     for name, command in zip(out, one.commands):
-        lines += ['start=$(date +%s)', f'as_typed {shlex.quote(command.typed)} >/host/out/{name}.log 2>&1',
-                  f'echo $? $(($(date +%s) - start)) >/host/out/{name}.status']
+        lines += [
+            'start=$(date +%s)',
+            f'as_typed {shlex.quote(command.typed)} >/host/out/{name}.log 2>&1',
+            f'echo $? $(($(date +%s) - start)) >/host/out/{name}.status',
+        ]
     return '\n'.join(lines) + '\n'
 
 
@@ -143,8 +148,13 @@ def examine(suite: str, todo: list[Visit]) -> dict[str, Ran]:
             log = out / (f'{name}.log' if result.exists() else f'{number}.log')
             told = log.read_text(errors='replace').splitlines()
             status, seconds = ran[command.title]
-            print(f'{suite}: {command.title}: exit status {status} after {seconds} s, see {log}', *told[-1:],
-                  file=sys.stderr, sep='\n    ', flush=True)
+            print(
+                f'{suite}: {command.title}: exit status {status} after {seconds} s, see {log}',
+                *told[-1:],
+                file=sys.stderr,
+                sep='\n    ',
+                flush=True,
+            )
             if status:
                 print(*told[-TAIL:], file=sys.stderr, sep='\n', flush=True)
     return ran
@@ -155,15 +165,18 @@ def table(every: dict[str, dict[str, Ran]]) -> str:
     titles = dict.fromkeys(title for ran in every.values() for title in ran)
     lines = ['| | ' + ' | '.join(every) + ' |', '| --- ' * (len(every) + 1) + '|']
     for title in titles:
-        cells = ['**failed**' if one is None or one.status else f'{one.seconds} s'
-                 for one in (ran.get(title) for ran in every.values())]
+        cells = [
+            '**failed**' if one is None or one.status else f'{one.seconds} s'
+            for one in (ran.get(title) for ran in every.values())
+        ]
         lines.append(f'| {title} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog='tests/fresh',
-                                     usage='%(prog)s [--short] [SUITE...] [-- pytest\'s arguments]')
+    parser = argparse.ArgumentParser(
+        prog='tests/fresh', usage='%(prog)s [--short] [SUITE...] [-- pytest\'s arguments]'
+    )
     parser.add_argument('--short', action='store_true')
     parser.add_argument('suites', nargs='*', metavar='SUITE')
     own, chosen = sys.argv[1:], None

@@ -90,8 +90,14 @@ def run(*cmd: str, timeout: float = 30, check: bool = True, **kw: Any) -> subpro
     CommandFailed where it takes more than `timeout` seconds or, with `check`, exits other than 0.
     """
     text = kw.pop('input', None)
-    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors='replace',
-                   stdin=subprocess.DEVNULL if text is None else subprocess.PIPE, start_new_session=True)
+    options = dict(
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors='replace',
+        stdin=subprocess.DEVNULL if text is None else subprocess.PIPE,
+        start_new_session=True,
+    )
     process = subprocess.Popen(cmd, **{**options, **kw})
     try:
         out, err = process.communicate(text, timeout * PATIENCE)
@@ -162,8 +168,9 @@ class Host:
         """The command that runs `cmd` in here."""
         return ('ip', 'netns', 'exec', self.name, *cmd)
 
-    def run(self, *cmd: str, timeout: float = 30, check: bool = True,
-            **kw: Any) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *cmd: str, timeout: float = 30, check: bool = True, **kw: Any
+    ) -> subprocess.CompletedProcess[str]:
         """`run()` in here."""
         return run(*self.command(*cmd), timeout=timeout, check=check, **kw)
 
@@ -189,8 +196,7 @@ class Host:
         return len(addresses.splitlines()) >= len(self.devices)
 
     @contextmanager
-    def capture(self, device: str | None = None, filter: str = '',
-                snaplen: int = 262144) -> Iterator[Capture]:
+    def capture(self, device: str | None = None, filter: str = '', snaplen: int = 262144) -> Iterator[Capture]:
         """Record packets of `device` (default: the first) that match tcpdump's `filter`, from entry to exit.
 
         At exit every packet that has passed by then is in. RuntimeError when the kernel dropped some.
@@ -199,9 +205,24 @@ class Host:
         with tempfile.TemporaryDirectory(prefix='elf-') as directory:
             path = Path(directory, 'capture.pcap')  # AppArmor lets tcpdump write to .pcap only
             process = self.popen(
-                'tcpdump', '-i', device or self.device, '-n', '-s', str(snaplen), '-B', str(TCPDUMP_BUFFER),
-                '--immediate-mode', '-U', '--time-stamp-precision=nano', '-Z', 'root', '-w', str(path),
-                filter, stderr=subprocess.PIPE)
+                'tcpdump',
+                '-i',
+                device or self.device,
+                '-n',
+                '-s',
+                str(snaplen),
+                '-B',
+                str(TCPDUMP_BUFFER),
+                '--immediate-mode',
+                '-U',
+                '--time-stamp-precision=nano',
+                '-Z',
+                'root',
+                '-w',
+                str(path),
+                filter,
+                stderr=subprocess.PIPE,
+            )
             try:
                 wait_for_line(process, 'listening on')
                 capture = Capture(path)
@@ -258,8 +279,9 @@ class Lab:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._stack.close()
 
     def client_address(self, version: int) -> str:
@@ -319,9 +341,11 @@ class Lab:
         if i < last:
             # Where both ends have the same index, the kernel takes up to a second to notice the carrier.
             following = self.hosts[i + 1]
-            commands += [f'link add {host.devices[-1]} index {10 * i + 11} type veth '
-                         f'peer {following.device} index {10 * i + 12} netns {following.name}',
-                         *attach(host.devices[-1], i + 1, 1)]
+            commands += [
+                f'link add {host.devices[-1]} index {10 * i + 11} type veth '
+                f'peer {following.device} index {10 * i + 12} netns {following.name}',
+                *attach(host.devices[-1], i + 1, 1),
+            ]
         for version in 4, 6:
             commands += self._routes(version, i)
         batch(host.name, commands)
@@ -333,8 +357,11 @@ class Lab:
         if i in (0, last):
             return [f'route add default via {forth if i == 0 else back}']
         width = 24 if version == 4 else 64
-        return [f'route add {address(version, link, 0)}/{width} via {back if link < i else forth}'
-                for link in range(1, last + 1) if link not in (i, i + 1)]
+        return [
+            f'route add {address(version, link, 0)}/{width} via {back if link < i else forth}'
+            for link in range(1, last + 1)
+            if link not in (i, i + 1)
+        ]
 
     def _reaches_server(self, version: int) -> bool:
         ping = self.client.run('ping', '-nc1', '-W1', self.server_address(version), check=False)
@@ -350,9 +377,11 @@ def address(version: int, link: int, side: int) -> str:
 
 def attach(device: str, link: int, side: int) -> list[str]:
     """Commands that make a device end `side` of a link."""
-    return [f'address add {address(4, link, side)}/24 dev {device}',
-            f'address add {address(6, link, side)}/64 dev {device} nodad',
-            f'link set {device} up']
+    return [
+        f'address add {address(4, link, side)}/24 dev {device}',
+        f'address add {address(6, link, side)}/64 dev {device} nodad',
+        f'link set {device} up',
+    ]
 
 
 @contextmanager
@@ -396,8 +425,15 @@ def remove(names: Iterable[str]) -> None:
     if not present:
         return
     with ExitStack() as stack:
-        stack.callback(run, 'ip', '-force', '-batch', '-', check=False,
-                       input=''.join(f'netns delete {name}\n' for name in sorted(present)))
+        stack.callback(
+            run,
+            'ip',
+            '-force',
+            '-batch',
+            '-',
+            check=False,
+            input=''.join(f'netns delete {name}\n' for name in sorted(present)),
+        )
         wait_until(lambda: not kill_inside(present), 10, f'processes in {sorted(present)} end')
 
 

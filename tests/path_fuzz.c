@@ -32,11 +32,11 @@ static __u64 chance(__u64 below)
 struct world {
 	struct path path;
 	__u64 now, start;
-	__u32 distance;         /* of the destination */
-	__u32 reverse;          /* of the reverse path */
-	__u32 loss[MAX_HOPS + 2]; /* of probes to each hop and their replies, percent */
-	__u32 is_down;          /* nothing comes back */
-	__u32 speaks;           /* the destination sends packets */
+	__u32 distance;             /* of the destination */
+	__u32 reverse;              /* of the reverse path */
+	__u32 loss[MAX_HOPS + 2];   /* of probes to each hop and their replies, percent */
+	__u32 is_down;              /* nothing comes back */
+	__u32 speaks;               /* the destination sends packets */
 	__u64 probed[MAX_HOPS + 2]; /* when each hop was probed last */
 	__u64 seed;
 };
@@ -45,9 +45,11 @@ static void fail(const struct world *w, const char *what, __u32 hop)
 {
 	const struct path *p = &w->path;
 
-	printf("path %llu: %s: hop %u at %llu ms; distance %u, length %u, last_responsive %u, max_ttl_tried %u, due in %lld ms\n",
-	       w->seed, what, hop, (w->now - w->start) / MSEC, w->distance, p->distance.length, p->liveness.last_responsive,
-	       p->distance.max_ttl_tried, (long long)(p->hops[hop <= MAX_HOPS ? hop : 0].due - w->now) / (long long)MSEC);
+	printf("path %llu: %s: hop %u at %llu ms; distance %u, length %u, last_responsive %u, max_ttl_tried %u, "
+	       "due in %lld ms\n",
+	       w->seed, what, hop, (w->now - w->start) / MSEC, w->distance, p->distance.length,
+	       p->liveness.last_responsive, p->distance.max_ttl_tried,
+	       (long long)(p->hops[hop <= MAX_HOPS ? hop : 0].due - w->now) / (long long)MSEC);
 	exit(1);
 }
 

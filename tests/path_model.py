@@ -1,8 +1,8 @@
 """The path model of elfprobe.c, compiled for the host: no kernel, no root.
 
-    model = PathModel(interval_ns=10_000_000)
-    path = model.new_path()
-    ttl = model.choose_hop(path, now, ticks)
+model = PathModel(interval_ns=10_000_000)
+path = model.new_path()
+ttl = model.choose_hop(path, now, ticks)
 """
 
 from __future__ import annotations
@@ -54,40 +54,68 @@ class Backoff(ctypes.Structure):
 
 
 class Hop(ctypes.Structure):
-    _fields_ = [('due', ctypes.c_uint64), ('since', ctypes.c_uint64), ('rtt', ctypes.c_uint32),
-                ('unanswered', ctypes.c_uint8), ('backoff', Backoff)]
+    _fields_ = [
+        ('due', ctypes.c_uint64),
+        ('since', ctypes.c_uint64),
+        ('rtt', ctypes.c_uint32),
+        ('unanswered', ctypes.c_uint8),
+        ('backoff', Backoff),
+    ]
 
 
 class Pacing(ctypes.Structure):
-    _fields_ = [('next_due', ctypes.c_uint64), ('next_due_tick', ctypes.c_uint64),
-                ('last_sent', ctypes.c_uint64), ('seq', ctypes.c_uint32), ('last_probed', ctypes.c_uint8)]
+    _fields_ = [
+        ('next_due', ctypes.c_uint64),
+        ('next_due_tick', ctypes.c_uint64),
+        ('last_sent', ctypes.c_uint64),
+        ('seq', ctypes.c_uint32),
+        ('last_probed', ctypes.c_uint8),
+    ]
 
 
 class Distance(ctypes.Structure):
-    _fields_ = [('shortened_at', ctypes.c_uint64), ('reply_distances', ctypes.c_uint64),
-                ('last_explored', ctypes.c_uint64), ('length', ctypes.c_uint8), ('reverse', ctypes.c_uint8),
-                ('longer_packets', ctypes.c_uint8), ('max_ttl_tried', ctypes.c_uint8),
-                ('explore', ctypes.c_uint8), ('is_confirmed', ctypes.c_uint8)]
+    _fields_ = [
+        ('shortened_at', ctypes.c_uint64),
+        ('reply_distances', ctypes.c_uint64),
+        ('last_explored', ctypes.c_uint64),
+        ('length', ctypes.c_uint8),
+        ('reverse', ctypes.c_uint8),
+        ('longer_packets', ctypes.c_uint8),
+        ('max_ttl_tried', ctypes.c_uint8),
+        ('explore', ctypes.c_uint8),
+        ('is_confirmed', ctypes.c_uint8),
+    ]
 
 
 class Liveness(ctypes.Structure):
-    _fields_ = [('last_received', ctypes.c_uint64), ('outage_start', ctypes.c_uint64),
-                ('outage_end', ctypes.c_uint64), ('farthest_reply', ctypes.c_uint64),
-                ('routers_proven', ctypes.c_uint64), ('last_responsive', ctypes.c_uint8)]
+    _fields_ = [
+        ('last_received', ctypes.c_uint64),
+        ('outage_start', ctypes.c_uint64),
+        ('outage_end', ctypes.c_uint64),
+        ('farthest_reply', ctypes.c_uint64),
+        ('routers_proven', ctypes.c_uint64),
+        ('last_responsive', ctypes.c_uint8),
+    ]
 
 
 class Path_(ctypes.Structure):
     """struct path."""
 
-    _fields_ = [('pacing', Pacing), ('distance', Distance), ('liveness', Liveness),
-                ('excluded', ctypes.c_uint8), ('flows_only', ctypes.c_uint8), ('hops', Hop * (MAX_HOPS + 1))]
+    _fields_ = [
+        ('pacing', Pacing),
+        ('distance', Distance),
+        ('liveness', Liveness),
+        ('excluded', ctypes.c_uint8),
+        ('flows_only', ctypes.c_uint8),
+        ('hops', Hop * (MAX_HOPS + 1)),
+    ]
 
 
 def section() -> str:
     """Return the text of the path model in elfprobe.c."""
     text = ELFPROBE_C.read_text()
     begin = text.index('/* ---- Path model: pacing')
-    return text[begin:text.index('/* ---- ', begin + 8)]
+    return text[begin : text.index('/* ---- ', begin + 8)]
 
 
 def compile_c(text: str, output: Path, *flags: str) -> None:
@@ -107,22 +135,30 @@ def parameters(interval_ns: int, rate_global: bool, tick_ns: int) -> list[str]:
 class PathModel:
     """The functions of one build. Each takes a path as its first argument."""
 
-    def __init__(self, interval_ns: int = 10_000_000, rate_global: bool = False,
-        tick_ns: int = 4_000_000) -> None:
+    def __init__(self, interval_ns: int = 10_000_000, rate_global: bool = False, tick_ns: int = 4_000_000) -> None:
         sizes = 'unsigned int path_size = sizeof(struct path);\n'
         with tempfile.TemporaryDirectory(prefix='elf-') as directory:
             library = Path(directory, 'path_model.so')
-            compile_c(PRELUDE + section() + EXPORTED + sizes, library, '-shared', '-fPIC',
-                      *parameters(interval_ns, rate_global, tick_ns))
+            compile_c(
+                PRELUDE + section() + EXPORTED + sizes,
+                library,
+                '-shared',
+                '-fPIC',
+                *parameters(interval_ns, rate_global, tick_ns),
+            )
             self._library = ctypes.CDLL(str(library))
         size = ctypes.c_uint.in_dll(self._library, 'path_size').value
         assert size == ctypes.sizeof(Path_), 'struct path has changed: change Path_, too'
         u64, u32 = ctypes.c_uint64, ctypes.c_uint32
         self._arguments = {
-            'choose_hop': (u64, u64), 'probe_postponed': (u32,), 'probe_reserved': (u32, u64, u64),
-            'probe_sent': (u32, u64, u64, u64), 'probe_cancelled': (u32,),
+            'choose_hop': (u64, u64),
+            'probe_postponed': (u32,),
+            'probe_reserved': (u32, u64, u64),
+            'probe_sent': (u32, u64, u64, u64),
+            'probe_cancelled': (u32,),
             'hop_replied': (u32, u64, u32, u64),
-            'destination_seen': (u32, u64, ctypes.c_int, u64, u64), 'destination_reached': (u32, u64),
+            'destination_seen': (u32, u64, ctypes.c_int, u64, u64),
+            'destination_reached': (u32, u64),
         }
         for name, arguments in self._arguments.items():
             function = getattr(self._library, f'exported_{name}')

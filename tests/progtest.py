@@ -51,12 +51,21 @@ class Options(ctypes.Structure):
     """struct bpf_test_run_opts of libbpf, bpf/bpf.h; what is 0 is left to the kernel."""
 
     _fields_ = [
-        ('sz', ctypes.c_size_t), ('data_in', ctypes.c_char_p), ('data_out', ctypes.c_void_p),
-        ('data_size_in', ctypes.c_uint32), ('data_size_out', ctypes.c_uint32),
-        ('ctx_in', ctypes.c_void_p), ('ctx_out', ctypes.c_void_p),
-        ('ctx_size_in', ctypes.c_uint32), ('ctx_size_out', ctypes.c_uint32),
-        ('retval', ctypes.c_uint32), ('repeat', ctypes.c_int), ('duration', ctypes.c_uint32),
-        ('flags', ctypes.c_uint32), ('cpu', ctypes.c_uint32), ('batch_size', ctypes.c_uint32),
+        ('sz', ctypes.c_size_t),
+        ('data_in', ctypes.c_char_p),
+        ('data_out', ctypes.c_void_p),
+        ('data_size_in', ctypes.c_uint32),
+        ('data_size_out', ctypes.c_uint32),
+        ('ctx_in', ctypes.c_void_p),
+        ('ctx_out', ctypes.c_void_p),
+        ('ctx_size_in', ctypes.c_uint32),
+        ('ctx_size_out', ctypes.c_uint32),
+        ('retval', ctypes.c_uint32),
+        ('repeat', ctypes.c_int),
+        ('duration', ctypes.c_uint32),
+        ('flags', ctypes.c_uint32),
+        ('cpu', ctypes.c_uint32),
+        ('batch_size', ctypes.c_uint32),
     ]
 
 
@@ -64,10 +73,18 @@ class SkBuff(ctypes.Structure):
     """struct __sk_buff, linux/bpf.h. The kernel takes and tells the fields that have a name here."""
 
     _fields_ = [
-        ('_1', ctypes.c_uint32 * 2), ('mark', ctypes.c_uint32), ('_2', ctypes.c_uint32 * 5),
-        ('priority', ctypes.c_uint32), ('_3', ctypes.c_uint32 * 3), ('cb', ctypes.c_uint32 * 5),
-        ('_4', ctypes.c_uint32 * 21), ('tstamp', ctypes.c_uint64), ('_5', ctypes.c_uint32),
-        ('gso_segs', ctypes.c_uint32), ('_6', ctypes.c_uint64), ('gso_size', ctypes.c_uint32),
+        ('_1', ctypes.c_uint32 * 2),
+        ('mark', ctypes.c_uint32),
+        ('_2', ctypes.c_uint32 * 5),
+        ('priority', ctypes.c_uint32),
+        ('_3', ctypes.c_uint32 * 3),
+        ('cb', ctypes.c_uint32 * 5),
+        ('_4', ctypes.c_uint32 * 21),
+        ('tstamp', ctypes.c_uint64),
+        ('_5', ctypes.c_uint32),
+        ('gso_segs', ctypes.c_uint32),
+        ('_6', ctypes.c_uint64),
+        ('gso_size', ctypes.c_uint32),
         ('_7', ctypes.c_uint32 * 3),
     ]
 
@@ -119,8 +136,14 @@ def own_namespace() -> Iterator[None]:
 class Programs:
     """elfprobe.c compiled with warnings on and loaded; `config` goes to `elfprobe.Config`."""
 
-    def __init__(self, by_owner: bool = False, frame: elfprobe.Frame = elfprobe.Frame.ETHERNET,
-                 ingress_tc: bool = True, tcx: bool = True, **config: Any) -> None:
+    def __init__(
+        self,
+        by_owner: bool = False,
+        frame: elfprobe.Frame = elfprobe.Frame.ETHERNET,
+        ingress_tc: bool = True,
+        tcx: bool = True,
+        **config: Any,
+    ) -> None:
         build = elfprobe.machine_build(frame, ingress_tc, tcx)
         build = dataclasses.replace(build, by_owner=by_owner)
         self.bpf = elfprobe.load_program(elfprobe.Config('none', **config), build, warnings=True)
@@ -136,8 +159,9 @@ class Programs:
     def __enter__(self) -> Programs:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._stack.close()
 
     # Programs
@@ -256,9 +280,18 @@ class Programs:
 
     def in_flight(self) -> list[Flight]:
         return [
-            Flight(address_text(bytes(key.dest)), socket.ntohs(key.sport), socket.ntohs(key.dport),
-                   key.ident, key.protocol, probe.seq, probe.origseq, probe.outttl, probe.outipid,
-                   probe.sendtime)
+            Flight(
+                address_text(bytes(key.dest)),
+                socket.ntohs(key.sport),
+                socket.ntohs(key.dport),
+                key.ident,
+                key.protocol,
+                probe.seq,
+                probe.origseq,
+                probe.outttl,
+                probe.outipid,
+                probe.sendtime,
+            )
             for key, probe in self.bpf['in_flight'].items()
         ]
 

@@ -59,6 +59,7 @@ FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 # Packets, from the IP header on
 
+
 def version_of(packet: bytes) -> int:
     return packet[0] >> 4
 
@@ -74,7 +75,7 @@ def packed(version: int, text: str) -> bytes:
 
 def replaced(packet: bytes, at: int, field: bytes) -> bytes:
     """With another field in the IP header, whose checksum is made right."""
-    packet = packet[:at] + field + packet[at + len(field):]
+    packet = packet[:at] + field + packet[at + len(field) :]
     if version_of(packet) == 6:
         return packet
     length = header_length(packet)
@@ -138,7 +139,7 @@ def with_translation(packet: bytes) -> bytes:
     # RFC 1624; of an unfinished checksum, which is a sum and no complement, it is no matter which way.
     change = bytes(byte ^ 0xFF for byte in translated[SOURCE_AT[version]]) + packet[SOURCE_AT[version]]
     check = ones_sum(packet[at : at + 2] + change)
-    return translated[:at] + struct.pack('!H', check) + translated[at + 2:]
+    return translated[:at] + struct.pack('!H', check) + translated[at + 2 :]
 
 
 def with_foreign_checksum(packet: bytes) -> bytes:
@@ -153,7 +154,7 @@ def with_number(packet: bytes, ahead: int) -> bytes:
     if parse_packet(packet).protocol != UDP:
         return packet
     check = ones_sum(packet[at : at + 2] + struct.pack('!H', ahead))
-    return packet[:at] + struct.pack('!H', check) + packet[at + 2:]
+    return packet[:at] + struct.pack('!H', check) + packet[at + 2 :]
 
 
 def with_options(packet: bytes, options: bytes) -> bytes:
@@ -175,6 +176,7 @@ def with_extension_headers(packet: bytes, *headers: tuple[int, bytes]) -> bytes:
 
 
 # How much is quoted
+
 
 def whole(packet: bytes) -> bytes:
     """As much as a message of one MTU holds, with 8 bytes of options in its own IP header."""
@@ -203,6 +205,7 @@ def padded_long(packet: bytes) -> bytes:
 
 # What stands behind it: RFC 4884, with the objects of RFC 4950 and RFC 5837
 
+
 def structure(*objects: bytes, version: int = 2, check: int | None = None) -> bytes:
     """An extension structure. `check` is not the checksum, but in its place."""
     data = b''.join(objects)
@@ -222,8 +225,9 @@ def mpls_stack(*entries: tuple[int, int, int, int], length: int | None = None) -
     return extension_object(1, 1, b''.join(struct.pack('!I', word) for word in words), length)
 
 
-def interface(role: int, index: int | None = None, addr: str | None = None, name: bytes | None = None,
-              mtu: int | None = None) -> bytes:
+def interface(
+    role: int, index: int | None = None, addr: str | None = None, name: bytes | None = None, mtu: int | None = None
+) -> bytes:
     """Information about an interface, as much of it as is given."""
     parts = (8, index is not None), (4, addr is not None), (2, name is not None), (1, mtu is not None)
     data = b'' if index is None else struct.pack('!I', index)
@@ -271,6 +275,7 @@ def destination_address(packet: bytes, hop: int) -> bytes:
 
 # The ways
 
+
 class Case(NamedTuple):
     """A probe, as far as it is of matter for whether it can be known from a quote."""
 
@@ -288,9 +293,11 @@ class Unmatched(NamedTuple):
 
 UNFINISHED_UDP = Unmatched(
     'all UDP checksums that no device finishes are alike, and what tells the packets apart is not quoted',
-    lambda case: case.protocol == UDP and case.offload)
-TRANSLATED_UDP = Unmatched('what tells UDP probes apart is the checksum, which the NAT has changed',
-                           lambda case: case.protocol == UDP)
+    lambda case: case.protocol == UDP and case.offload,
+)
+TRANSLATED_UDP = Unmatched(
+    'what tells UDP probes apart is the checksum, which the NAT has changed', lambda case: case.protocol == UDP
+)
 
 EXACT = -1
 
@@ -314,8 +321,9 @@ class Way(NamedTuple):
     ifinfo: str | None = ''
 
 
-def also(change: Callable[..., bytes], *arguments: Any,
-         quote: Callable[[bytes], bytes] = whole) -> Callable[[bytes], bytes]:
+def also(
+    change: Callable[..., bytes], *arguments: Any, quote: Callable[[bytes], bytes] = whole
+) -> Callable[[bytes], bytes]:
     """So much of a packet, after a change of it."""
     return lambda packet: quote(change(packet, *arguments))
 
@@ -337,28 +345,31 @@ WAYS: dict[str, Way] = {
     'padded': Way(padded),
     'padded, length given': Way(padded, length=EXACT),
     'of fragments': Way(code=1, unmatched=Unmatched('fragments that did not become a packet: no hop')),
-    'one byte too few': Way(lambda packet: least(packet)[:-1],
-                            unmatched=Unmatched('what every router quotes is not there')),
-
+    'one byte too few': Way(
+        lambda packet: least(packet)[:-1], unmatched=Unmatched('what every router quotes is not there')
+    ),
     'MPLS label': extended(structure(ONE_LABEL), mpls=ONE_LABEL_TEXT),
     'three MPLS labels': extended(structure(THREE_LABELS), mpls=THREE_LABELS_TEXT),
     'interface': extended(structure(INTERFACE), ifinfo=INTERFACE_TEXT),
-    'IPv6 interface': extended(structure(interface(2, 70000, '2001:db8::5', b'xe-0/0/1.100')),
-                               ifinfo='role=outgoing;index=70000;addr=2001:db8::5;name=xe-0/0/1.100'),
+    'IPv6 interface': extended(
+        structure(interface(2, 70000, '2001:db8::5', b'xe-0/0/1.100')),
+        ifinfo='role=outgoing;index=70000;addr=2001:db8::5;name=xe-0/0/1.100',
+    ),
     'interface index': extended(structure(interface(1, 12)), ifinfo='role=sub-ip;index=12'),
-    'next hop': extended(structure(interface(3, addr='192.0.2.9', mtu=9000)),
-                         ifinfo='role=next-hop;addr=192.0.2.9;mtu=9000'),
-    'MPLS label and interface': extended(structure(ONE_LABEL, INTERFACE), mpls=ONE_LABEL_TEXT,
-                                         ifinfo=INTERFACE_TEXT),
-    'interface and MPLS labels': extended(structure(INTERFACE, THREE_LABELS), mpls=THREE_LABELS_TEXT,
-                                          ifinfo=INTERFACE_TEXT),
+    'next hop': extended(
+        structure(interface(3, addr='192.0.2.9', mtu=9000)), ifinfo='role=next-hop;addr=192.0.2.9;mtu=9000'
+    ),
+    'MPLS label and interface': extended(
+        structure(ONE_LABEL, INTERFACE), mpls=ONE_LABEL_TEXT, ifinfo=INTERFACE_TEXT
+    ),
+    'interface and MPLS labels': extended(
+        structure(INTERFACE, THREE_LABELS), mpls=THREE_LABELS_TEXT, ifinfo=INTERFACE_TEXT
+    ),
     'unknown objects': extended(structure(UNKNOWN, UNKNOWN, UNKNOWN)),
-    'MPLS label behind unknown objects': extended(structure(UNKNOWN, UNKNOWN, ONE_LABEL),
-                                                  mpls=ONE_LABEL_TEXT),
+    'MPLS label behind unknown objects': extended(structure(UNKNOWN, UNKNOWN, ONE_LABEL), mpls=ONE_LABEL_TEXT),
     'MPLS label behind a long quote': Way(padded_long, structure(ONE_LABEL), EXACT, mpls=ONE_LABEL_TEXT),
     'MPLS label, old style': Way(padded, structure(ONE_LABEL), mpls=ONE_LABEL_TEXT),
     'MPLS label without checksum': extended(structure(ONE_LABEL, check=0), mpls=ONE_LABEL_TEXT),
-
     'extension with a bad checksum': extended(structure(ONE_LABEL, check=0x1234)),
     'extension of another version': extended(structure(ONE_LABEL, version=1)),
     'extension without objects': extended(structure()),
@@ -375,7 +386,6 @@ WAYS: dict[str, Way] = {
     'interface, name beyond the end': extended(structure(extension_object(2, 2, b'\xffeth')), ifinfo=None),
     'interface, unknown family': extended(structure(extension_object(2, 4, b'\0\7\0\0elf!')), ifinfo=None),
     'interface cut': extended(structure(extension_object(2, 15, INTERFACE[4:10])), ifinfo=None),
-
     'quoted TTL 0': Way(also(with_ttl, 0)),
     'quoted TTL 64': Way(also(with_ttl, 64)),
     'quoted TTL 255': Way(also(with_ttl, 255)),
@@ -391,12 +401,10 @@ WAYS: dict[str, Way] = {
     'record route': Way(also(with_options, RECORD_ROUTE), **IPV4),
     'IPv4 options and 8 bytes': Way(also(with_options, NOPS, quote=least), unmatched=UNFINISHED_UDP, **IPV4),
     'hop-by-hop header': Way(also(with_extension_headers, (HOP_BY_HOP, PADN)), **IPV6),
-    'destination options': Way(also(with_extension_headers, (DESTINATION_OPTIONS, PADN_16)),
-                               **IPV6),
+    'destination options': Way(also(with_extension_headers, (DESTINATION_OPTIONS, PADN_16)), **IPV6),
     'hop-by-hop header and destination options': Way(
-        also(with_extension_headers, (HOP_BY_HOP, PADN_16), (DESTINATION_OPTIONS, PADN)),
-        **IPV6),
-
+        also(with_extension_headers, (HOP_BY_HOP, PADN_16), (DESTINATION_OPTIONS, PADN)), **IPV6
+    ),
     'router alert': Way(header=ROUTER_ALERT, **IPV4),
     'hop-by-hop header of its own': Way(header=ROUTER_ALERT_6, **IPV6),
     'from another address': Way(source=another_address),
@@ -428,15 +436,30 @@ def time_exceeded(way: Way, packet: bytes, hop: int) -> bytes:
     check = struct.pack('!H', ones_sum(pseudo + message) ^ 0xFFFF)
     message = message[:2] + check + message[4:]
     if version == 4:
-        header = struct.pack('!BBHHHBBH', 0x45 + len(way.header) // 4, 0xC0,
-                             20 + len(way.header) + len(message), 0, 0, ttl, protocol, 0)
+        header = struct.pack(
+            '!BBHHHBBH',
+            0x45 + len(way.header) // 4,
+            0xC0,
+            20 + len(way.header) + len(message),
+            0,
+            0,
+            ttl,
+            protocol,
+            0,
+        )
         return replaced(header + source + dest + way.header + message, 0, header[:1])
     own = bytes([protocol]) + way.header if way.header else b''
-    return struct.pack('!IHBB', 6 << 28, len(own) + len(message), HOP_BY_HOP if own else protocol,
-                       ttl) + source + dest + own + message
+    return (
+        struct.pack('!IHBB', 6 << 28, len(own) + len(message), HOP_BY_HOP if own else protocol, ttl)
+        + source
+        + dest
+        + own
+        + message
+    )
 
 
 # The log
+
 
 class Answer(NamedTuple):
     """What became of a packet that was to end at a hop, or of a probe that went on."""
@@ -485,11 +508,18 @@ class Responder:
 
 def parse_answer(fields: dict[str, Any]) -> Answer:
     """A line of the log."""
-    probe, reply = (parse_packet(bytes.fromhex(fields[name])) if fields[name] else None
-                    for name in ('probe', 'reply'))
+    probe, reply = (
+        parse_packet(bytes.fromhex(fields[name])) if fields[name] else None for name in ('probe', 'reply')
+    )
     assert probe
-    return Answer(fields['arrived'], fields['hop'], fields['way'], probe,
-                  tuple((before, after) for before, after in fields['sent']), reply)
+    return Answer(
+        fields['arrived'],
+        fields['hop'],
+        fields['way'],
+        probe,
+        tuple((before, after) for before, after in fields['sent']),
+        reply,
+    )
 
 
 @contextmanager
@@ -497,13 +527,15 @@ def responding(lab: Lab, log: Path, ways: Sequence[str] = ()) -> Iterator[Respon
     """The only router of a lab answers in these ways, or in all. It forwards by itself again at exit."""
     (router,) = lab.routers
     forwarding = ['net.ipv4.ip_forward={}', 'net.ipv6.conf.all.forwarding={}']
-    macs = [host.run('cat', f'/sys/class/net/{host.device}/address').stdout.strip()
-            for host in (lab.client, lab.server)]
+    macs = [
+        host.run('cat', f'/sys/class/net/{host.device}/address').stdout.strip() for host in (lab.client, lab.server)
+    ]
     log.touch()
     router.run('sysctl', '-qw', *(setting.format(0) for setting in forwarding))
     try:
-        process = router.popen(sys.executable, __file__, *macs, str(log), json.dumps(list(ways)),
-                               stderr=subprocess.PIPE)
+        process = router.popen(
+            sys.executable, __file__, *macs, str(log), json.dumps(list(ways)), stderr=subprocess.PIPE
+        )
         try:
             wait_for_line(process, 'ready')
             yield Responder(process, log)
@@ -514,6 +546,7 @@ def responding(lab: Lab, log: Path, ways: Sequence[str] = ()) -> Iterator[Respon
 
 
 # The process itself
+
 
 class Device:
     """One of the router's, with what is at its other end."""
@@ -612,8 +645,15 @@ class Routers:
         else:
             answer()
 
-    def _note(self, arrived: int, hop: int, way: str, probe: bytes, sent: Sequence[tuple[int, int]] = (),
-              reply: bytes = b'') -> None:
+    def _note(
+        self,
+        arrived: int,
+        hop: int,
+        way: str,
+        probe: bytes,
+        sent: Sequence[tuple[int, int]] = (),
+        reply: bytes = b'',
+    ) -> None:
         self._write(arrived=arrived, hop=hop, way=way, probe=probe.hex(), sent=sent, reply=reply.hex())
 
     def _write(self, **fields: Any) -> None:

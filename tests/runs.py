@@ -1,9 +1,9 @@
 """elfprobe at work in the lab: started and stopped, what it wrote read, captured packets taken apart.
 
-    with elfprobe(lab, '-r', 'g', address, cwd=tmp_path) as run:
-        ...                                  # it is attached; make traffic
-    for row in run.rows():                   # it has ended
-        print(row.outttl, row.responder, row.latency)
+with elfprobe(lab, '-r', 'g', address, cwd=tmp_path) as run:
+    ...                                  # it is attached; make traffic
+for row in run.rows():                   # it has ended
+    print(row.outttl, row.responder, row.latency)
 """
 
 from __future__ import annotations
@@ -52,8 +52,13 @@ def with_change(change: str) -> tuple[str, ...]:
     """The beginning of a command that changes the module `elfprobe` and then runs it; the interpreter, the
     path of elfprobe.py and its arguments are to follow.
     """
-    code = ('import os, sys', 'sys.path.insert(0, os.path.dirname(sys.argv[2]))', 'import elfprobe', change,
-            'sys.exit(elfprobe.main(sys.argv[3:]))')
+    code = (
+        'import os, sys',
+        'sys.path.insert(0, os.path.dirname(sys.argv[2]))',
+        'import elfprobe',
+        change,
+        'sys.exit(elfprobe.main(sys.argv[3:]))',
+    )
     return sys.executable, '-c', '\n'.join(code)
 
 
@@ -229,8 +234,9 @@ class Run:
 
 
 @contextmanager
-def elfprobe(lab: Lab, *arguments: str, cwd: Path, host: Host | None = None,
-             via: Sequence[str] | None = None) -> Iterator[Run]:
+def elfprobe(
+    lab: Lab, *arguments: str, cwd: Path, host: Host | None = None, via: Sequence[str] | None = None
+) -> Iterator[Run]:
     """elfprobe, on the first device of the client or another host, from the moment it is attached.
 
     `via` is the command that enters the namespace (default: ip netns exec). At exit it is stopped, if
@@ -240,8 +246,13 @@ def elfprobe(lab: Lab, *arguments: str, cwd: Path, host: Host | None = None,
     with tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(
             [*(via or host.command()), sys.executable, str(ELFPROBE), '-i', host.device, *arguments],
-            cwd=cwd, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, text=True,
-            start_new_session=True)
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=stderr,
+            stderr=stderr,
+            text=True,
+            start_new_session=True,
+        )
         run = Run(process, cwd, stderr)
         try:
             wait_until(lambda: 'probing on' in run.log or not run.is_running, 30, 'elfprobe is attached')
@@ -310,8 +321,15 @@ def read_rows(path: Path) -> list[Row]:
     if tuple(header[: len(columns)]) != columns:
         raise ValueError(f'{path}: header {header}')
     strings = 'dest', 'responder'
-    return [Row(*(value if column in strings else int(value)  # type: ignore[arg-type]
-                  for column, value in zip(columns, line))) for line in lines]
+    return [
+        Row(
+            *(
+                value if column in strings else int(value)  # type: ignore[arg-type]
+                for column, value in zip(columns, line)
+            )
+        )
+        for line in lines
+    ]
 
 
 class Packet(NamedTuple):
@@ -363,7 +381,7 @@ class Packet(NamedTuple):
 
     @property
     def payload(self) -> bytes:
-        return self.segment[self.l4_length:]
+        return self.segment[self.l4_length :]
 
     @property
     def is_time_exceeded(self) -> bool:
@@ -409,14 +427,18 @@ def parse_packet(data: bytes, at: int = 0) -> Packet:
         ip_id, addresses = label & 0xFFFF, (data[8:24], data[24:40])
         length += offset
     source, dest = (socket.inet_ntop(family, address) for address in addresses)
-    return Packet(at, data[0] >> 4, source, dest, ttl, tos, ip_id, label, protocol, data[:offset],
-                  data[offset:length])
+    return Packet(
+        at, data[0] >> 4, source, dest, ttl, tos, ip_id, label, protocol, data[:offset], data[offset:length]
+    )
 
 
 def ip_packets(capture: Capture) -> list[Packet]:
     """The IP packets among a capture's frames, in order."""
-    return [parse_packet(frame[14:], at) for at, frame in capture.packets()
-            if frame[12:14] in (b'\x08\x00', b'\x86\xdd')]
+    return [
+        parse_packet(frame[14:], at)
+        for at, frame in capture.packets()
+        if frame[12:14] in (b'\x08\x00', b'\x86\xdd')
+    ]
 
 
 def ones_sum(data: bytes) -> int:

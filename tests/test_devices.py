@@ -1,7 +1,7 @@
 """Devices and packets other than plain IP in Ethernet: TUN, VLAN tags, IP in IPv4.
 
-    client: tun0 === a program that plays three routers and a host behind them
-    client: eth0 --- r1 --- ... --- server, which takes IP out of IPv4 and plays routers for what is inside
+client: tun0 === a program that plays three routers and a host behind them
+client: eth0 --- r1 --- ... --- server, which takes IP out of IPv4 and plays routers for what is inside
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def play(packet, outer):
     return bytes(said)
 """
 
-TUN_PLAYER = PLAYER + """
+TUN_PLAYER = (
+    PLAYER
+    + """
 import fcntl, os, struct
 tun = os.open('/dev/net/tun', os.O_RDWR)
 fcntl.ioctl(tun, 0x400454CA, struct.pack('16sH22x', b'tun0', 0x1001))  # TUNSETIFF: IFF_TUN, IFF_NO_PI
@@ -67,9 +69,12 @@ while True:
     if said:
         os.write(tun, said)
 """
+)
 
 # Takes packets out of those of a protocol, as the end of a tunnel does, and answers through it.
-TUNNEL_PLAYER = PLAYER + """
+TUNNEL_PLAYER = (
+    PLAYER
+    + """
 import socket
 protocol, own, others = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 with socket.socket(socket.AF_INET, socket.SOCK_RAW, protocol) as tunnel, \\
@@ -81,6 +86,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_RAW, protocol) as tunnel, \\
         if said:
             out.sendto(said, (others, 0))
 """
+)
 
 # Sends echo requests inside IPv4 packets, as a tunnel does, 200 a second.
 TUNNEL_PING = """
@@ -150,8 +156,14 @@ def test_tun(lab4, tmp_path, version, wrapped, options):
     if wrapped:
         options = [*options, '-e', 'ipinip' if version == 4 else 'ip6inip']
     with playing(lab4, 'client', TUN_PLAYER, *outer):
-        batch(lab4.client.name, ['link set tun0 up', 'address add 192.0.2.99/24 dev tun0',
-                                 'address add 2001:db8::99/64 dev tun0 nodad'])
+        batch(
+            lab4.client.name,
+            [
+                'link set tun0 up',
+                'address add 192.0.2.99/24 dev tun0',
+                'address add 2001:db8::99/64 dev tun0 nodad',
+            ],
+        )
         with elfprobe(lab4, '-i', 'tun0', *options, HOST[version], cwd=tmp_path) as run:
             ping = lab4.client.popen('ping', '-nq', '-i.01', HOST[version], stdout=subprocess.DEVNULL)
             check(run, version)
@@ -163,8 +175,9 @@ def test_ip_in_ipv4_on_ethernet(lab4, tmp_path, version, options):
     """The TTL of the inner packet counts; the routers of the outer one's way are no hops."""
     protocol, server = str(PROTOCOLS[version]), lab4.server_address(4)
     option = 'ipinip' if version == 4 else 'ip6inip'
-    with playing(lab4, 'server', TUNNEL_PLAYER, protocol, server, lab4.client_address(4)), \
-            elfprobe(lab4, '-e', option, *options, HOST[version], cwd=tmp_path) as run:
+    with playing(lab4, 'server', TUNNEL_PLAYER, protocol, server, lab4.client_address(4)), elfprobe(
+        lab4, '-e', option, *options, HOST[version], cwd=tmp_path
+    ) as run:
         ping = lab4.client.popen(sys.executable, '-c', TUNNEL_PING, protocol, server)
         check(run, version)
         end(ping)

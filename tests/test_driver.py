@@ -101,9 +101,22 @@ GOOD = {  # arguments in addition to -i none0 and an address: what they change
     '--probeint=5 --app=a': {'probeint': 5, 'apps': ('a',)},
 }
 DEFAULTS = dict(
-    interface='none0', addresses=('192.0.2.1',), apps=(), pids=(), ingress='drop', logfile=False,
-    filebase='elf', debug=False, probeint=10, rate_global=False, notrunc=False,
-    hooks=str(SCRIPT.with_name('elfhooks.c')), quiet=False, duration=None, max_rate=50000)
+    interface='none0',
+    addresses=('192.0.2.1',),
+    apps=(),
+    pids=(),
+    ingress='drop',
+    logfile=False,
+    filebase='elf',
+    debug=False,
+    probeint=10,
+    rate_global=False,
+    notrunc=False,
+    hooks=str(SCRIPT.with_name('elfhooks.c')),
+    quiet=False,
+    duration=None,
+    max_rate=50000,
+)
 
 
 @pytest.mark.parametrize('line, changes', GOOD.items(), ids=GOOD)
@@ -112,9 +125,10 @@ def test_options(line: str, changes: dict[str, Any]) -> None:
     assert {name: getattr(config, name) for name in DEFAULTS} == {**DEFAULTS, **changes}
 
 
-@pytest.mark.parametrize('line', [
-    '-i none0 -T a b c', 'a b c -i none0 -T', 'a -i none0 b -T c', '-T a -i none0 b c',
-    '-T -i none0 -- a b c'])
+@pytest.mark.parametrize(
+    'line',
+    ['-i none0 -T a b c', 'a b c -i none0 -T', 'a -i none0 b -T c', '-T a -i none0 b c', '-T -i none0 -- a b c'],
+)
 def test_addresses_before_between_and_behind_options(line: str) -> None:
     config = elfprobe.parse_arguments(line.split())
     assert (config.addresses, config.interface, config.notrunc) == (('a', 'b', 'c'), 'none0', True)
@@ -163,8 +177,9 @@ BAD: list[tuple[list[str], Sequence[str]]] = [  # arguments; what the message mu
 ]
 
 
-def assert_refuses(arguments: list[str], status: int, named: Sequence[str],
-                   capfd: pytest.CaptureFixture[str], directory: Path) -> None:
+def assert_refuses(
+    arguments: list[str], status: int, named: Sequence[str], capfd: pytest.CaptureFixture[str], directory: Path
+) -> None:
     """One line on standard error, nothing on the other, this exit status, and no file."""
     os.chdir(directory)
     assert elfprobe.main(arguments) == status
@@ -184,17 +199,24 @@ def empty(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize('arguments, named', BAD, ids=[' '.join(arguments)[:30] for arguments, _ in BAD])
-def test_bad_values(arguments: list[str], named: Sequence[str], capfd: pytest.CaptureFixture[str],
-                    empty: Path) -> None:
+def test_bad_values(
+    arguments: list[str], named: Sequence[str], capfd: pytest.CaptureFixture[str], empty: Path
+) -> None:
     assert_refuses(['-i', 'none0', '192.0.2.1', *arguments], 2, named, capfd, empty)
 
 
-@pytest.mark.parametrize('arguments, named', [
-    (['192.0.2.1'], ['-i/--interface']), ([], ['-i/--interface']),
-    (['-i', 'none0'], ['nothing to probe', '-a', '-P', 'address']),
-], ids=['no interface', 'nothing at all', 'no interest'])
-def test_what_is_required(arguments: list[str], named: Sequence[str], capfd: pytest.CaptureFixture[str],
-                          empty: Path) -> None:
+@pytest.mark.parametrize(
+    'arguments, named',
+    [
+        (['192.0.2.1'], ['-i/--interface']),
+        ([], ['-i/--interface']),
+        (['-i', 'none0'], ['nothing to probe', '-a', '-P', 'address']),
+    ],
+    ids=['no interface', 'nothing at all', 'no interest'],
+)
+def test_what_is_required(
+    arguments: list[str], named: Sequence[str], capfd: pytest.CaptureFixture[str], empty: Path
+) -> None:
     assert_refuses(arguments, 2, named, capfd, empty)
 
 
@@ -220,8 +242,14 @@ def test_help(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert err == ''
     words = ' '.join(out.split())
     assert [option for option in OPTIONS.split() if not re.search(rf'[ ,]{option}[ ,]', words)] == []
-    for text in ('sudo python3 elfprobe.py -i INTERFACE', 'examples:', 'address', '@FILE', '(default: 10)',
-                 'ms, 0 to 1000'):
+    for text in (
+        'sudo python3 elfprobe.py -i INTERFACE',
+        'examples:',
+        'address',
+        '@FILE',
+        '(default: 10)',
+        'ms, 0 to 1000',
+    ):
         assert text in words
 
 
@@ -235,6 +263,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # The script itself
+
 
 def test_script_refuses(empty: Path) -> None:
     done = run_python(str(SCRIPT), '-i', 'none0', '-p', '1001', '192.0.2.1', cwd=empty)
@@ -280,8 +309,13 @@ def test_run_by_root_leaves_no_bytecode(empty: Path) -> None:
     shutil.copy(SCRIPT, empty)
     shutil.copytree(SCRIPT.with_name('elf'), empty / 'elf', ignore=shutil.ignore_patterns('__pycache__'))
     environment = {name: value for name, value in os.environ.items() if name != 'PYTHONDONTWRITEBYTECODE'}
-    subprocess.run([sys.executable, str(empty / SCRIPT.name), '-h'], check=True, env=environment,
-                   stdout=subprocess.DEVNULL, timeout=60)
+    subprocess.run(
+        [sys.executable, str(empty / SCRIPT.name), '-h'],
+        check=True,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        timeout=60,
+    )
     assert not [*empty.rglob('*.pyc')]
 
 
@@ -314,8 +348,9 @@ def test_address(text: str) -> None:
     assert (elfprobe.why_unreachable(packed) == '') == remote
 
 
-@pytest.mark.parametrize('text', [
-    '', 'example.net', '192.0.2', '192.0.2.256', '2001:db8::g', '192.0.2.1/24', '@hosts'])
+@pytest.mark.parametrize(
+    'text', ['', 'example.net', '192.0.2', '192.0.2.256', '2001:db8::g', '192.0.2.1/24', '@hosts']
+)
 def test_no_address(text: str) -> None:
     with pytest.raises(ValueError):
         pack_address(text)
@@ -329,8 +364,11 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     def getaddrinfo(host: str, port: object, *_: Any, **__: Any) -> list[tuple[Any, ...]]:
         try:
             addresses = known.get(host) or [host.split('%')[0] and host]
-            return [(socket.AF_INET, socket.SOCK_STREAM, 6, '', (address, 0))
-                    for address in addresses if pack_address(address)]
+            return [
+                (socket.AF_INET, socket.SOCK_STREAM, 6, '', (address, 0))
+                for address in addresses
+                if pack_address(address)
+            ]
         except ValueError:
             raise socket.gaierror(socket.EAI_NONAME, 'Name or service not known') from None
 
@@ -376,14 +414,29 @@ def test_address_file(names: dict[str, list[str]], tmp_path: Path) -> None:
     hosts = tmp_path / 'hosts'
     hosts.write_bytes(b'# mine\n\n  192.0.2.7  # the first\r\nexample.net\n\t\n2001:db8::5')
     assert [name for name, _ in elfprobe.read_address_file(str(hosts))] == [
-        '192.0.2.7', 'example.net', '2001:db8::5']
+        '192.0.2.7',
+        'example.net',
+        '2001:db8::5',
+    ]
     assert texts(elfprobe.resolve_all([f'@{hosts}', '192.0.2.8'])) == [
-        '192.0.2.1', '192.0.2.7', '192.0.2.8', '2001:db8::1', '2001:db8::5']
+        '192.0.2.1',
+        '192.0.2.7',
+        '192.0.2.8',
+        '2001:db8::1',
+        '2001:db8::5',
+    ]
 
 
-@pytest.mark.parametrize('content, reason', [
-    (None, 'No such file'), (b'', 'no address'), (b'\n# none\n', 'no address'),
-    (b'\xff\xfe1\0', 'not a text file')], ids=['missing', 'empty', 'comments', 'binary'])
+@pytest.mark.parametrize(
+    'content, reason',
+    [
+        (None, 'No such file'),
+        (b'', 'no address'),
+        (b'\n# none\n', 'no address'),
+        (b'\xff\xfe1\0', 'not a text file'),
+    ],
+    ids=['missing', 'empty', 'comments', 'binary'],
+)
 def test_bad_address_files(content: bytes | None, reason: str, tmp_path: Path) -> None:
     hosts = tmp_path / 'hosts'
     if content is not None:
@@ -407,21 +460,32 @@ PROGRAMS = {  # process name, executable, command line: all names that it goes b
     'renamed': (('worker', '/opt/bin/server', 'worker 1'), {'worker', 'server'}),
     'a name longer than 15 characters': (
         ('gnome-remote-de', '/usr/libexec/gnome-remote-desktop', 'gnome-remote-desktop'),
-        {'gnome-remote-de', 'gnome-remote-desktop'}),
+        {'gnome-remote-de', 'gnome-remote-desktop'},
+    ),
     'of another user': (('sshd', '', ''), {'sshd'}),
     'of another user, with a command line': (('tool', '', '/opt/tool-1.2/Tool --fast'), {'tool'}),
     'nothing known': (('', '', ''), set()),
-    'a script': (('python3', '/usr/bin/python3.11', 'python3 /opt/SpeedTest.py --secure'),
-                 {'python3', 'python3.11', 'speedtest', 'speedtest.py'}),
-    'a script without extension': (('speedtest', '/usr/bin/python3', '/usr/bin/python3 /bin/speedtest'),
-                                   {'speedtest', 'python3'}),
-    'a script with options before it': (('python3', '/usr/bin/python3', 'python3 -u -OO app.py -v x.py'),
-                                        {'python3', 'app', 'app.py'}),
-    'a script behind an option with a value': (('python3', '/usr/bin/python3', 'python3 -W ignore app.py'),
-                                               {'python3', 'app', 'app.py'}),
+    'a script': (
+        ('python3', '/usr/bin/python3.11', 'python3 /opt/SpeedTest.py --secure'),
+        {'python3', 'python3.11', 'speedtest', 'speedtest.py'},
+    ),
+    'a script without extension': (
+        ('speedtest', '/usr/bin/python3', '/usr/bin/python3 /bin/speedtest'),
+        {'speedtest', 'python3'},
+    ),
+    'a script with options before it': (
+        ('python3', '/usr/bin/python3', 'python3 -u -OO app.py -v x.py'),
+        {'python3', 'app', 'app.py'},
+    ),
+    'a script behind an option with a value': (
+        ('python3', '/usr/bin/python3', 'python3 -W ignore app.py'),
+        {'python3', 'app', 'app.py'},
+    ),
     'a module': (('python3', '/usr/bin/python3', 'python3 -m speedtest'), {'python3', 'speedtest'}),
-    'a module with options': (('python3', '/usr/bin/python3', 'python3 -u -m speedtest --bytes'),
-                              {'python3', 'speedtest'}),
+    'a module with options': (
+        ('python3', '/usr/bin/python3', 'python3 -u -m speedtest --bytes'),
+        {'python3', 'speedtest'},
+    ),
     'node': (('node', '/usr/bin/node', 'node server.js'), {'node', 'server', 'server.js'}),
     'bash': (('run.sh', '/usr/bin/bash', '/bin/bash ./run.sh'), {'run.sh', 'bash', 'run'}),
     'perl': (('perl', '/usr/bin/perl5.36', 'perl /x/get.pl x'), {'perl', 'perl5.36', 'get', 'get.pl'}),
@@ -456,9 +520,9 @@ def test_process_that_becomes_another_program(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('change', ['removed', 'not told'])
-def test_interpreter_whose_executable_is(
-        change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpreter_whose_executable_is(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by an update of its package, or as to who lacks sys_ptrace. It is an interpreter all the same."""
+
     def refuse(path: str) -> str:
         raise PermissionError(path)
 
@@ -498,15 +562,23 @@ def process(pid: int, ppid: int, name: str, command: str = '') -> Process:
 
 
 PROCESSES = [
-    process(1, 0, 'init'), process(40, 1, 'bash'), process(41, 40, 'ping'), process(42, 40, 'Browser'),
-    process(30, 42, 'renderer'), process(31, 30, 'helper'), process(50, 1, 'python3', 'python3 -m browser'),
-    process(60, 1, 'ping'), process(70, 70, 'odd'),
+    process(1, 0, 'init'),
+    process(40, 1, 'bash'),
+    process(41, 40, 'ping'),
+    process(42, 40, 'Browser'),
+    process(30, 42, 'renderer'),
+    process(31, 30, 'helper'),
+    process(50, 1, 'python3', 'python3 -m browser'),
+    process(60, 1, 'ping'),
+    process(70, 70, 'odd'),
 ]
 CHOICES = {  # names, process IDs: whose flows are of interest
     'a name': ((['ping'], []), {41: 'ping', 60: 'ping'}),
     'case does not matter': ((['PING'], []), {41: 'ping', 60: 'ping'}),
     'children and their children': (
-        (['browser'], []), {42: 'Browser', 30: 'renderer', 31: 'helper', 50: 'python3'}),
+        (['browser'], []),
+        {42: 'Browser', 30: 'renderer', 31: 'helper', 50: 'python3'},
+    ),
     'a process': (([], [30]), {30: 'renderer', 31: 'helper'}),
     'a process of a name and its child': ((['helper'], [30, 60]), {30: 'renderer', 31: 'helper', 60: 'ping'}),
     'its own parent': ((['odd'], [70]), {70: 'odd'}),
@@ -525,6 +597,7 @@ def test_choice_of_processes(interest: tuple[list[str], list[int]], chosen: dict
 
 # Layouts and rows
 
+
 class Address(ctypes.Structure):
     _fields_ = [('word', ctypes.c_uint32 * 4)]
 
@@ -534,8 +607,15 @@ class Inner(ctypes.Structure):
 
 
 class Outer(ctypes.Structure):
-    _fields_ = [('byte', ctypes.c_uint8), ('inner', Inner), ('half', ctypes.c_uint16), ('address', Address),
-                ('__pad_4', ctypes.c_char * 3), ('bytes', ctypes.c_uint8 * 3), ('last', ctypes.c_uint16)]
+    _fields_ = [
+        ('byte', ctypes.c_uint8),
+        ('inner', Inner),
+        ('half', ctypes.c_uint16),
+        ('address', Address),
+        ('__pad_4', ctypes.c_char * 3),
+        ('bytes', ctypes.c_uint8 * 3),
+        ('last', ctypes.c_uint16),
+    ]
 
 
 def test_struct_format() -> None:
@@ -548,29 +628,52 @@ def test_struct_format() -> None:
     assert struct.unpack(layout, bytes(outer)) == (1, 2**63 + 2, 3, 0x1234, address, b'\t\n\v', 0xFFFF)
 
 
-PROBE: dict[str, Any] = dict(seq=7, origseq=4294967295, sendtime=1000000000001, outttl=3, outipid=65535,
-                             app=b'tool\0\0', pid=77, outtos=72, srtt=1500, cwnd=10, retrans=0)
-KEY: dict[str, Any] = dict(dest=pack_address('198.51.100.9'), sport=socket.htons(40112),
-                           dport=socket.htons(443), ident=99, protocol=6)
-REPLY: dict[str, Any] = dict(recvcpu=5, recvtime=1000000250001, responder=pack_address('192.0.2.1'),
-                             recvttl=62, inipid=0, intos=0)
-VERSION_6: dict[str, Any] = dict(app=bytes(16), pid=0, dest=pack_address('2001:db8::9'),
-                                 responder=pack_address('2001:db8:1::1'), protocol=17, cwnd=0)
+PROBE: dict[str, Any] = dict(
+    seq=7,
+    origseq=4294967295,
+    sendtime=1000000000001,
+    outttl=3,
+    outipid=65535,
+    app=b'tool\0\0',
+    pid=77,
+    outtos=72,
+    srtt=1500,
+    cwnd=10,
+    retrans=0,
+)
+KEY: dict[str, Any] = dict(
+    dest=pack_address('198.51.100.9'), sport=socket.htons(40112), dport=socket.htons(443), ident=99, protocol=6
+)
+REPLY: dict[str, Any] = dict(
+    recvcpu=5, recvtime=1000000250001, responder=pack_address('192.0.2.1'), recvttl=62, inipid=0, intos=0
+)
+VERSION_6: dict[str, Any] = dict(
+    app=bytes(16),
+    pid=0,
+    dest=pack_address('2001:db8::9'),
+    responder=pack_address('2001:db8:1::1'),
+    protocol=17,
+    cwnd=0,
+)
 ROWS = {
     'answered': (
         {**PROBE, **REPLY, **KEY},
         '5,7,4294967295,250000,1000000000001,1000000250001,198.51.100.9,192.0.2.1,3,62,40112,443,6,65535,0,tool,77'
-        ',1500,10,0,72,0,,\n'),
+        ',1500,10,0,72,0,,\n',
+    ),
     'answered, IPv6': (
         {**PROBE, **REPLY, **KEY, **VERSION_6},
         '5,7,4294967295,250000,1000000000001,1000000250001,2001:db8::9,2001:db8:1::1,3,62,40112,443,17,65535,0,,'
-        ',,,,72,0,,\n'),
+        ',,,,72,0,,\n',
+    ),
     'unanswered': (
         {**PROBE, **KEY},
-        '0,7,4294967295,-1,1000000000001,-1,198.51.100.9,,3,-1,40112,443,6,65535,-1,tool,77,1500,10,0,72,,,\n'),
+        '0,7,4294967295,-1,1000000000001,-1,198.51.100.9,,3,-1,40112,443,6,65535,-1,tool,77,1500,10,0,72,,,\n',
+    ),
     'unanswered, IPv6': (
         {**KEY, **PROBE, 'dest': VERSION_6['dest'], 'srtt': 0},
-        '0,7,4294967295,-1,1000000000001,-1,2001:db8::9,,3,-1,40112,443,6,65535,-1,tool,77,,10,0,72,,,\n'),
+        '0,7,4294967295,-1,1000000000001,-1,2001:db8::9,,3,-1,40112,443,6,65535,-1,tool,77,,10,0,72,,,\n',
+    ),
 }
 
 
@@ -588,16 +691,33 @@ def test_row_with_an_extension() -> None:
     assert row.endswith(',72,0,16/0/1/1,"role=incoming;name=a,b"\n')
 
 
-RECORD = dict(dest='198.51.100.9', sport=40112, dport=443, protocol=6, outttl=3, sendtime=1000000000001,
-              latency=250000, responder='192.0.2.1', srtt=1500, cwnd=10, retrans=0, outtos=72, intos=0)
+RECORD = dict(
+    dest='198.51.100.9',
+    sport=40112,
+    dport=443,
+    protocol=6,
+    outttl=3,
+    sendtime=1000000000001,
+    latency=250000,
+    responder='192.0.2.1',
+    srtt=1500,
+    cwnd=10,
+    retrans=0,
+    outtos=72,
+    intos=0,
+)
 
 
-@pytest.mark.parametrize('values, changes', [
-    ({**REPLY, 'translated': 1}, dict(translated=1)),
-    ({**REPLY, 'srtt': 0}, dict(srtt=None)),
-    ({**REPLY, 'cwnd': 0}, dict(srtt=None, cwnd=None, retrans=None)),
-    ({}, dict(latency=-1, responder='', intos=None)),
-], ids=['answered', 'no round trip yet', 'not TCP', 'unanswered'])
+@pytest.mark.parametrize(
+    'values, changes',
+    [
+        ({**REPLY, 'translated': 1}, dict(translated=1)),
+        ({**REPLY, 'srtt': 0}, dict(srtt=None)),
+        ({**REPLY, 'cwnd': 0}, dict(srtt=None, cwnd=None, retrans=None)),
+        ({}, dict(latency=-1, responder='', intos=None)),
+    ],
+    ids=['answered', 'no round trip yet', 'not TCP', 'unanswered'],
+)
 def test_records(values: dict[str, Any], changes: dict[str, Any]) -> None:
     """What the summary gets of a probe is what its row says, with None for what is not known."""
     values = {**PROBE, **KEY, **values}
@@ -607,15 +727,28 @@ def test_records(values: dict[str, Any], changes: dict[str, Any]) -> None:
 def test_columns() -> None:
     names = HEADER.rstrip('\n').split(',')
     assert names[:15] == [
-        'recvcpu', 'seq', 'origseq', 'latency', 'sendtime', 'recvtime', 'dest', 'responder', 'outttl',
-        'recvttl', 'sport', 'dport', 'protocol', 'outipid', 'inipid']
+        'recvcpu',
+        'seq',
+        'origseq',
+        'latency',
+        'sendtime',
+        'recvtime',
+        'dest',
+        'responder',
+        'outttl',
+        'recvttl',
+        'sport',
+        'dport',
+        'protocol',
+        'outipid',
+        'inipid',
+    ]
     assert names[15:] == ['app', 'pid', 'srtt', 'cwnd', 'retrans', 'outtos', 'intos', 'mpls', 'ifinfo']
 
 
 def extension(*objects: tuple[int, int, bytes], version: int = 2, checksum: int | None = None) -> bytes:
     """An extension structure of objects: class, type, content (RFC 4884, 7)."""
-    content = b''.join(struct.pack('!HBB', 4 + len(data), kind, subtype) + data
-                       for kind, subtype, data in objects)
+    content = b''.join(struct.pack('!HBB', 4 + len(data), kind, subtype) + data for kind, subtype, data in objects)
     head = struct.pack('!BxH', version << 4, 0)
     if checksum is None:
         checksum = 0xFFFF - ones_complement_sum(head + content)
@@ -631,16 +764,24 @@ EXTENSIONS: dict[str, tuple[bytes, tuple[str, str]]] = {
     'one label': (extension((1, 1, label(24001, 5, 1, 1))), ('24001/5/1/1', '')),
     'three labels': (
         extension((1, 1, label(16, 0, 0, 254) + label(1048575, 7, 0, 0) + label(3, 1, 1, 1))),
-        ('16/0/0/254;1048575/7/0/0;3/1/1/1', '')),
+        ('16/0/0/254;1048575/7/0/0;3/1/1/1', ''),
+    ),
     'an interface': (
         extension((2, 0x0F, struct.pack('!IHH', 7, 1, 0) + b'\xc0\0\x02\1' + NAME + struct.pack('!I', 1500))),
-        ('', 'role=incoming;index=7;addr=192.0.2.1;name=ge-0/0/1;mtu=1500')),
+        ('', 'role=incoming;index=7;addr=192.0.2.1;name=ge-0/0/1;mtu=1500'),
+    ),
     'interfaces of other roles': (
-        extension((2, 0x48, struct.pack('!I', 1)), (2, 0x84, struct.pack('!HH', 2, 0) + bytes(15) + b'\1'),
-                  (2, 0xC2, NAME)),
-        ('', 'role=sub-ip;index=1|role=outgoing;addr=::1|role=next-hop;name=ge-0/0/1')),
-    'both': (extension((2, 8, struct.pack('!I', 2)), (1, 1, label(5, 0, 1, 9))),
-             ('5/0/1/9', 'role=incoming;index=2')),
+        extension(
+            (2, 0x48, struct.pack('!I', 1)),
+            (2, 0x84, struct.pack('!HH', 2, 0) + bytes(15) + b'\1'),
+            (2, 0xC2, NAME),
+        ),
+        ('', 'role=sub-ip;index=1|role=outgoing;addr=::1|role=next-hop;name=ge-0/0/1'),
+    ),
+    'both': (
+        extension((2, 8, struct.pack('!I', 2)), (1, 1, label(5, 0, 1, 9))),
+        ('5/0/1/9', 'role=incoming;index=2'),
+    ),
     'no checksum': (extension((1, 1, label(5, 0, 1, 9)), checksum=0), ('5/0/1/9', '')),
     'objects of unknown kinds': (extension((247, 1, b'what'), (1, 2, b'else')), ('', '')),
     'nothing': (extension(), ('', '')),
@@ -652,40 +793,48 @@ def test_extensions(data: bytes, texts: tuple[str, str]) -> None:
     assert extension_texts(data) == texts
 
 
-@pytest.mark.parametrize('data', {
-    'another version': extension((1, 1, label(5, 0, 1, 9)), version=1),
-    'a wrong checksum': extension((1, 1, label(5, 0, 1, 9)), checksum=1),
-    'cut in the header': b'\x20\0\0',
-    'an object without end': extension(checksum=0) + b'\0\0\1\1',
-    'an object too long': extension(checksum=0) + b'\0\x09\1\1' + label(5, 0, 1, 9),
-    'an object cut in its header': extension(checksum=0) + b'\0\x08',
-    'half a label': extension((1, 1, b'half a')),
-    'an interface without its address': extension((2, 4, b'')),
-    'an address of no family': extension((2, 4, struct.pack('!HH', 9, 0) + bytes(4))),
-    'half an address': extension((2, 4, struct.pack('!HH', 1, 0) + bytes(2))),
-    'a name that is too long': extension((2, 2, b'\x10name')),
-    'a name without a length': extension((2, 2, b'\0\0\0\0')),
-    'no name': extension((2, 2, b'')),
-}.items(), ids=lambda item: item[0])
+@pytest.mark.parametrize(
+    'data',
+    {
+        'another version': extension((1, 1, label(5, 0, 1, 9)), version=1),
+        'a wrong checksum': extension((1, 1, label(5, 0, 1, 9)), checksum=1),
+        'cut in the header': b'\x20\0\0',
+        'an object without end': extension(checksum=0) + b'\0\0\1\1',
+        'an object too long': extension(checksum=0) + b'\0\x09\1\1' + label(5, 0, 1, 9),
+        'an object cut in its header': extension(checksum=0) + b'\0\x08',
+        'half a label': extension((1, 1, b'half a')),
+        'an interface without its address': extension((2, 4, b'')),
+        'an address of no family': extension((2, 4, struct.pack('!HH', 9, 0) + bytes(4))),
+        'half an address': extension((2, 4, struct.pack('!HH', 1, 0) + bytes(2))),
+        'a name that is too long': extension((2, 2, b'\x10name')),
+        'a name without a length': extension((2, 2, b'\0\0\0\0')),
+        'no name': extension((2, 2, b'')),
+    }.items(),
+    ids=lambda item: item[0],
+)
 def test_malformed_extensions(data: tuple[str, bytes]) -> None:
     with pytest.raises(MalformedExtension):
         extension_texts(data[1])
 
 
-@pytest.mark.parametrize('comm, field', {
-    b'speedtest\0\0\0\0\0\0\0': 'speedtest',
-    b'kworker/0:1-eve\0': 'kworker/0:1-eve',
-    bytes(16): '',
-    b'a,b\0old\0': '"a,b"',
-    b'say "hi"\0': '"say ""hi"""',
-    b'two\nlines\r\0': 'two?lines?',
-    b'\xff\xfe\0': '\ufffd\ufffd',
-}.items())
+@pytest.mark.parametrize(
+    'comm, field',
+    {
+        b'speedtest\0\0\0\0\0\0\0': 'speedtest',
+        b'kworker/0:1-eve\0': 'kworker/0:1-eve',
+        bytes(16): '',
+        b'a,b\0old\0': '"a,b"',
+        b'say "hi"\0': '"say ""hi"""',
+        b'two\nlines\r\0': 'two?lines?',
+        b'\xff\xfe\0': '\ufffd\ufffd',
+    }.items(),
+)
 def test_app_as_a_field(comm: bytes, field: str) -> None:
     assert app_text(comm) == field
 
 
 # Files
+
 
 def contents(directory: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in directory.iterdir()}
@@ -703,7 +852,11 @@ def test_output_files_are_never_overwritten(csv: Callable[[], OutputFile], tmp_p
         file.write_lines(f'run {number}\n')
         file.close(used=True)
     assert contents(tmp_path) == {
-        'elf.1.csv': 'run 0\n', 'elf.2.csv': 'run 1\n', 'elf.3.csv': 'run 2\n', 'elf.csv': 'run 3\n'}
+        'elf.1.csv': 'run 0\n',
+        'elf.2.csv': 'run 1\n',
+        'elf.3.csv': 'run 2\n',
+        'elf.csv': 'run 3\n',
+    }
 
 
 def test_gaps_between_renamed_files_are_filled(csv: Callable[[], OutputFile], tmp_path: Path) -> None:
@@ -724,15 +877,22 @@ def test_an_unused_file_leaves_everything_as_it_was(csv: Callable[[], OutputFile
 
 
 def test_two_runs_that_begin_at_once(
-        csv: Callable[[], OutputFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    csv: Callable[[], OutputFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One opens its file while the other has chosen a name for the old one: waits for it, or loses it."""
     choose = elfprobe.next_free_name
     others: list[subprocess.Popen[str]] = []
 
     def choose_slowly(path: str) -> str:
         name = choose(path)
-        others.append(subprocess.Popen([sys.executable, '-c', OPEN_AND_WRITE, str(SCRIPT.parent)],
-                                       cwd=tmp_path, text=True, stderr=subprocess.PIPE))
+        others.append(
+            subprocess.Popen(
+                [sys.executable, '-c', OPEN_AND_WRITE, str(SCRIPT.parent)],
+                cwd=tmp_path,
+                text=True,
+                stderr=subprocess.PIPE,
+            )
+        )
         with suppress(subprocess.TimeoutExpired):
             others[0].communicate(timeout=2)
         return name
@@ -778,7 +938,8 @@ def test_unwritable_output(tmp_path: Path) -> None:
 
 
 def test_what_was_renamed_comes_back_when_the_new_file_cannot_be_made(
-        csv: Callable[[], OutputFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    csv: Callable[[], OutputFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any) -> int:
         raise PermissionError(13, 'Permission denied')
 
@@ -812,7 +973,8 @@ def test_only_whole_lines_where_the_disk_is_full(writes: list[str], kept: list[s
 
 @pytest.mark.root
 def test_files_belong_to_the_user_who_called_sudo(
-        csv: Callable[[], OutputFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    csv: Callable[[], OutputFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv('SUDO_UID', '1234')
     monkeypatch.setenv('SUDO_GID', '4321')
     csv().close(used=True)
@@ -838,8 +1000,11 @@ def test_a_message_is_a_line() -> None:
 
 # The program's text
 
-HOOK_NAMES = {f'elf_v{version}_{what}' for version in (4, 6)
-              for what in ('icmp_beforesend', 'tcp_beforesend', 'udp_beforesend', 'afterrecv')}
+HOOK_NAMES = {
+    f'elf_v{version}_{what}'
+    for version in (4, 6)
+    for what in ('icmp_beforesend', 'tcp_beforesend', 'udp_beforesend', 'afterrecv')
+}
 ONE_HOOK = 'static inline int elf_v4_tcp_beforesend(struct __sk_buff *ctx)\n{\n\treturn 0;\n}'
 HOOK_FILES = {
     'the default': SCRIPT.with_name('elfhooks.c').read_text(),
@@ -882,8 +1047,11 @@ def test_program_text(hooks: str, tmp_path: Path) -> None:
     assert set(elfprobe.HOOKS) == HOOK_NAMES
 
 
-@pytest.mark.parametrize('content, reason', [
-    (None, 'No such file or directory'), (b'\xff\xfe\0', 'not a text file')], ids=['missing', 'binary'])
+@pytest.mark.parametrize(
+    'content, reason',
+    [(None, 'No such file or directory'), (b'\xff\xfe\0', 'not a text file')],
+    ids=['missing', 'binary'],
+)
 def test_bad_hooks_file(content: bytes | None, reason: str, tmp_path: Path) -> None:
     path = tmp_path / 'hooks.c'
     if content is not None:
@@ -893,16 +1061,19 @@ def test_bad_hooks_file(content: bytes | None, reason: str, tmp_path: Path) -> N
     assert raised.value.status == 1
 
 
-@pytest.mark.parametrize('changes, flags', [
-    ({}, dict(NOTRUNC='0', RATE_GLOBAL='0', INTERVAL_NS='10000000ULL', MAX_RATE='50000ULL')),
-    ({}, dict(INGRESS_DROP='1', DESTINATIONS_MAX='65536')),
-    (dict(notrunc=True), dict(NOTRUNC='1')),
-    (dict(rate_global=True), dict(RATE_GLOBAL='1')),
-    (dict(ingress='pass'), dict(INGRESS_DROP='0')),
-    (dict(probeint=0), dict(INTERVAL_NS='0ULL')),
-    (dict(probeint=1000), dict(INTERVAL_NS='1000000000ULL')),
-    (dict(max_rate=1), dict(MAX_RATE='1ULL', IN_FLIGHT_MAX='1024')),
-])
+@pytest.mark.parametrize(
+    'changes, flags',
+    [
+        ({}, dict(NOTRUNC='0', RATE_GLOBAL='0', INTERVAL_NS='10000000ULL', MAX_RATE='50000ULL')),
+        ({}, dict(INGRESS_DROP='1', DESTINATIONS_MAX='65536')),
+        (dict(notrunc=True), dict(NOTRUNC='1')),
+        (dict(rate_global=True), dict(RATE_GLOBAL='1')),
+        (dict(ingress='pass'), dict(INGRESS_DROP='0')),
+        (dict(probeint=0), dict(INTERVAL_NS='0ULL')),
+        (dict(probeint=1000), dict(INTERVAL_NS='1000000000ULL')),
+        (dict(max_rate=1), dict(MAX_RATE='1ULL', IN_FLIGHT_MAX='1024')),
+    ],
+)
 def test_build_flags(changes: dict[str, Any], flags: dict[str, str]) -> None:
     built = Config('none0', **changes).build_flags(elfprobe.Build())
     assert {name: built[name] for name in flags} == flags

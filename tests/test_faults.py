@@ -223,16 +223,23 @@ COMMAND = sys.executable, str(ELFPROBE)
 
 # What there is to look at
 
+
 def attached(host: Host, device: str = 'eth0') -> dict[str, Any]:
     """What is attached to a device of a host, whoever did that."""
     said = run('ip', '-n', host.name, '-d', '-j', 'link', 'show', device).stdout
     link = json.loads(re.sub(r'"\w+_timer":[^,}]+', '"timer":0', said))[0]
-    shown = {'qdisc': ['qdisc', 'show', 'dev', device],
-             'egress': ['filter', 'show', 'dev', device, 'egress'],
-             'ingress': ['filter', 'show', 'dev', device, 'ingress']}
-    return {'xdp': link.pop('xdp', None), 'link': link, 'tcx': tcx_programs(host, device),
-            'features': host.run('ethtool', '-k', device).stdout,
-            **{what: run('tc', '-n', host.name, *command).stdout for what, command in shown.items()}}
+    shown = {
+        'qdisc': ['qdisc', 'show', 'dev', device],
+        'egress': ['filter', 'show', 'dev', device, 'egress'],
+        'ingress': ['filter', 'show', 'dev', device, 'ingress'],
+    }
+    return {
+        'xdp': link.pop('xdp', None),
+        'link': link,
+        'tcx': tcx_programs(host, device),
+        'features': host.run('ethtool', '-k', device).stdout,
+        **{what: run('tc', '-n', host.name, *command).stdout for what, command in shown.items()},
+    }
 
 
 def tcx_programs(host: Host, device: str) -> dict[str, list[int]]:
@@ -243,8 +250,9 @@ def tcx_programs(host: Host, device: str) -> dict[str, list[int]]:
     for direction, attach_type in ('ingress', 46), ('egress', 47):  # enum bpf_attach_type, linux/bpf.h
         flags, ids, count = ctypes.c_uint32(), (ctypes.c_uint32 * 64)(), ctypes.c_uint32(64)
         with inside(host):
-            lib.bpf_prog_query(socket.if_nametoindex(device), attach_type, 0, ctypes.byref(flags), ids,
-                                   ctypes.byref(count))
+            lib.bpf_prog_query(
+                socket.if_nametoindex(device), attach_type, 0, ctypes.byref(flags), ids, ctypes.byref(count)
+            )
         found[direction] = [number for number in ids[: count.value] if number]
     return found
 
@@ -270,8 +278,11 @@ def detach_tcx_links(programs: Sequence[int]) -> None:
 
 def files(directory: Path) -> dict[str, tuple[int, str]]:
     """Inode and text of the files in a directory, by name."""
-    return {path.name: (path.stat().st_ino, path.read_text(errors='replace'))
-            for path in directory.iterdir() if path.is_file()}
+    return {
+        path.name: (path.stat().st_ino, path.read_text(errors='replace'))
+        for path in directory.iterdir()
+        if path.is_file()
+    }
 
 
 def whole_rows(path: Path) -> list[Row]:
@@ -316,8 +327,10 @@ def undone(host: Host) -> Iterator[None]:
 @pytest.fixture(scope='module')
 def busy(lab4: Lab) -> Lab:
     """The lab, whose client pings its server 300 times a second; the last router is silent."""
-    lab4.routers[3].run('nft', 'table ip silence { chain output { type filter hook output priority 0;'
-                        'icmp type time-exceeded drop; }; }')
+    lab4.routers[3].run(
+        'nft',
+        'table ip silence { chain output { type filter hook output priority 0;icmp type time-exceeded drop; }; }',
+    )
     for _ in range(3):  # at intervals below 10 ms ping would keep a CPU busy
         lab4.client.popen('ping', '-nq', '-i0.01', lab4.server_address(4), stdout=subprocess.DEVNULL)
     return lab4
@@ -342,19 +355,29 @@ USAGE = {
     'nothing to probe': (['-i', 'eth0'], ['nothing to probe', 'address', '-a', '-P']),
     'empty address': (['-i', 'eth0', ''], ['address', 'empty']),
     'empty name': (['-i', 'eth0', '-a', ''], ['-a/--app', 'empty']),
-    **{f'interval {text}': (['-i', 'eth0', '-p', text, ANYWHERE],
-                            ['-p/--probeint', f"'{text}'", 'whole', 'milliseconds', '0 to 1000'])
-       for text in ('1001', '-1', '2.5', 'ten', '')},
+    **{
+        f'interval {text}': (
+            ['-i', 'eth0', '-p', text, ANYWHERE],
+            ['-p/--probeint', f"'{text}'", 'whole', 'milliseconds', '0 to 1000'],
+        )
+        for text in ('1001', '-1', '2.5', 'ten', '')
+    },
     'rate type': (['-i', 'eth0', '-r', 'fast', ANYWHERE], ['-r/--ratetype', "'fast'", 'g, global, h']),
-    'ingress hook': (['-i', 'eth0', '--ingress-hook', 'native', ANYWHERE],
-                     ['--ingress-hook', "'native'", 'auto', 'xdp', 'generic', 'tc']),
+    'ingress hook': (
+        ['-i', 'eth0', '--ingress-hook', 'native', ANYWHERE],
+        ['--ingress-hook', "'native'", 'auto', 'xdp', 'generic', 'tc'],
+    ),
     'ingress': (['-i', 'eth0', '-I', 'reject', ANYWHERE], ['-I/--ingress', "'reject'", 'pass', 'drop']),
     'encapsulation': (['-i', 'eth0', '-e', 'ring', ANYWHERE], ['-e/--encapsulation', "'ring'", 'ethernet']),
     'process 0': (['-i', 'eth0', '-P', '0'], ['-P/--pid', "'0'", '1 to']),
     'process name': (['-i', 'eth0', '-P', 'init'], ['-P/--pid', "'init'", 'process ID']),
-    **{f'duration {text}': (['-i', 'eth0', '--duration', text, ANYWHERE],
-                            ['--duration', f"'{text}'", 'seconds', 'above 0'])
-       for text in ('0', '-1', 'nan', 'inf', 'soon')},
+    **{
+        f'duration {text}': (
+            ['-i', 'eth0', '--duration', text, ANYWHERE],
+            ['--duration', f"'{text}'", 'seconds', 'above 0'],
+        )
+        for text in ('0', '-1', 'nan', 'inf', 'soon')
+    },
     'no rate': (['-i', 'eth0', '--max-rate', '0', ANYWHERE], ['--max-rate', "'0'", 'probes per second']),
     'unknown option': (['-i', 'eth0', '--loud', ANYWHERE], ['--loud']),
     'shortened option': (['-i', 'eth0', '--dur', '1', ANYWHERE], ['--dur']),
@@ -375,10 +398,38 @@ def test_wrong_usage(tmp_path, arguments, words):
 
 def test_help_names_each_option():
     shown = run(*COMMAND, '-h')
-    for option in ('-h, --help', '-I', '--ingress', '-l, --logfile', '-f', '--filebase', '-d, --debug', '-p',
-                   '--probeint', '-P', '--pid', '-a', '--app', '-r', '--ratetype', '-i', '--interface',
-                   '-T, --notrunc', '-e', '--encapsulation', '-H', '--hooks', '-q, --quiet', '--duration',
-                   '--max-rate', '--ingress-hook', '--version', 'address', '@FILE', 'examples'):
+    for option in (
+        '-h, --help',
+        '-I',
+        '--ingress',
+        '-l, --logfile',
+        '-f',
+        '--filebase',
+        '-d, --debug',
+        '-p',
+        '--probeint',
+        '-P',
+        '--pid',
+        '-a',
+        '--app',
+        '-r',
+        '--ratetype',
+        '-i',
+        '--interface',
+        '-T, --notrunc',
+        '-e',
+        '--encapsulation',
+        '-H',
+        '--hooks',
+        '-q, --quiet',
+        '--duration',
+        '--max-rate',
+        '--ingress-hook',
+        '--version',
+        'address',
+        '@FILE',
+        'examples',
+    ):
         assert option in shown.stdout
     assert shown.stderr == ''
 
@@ -418,8 +469,13 @@ CAPABILITIES = {
 def as_nobody(*capabilities: str) -> Sequence[str]:
     """What runs a command as a user that has these capabilities, and no others."""
     these = ','.join(['-all', *(f'+{name}' for name in capabilities)])
-    return ('setpriv', f'--reuid={NOBODY}', f'--regid={NOBODY}', '--clear-groups',
-            *(f'--{kind}={these}' for kind in ('inh-caps', 'ambient-caps', 'bounding-set')))
+    return (
+        'setpriv',
+        f'--reuid={NOBODY}',
+        f'--regid={NOBODY}',
+        '--clear-groups',
+        *(f'--{kind}={these}' for kind in ('inh-caps', 'ambient-caps', 'bounding-set')),
+    )
 
 
 @pytest.fixture
@@ -435,10 +491,14 @@ def nobodys(monkeypatch) -> Iterator[Path]:
 
 
 @root
-@pytest.mark.parametrize(('interest', 'capabilities'), [
-    *CAPABILITIES.items(),
-    ('address', ['net_admin', 'sys_admin']),  # before Linux 5.8
-], ids=[*CAPABILITIES, 'older kernel'])
+@pytest.mark.parametrize(
+    ('interest', 'capabilities'),
+    [
+        *CAPABILITIES.items(),
+        ('address', ['net_admin', 'sys_admin']),  # before Linux 5.8
+    ],
+    ids=[*CAPABILITIES, 'older kernel'],
+)
 def test_least_capabilities(lab4, nobodys, interest, capabilities):
     """The process of interest is root's, and has its socket before elfprobe starts. (Before Linux 5.11
     BPF maps count as locked memory.)"""
@@ -467,19 +527,29 @@ def test_least_capabilities(lab4, nobodys, interest, capabilities):
 
 
 @root
-@pytest.mark.parametrize(('interest', 'missing'), [
-    (interest, name) for interest, names in CAPABILITIES.items() for name in names])
+@pytest.mark.parametrize(
+    ('interest', 'missing'), [(interest, name) for interest, names in CAPABILITIES.items() for name in names]
+)
 def test_without_a_capability(nobodys, interest, missing):
     rest = [name for name in CAPABILITIES[interest] if name != missing]
     of_interest = [ANYWHERE] if interest == 'address' else ['-P', str(os.getpid())]
     before = files(nobodys)
-    ended = run(*as_nobody(*rest), sys.executable, str(nobodys / 'elfprobe.py'), '-i', 'lo', *of_interest,
-                check=False, cwd=nobodys)
+    ended = run(
+        *as_nobody(*rest),
+        sys.executable,
+        str(nobodys / 'elfprobe.py'),
+        '-i',
+        'lo',
+        *of_interest,
+        check=False,
+        cwd=nobodys,
+    )
     assert check_refused(ended, 1, ['root', 'sudo', f'(missing: cap_{missing})']) == ''
     assert files(nobodys) == before
 
 
 # Bad input: what only the machine can tell
+
 
 class Bad(NamedTuple):
     """Arguments, words of the line that refuses them, words of the compiler's lines behind it.
@@ -520,8 +590,10 @@ BAD = {
     'interface is down': Bad(['-i', 'down0', ANYWHERE], ['-i/--interface', "'down0'", 'link set down0 up']),
     'loopback': Bad(['-i', 'lo', ANYWHERE], ['-i/--interface', "'lo'", 'loopback']),
     'neither Ethernet nor IP': Bad(['-i', 'odd0', ANYWHERE], ['-i/--interface', "'odd0'", 'link type 824']),
-    'no IPv6 inside': Bad(['-i', 'ipip0', '-e', 'ip6inip', ANYWHERE],
-                          ['-e/--encapsulation', "'ip6inip'", "'ipip0'", 'ethernet or ipinip']),
+    'no IPv6 inside': Bad(
+        ['-i', 'ipip0', '-e', 'ip6inip', ANYWHERE],
+        ['-e/--encapsulation', "'ip6inip'", "'ipip0'", 'ethernet or ipinip'],
+    ),
     'no such process': Bad(['-P', '4194304'], ['-P/--pid', 'no process 4194304']),
     'no such name': Bad(['no.such.invalid'], ["address 'no.such.invalid'", 'resolve'], via=OFFLINE),
     'no name at all': Bad(['no..name'], ["address 'no..name'", 'resolve'], via=OFFLINE),
@@ -534,21 +606,25 @@ BAD = {
     'no hooks': Bad(['-H', 'nowhere.c', ANYWHERE], ['-H/--hooks', "'nowhere.c'", 'No such file']),
     'hooks are a directory': Bad(['-H', '/proc', ANYWHERE], ['-H/--hooks', "'/proc'", 'Is a directory']),
     'hooks of bytes': Bad(['-H', 'bytes', ANYWHERE], ['-H/--hooks', "'bytes'", 'not a text file']),
-    'hooks do not compile': Bad(['-H', 'wrong.c', ANYWHERE], ["'wrong.c'", 'compile'],
-                                ['wrong.c:3:9: error:', "identifier 'nonsense'", 'return nonsense;']),
-    'hooks do not load': Bad(['-H', 'unsafe.c', ANYWHERE], ['elf_probe', 'kernel'],
-                             ['invalid access to packet']),
-    'no such directory': Bad(['-f', 'nowhere/elf', ANYWHERE],
-                             ['-f/--filebase', "'nowhere/elf.csv'", 'No such file']),
-    'read-only': Bad(['-f', 'sealed/elf', ANYWHERE],
-                     ['-f/--filebase', "'sealed/elf.csv'", 'Read-only'], via=SEALED),
-    'log is in use': Bad(['-l', ANYWHERE], ['-f/--filebase', "'elf.log'", 'busy'],
-                         via=mounted('mount --bind elf.log elf.log')),
+    'hooks do not compile': Bad(
+        ['-H', 'wrong.c', ANYWHERE],
+        ["'wrong.c'", 'compile'],
+        ['wrong.c:3:9: error:', "identifier 'nonsense'", 'return nonsense;'],
+    ),
+    'hooks do not load': Bad(['-H', 'unsafe.c', ANYWHERE], ['elf_probe', 'kernel'], ['invalid access to packet']),
+    'no such directory': Bad(
+        ['-f', 'nowhere/elf', ANYWHERE], ['-f/--filebase', "'nowhere/elf.csv'", 'No such file']
+    ),
+    'read-only': Bad(
+        ['-f', 'sealed/elf', ANYWHERE], ['-f/--filebase', "'sealed/elf.csv'", 'Read-only'], via=SEALED
+    ),
+    'log is in use': Bad(
+        ['-l', ANYWHERE], ['-f/--filebase', "'elf.log'", 'busy'], via=mounted('mount --bind elf.log elf.log')
+    ),
     'disk is full': Bad(['-f', 'full/elf', ANYWHERE], ["'full/elf.csv'", 'No space'], via=FULL),
     'no temporary file': Bad([ANYWHERE], ['temporary'], via=['prlimit', '--fsize=0']),
     'time namespace': Bad([ANYWHERE], ['time namespace'], via=['unshare', '-T', '--monotonic', '9999', '-f']),
-    'not permitted': Bad([ANYWHERE], ['no BPF map', 'not permitted'],
-                         via=[sys.executable, '-c', REFUSING_BPF]),
+    'not permitted': Bad([ANYWHERE], ['no BPF map', 'not permitted'], via=[sys.executable, '-c', REFUSING_BPF]),
     'lines of an interface': Bad(['-i', 'eth\n0', ANYWHERE], ['-i/--interface', "'eth\\n0'"]),
     'lines of a name': Bad(['no\nname'], ["address 'no\\nname'"], via=OFFLINE),
     'lines of an @FILE': Bad(['@no\nfile'], ["'no\\nfile'", 'No such file']),
@@ -586,6 +662,7 @@ def test_bad_input(odd_devices, tmp_path, bad):
 
 # What others own
 
+
 @contextmanager
 def hole(host: Host) -> Iterator[None]:
     """Another device, into which packets vanish."""
@@ -613,8 +690,7 @@ def test_xdp_program_of_others_is_named(lab4, tmp_path, mode, hook):
     with undone(lab4.client):
         someones(lab4.client, mode)
         before = attached(lab4.client)
-        ended = lab4.client.run(*COMMAND, '-i', 'eth0', '--ingress-hook', hook, ANYWHERE, check=False,
-                                cwd=tmp_path)
+        ended = lab4.client.run(*COMMAND, '-i', 'eth0', '--ingress-hook', hook, ANYWHERE, check=False, cwd=tmp_path)
         words = ['-i/--interface', "'eth0'", 'someones', '--ingress-hook tc']
         assert check_refused(ended, 1, words) == ''
         assert attached(lab4.client) == before
@@ -664,8 +740,12 @@ def test_filters_of_others_stay_in_effect(busy, tmp_path, command):
     away = 'action', 'mirred', 'egress', 'redirect', 'dev', 'hole0'
     with undone(client), hole(client):
         assert have_effect(busy) == [False] * 3
-        tc(client, 'qdisc add dev eth0 clsact', u32('egress', f'dst {busy.hop(4, 1)}', *away),
-           u32('ingress', f'src {busy.hop(4, 2)}', *away))
+        tc(
+            client,
+            'qdisc add dev eth0 clsact',
+            u32('egress', f'dst {busy.hop(4, 1)}', *away),
+            u32('ingress', f'src {busy.hop(4, 2)}', *away),
+        )
         someones(client, 'egress')
         before = attached(client)
         assert have_effect(busy) == [True] * 3
@@ -718,10 +798,14 @@ elfprobe.may_have_tcx = lambda: False
 
 
 @root
-@pytest.mark.parametrize('condition, error', [
-    ("str(command).startswith('del')", "NetlinkError(95, 'Operation not supported')"),
-    ('isinstance(command, tuple)', "AttributeError('startswith')"),
-], ids=['0.5', '0.9'])
+@pytest.mark.parametrize(
+    'condition, error',
+    [
+        ("str(command).startswith('del')", "NetlinkError(95, 'Operation not supported')"),
+        ('isinstance(command, tuple)', "AttributeError('startswith')"),
+    ],
+    ids=['0.5', '0.9'],
+)
 def test_pyroute2_detaches(lab4, tmp_path, condition, error):
     before = attached(lab4.client)
     via = *lab4.client.command(), *with_change(PYROUTE2.format(condition=condition, error=error))
@@ -805,16 +889,26 @@ PROGRAMS = {
     'tcx': ({'tcx egress': 'if first', 'tcx ingress': ''}, ()),
     'filters': ({'tc egress 1': '', 'tc ingress 1': ''}, ()),
     'tcx, no tcx for us': ({'tcx egress': 'always', 'tcx ingress': ''}, CLSACT_COMMAND),
-    'filters, no tcx for us': ({'tc egress 1': 'always', 'tc egress 20': '', 'tc ingress 1': '',
-                                'tc ingress 20': ''}, CLSACT_COMMAND),
+    'filters, no tcx for us': (
+        {'tc egress 1': 'always', 'tc egress 20': '', 'tc ingress 1': '', 'tc ingress 20': ''},
+        CLSACT_COMMAND,
+    ),
 }
 
 
 @contextmanager
 def counting(host: Host, places: Iterable[str]) -> Iterator[Callable[[], list[int]]]:
     """Somebody else's programs in these places of the host's first device. Gives what reads their counts."""
-    with host.popen(sys.executable, '-c', COUNTING, *places, cwd=ELFPROBE.parent, stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with host.popen(
+        sys.executable,
+        '-c',
+        COUNTING,
+        *places,
+        cwd=ELFPROBE.parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
 
         def counts() -> list[int]:
             process.stdin.write('\n')
@@ -887,8 +981,9 @@ def test_copies_that_a_filter_of_others_ends(make_lab, tmp_path, where, command)
     copies = {'dropping': 0, 'letting out': 1}[where]
     assert len(arrived.packets()) == 2 * (PINGS + copies)
     assert measuring.counters['clone_lost'] >= (2 if copies else PINGS)
-    assert [server for server in servers if f'{server}: a filter in front of ours' in measuring.log] == \
-        (servers if copies else [])
+    assert [server for server in servers if f'{server}: a filter in front of ours' in measuring.log] == (
+        servers if copies else []
+    )
 
 
 @root
@@ -926,14 +1021,16 @@ def test_one_elfprobe_for_each_interface(lab4, tmp_path):
             ended = client.run(*COMMAND, '-i', 'eth0', ANYWHERE, check=False, cwd=tmp_path)
             assert check_refused(ended, 1, ['-i/--interface', "'eth0'", 'elfprobe']) == ''
             assert files(tmp_path) == csv
-            with elfprobe(lab4, '-i', 'hole0', '-f', 'two', ANYWHERE, cwd=tmp_path), \
-                    elfprobe(lab4, '-f', 'three', ANYWHERE, cwd=tmp_path, host=router):
+            with elfprobe(lab4, '-i', 'hole0', '-f', 'two', ANYWHERE, cwd=tmp_path), elfprobe(
+                lab4, '-f', 'three', ANYWHERE, cwd=tmp_path, host=router
+            ):
                 assert first.is_running
                 assert [attached(*place) for place in places][0] == during
         assert [attached(*place) for place in places] == before
 
 
 # Every ending
+
 
 @root
 @pytest.mark.parametrize('signals', ['SIGINT', 'SIGHUP', 'SIGINT SIGTERM', ''])
@@ -1001,8 +1098,13 @@ KILLED = {  # when, the command before elfprobe's, its options, whether clsact i
     'with filters of others': ('at work', CLSACT_COMMAND, (), True, 'filter'),
     'old system, whose kernel does not see to XDP': ('at work', OLD_COMMAND, XDP, False, 'XDP program'),
     'in the start': ('in the start', with_fault('ElfProbe._output_files', 'SIGKILL'), (), False, ''),
-    'in the start, clsact':
-        ('in the start', with_fault('ElfProbe._output_files', 'SIGKILL', NO_TCX), (), False, 'filter'),
+    'in the start, clsact': (
+        'in the start',
+        with_fault('ElfProbe._output_files', 'SIGKILL', NO_TCX),
+        (),
+        False,
+        'filter',
+    ),
 }
 
 
@@ -1031,44 +1133,68 @@ def test_next_start_clears_what_a_killed_one_left(busy, tmp_path, killed, comman
 
 
 @root
-@pytest.mark.parametrize(('stage', 'fault'), [
-    ('find_device', 'RuntimeError'),
-    ('sole_user', 'Failure'),
-    ('load_program', 'RuntimeError'),
-    ('Results', 'Failure'),
-    ('Destinations', 'RuntimeError'),
-    ('attachments', 'RuntimeError'),
-    ('TcxAttachment.attach', 'RuntimeError'),
-    ('OutputFile', 'Failure'),
-    ('SocketOwners.followed', 'RuntimeError'),
-    ('ClsactAttachment._add_filter', 'Failure'),
-    ('tc_filters', 'RuntimeError'),
-    ('pyroute2.IPRoute.tc', 'RuntimeError'),
-    ('OutputFile.write_lines', 'RuntimeError'),
-])
+@pytest.mark.parametrize(
+    ('stage', 'fault'),
+    [
+        ('find_device', 'RuntimeError'),
+        ('sole_user', 'Failure'),
+        ('load_program', 'RuntimeError'),
+        ('Results', 'Failure'),
+        ('Destinations', 'RuntimeError'),
+        ('attachments', 'RuntimeError'),
+        ('TcxAttachment.attach', 'RuntimeError'),
+        ('OutputFile', 'Failure'),
+        ('SocketOwners.followed', 'RuntimeError'),
+        ('ClsactAttachment._add_filter', 'Failure'),
+        ('tc_filters', 'RuntimeError'),
+        ('pyroute2.IPRoute.tc', 'RuntimeError'),
+        ('OutputFile.write_lines', 'RuntimeError'),
+    ],
+)
 def test_nothing_is_left_of_a_start_that_fails(lab4, tmp_path, stage, fault):
     (tmp_path / 'elf.csv').write_text(OLD)
     before = attached(lab4.client), files(tmp_path)
     with undone(lab4.client):
         change = NO_TCX if stage.startswith(('Clsact', 'tc_', 'pyroute2')) else ''
-        ended = lab4.client.run(*with_fault(stage, fault, change), *COMMAND, '-i', 'eth0', '-a', 'speedtest',
-                                ANYWHERE, check=False, cwd=tmp_path)
+        ended = lab4.client.run(
+            *with_fault(stage, fault, change),
+            *COMMAND,
+            '-i',
+            'eth0',
+            '-a',
+            'speedtest',
+            ANYWHERE,
+            check=False,
+            cwd=tmp_path,
+        )
         assert ended.returncode == 1
         assert 'a test broke it' in ended.stderr.splitlines()[-1]
         assert (attached(lab4.client), files(tmp_path)) == before
 
 
 @root
-@pytest.mark.parametrize(('stage', 'fault', 'status'), [
-    ('ElfProbe._measure', 'RuntimeError', 1),
-    ('ElfProbe._summarise', 'Failure', 1),
-    ('Results.expire', 'RuntimeError', 1),
-])
+@pytest.mark.parametrize(
+    ('stage', 'fault', 'status'),
+    [
+        ('ElfProbe._measure', 'RuntimeError', 1),
+        ('ElfProbe._summarise', 'Failure', 1),
+        ('Results.expire', 'RuntimeError', 1),
+    ],
+)
 def test_interface_is_clean_after_a_fault_at_work(busy, tmp_path, stage, fault, status):
     before = attached(busy.client)
     with undone(busy.client):
-        ended = busy.client.run(*with_fault(stage, fault), *COMMAND, '-i', 'eth0', '--duration', '0.1',
-                                busy.server_address(4), check=False, cwd=tmp_path)
+        ended = busy.client.run(
+            *with_fault(stage, fault),
+            *COMMAND,
+            '-i',
+            'eth0',
+            '--duration',
+            '0.1',
+            busy.server_address(4),
+            check=False,
+            cwd=tmp_path,
+        )
         assert ended.returncode == status, ended.stderr
         assert attached(busy.client) == before
     whole_rows(tmp_path / 'elf.csv')
@@ -1080,8 +1206,7 @@ def test_nothing_is_done_after_a_signal_in_the_start(lab4, tmp_path, number):
     (tmp_path / 'elf.csv').write_text(OLD)
     before = attached(lab4.client), files(tmp_path)
     with undone(lab4.client):
-        ended = lab4.client.run(*with_fault('load_program', number), *COMMAND, '-i', 'eth0', ANYWHERE,
-                                cwd=tmp_path)
+        ended = lab4.client.run(*with_fault('load_program', number), *COMMAND, '-i', 'eth0', ANYWHERE, cwd=tmp_path)
         assert 'before anything was attached' in ended.stdout + ended.stderr
         assert (attached(lab4.client), files(tmp_path)) == before
 
@@ -1089,8 +1214,9 @@ def test_nothing_is_done_after_a_signal_in_the_start(lab4, tmp_path, number):
 def pinging(make_lab: Callable[..., Lab]) -> Lab:
     """A lab whose client's device nobody else needs."""
     lab = make_lab(routers=1)
-    lab.client.popen('ping', '-nq', '-i0.01', lab.server_address(4), stdout=subprocess.DEVNULL,
-                     stderr=subprocess.DEVNULL)
+    lab.client.popen(
+        'ping', '-nq', '-i0.01', lab.server_address(4), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     return lab
 
 
@@ -1139,10 +1265,13 @@ def test_address_is_removed_and_comes_back(make_lab, tmp_path):
 
 
 @root
-@pytest.mark.parametrize(('place', 'commands'), [
-    ('client', ['link set eth0 down', 'link set eth0 name eth5', 'link set eth5 up']),
-    ('server', ['link set eth0 netns {server} name eth5']),
-])
+@pytest.mark.parametrize(
+    ('place', 'commands'),
+    [
+        ('client', ['link set eth0 down', 'link set eth0 name eth5', 'link set eth5 up']),
+        ('server', ['link set eth0 netns {server} name eth5']),
+    ],
+)
 def test_interface_goes_elsewhere(make_lab, tmp_path, place, commands):
     """It gets another name, or another namespace, where it is another administrator's."""
     lab = pinging(make_lab)
@@ -1159,8 +1288,16 @@ def test_console_is_closed(busy, tmp_path):
     before = attached(busy.client)
     with ExitStack() as stack:
         stack.enter_context(undone(busy.client))
-        process = busy.client.popen(*COMMAND, '-i', 'eth0', '-dl', busy.server_address(4), cwd=tmp_path,
-                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = busy.client.popen(
+            *COMMAND,
+            '-i',
+            'eth0',
+            '-dl',
+            busy.server_address(4),
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
         stack.callback(end, process)
         wait_for_line(process, 'probing on')
         process.stderr.close()
@@ -1189,15 +1326,16 @@ def test_standard_streams_are_closed(busy, tmp_path, closed):
     before = attached(busy.client)
     shell = 'sh', '-c', f'exec "$@" {closed}', 'sh'
     with undone(busy.client):
-        with logging_elfprobe(busy.client, *shell, *COMMAND, '-i', 'eth0', '-dl', busy.server_address(4),
-                              cwd=tmp_path) as measuring:
+        with logging_elfprobe(
+            busy.client, *shell, *COMMAND, '-i', 'eth0', '-dl', busy.server_address(4), cwd=tmp_path
+        ) as measuring:
             has_rows(measuring)
             # By device: in a chroot, files of another mount namespace have names outside of it.
             streams = [os.stat(f'/proc/{measuring.process.pid}/fd/{number}').st_rdev for number in (0, 1, 2)]
             assert measuring.stop() == 0
             check_end(measuring)
         assert attached(busy.client) == before
-    assert streams[-closed.count('&'):] == [os.stat(os.devnull).st_rdev] * closed.count('&')
+    assert streams[-closed.count('&') :] == [os.stat(os.devnull).st_rdev] * closed.count('&')
 
 
 @contextmanager
@@ -1225,8 +1363,9 @@ def unread_console(kind: str) -> Iterator[int]:
 def test_console_is_not_read(busy, tmp_path, kind):
     before = attached(busy.client)
     with undone(busy.client), unread_console(kind) as console:
-        with logging_elfprobe(busy.client, *COMMAND, '-i', 'eth0', '-dl', busy.server_address(4),
-                              cwd=tmp_path, stderr=console) as measuring:
+        with logging_elfprobe(
+            busy.client, *COMMAND, '-i', 'eth0', '-dl', busy.server_address(4), cwd=tmp_path, stderr=console
+        ) as measuring:
             has_rows(measuring)
             assert measuring.stop() == 0
             check_end(measuring)
@@ -1240,9 +1379,15 @@ def test_refusal_is_not_read():
 
 def test_lines_left_out_on_the_console_are_counted():
     number = 20000
-    with subprocess.Popen([sys.executable, '-c', SAY, str(number)], cwd=ELFPROBE.parent, text=True,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          start_new_session=True) as process:
+    with subprocess.Popen(
+        [sys.executable, '-c', SAY, str(number)],
+        cwd=ELFPROBE.parent,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
         try:
             assert process.stdout.readline() == 'said\n'
             lines = [process.stderr.readline() for _ in range(1000)]  # so there is room for more
@@ -1273,8 +1418,17 @@ def test_log_is_full(busy, tmp_path):
         stack.callback(end, shell)
         count = 'pgrep', '-c', '-P', str(shell.pid)
         wait_until(lambda: run(*count, check=False).stdout == '80\n', 10, 'the crowd is there')
-        with elfprobe(busy, '-rg', '-p250', '-l', '-P', str(shell.pid), busy.server_address(4), cwd=tmp_path,
-                      via=busy.client.command(*limited)) as measuring:
+        with elfprobe(
+            busy,
+            '-rg',
+            '-p250',
+            '-l',
+            '-P',
+            str(shell.pid),
+            busy.server_address(4),
+            cwd=tmp_path,
+            via=busy.client.command(*limited),
+        ) as measuring:
             has_rows(measuring, 3)
             assert measuring.stop() == 0
             wait_until(lambda: 'unanswered' in measuring.log, 5, 'cat has written everything')
@@ -1298,8 +1452,17 @@ DISKS = {
 def test_disk_is_full(busy, tmp_path, filebase, via):
     before = attached(busy.client)
     with undone(busy.client):
-        with elfprobe(busy, '-rg', '-p0', '-l', '-f', filebase, busy.server_address(4), cwd=tmp_path,
-                      via=busy.client.command(*via)) as measuring:
+        with elfprobe(
+            busy,
+            '-rg',
+            '-p0',
+            '-l',
+            '-f',
+            filebase,
+            busy.server_address(4),
+            cwd=tmp_path,
+            via=busy.client.command(*via),
+        ) as measuring:
             assert measuring.wait() == 1
         assert attached(busy.client) == before
     assert 'Traceback' not in measuring.log
@@ -1313,6 +1476,7 @@ def test_disk_is_full(busy, tmp_path, filebase, via):
 
 
 # Files
+
 
 @root
 def test_existing_files_are_renamed_and_new_ones_are_the_users(busy, tmp_path):
@@ -1331,16 +1495,20 @@ def test_existing_files_are_renamed_and_new_ones_are_the_users(busy, tmp_path):
     assert after['elf.log'][1] == measuring.log
     for new, old in ('elf.2.csv', 'elf.csv'), ('elf.1.log', 'elf.log'):
         assert re.search(rf'\b{old}\b.*\b{new}\b', measuring.log)
-    owners = {name: (path.stat().st_uid, path.stat().st_gid) for name in moved.keys() | after.keys()
-              for path in [tmp_path / name]}
+    owners = {
+        name: (path.stat().st_uid, path.stat().st_gid)
+        for name in moved.keys() | after.keys()
+        for path in [tmp_path / name]
+    }
     assert owners == {**dict.fromkeys(moved, (0, 0)), **dict.fromkeys(after, (1234, 2345))}
 
 
 @root
 def test_quiet_and_debug(busy, tmp_path):
     """By its own name, as people call it, too."""
-    ended = busy.client.run(str(ELFPROBE), '-qd', '-i', 'eth0', '--duration', '0.3', busy.server_address(4),
-                            cwd=tmp_path)
+    ended = busy.client.run(
+        str(ELFPROBE), '-qd', '-i', 'eth0', '--duration', '0.3', busy.server_address(4), cwd=tmp_path
+    )
     assert ended.stdout == ended.stderr == ''
     with open(tmp_path / 'elf.log', 'rb') as log:
         measured = Run(subprocess.Popen(['true'], text=True), tmp_path, log)
@@ -1350,6 +1518,7 @@ def test_quiet_and_debug(busy, tmp_path):
 
 
 # Applications
+
 
 @root
 def test_flows_of_applications(lab4, tmp_path):

@@ -134,6 +134,7 @@ chain forward {
 
 # Traffic
 
+
 @contextmanager
 def udp_sockets(lab: Lab, version: int) -> Iterator[tuple[socket.socket, socket.socket]]:
     """Of client and server, bound."""
@@ -230,6 +231,7 @@ def transfer(source: socket.socket, sink: socket.socket, size: int) -> None:
 
 # The lab
 
+
 def packets_counted(host: Host, counter: str) -> int:
     """By a named counter of the table."""
     said = host.run('nft', 'list', 'counter', 'inet', 'elf', counter).stdout
@@ -275,8 +277,7 @@ def datagrams(lab: Lab) -> tuple[Sent, Sent]:
     Echo comes first, by which the path's length is known.
     """
     applications = f'({from_client(lab)}) and not {PROBES}'
-    with lab.client.capture(filter=applications) as left, \
-            lab.server.capture(filter=from_client(lab)) as arrived:
+    with lab.client.capture(filter=applications) as left, lab.server.capture(filter=from_client(lab)) as arrived:
         for version in VERSIONS:
             send_echo_requests(lab, version, 200)
             with udp_sockets(lab, version) as sockets:
@@ -315,11 +316,11 @@ def test_each_byte_of_a_stream_is_sent_once(lab4: Lab, tmp_path: Path, version: 
     """In order, in packets that are yet to be segmented, none of them a retransmission; no probe arrives."""
     early = {'net.ipv4.tcp_early_retrans': 0}  # or else a busy machine looks like a loss
     applications = f'({from_client(lab4)}) and not {PROBES}'
-    with sysctls([lab4.client], early), \
-            lab4.client.capture(filter=applications, snaplen=120) as left, \
-            lab4.server.capture(filter=PROBES) as probes, \
-            elfprobe(lab4, '-p', '0', lab4.server_address(version), cwd=tmp_path) as run, \
-            tcp_pair(lab4, version) as (sender, receiver):
+    with sysctls([lab4.client], early), lab4.client.capture(
+        filter=applications, snaplen=120
+    ) as left, lab4.server.capture(filter=PROBES) as probes, elfprobe(
+        lab4, '-p', '0', lab4.server_address(version), cwd=tmp_path
+    ) as run, tcp_pair(lab4, version) as (sender, receiver):
         transfer(sender, receiver, 16 * MIB)
         assert run.stop() == 0
     packets = ip_packets(left)
@@ -335,17 +336,22 @@ def test_each_byte_of_a_stream_is_sent_once(lab4: Lab, tmp_path: Path, version: 
 
 
 SHAPERS = {
-    'htb': ['qdisc add dev eth0 root handle 1: htb default 1',
-            'class add dev eth0 parent 1: classid 1:1 htb rate 50mbit'],
+    'htb': [
+        'qdisc add dev eth0 root handle 1: htb default 1',
+        'class add dev eth0 parent 1: classid 1:1 htb rate 50mbit',
+    ],
     'tbf': ['qdisc add dev eth0 root handle 1: tbf rate 50mbit burst 16kb latency 40ms'],
 }
 
 
-@pytest.mark.parametrize(('shaper', 'command'), [('htb', ()), ('tbf', ()), ('htb', CLSACT_COMMAND)],
-                         ids=['htb', 'tbf', 'htb, clsact'])
-def test_shaper_reckons_with_probes_as_they_are(lab4: Lab, tmp_path: Path, shaper: str,
-                                                command: Sequence[str]) -> None:
+@pytest.mark.parametrize(
+    ('shaper', 'command'), [('htb', ()), ('tbf', ()), ('htb', CLSACT_COMMAND)], ids=['htb', 'tbf', 'htb, clsact']
+)
+def test_shaper_reckons_with_probes_as_they_are(
+    lab4: Lab, tmp_path: Path, shaper: str, command: Sequence[str]
+) -> None:
     """And not with the packets that they are copies of, which are up to a thousand times as long."""
+
     def told(*command: str) -> Any:
         return json.loads(lab4.client.run(*command).stdout)
 
@@ -356,8 +362,11 @@ def test_shaper_reckons_with_probes_as_they_are(lab4: Lab, tmp_path: Path, shape
         stack.callback(lab4.client.run, 'tc', 'qdisc', 'del', 'dev', 'eth0', 'root', check=False)
         tc(lab4.client, *SHAPERS[shaper])
         before = bytes_sent()
-        measuring = stack.enter_context(elfprobe(lab4, '-p', '0', '-d', lab4.server_address(6), cwd=tmp_path,
-                                                 via=(*lab4.client.command(), *command)))
+        measuring = stack.enter_context(
+            elfprobe(
+                lab4, '-p', '0', '-d', lab4.server_address(6), cwd=tmp_path, via=(*lab4.client.command(), *command)
+            )
+        )
         sender, receiver = stack.enter_context(tcp_pair(lab4, 6))
         transfer(sender, receiver, 8 * MIB)
         sent = bytes_sent() - before
@@ -379,12 +388,20 @@ def test_mark_priority_socket_and_time_stamps(lab4: Lab, tmp_path: Path, version
         tc(lab4.client, 'qdisc add dev eth0 clsact')
         elf = stack.enter_context(elfprobe(lab4, '-p', '0', address, cwd=tmp_path))
         sender, receiver = stack.enter_context(udp_sockets(lab4, version))
-        cookie, = struct.unpack('Q', sender.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))
+        (cookie,) = struct.unpack('Q', sender.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))
         sender.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 0x77)
         sender.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, 5)
         sender.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPING, TX_SOFTWARE | SOFTWARE | OPT_ID | OPT_TSONLY)
-        witness = lab4.client.popen(sys.executable, '-c', WITNESS, str(PORT), cwd=ELFPROBE.parent,
-                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        witness = lab4.client.popen(
+            sys.executable,
+            '-c',
+            WITNESS,
+            str(PORT),
+            cwd=ELFPROBE.parent,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         stack.callback(end, witness)
         wait_for_line(witness, 'ready')
         send_echo_requests(lab4, version, 1)
@@ -415,6 +432,7 @@ def time_stamps(udp: socket.socket, version: int, count: int) -> Iterator[int]:
 
 # Receivers
 
+
 def counted(lab: Lab) -> list[dict[str, int]]:
     """What client and server count of TCP in exchanges of both families, but for what time decides."""
     hosts = lab.client, lab.server
@@ -423,14 +441,15 @@ def counted(lab: Lab) -> list[dict[str, int]]:
         with tcp_pair(lab, version) as pair:
             exchange(*pair, 300)
     now = [kernel_counters(host) for host in hosts]
-    grown = [Counter({name: host[name] - earlier[name] for name in host if name.startswith('Tcp')})
-             for host, earlier in zip(now, before)]
+    grown = [
+        Counter({name: host[name] - earlier[name] for name in host if name.startswith('Tcp')})
+        for host, earlier in zip(now, before)
+    ]
     for host, peer in zip(grown, reversed(grown)):
         host['TcpOutSegs'] -= host['TcpExtDelayedACKs']
         peer['TcpInSegs'] -= host['TcpExtDelayedACKs']
     by_time = re.compile('HP|PureAcks|TW|Delayed')
-    return [{name: value for name, value in host.items() if value and not by_time.search(name)}
-            for host in grown]
+    return [{name: value for name, value in host.items() if value and not by_time.search(name)} for host in grown]
 
 
 @TRUNCATED_AND_WHOLE
@@ -451,8 +470,9 @@ def test_time_exceeded_do_no_harm(lab4: Lab, tmp_path: Path, options: list[str])
     Neither SYN, nor FIN, nor RST carried a probe.
     """
     before = kernel_counters(lab4.client)
-    with lab4.client.capture(filter=from_client(lab4), snaplen=120) as left, \
-            elfprobe(lab4, '-p', '0', '-I', 'pass', *options, *both(lab4), cwd=tmp_path) as run:
+    with lab4.client.capture(filter=from_client(lab4), snaplen=120) as left, elfprobe(
+        lab4, '-p', '0', '-I', 'pass', *options, *both(lab4), cwd=tmp_path
+    ) as run:
         for version in VERSIONS:
             send_echo_requests(lab4, version, 1)
             with tcp_listener(lab4, version) as listener:
@@ -472,10 +492,14 @@ def test_time_exceeded_do_no_harm(lab4: Lab, tmp_path: Path, options: list[str])
     assert counters['TcpRetransSegs'] == counters['TcpAttemptFails'] == 0
     carriers = list(carriers_of_probes(ip_packets(left)))
     assert len(carriers) == len(run.rows())
-    assert not [packet for packet in carriers if packet.protocol == TCP
-                and flags(packet) & (TCP_SYN | TCP_FIN | TCP_RST)]
-    assert not [packet for packet in ip_packets(left) if packet.ttl <= 32 and packet.protocol == TCP
-                and flags(packet) & (TCP_SYN | TCP_FIN | TCP_RST)]
+    assert not [
+        packet for packet in carriers if packet.protocol == TCP and flags(packet) & (TCP_SYN | TCP_FIN | TCP_RST)
+    ]
+    assert not [
+        packet
+        for packet in ip_packets(left)
+        if packet.ttl <= 32 and packet.protocol == TCP and flags(packet) & (TCP_SYN | TCP_FIN | TCP_RST)
+    ]
 
 
 def leave(client: socket.socket, server: socket.socket, number: int) -> None:
@@ -508,6 +532,7 @@ def carriers_of_probes(packets: list[Packet]) -> Iterator[Packet]:
 
 # Firewalls
 
+
 @TRUNCATED_AND_WHOLE
 def test_stateful_firewall(lab4: Lab, tmp_path: Path, options: list[str]) -> None:
     """At hop 2, it drops what conntrack calls invalid: nothing, with any TCP options, busy or after silence.
@@ -517,8 +542,11 @@ def test_stateful_firewall(lab4: Lab, tmp_path: Path, options: list[str]) -> Non
     """
     r2, ends = lab4.routers[1], [lab4.client, lab4.server]
     names = [f'net.ipv4.tcp_{name}' for name in ('window_scaling', 'sack', 'timestamps')]
-    variants = [dict.fromkeys(names, 1), *({**dict.fromkeys(names, 1), name: 0} for name in names),
-                dict.fromkeys(names, 0)]
+    variants = [
+        dict.fromkeys(names, 1),
+        *({**dict.fromkeys(names, 1), name: 0} for name in names),
+        dict.fromkeys(names, 0),
+    ]
     with ExitStack() as stack:
         stack.enter_context(sysctls([r2], {'net.netfilter.nf_conntrack_tcp_be_liberal': 0}))
         stack.enter_context(nft_table(r2, STATEFUL))
@@ -557,8 +585,11 @@ def test_stateful_firewall(lab4: Lab, tmp_path: Path, options: list[str]) -> Non
 
 def check_age_of_probes(packets: list[Packet]) -> None:
     """None begins farther below the end of what was sent before than the receiver's first window."""
-    window = min(int.from_bytes(packet.segment[14:16], 'big') for packet in packets
-                 if packet.sport == PORT and flags(packet) & TCP_SYN)
+    window = min(
+        int.from_bytes(packet.segment[14:16], 'big')
+        for packet in packets
+        if packet.sport == PORT and flags(packet) & TCP_SYN
+    )
     ends: dict[Any, int] = {}
     for packet in packets:
         if packet.dport == PORT:
@@ -578,9 +609,9 @@ def test_nat(lab4: Lab, tmp_path: Path) -> None:
     r1 = lab4.routers[0]
     lab4.set_checksum_offload(False)
     try:
-        with nft_table(r1, MASQUERADE), \
-                r1.capture(r1.devices[1], filter=from_client(lab4)) as untranslated, \
-                elfprobe(lab4, '-p', '0', *both(lab4), cwd=tmp_path) as run:
+        with nft_table(r1, MASQUERADE), r1.capture(
+            r1.devices[1], filter=from_client(lab4)
+        ) as untranslated, elfprobe(lab4, '-p', '0', *both(lab4), cwd=tmp_path) as run:
             for version in VERSIONS:
                 send_echo_requests(lab4, version, 200)
                 with udp_sockets(lab4, version) as sockets:
@@ -648,11 +679,14 @@ def test_suspicious_firewall(lab4: Lab, tmp_path: Path) -> None:
 def test_raw_sockets(lab4: Lab, tmp_path: Path, version: int) -> None:
     """TCP that the kernel knows nothing of has no state that could be told, or keep probes from it."""
     # Whatever the kernel took for the next sequence number, it would be beyond one of these.
-    segments = [struct.pack('!HHIIBBHHH', CLIENT_PORT, PORT, number, 1, 5 << 4, 0x10, 1000, 0, 0)
-                for number in (1, 1 + (1 << 31))]
+    segments = [
+        struct.pack('!HHIIBBHHH', CLIENT_PORT, PORT, number, 1, 5 << 4, 0x10, 1000, 0, 0)
+        for number in (1, 1 + (1 << 31))
+    ]
     server = lab4.server_address(version)
-    with elfprobe(lab4, '-p', '0', '-d', server, cwd=tmp_path) as measuring, inside(lab4.client), \
-            socket.socket(FAMILY[version], socket.SOCK_RAW, TCP) as raw:
+    with elfprobe(lab4, '-p', '0', '-d', server, cwd=tmp_path) as measuring, inside(lab4.client), socket.socket(
+        FAMILY[version], socket.SOCK_RAW, TCP
+    ) as raw:
         for number in range(40):
             raw.sendto(segments[number % 2], (server, 0))
         wait_until(lambda: len(measuring.rows()) >= 30, 10, 'they have their rows')  # of those due

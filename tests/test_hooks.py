@@ -1,7 +1,7 @@
 """Where answers are read: native XDP, generic XDP or TC ingress, on several kinds of devices.
 
-    client - r1 - server        the client reaches r1 by a veth, or by a bridge or macvlan device above it
-    client: tap0 === this process, which plays a router and sends packets in pieces
+client - r1 - server        the client reaches r1 by a veth, or by a bridge or macvlan device above it
+client: tap0 === this process, which plays a router and sends packets in pieces
 """
 
 from __future__ import annotations
@@ -63,13 +63,24 @@ def check_hops(lab: Lab, measuring: Run, device: str = 'eth0') -> None:
 
 # Each place, on each kind of device
 
+
 @contextmanager
 def above(lab: Lab, kind: str) -> Iterator[str]:
     """Give the client another device above eth0, which has its addresses and routes meanwhile."""
     client, moved = lab.client, f'{kind}0'
     with ExitStack() as stack:
-        made = run('ip', '-n', client.name, 'link', 'add', *([] if kind == 'bridge' else ['link', 'eth0']),
-                   moved, 'type', kind, check=False)
+        made = run(
+            'ip',
+            '-n',
+            client.name,
+            'link',
+            'add',
+            *([] if kind == 'bridge' else ['link', 'eth0']),
+            moved,
+            'type',
+            kind,
+            check=False,
+        )
         if made.returncode:
             pytest.skip(f'this kernel has no such device: {made.stderr.strip()}')
         stack.callback(batch, client.name, [f'link del {moved}'])
@@ -97,8 +108,9 @@ def test_answers_are_read_at_each_hook(lab1: Lab, tmp_path: Path, hook: str) -> 
 
 @pytest.mark.parametrize('hook', ['auto', 'generic'])
 @pytest.mark.parametrize('kind', ['bridge', 'macvlan'])
-def test_answers_are_read_on_devices_above_others(make_lab: Callable[..., Lab], tmp_path: Path, kind: str,
-                                                  hook: str) -> None:
+def test_answers_are_read_on_devices_above_others(
+    make_lab: Callable[..., Lab], tmp_path: Path, kind: str, hook: str
+) -> None:
     lab = make_lab(routers=1)
     with above(lab, kind) as device:
         before = attached(lab.client), attached(lab.client, device)
@@ -134,8 +146,7 @@ def test_auto_takes_tc_where_native_xdp_is_refused(make_lab: Callable[..., Lab],
     for host in lab.client, lab.routers[0]:
         batch(host.name, [f'link set eth0 mtu {LARGE_MTU}'])
     before = attached(lab.client)
-    refused = lab.client.run(*COMMAND, '-i', 'eth0', '--ingress-hook', 'xdp', *both(lab), check=False,
-                             cwd=tmp_path)
+    refused = lab.client.run(*COMMAND, '-i', 'eth0', '--ingress-hook', 'xdp', *both(lab), check=False, cwd=tmp_path)
     check_refused(refused, 1, ["'eth0'", 'native XDP', '--ingress-hook tc'])
     assert attached(lab.client) == before
     assert list(tmp_path.iterdir()) == []
@@ -148,7 +159,9 @@ def test_auto_takes_tc_where_native_xdp_is_refused(make_lab: Callable[..., Lab],
 
 def test_without_tcx_in_spite_of_the_version(lab1: Lab, tmp_path: Path) -> None:
     """The kernel's version says that it has tcx links, and it has none: clsact is taken."""
-    via = *lab1.client.command(), *with_change("""
+    via = (
+        *lab1.client.command(),
+        *with_change("""
 real = elfprobe.create_link
 def without_tcx(program, target, attach_type, options=None):
     if attach_type in (elfprobe.BPF_TCX_INGRESS, elfprobe.BPF_TCX_EGRESS):
@@ -156,7 +169,8 @@ def without_tcx(program, target, attach_type, options=None):
     return real(program, target, attach_type, options)
 elfprobe.create_link = without_tcx
 elfprobe.may_have_tcx = lambda: True
-""")
+"""),
+    )
     before = attached(lab1.client)
     with elfprobe(lab1, *both(lab1), cwd=tmp_path, via=via) as measuring:
         during = attached(lab1.client)
@@ -167,6 +181,7 @@ elfprobe.may_have_tcx = lambda: True
 
 
 # The carrier
+
 
 def test_lost_carrier_is_told(make_lab: Callable[..., Lab], tmp_path: Path) -> None:
     """With the way out where the driver takes the link down for an XDP program."""
@@ -181,8 +196,9 @@ def test_lost_carrier_is_told(make_lab: Callable[..., Lab], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize('has_carrier', [True, False])
-def test_stall_without_carrier_is_held_against_no_flow(make_lab: Callable[..., Lab], tmp_path: Path,
-                                                       has_carrier: bool) -> None:
+def test_stall_without_carrier_is_held_against_no_flow(
+    make_lab: Callable[..., Lab], tmp_path: Path, has_carrier: bool
+) -> None:
     """Nothing of a flow is acknowledged for seconds, while its first hop answers. elfprobe is made to see no
     carrier. (Without a carrier in fact, no packet would leave that could show the stall.)"""
     lab = make_lab(routers=1)
@@ -193,14 +209,18 @@ def test_stall_without_carrier_is_held_against_no_flow(make_lab: Callable[..., L
         wait_until(lambda: len(measuring.rows()) > 20, 10, 'rows')
         with nft_table(lab.routers[0], BLOCK):
             blocked = time.monotonic()
-            wait_until(lambda: 'nothing is acknowledged' in measuring.log or time.monotonic() > blocked + 8,
-                       15, 'a stall, or long enough for one')
+            wait_until(
+                lambda: 'nothing is acknowledged' in measuring.log or time.monotonic() > blocked + 8,
+                15,
+                'a stall, or long enough for one',
+            )
         assert measuring.stop() == 0
     assert ('nothing is acknowledged' in measuring.log) == has_carrier
     assert ('the interface has no carrier' in measuring.log) != has_carrier
 
 
 # Packets in pieces
+
 
 @contextmanager
 def tap(host: Host, name: str = 'tap0') -> Iterator[int]:
@@ -210,10 +230,16 @@ def tap(host: Host, name: str = 'tap0') -> Iterator[int]:
     try:
         flags = IFF_TAP | IFF_NO_PI | IFF_NAPI | IFF_NAPI_FRAGS
         fcntl.ioctl(fd, TUNSETIFF, struct.pack('16sH22x', name.encode(), flags))
-        batch(host.name, [f'link set {name} up', f'address add 192.0.2.99/24 dev {name}',
-                          f'address add 2001:db8::99/64 dev {name} nodad',
-                          f'neigh add 192.0.2.80 lladdr 02:00:00:00:00:09 dev {name}',
-                          f'neigh add 2001:db8::80 lladdr 02:00:00:00:00:09 dev {name}'])
+        batch(
+            host.name,
+            [
+                f'link set {name} up',
+                f'address add 192.0.2.99/24 dev {name}',
+                f'address add 2001:db8::99/64 dev {name} nodad',
+                f'neigh add 192.0.2.80 lladdr 02:00:00:00:00:09 dev {name}',
+                f'neigh add 2001:db8::80 lladdr 02:00:00:00:00:09 dev {name}',
+            ],
+        )
         yield fd
     finally:
         os.close(fd)
@@ -233,10 +259,13 @@ PIECES = {  # at which bytes a packet is cut
 @pytest.mark.parametrize('cuts', PIECES.values(), ids=PIECES)
 def test_answers_in_pieces(lab1: Lab, tmp_path: Path, version: int, cuts: list[int]) -> None:
     """At TC ingress only the linear part of a packet can be read at first."""
-    dest, source, router = {4: ('192.0.2.80', '192.0.2.99', '192.0.2.1'),
-                            6: ('2001:db8::80', '2001:db8::99', '2001:db8::1')}[version]
-    with tap(lab1.client) as fd, \
-            elfprobe(lab1, '-i', 'tap0', '--ingress-hook', 'tc', '-p', '0', dest, cwd=tmp_path) as measuring:
+    dest, source, router = {
+        4: ('192.0.2.80', '192.0.2.99', '192.0.2.1'),
+        6: ('2001:db8::80', '2001:db8::99', '2001:db8::1'),
+    }[version]
+    with tap(lab1.client) as fd, elfprobe(
+        lab1, '-i', 'tap0', '--ingress-hook', 'tc', '-p', '0', dest, cwd=tmp_path
+    ) as measuring:
         with inside(lab1.client):
             sender = socket.socket({4: socket.AF_INET, 6: socket.AF_INET6}[version], socket.SOCK_DGRAM)
         with sender:
@@ -252,8 +281,11 @@ def test_answers_in_pieces(lab1: Lab, tmp_path: Path, version: int, cuts: list[i
                     if UDP in asked:
                         return any(row.is_answered for row in measuring.rows())
                 quote = Raw(bytes(asked) + bytes(200))
-                answer = IP(src=router, dst=source) / ICMP(type=11) / quote if version == 4 else \
-                    IPv6(src=router, dst=source) / ICMPv6TimeExceeded() / quote
+                answer = (
+                    IP(src=router, dst=source) / ICMP(type=11) / quote
+                    if version == 4
+                    else IPv6(src=router, dst=source) / ICMPv6TimeExceeded() / quote
+                )
                 data = bytes(Ether(src=frame.dst, dst=frame.src) / answer)
                 ends = [*cuts, len(data)]
                 os.writev(fd, [data[start:end] for start, end in zip([0, *ends], ends)])
@@ -265,6 +297,7 @@ def test_answers_in_pieces(lab1: Lab, tmp_path: Path, version: int, cuts: list[i
 
 
 # MSG_ZEROCOPY
+
 
 def send_without_copy(host: Host, dest: str, count: int) -> tuple[int, int]:
     """Send UDP packets from this process's own memory. Return how many the kernel says it has sent, and how
@@ -303,8 +336,14 @@ def test_zero_copy_stays_zero_copy(lab1: Lab, tmp_path: Path, options: list[str]
         pytest.skip(f'this kernel has no ifb devices: {made.stderr.strip()}')
     with ExitStack() as stack:
         stack.callback(batch, lab1.client.name, ['link del ifb0'])
-        batch(lab1.client.name, ['link set ifb0 up', 'address add 192.0.2.1/24 dev ifb0',
-                                 'neigh add 192.0.2.80 lladdr 02:00:00:00:00:09 dev ifb0'])
+        batch(
+            lab1.client.name,
+            [
+                'link set ifb0 up',
+                'address add 192.0.2.1/24 dev ifb0',
+                'neigh add 192.0.2.80 lladdr 02:00:00:00:00:09 dev ifb0',
+            ],
+        )
         assert send_without_copy(lab1.client, '192.0.2.80', 20) == (20, 0)
         change = '' if can_tell else 'elfprobe.find_zerocopy = elfprobe.ZeroCopy'
         via = *lab1.client.command(), *with_change(change)

@@ -51,8 +51,14 @@ def pids_in(host: Host) -> list[int]:
 
 def staying_lab() -> subprocess.Popen[str]:
     """Another process that has built a lab and printed its prefix."""
-    return subprocess.Popen([sys.executable, '-c', STAYING_LAB], cwd=HERE, stdout=subprocess.PIPE,
-                            stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, '-c', STAYING_LAB],
+        cwd=HERE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def received_bytes(report: str) -> int:
@@ -76,6 +82,7 @@ def checksum_is_right(frame: bytes) -> bool:
 
 
 # The path
+
 
 @pytest.mark.sample
 @pytest.mark.parametrize('script', ['demo', 'run', 'fresh', 'vm/run'])
@@ -123,11 +130,16 @@ def test_unknown_networks_are_unreachable(lab4):
 
 # What runs in it
 
+
 @BOTH_VERSIONS
 def test_iperf3_runs_on_several_ports(lab4, version):
     with lab4.iperf3_server(5201, 5202):
-        clients = [lab4.client.popen('iperf3', '-J', '-t1', '-p', port, '-c', lab4.server_address(version),
-                                     stdout=subprocess.PIPE) for port in ('5201', '5202')]
+        clients = [
+            lab4.client.popen(
+                'iperf3', '-J', '-t1', '-p', port, '-c', lab4.server_address(version), stdout=subprocess.PIPE
+            )
+            for port in ('5201', '5202')
+        ]
         for client in clients:
             assert received_bytes(client.communicate(timeout=20)[0]) > 10e6
     assert not lab4.server.listens(5201)
@@ -208,6 +220,7 @@ def test_wait_until_says_what(lab4):
 
 
 # What is left of it
+
 
 def test_two_labs_at_a_time(make_lab):
     one, other = make_lab(routers=1), make_lab(routers=2)

@@ -48,8 +48,12 @@ from runs import (
 )
 
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, linux/proc_ns.h: its inode number, always
-pytestmark = [pytest.mark.root, pytest.mark.skipif(
-    os.stat('/proc/self/ns/pid').st_ino != INITIAL_PID_NAMESPACE, reason='in a PID namespace of its own')]
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(
+        os.stat('/proc/self/ns/pid').st_ino != INITIAL_PID_NAMESPACE, reason='in a PID namespace of its own'
+    ),
+]
 
 SECONDS = float(os.environ.get('ELFPROBE_TESTS_SECONDS', 5))  # beside somebody else's flows
 SHORT_FLOWS = 200
@@ -64,8 +68,18 @@ PYTHON = os.path.realpath(sys.executable)
 LONG = 'network-throughput-measurement'  # the kernel keeps 15 characters of it
 SAME_BEGINNING = 'network-throughout-the-building'
 FIFTEEN = 'exactly-fifteen'
-NAMES = ('speedtest', 'SPEEDtest', 'speedtest2', 'speedtes', 'other', LONG, LONG[:15], SAME_BEGINNING,
-         FIFTEEN, FIFTEEN + '-and-more')
+NAMES = (
+    'speedtest',
+    'SPEEDtest',
+    'speedtest2',
+    'speedtes',
+    'other',
+    LONG,
+    LONG[:15],
+    SAME_BEGINNING,
+    FIFTEEN,
+    FIFTEEN + '-and-more',
+)
 ODD_NAMES = {  # -> as in the CSV
     'comma,quote"': 'comma,quote"', '"': '"', 'a\nb\tc\r': 'a?b?c?', '\udcff\udcfe': '\ufffd\ufffd',
     'm\xfcnchen': 'm\xfcnchen', '\x85': '?', 'a\u2028b': 'a?b', ' ': ' ',
@@ -318,11 +332,15 @@ def read_rows(elf: Run) -> list[Row]:
 
 def wait_for_rows(elf: Run, number: int = ENOUGH, **values: object) -> None:
     """Until there are so many rows with these values."""
-    wait_until(lambda: sum(values.items() <= row._asdict().items() for row in read_rows(elf)) >= number,
-               10, f'{number} rows with {values}')
+    wait_until(
+        lambda: sum(values.items() <= row._asdict().items() for row in read_rows(elf)) >= number,
+        10,
+        f'{number} rows with {values}',
+    )
 
 
 # Programs
+
 
 @pytest.fixture(scope='module')
 def net(lab4: Lab) -> Lab:
@@ -404,14 +422,22 @@ class Stage:
     def command(self, *cmd: str, **variables: object) -> tuple[str, ...]:
         """A command with the surroundings that a program needs."""
         path = f'{self._programs}:{self._programs}/scripts'
-        return ('env', '-C', str(self._programs), f'FOLDER={self._folder}', f'PYTHONPATH={path}',
-                *(f'{name}={value}' for name, value in variables.items()), *cmd)
+        return (
+            'env',
+            '-C',
+            str(self._programs),
+            f'FOLDER={self._folder}',
+            f'PYTHONPATH={path}',
+            *(f'{name}={value}' for name, value in variables.items()),
+            *cmd,
+        )
 
     def talk(self, name: str, code: str = 'talk(udp())', version: int = 4, port: int = 0) -> Program:
         """Start a program by itself, and see it open its socket."""
         port = port or next(PORTS)
-        command = self.command(*name.split(), '-c', f'from talk import *; {code}', PORT=port,
-                               SERVERS=self._lab.server_address(version))
+        command = self.command(
+            *name.split(), '-c', f'from talk import *; {code}', PORT=port, SERVERS=self._lab.server_address(version)
+        )
         program = Program(self._folder, port, self._lab.client.popen(*command))
         self.wait_for('pids', program)
         return program
@@ -420,8 +446,9 @@ class Stage:
         host = host or self._lab.client
         return host.popen(*self.command('sh'), stdin=subprocess.PIPE, errors='surrogateescape')
 
-    def start(self, shell: subprocess.Popen[str], port: int, command: str, code: str,
-              **variables: object) -> Program:
+    def start(
+        self, shell: subprocess.Popen[str], port: int, command: str, code: str, **variables: object
+    ) -> Program:
         """Have a shell start a program."""
         words = [f'{name}={value}' for name, value in {'PORT': port, **variables}.items()] + [command]
         if code:
@@ -467,6 +494,7 @@ def stage(net: Lab, programs: Path, tmp_path: Path) -> Iterator[Stage]:
 
 # Many of them at once
 
+
 class Case(NamedTuple):
     """A program, and what its rows must say."""
 
@@ -486,8 +514,13 @@ class Outcome(NamedTuple):
     starved: int  # packets of all programs that carried no probe, since the machine was too slow
 
 
-def perform(lab: Lab, programs: Path, folder: Path, cases: dict[str, Case],
-            arguments: Callable[[int, dict[str, Program]], list[str]]) -> dict[str, Outcome]:
+def perform(
+    lab: Lab,
+    programs: Path,
+    folder: Path,
+    cases: dict[str, Case],
+    arguments: Callable[[int, dict[str, Program]], list[str]],
+) -> dict[str, Outcome]:
     """Run elfprobe beside programs of all cases. `arguments` makes its command line of the PID of the shell
     that is of interest, and of the programs that are older."""
     stage = Stage(lab, programs, folder / 'stage')
@@ -498,15 +531,28 @@ def perform(lab: Lab, programs: Path, folder: Path, cases: dict[str, Case],
         for name, case in cases.items():
             if case.older == older:
                 port = next(PORTS)
-                started[name] = stage.start(outer if case.outside else inner, port, case.command, case.code,
-                                            SERVERS=case.servers or lab.server_address(VERSIONS[port % 2]))
+                started[name] = stage.start(
+                    outer if case.outside else inner,
+                    port,
+                    case.command,
+                    case.code,
+                    SERVERS=case.servers or lab.server_address(VERSIONS[port % 2]),
+                )
         stage.wait_for('pids', *started.values())
 
     def connect(when: str) -> None:
         peers = []
         for port in [started[name].port for name, case in cases.items() if case.peer == when]:
-            peers.append(stage.start(remote, port + PEER_OFFSET, PYTHON, 'talk(tcp())', SERVER_PORT=port,
-                                     SERVERS=lab.client_address(VERSIONS[port % 2])))
+            peers.append(
+                stage.start(
+                    remote,
+                    port + PEER_OFFSET,
+                    PYTHON,
+                    'talk(tcp())',
+                    SERVER_PORT=port,
+                    SERVERS=lab.client_address(VERSIONS[port % 2]),
+                )
+            )
         stage.wait_for('pids', *peers)
 
     def all_have_rows() -> bool:
@@ -530,8 +576,10 @@ def perform(lab: Lab, programs: Path, folder: Path, cases: dict[str, Case],
     rows = read_rows(elf)
     assert {row.sport for row in rows} <= {program.port for program in started.values()}
     starved = sum(elf.counters[name] for name in STARVED)
-    return {name: Outcome(program, [row for row in rows if row.sport == program.port], starved)
-            for name, program in started.items()}
+    return {
+        name: Outcome(program, [row for row in rows if row.sport == program.port], starved)
+        for name, program in started.items()
+    }
 
 
 def check(case: Case, program: Program, rows: list[Row], starved: int) -> None:
@@ -579,16 +627,19 @@ NAMED = {  # with -a SpeedTest -a LONG -a FIFTEEN
     'forked worker': Case('./speedtest', 'flow = tcp(); fork(); talk(flow)', 'speedtest'),
     'child that is another program': Case('./speedtest', 'fork(); execute("./other")', 'other'),
     'socket brought along': Case('./other', 'execute("./speedtest", handed(udp()))', 'speedtest', late=True),
-    'socket of the parent': Case('./other', 'flow = tcp(); fork(); execute("./speedtest", handed(flow))',
-                                 'speedtest', late=True),
+    'socket of the parent': Case(
+        './other', 'flow = tcp(); fork(); execute("./speedtest", handed(flow))', 'speedtest', late=True
+    ),
     'sendto': Case('./speedtest', 'talk(sendto())', 'speedtest', servers=MANY),
     'ping': Case('./speedtest', 'talk(ping())', 'speedtest'),
     'raw ping': Case('./speedtest', 'talk(raw_ping())', 'speedtest'),
     'accepted': Case('./speedtest', 'answer(listening())', 'speedtest', peer='after'),
-    'accepted by a worker': Case('./speedtest', 'sock = listening(); fork(); answer(sock)', 'speedtest',
-                                 peer='after'),
-    'accepted, listener brought along': Case('./other', 'execute("./speedtest", handed(listening()))',
-                                             'speedtest', late=True, peer='after'),
+    'accepted by a worker': Case(
+        './speedtest', 'sock = listening(); fork(); answer(sock)', 'speedtest', peer='after'
+    ),
+    'accepted, listener brought along': Case(
+        './other', 'execute("./speedtest", handed(listening()))', 'speedtest', late=True, peer='after'
+    ),
     'accepted by another': Case('./other', 'answer(listening())', peer='after'),
     'older TCP': Case('./speedtest', 'talk(tcp())', 'speedtest', older=True),
     'older UDP': Case('./speedtest', 'talk(udp())', 'speedtest', older=True),
@@ -601,10 +652,12 @@ NAMED = {  # with -a SpeedTest -a LONG -a FIFTEEN
     'older same beginning': Case(f'copies/{SAME_BEGINNING}', 'talk(tcp())', older=True),
     'older script': Case('scripts/speedtest.py', app='speedtest.py', older=True),
     'older other': Case('./other', 'talk(tcp())', older=True),
-    'older socket brought along': Case('./other', 'flow = udp(); go(); execute("./speedtest", handed(flow))',
-                                       'speedtest', older=True),
-    'older one of the parent': Case('./other', 'flow = tcp(); fork(); execute("./speedtest", handed(flow))',
-                                    'speedtest', older=True),
+    'older socket brought along': Case(
+        './other', 'flow = udp(); go(); execute("./speedtest", handed(flow))', 'speedtest', older=True
+    ),
+    'older one of the parent': Case(
+        './other', 'flow = tcp(); fork(); execute("./speedtest", handed(flow))', 'speedtest', older=True
+    ),
     'older accepted': Case('./speedtest', 'answer(listening())', 'speedtest', older=True, peer='before'),
     'accepted by older': Case('./speedtest', 'answer(listening())', 'speedtest', older=True, peer='after'),
 }
@@ -634,24 +687,36 @@ DESCENDANTS = {  # with -P of a shell, the parent of all but those outside, and 
     'daemon of a daemon': Case('./other', 'daemon(); daemon(); execute("./speedtest")', 'speedtest'),
     'accepted': Case('./other', 'answer(listening())', 'other', peer='after'),
     'accepted by older': Case('./other', 'answer(listening())', 'other', older=True, peer='after'),
-    'older accepted by a worker': Case('./other', 'sock = listening(); fork(); answer(sock)', 'other',
-                                       older=True, peer='before'),
+    'older accepted by a worker': Case(
+        './other', 'sock = listening(); fork(); answer(sock)', 'other', older=True, peer='before'
+    ),
     **{f'named {name!a}': Case(shlex.quote(f'odd/{name}'), TALKING, app) for name, app in ODD_NAMES.items()},
-    **{f'renamed {name!a}': Case('./other', f'name({name!a}); talk(udp())', app)
-       for name, app in ODD_NAMES.items()},
+    **{
+        f'renamed {name!a}': Case('./other', f'name({name!a}); talk(udp())', app) for name, app in ODD_NAMES.items()
+    },
 }
 
 
 @pytest.fixture(scope='module')
 def by_name(net: Lab, programs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    return perform(net, programs, tmp_path_factory.mktemp('by_name'), NAMED,
-                   lambda shell, older: ['-a', 'SpeedTest', '-a', LONG, '-a', FIFTEEN])
+    return perform(
+        net,
+        programs,
+        tmp_path_factory.mktemp('by_name'),
+        NAMED,
+        lambda shell, older: ['-a', 'SpeedTest', '-a', LONG, '-a', FIFTEEN],
+    )
 
 
 @pytest.fixture(scope='module')
 def by_pid(net: Lab, programs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    return perform(net, programs, tmp_path_factory.mktemp('by_pid'), DESCENDANTS,
-                   lambda shell, older: ['-P', str(shell), '-P', str(older['itself'].pids[0])])
+    return perform(
+        net,
+        programs,
+        tmp_path_factory.mktemp('by_pid'),
+        DESCENDANTS,
+        lambda shell, older: ['-P', str(shell), '-P', str(older['itself'].pids[0])],
+    )
 
 
 @pytest.mark.parametrize('name', NAMED)
@@ -666,19 +731,26 @@ def test_by_pid(by_pid, name):
 
 # Beside others
 
+
 @pytest.mark.sample
 def test_only_its_flows(net, stage, tmp_path):
     """Two programs with the same kinds of flows, to the same ports: all rows and probes are one's."""
-    flows = {(name, net.server_address(version), protocol): stage.talk(
-        f'./{name}', f'talk({code})', version) for name in ('speedtest', 'other') for version in VERSIONS
-        for protocol, code in ((TCP, 'tcp()'), (UDP, 'udp()'))}
+    flows = {
+        (name, net.server_address(version), protocol): stage.talk(f'./{name}', f'talk({code})', version)
+        for name in ('speedtest', 'other')
+        for version in VERSIONS
+        for protocol, code in ((TCP, 'tcp()'), (UDP, 'udp()'))
+    }
     stage.go()
     with net.routers[0].capture(filter=PROBES) as seen, elfprobe(net, '-a', 'speedtest', cwd=tmp_path) as elf:
         time.sleep(SECONDS)
         stage.finish(*flows.values())
     rows = read_rows(elf)
-    assert set(rows) == {Row(dest, program.port, protocol, name, str(program.process.pid))
-                         for (name, dest, protocol), program in flows.items() if name == 'speedtest'}
+    assert set(rows) == {
+        Row(dest, program.port, protocol, name, str(program.process.pid))
+        for (name, dest, protocol), program in flows.items()
+        if name == 'speedtest'
+    }
     assert sorted(row[:3] for row in rows) == sorted((p.dest, p.sport, p.protocol) for p in ip_packets(seen))
     assert min(program.sent for program in flows.values()) > 10 * SECONDS / PATIENCE
 
@@ -697,8 +769,11 @@ def test_many_peers(net, tmp_path):
     with elfprobe(net, '-a', 'manypeers', '--max-rate', '1000', cwd=tmp_path) as elf:
         net.client.popen(sys.executable, '-c', MANY_PEERS, net.server_address(4))
         server = net.server_address(4)
-        wait_until(lambda: {row.outttl for row in elf.rows() if row.dest == server} == {1, 2, 3, 4}, 20,
-                   'the server is among those that are kept in mind')
+        wait_until(
+            lambda: {row.outttl for row in elf.rows() if row.dest == server} == {1, 2, 3, 4},
+            20,
+            'the server is among those that are kept in mind',
+        )
     assert len({row.dest for row in elf.rows()}) > 100
 
 
@@ -798,8 +873,10 @@ def test_connection_tables_follow_processes_not_pids(net, tmp_path):
     via = *net.client.command(), *OLD_COMMAND
     with elfprobe(net, '-P', str(parent.pid), cwd=tmp_path, via=via) as elf:
         parent.communicate('')
-        latecomer = with_pid(parent.pid, lambda: Program(
-            tmp_path, 0, popen(sys.executable, '-c', CONNECTED, other, stdout=subprocess.PIPE)))
+        latecomer = with_pid(
+            parent.pid,
+            lambda: Program(tmp_path, 0, popen(sys.executable, '-c', CONNECTED, other, stdout=subprocess.PIPE)),
+        )
         assert latecomer.process.stdout.readline()
         (tmp_path / 'connect').touch()
         wait_until(lambda: f'of interest: {server}' in elf.log, 10, 'the child is followed')
@@ -808,6 +885,7 @@ def test_connection_tables_follow_processes_not_pids(net, tmp_path):
 
 
 # Columns
+
 
 def test_addresses_only(net, stage, tmp_path):
     """Nobody asks for processes, so none is named."""
@@ -826,18 +904,26 @@ def test_addresses_and_names(net, stage, tmp_path):
     with elfprobe(net, '-a', 'speedtest', '-p', '0', net.server_address(4), cwd=tmp_path) as elf:
         elf.process.send_signal(signal.SIGSTOP)
         named, executable, child, nobody = map(
-            stage.talk, ('./speedtest', './link', 'sh scripts/speedtest.sh ./other', './other'))
+            stage.talk, ('./speedtest', './link', 'sh scripts/speedtest.sh ./other', './other')
+        )
         elf.process.send_signal(signal.SIGCONT)
         stage.go()
         for program, app in (named, 'speedtest'), (executable, 'link'), (child, 'other'), (nobody, ''):
             wait_for_rows(elf, sport=program.port, app=app, pid=str(program.pids[0]) if app else '')
         stage.finish(named, executable, child, nobody)
     owners = {(row.sport, row.app) for row in read_rows(elf)}
-    assert owners <= {(named.port, 'speedtest'), (executable.port, ''), (executable.port, 'link'),
-                      (child.port, ''), (child.port, 'other'), (nobody.port, '')}
+    assert owners <= {
+        (named.port, 'speedtest'),
+        (executable.port, ''),
+        (executable.port, 'link'),
+        (child.port, ''),
+        (child.port, 'other'),
+        (nobody.port, ''),
+    }
 
 
 # Where it runs
+
 
 def cgroup_mount() -> str:
     """Where cgroup version 2 is mounted."""
@@ -861,12 +947,15 @@ def is_polling(elf: Run, missing: str = '') -> bool:
     return bool(lines)
 
 
-@pytest.mark.parametrize('enter, unshare, polling', [
-    ('nsenter', '', False),  # with /sys as it is outside, which ip replaces
-    ('nsenter', '--cgroup', False),
-    ('ip', '--mount', False),
-    ('ip', '--mount --cgroup', True),  # where sockets of other cgroups cannot be had
-])
+@pytest.mark.parametrize(
+    'enter, unshare, polling',
+    [
+        ('nsenter', '', False),  # with /sys as it is outside, which ip replaces
+        ('nsenter', '--cgroup', False),
+        ('ip', '--mount', False),
+        ('ip', '--mount --cgroup', True),  # where sockets of other cgroups cannot be had
+    ],
+)
 def test_namespaces(net, stage, tmp_path, own_cgroup, enter, unshare, polling):
     """From a cgroup to which nobody else belongs, with or without namespaces, in which nothing is mounted."""
     script = 'echo $$ > $0/cgroup.procs; exec "$@"'
@@ -885,11 +974,14 @@ def test_namespaces(net, stage, tmp_path, own_cgroup, enter, unshare, polling):
         assert [row[3:] for row in read_rows(elf)] == [('speedtest', str(program.pids[0]))] * program.sent
 
 
-@pytest.mark.parametrize('name, error, missing', [
-    ('SocketOwners._attach_to_cgroup', 'Unsupported', 'a test broke it'),
-    ('open_cgroup_root', 'OSError', 'cgroup version 2'),
-    ('load_program', 'Failure', '(Linux 5.10 and BCC 0.16): a test broke it'),
-])
+@pytest.mark.parametrize(
+    'name, error, missing',
+    [
+        ('SocketOwners._attach_to_cgroup', 'Unsupported', 'a test broke it'),
+        ('open_cgroup_root', 'OSError', 'cgroup version 2'),
+        ('load_program', 'Failure', '(Linux 5.10 and BCC 0.16): a test broke it'),
+    ],
+)
 def test_fallback(net, stage, tmp_path, name, error, missing):
     """Without the kernel's help, connections are looked for."""
     via = *net.client.command(), *with_fault(name, error)
@@ -960,11 +1052,21 @@ def test_socket_in_the_making(net, stage, tmp_path):
 
 def test_pid_namespace(net, stage, tmp_path):
     """PIDs are not the kernel's there: connections are looked for, of those processes that can be seen."""
-    program = stage.command('./speedtest', '-c', 'from talk import *; talk(tcp())', PORT=next(PORTS),
-                            SERVERS=net.server_address(4))
+    program = stage.command(
+        './speedtest', '-c', 'from talk import *; talk(tcp())', PORT=next(PORTS), SERVERS=net.server_address(4)
+    )
     stage.go()
-    via = *net.client.command(), 'unshare', '--pid', '--fork', '--mount-proc', 'sh', '-c', \
-        f'{shlex.join(program)} & exec "$@"', 'sh'
+    via = (
+        *net.client.command(),
+        'unshare',
+        '--pid',
+        '--fork',
+        '--mount-proc',
+        'sh',
+        '-c',
+        f'{shlex.join(program)} & exec "$@"',
+        'sh',
+    )
     with elfprobe(net, '-a', 'speedtest', '-p', '0', cwd=tmp_path, via=via) as elf:
         wait_for_rows(elf, protocol=TCP)
         (inside,) = psutil.Process(elf.process.pid).children()
@@ -975,8 +1077,10 @@ def test_pid_namespace(net, stage, tmp_path):
 
 # What is left
 
+
 def ours() -> set[tuple[str, int]]:
     """Programs of all elfprobes for cgroups and tracepoints, and links to them."""
+
     def objects(*what: str) -> list[dict[str, Any]]:
         def listed() -> str | None:
             ended = run('bpftool', '-j', *what, check=False)
@@ -985,8 +1089,11 @@ def ours() -> set[tuple[str, int]]:
         found: list[dict[str, Any]] = json.loads(wait_until(listed, 10, f'bpftool lists {what}'))
         return found
 
-    programs = {found['id'] for found in objects('prog')
-                if found['type'] in ATTACHED and found.get('name', '').startswith('elf_')}
+    programs = {
+        found['id']
+        for found in objects('prog')
+        if found['type'] in ATTACHED and found.get('name', '').startswith('elf_')
+    }
     for cgroup in objects('cgroup', 'tree', cgroup_mount()):
         programs |= {found['id'] for found in cgroup['programs'] if found['name'].startswith('elf_')}
     links = {found['id'] for found in objects('link') if found['prog_id'] in programs}
@@ -1007,6 +1114,7 @@ def held(pid: int) -> set[tuple[str, int]]:
 @contextmanager
 def nothing_left() -> Iterator[None]:
     """At exit there is nothing new of ours that stays without a process."""
+
     def left() -> set[tuple[str, int]]:
         return ours().difference(*map(held, psutil.pids()))
 
@@ -1028,16 +1136,19 @@ read -u 9
 """
 
 
-@pytest.mark.parametrize('branch, command', [
-    (f'(({BRANCH}) &)', ()), (f'({BRANCH}) &', NO_FORKS_COMMAND),
-], ids=['told, and its parent ends', 'missed'])
+@pytest.mark.parametrize(
+    'branch, command',
+    [(f'(({BRANCH}) &)', ()), (f'({BRANCH}) &', NO_FORKS_COMMAND)],
+    ids=['told, and its parent ends', 'missed'],
+)
 def test_each_fork_among_many(net, tmp_path, branch, command):
     """Linux 7.2 does not run a program at a tracepoint where another run of it was preempted on that CPU."""
     fifo = tmp_path / 'fifo'
     os.mkfifo(fifo)
     script = BRANCHING.format(branches=BRANCHES, branch=branch.format(port=BASE_PORT))
-    tree = net.client.popen('bash', '-c', script, 'bash', str(fifo), net.server_address(4),
-                            stderr=subprocess.DEVNULL)
+    tree = net.client.popen(
+        'bash', '-c', script, 'bash', str(fifo), net.server_address(4), stderr=subprocess.DEVNULL
+    )
     via = *net.client.command(), *command
     with elfprobe(net, '-P', str(tree.pid), '-p', '0', cwd=tmp_path, via=via) as elf:
         for _ in range(4):
@@ -1118,8 +1229,9 @@ def test_program_that_follows_one_that_is_forgotten(net, tmp_path):
     (tmp_path / 'speedtest').write_text(SENDING)
     via = *net.client.command(), *with_change(SLOW_TO_FORGET)
     with elfprobe(net, '-a', 'speedtest', cwd=tmp_path, via=via) as elf:
-        net.client.popen('sh', '-c', 'sleep 0.1; exec "$0" speedtest "$1"', sys.executable,
-                         net.server_address(4), cwd=tmp_path)
+        net.client.popen(
+            'sh', '-c', 'sleep 0.1; exec "$0" speedtest "$1"', sys.executable, net.server_address(4), cwd=tmp_path
+        )
         wait_until(elf.rows, 20, 'it is probed')
         assert elf.stop() == 0
 
@@ -1128,8 +1240,17 @@ def test_unusual_surroundings(net, tmp_path):
     """SIGCHLD is ignored, which is inherited, and something is mounted at a name that is no UTF-8."""
     mount = os.fsdecode(b'mkdir m\xff && mount -t tmpfs none m\xff && exec "$0" "$@"')
     ignore = 'signal.signal(signal.SIGCHLD, signal.SIG_IGN)'
-    via = *net.client.command(), 'unshare', '-m', 'sh', '-c', mount, sys.executable, '-c', (
-        f'import os, signal, sys; {ignore}; os.execv(sys.argv[1], sys.argv[1:])')
+    via = (
+        *net.client.command(),
+        'unshare',
+        '-m',
+        'sh',
+        '-c',
+        mount,
+        sys.executable,
+        '-c',
+        (f'import os, signal, sys; {ignore}; os.execv(sys.argv[1], sys.argv[1:])'),
+    )
     with elfprobe(net, '-a', 'speedtest', cwd=tmp_path, via=via) as elf:
         assert elf.stop() == 0
     assert 'connection tables' not in elf.log
@@ -1139,6 +1260,7 @@ def test_unusual_surroundings(net, tmp_path):
 @pytest.mark.parametrize('name', ['SocketOwners._adopt_running', 'TcxAttachment.attach'])
 def test_nothing_is_left_by_errors(net, tmp_path, name):
     via = *net.client.command(), *with_fault(name, 'RuntimeError')
-    with nothing_left(), pytest.raises(CommandFailed, match='a test broke it'), \
-            elfprobe(net, '-a', 'speedtest', cwd=tmp_path, via=via):
+    with nothing_left(), pytest.raises(CommandFailed, match='a test broke it'), elfprobe(
+        net, '-a', 'speedtest', cwd=tmp_path, via=via
+    ):
         pass

@@ -234,25 +234,45 @@ def load() -> Iterator[Load]:
 FLAGS = list(itertools.product([False, True], repeat=3))
 # Every combination of the flags with every interval; every pair of two of all that is varied.
 BUILDS = [
-    (*flags, probeint, (1, 50000)[(i + j) % 2], (sum(flags) + j) % 2 == 1, (i // 2 + j) % 2 == 1,
-     ((False, False), (False, True), (True, False), (True, True))[(i + j) % 4])
+    (
+        *flags,
+        probeint,
+        (1, 50000)[(i + j) % 2],
+        (sum(flags) + j) % 2 == 1,
+        (i // 2 + j) % 2 == 1,
+        ((False, False), (False, True), (True, False), (True, True))[(i + j) % 4],
+    )
     for i, flags in enumerate(FLAGS)
     for j, probeint in enumerate([0, 10, 1000])
 ]
 
 
-@pytest.mark.parametrize(
-    'notrunc, rate_global, drop, probeint, max_rate, by_owner, preemptible, hooks', BUILDS)
+@pytest.mark.parametrize('notrunc, rate_global, drop, probeint, max_rate, by_owner, preemptible, hooks', BUILDS)
 def test_all_builds_load_and_give_no_warning(
-        notrunc: bool, rate_global: bool, drop: bool, probeint: int, max_rate: int, by_owner: bool,
-        preemptible: bool, hooks: tuple[bool, bool], caplog: pytest.LogCaptureFixture,
-        monkeypatch: pytest.MonkeyPatch) -> None:
+    notrunc: bool,
+    rate_global: bool,
+    drop: bool,
+    probeint: int,
+    max_rate: int,
+    by_owner: bool,
+    preemptible: bool,
+    hooks: tuple[bool, bool],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ingress_tc, tcx = hooks
     monkeypatch.setattr(elfprobe, 'is_preemptible', lambda: preemptible)
-    config = dict(notrunc=notrunc, rate_global=rate_global, ingress='drop' if drop else 'pass',
-                  probeint=probeint, max_rate=max_rate, apps=('ping',) if by_owner else ())
-    with caplog.at_level(logging.DEBUG, 'elfprobe'), \
-            Programs(by_owner, ingress_tc=ingress_tc, tcx=tcx, **config) as programs:
+    config = dict(
+        notrunc=notrunc,
+        rate_global=rate_global,
+        ingress='drop' if drop else 'pass',
+        probeint=probeint,
+        max_rate=max_rate,
+        apps=('ping',) if by_owner else (),
+    )
+    with caplog.at_level(logging.DEBUG, 'elfprobe'), Programs(
+        by_owner, ingress_tc=ingress_tc, tcx=tcx, **config
+    ) as programs:
         assert {b'elf_egress', b'elf_probe', b'elf_ingress'} <= set(programs.bpf.funcs)
     assert not caplog.messages
 
@@ -347,9 +367,14 @@ def test_probe(load: Load, sent: Packet, notrunc: bool) -> None:
     assert not programs.counters()
 
 
-@pytest.mark.parametrize('layers, count', [
-    pytest.param([segment()], 2048, id='TCP'), pytest.param([datagram(), data(20)], 65535, id='UDP'),
-    pytest.param([echo(4), data(20)], 65536, id='ICMP')])
+@pytest.mark.parametrize(
+    'layers, count',
+    [
+        pytest.param([segment()], 2048, id='TCP'),
+        pytest.param([datagram(), data(20)], 65535, id='UDP'),
+        pytest.param([echo(4), data(20)], 65536, id='ICMP'),
+    ],
+)
 @pytest.mark.parametrize('first', [0, 1000, 2**32 - 1000])
 def test_numbers_of_probes_in_a_row_differ(load: Load, layers: list[Packet], count: int, first: int) -> None:
     """Over a stretch that wraps: both ends, and many between."""
@@ -391,7 +416,8 @@ def test_checksum_that_comes_out_as_zero(load: Load, version: int) -> None:
 @pytest.mark.parametrize('tcx, ended', [(True, TC_ACT_SHOT), (False, TC_ACT_STOLEN)], ids=['tcx', 'clsact'])
 @pytest.mark.parametrize('layers', [[segment(options=TIMESTAMPS)], [datagram()]], ids=['TCP', 'UDP'])
 def test_notrunc_keeps_the_first_segment_of_a_packet_yet_to_be_segmented(
-        load: Load, version: int, layers: list[Packet], tcx: bool, ended: int) -> None:
+    load: Load, version: int, layers: list[Packet], tcx: bool, ended: int
+) -> None:
     programs = load(notrunc=True, tcx=tcx)
     programs.set_reservation(seq=SEQ, ttl=TTL)
     sent = unfinished(frame(ip(version), *layers, data(1000)))
@@ -423,12 +449,21 @@ PAIRS_UNFINISHED = {
 }
 
 
-@pytest.mark.parametrize('notrunc, one, other, both, finish', [
-    *(pytest.param(*row, finished, id=name) for name, row in PAIRS.items()),
-    *(pytest.param(*row, unfinished, id=f'{name}, unfinished') for name, row in PAIRS_UNFINISHED.items())])
+@pytest.mark.parametrize(
+    'notrunc, one, other, both, finish',
+    [
+        *(pytest.param(*row, finished, id=name) for name, row in PAIRS.items()),
+        *(pytest.param(*row, unfinished, id=f'{name}, unfinished') for name, row in PAIRS_UNFINISHED.items()),
+    ],
+)
 def test_probes_that_cannot_be_told_apart_are_not_sent(
-        load: Load, notrunc: bool, one: list[Packet], other: list[Packet], both: bool,
-        finish: Callable[[Packet], Packet]) -> None:
+    load: Load,
+    notrunc: bool,
+    one: list[Packet],
+    other: list[Packet],
+    both: bool,
+    finish: Callable[[Packet], Packet],
+) -> None:
     programs = load(notrunc=notrunc)
     programs.set_reservation(seq=SEQ, ttl=TTL)
     assert programs.run('elf_probe', finish(frame(ip(4), *one))).verdict == TC_ACT_UNSPEC
@@ -474,12 +509,18 @@ UNFIT = {  # description: the packet, by version; None: nothing is counted, it i
     'neighbour advertisement': {6: ICMPv6ND_NA(tgt=SERVER[6])},
     "the other version's echo": {4: ICMPv6EchoRequest(), 6: ICMP(type=8)},
     'first fragment': {4: ip(4, flags='MF') / datagram() / data(8), 6: IPv6ExtHdrFragment(m=1) / datagram()},
-    'later fragment': {
-        4: ip(4, flags=0, frag=2, proto=17) / data(8), 6: IPv6ExtHdrFragment(offset=2) / data(8)},
-    'behind five extension headers': {6: IPv6ExtHdrHopByHop() / IPv6ExtHdrDestOpt() / IPv6ExtHdrDestOpt() /
-                                      IPv6ExtHdrDestOpt() / IPv6ExtHdrDestOpt() / segment()},
-    'BIG TCP (RFC 2675)': {6: ip(6, plen=0) / IPv6ExtHdrHopByHop(options=[Jumbo(jumboplen=66038)]) /
-                           segment() / data(1400)},
+    'later fragment': {4: ip(4, flags=0, frag=2, proto=17) / data(8), 6: IPv6ExtHdrFragment(offset=2) / data(8)},
+    'behind five extension headers': {
+        6: IPv6ExtHdrHopByHop()
+        / IPv6ExtHdrDestOpt()
+        / IPv6ExtHdrDestOpt()
+        / IPv6ExtHdrDestOpt()
+        / IPv6ExtHdrDestOpt()
+        / segment()
+    },
+    'BIG TCP (RFC 2675)': {
+        6: ip(6, plen=0) / IPv6ExtHdrHopByHop(options=[Jumbo(jumboplen=66038)]) / segment() / data(1400)
+    },
     'SCTP': {4: ip(4, proto=132) / data(20), 6: ip(6, nh=132) / data(20)},
     'GRE': {4: ip(4, proto=47) / data(20), 6: ip(6, nh=47) / data(20)},
 }
@@ -540,8 +581,7 @@ OTHER_PACKETS = {
     'its v4-mapped address': frame(ip(6, dst='::ffff:198.51.100.81') / segment()),
     'ARP': frame(ARP(psrc=CLIENT[4], pdst=SERVER[4])),
     'with three VLAN tags': frame(Dot1Q(vlan=5) / Dot1Q(vlan=6) / Dot1Q(vlan=7) / ip(4) / segment()),
-    'by way of somewhere else': frame(
-        ip(6) / IPv6ExtHdrRouting(addresses=[ROUTER[6]], segleft=1) / segment()),
+    'by way of somewhere else': frame(ip(6) / IPv6ExtHdrRouting(addresses=[ROUTER[6]], segleft=1) / segment()),
     **{f'to {many}': frame(header / datagram()) for many, header in TO_MANY.items()},
     'of a wrong version': frame(IP(version=6, src=CLIENT[4], dst=SERVER[4]) / segment()),
     'of a wrong header length': frame(IP(ihl=4, src=CLIENT[4], dst=SERVER[4]) / segment()),
@@ -560,9 +600,17 @@ def test_packets_of_no_interest(load: Load, packet: Packet) -> None:
 
 
 @BOTH_VERSIONS
-@pytest.mark.parametrize('ttl, counter', [
-    (1, 'carrier_low_ttl'), (TTL, 'carrier_low_ttl'), (MAX_HOPS, 'carrier_low_ttl'), (MAX_HOPS + 1, 'probes'),
-    (64, 'probes'), (255, 'probes')])
+@pytest.mark.parametrize(
+    'ttl, counter',
+    [
+        (1, 'carrier_low_ttl'),
+        (TTL, 'carrier_low_ttl'),
+        (MAX_HOPS, 'carrier_low_ttl'),
+        (MAX_HOPS + 1, 'probes'),
+        (64, 'probes'),
+        (255, 'probes'),
+    ],
+)
 def test_somebodys_traceroute_carries_no_probe(load: Load, version: int, ttl: int, counter: str) -> None:
     programs = load()
     programs.follow(SERVER[version], length=9)
@@ -697,10 +745,24 @@ def row_of(flight: Flight, row: dict[str, str], version: int, inipid: int) -> di
     assert int(row['recvcpu']) in range(os.cpu_count() or 1)
     assert flight.sendtime < int(row['recvtime']) < time.monotonic_ns()
     values: dict[str, object] = dict(
-        recvcpu=row['recvcpu'], seq=flight.seq, origseq=flight.origseq, sendtime=flight.sendtime,
-        recvtime=row['recvtime'], latency=int(row['recvtime']) - flight.sendtime, dest=flight.dest,
-        responder=ROUTER[version], outttl=flight.outttl, recvttl=61, sport=flight.sport, dport=flight.dport,
-        protocol=flight.protocol, outipid=flight.outipid, inipid=inipid, app='', pid='')
+        recvcpu=row['recvcpu'],
+        seq=flight.seq,
+        origseq=flight.origseq,
+        sendtime=flight.sendtime,
+        recvtime=row['recvtime'],
+        latency=int(row['recvtime']) - flight.sendtime,
+        dest=flight.dest,
+        responder=ROUTER[version],
+        outttl=flight.outttl,
+        recvttl=61,
+        sport=flight.sport,
+        dport=flight.dport,
+        protocol=flight.protocol,
+        outipid=flight.outipid,
+        inipid=inipid,
+        app='',
+        pid='',
+    )
     return {name: str(value) for name, value in values.items()}
 
 
@@ -709,8 +771,15 @@ def row_of(flight: Flight, row: dict[str, str], version: int, inipid: int) -> di
 @BOTH_VERSIONS
 @PROTOCOLS
 @EVERY_QUOTE
-def test_reply(load: Load, ingress_tc: bool, version: int, protocol: str, quote: Callable[[Packet], Any],
-               ingress: str, verdict: str) -> None:
+def test_reply(
+    load: Load,
+    ingress_tc: bool,
+    version: int,
+    protocol: str,
+    quote: Callable[[Packet], Any],
+    ingress: str,
+    verdict: str,
+) -> None:
     programs = load(ingress_tc=ingress_tc, ingress=ingress)
     probe = PROBES[protocol](version)
     flight = flight_of(probe, **KNOWN)
@@ -780,7 +849,8 @@ def test_each_byte_that_tells_a_probe_counts(load: Load, version: int, protocol:
 MISQUOTES: dict[str, Callable[[Packet], Any]] = {
     'another protocol': lambda quote: altered(quote, **{'proto' if IP in quote else 'nh': 132}),
     'TCP for UDP, UDP for TCP': lambda quote: altered(
-        quote, **{'proto' if IP in quote else 'nh': 6 if UDP in quote else 17}),
+        quote, **{'proto' if IP in quote else 'nh': 6 if UDP in quote else 17}
+    ),
     'one byte too few': lambda quote: least(quote)[:-1],
     'the IP header only': lambda quote: bytes(quote)[: len(quote) - len(quote.payload)],
     'nothing': lambda quote: b'',
@@ -797,8 +867,9 @@ MISQUOTES: dict[str, Callable[[Packet], Any]] = {
 @BOTH_VERSIONS
 @PROTOCOLS
 @pytest.mark.parametrize('quote', list(MISQUOTES.values()), ids=list(MISQUOTES))
-def test_misquotes(load: Load, ingress_tc: bool, version: int, protocol: str,
-                   quote: Callable[[Packet], Any]) -> None:
+def test_misquotes(
+    load: Load, ingress_tc: bool, version: int, protocol: str, quote: Callable[[Packet], Any]
+) -> None:
     probe = PROBES[protocol](version)
     programs, reply = load(ingress_tc=ingress_tc), time_exceeded(version, quote(probe.payload))
     assert_passes(programs, flight_of(probe, **KNOWN), reply)
@@ -833,9 +904,14 @@ WHOLE = {  # what is no time exceeded in transit, and may quote the probe all th
 
 
 @BOTH_HOOKS
-@pytest.mark.parametrize('version, layer', [
-    pytest.param(version, layer, id=f'IPv{version}, {name}')
-    for name, layers in WHOLE.items() for version, layer in layers.items()])
+@pytest.mark.parametrize(
+    'version, layer',
+    [
+        pytest.param(version, layer, id=f'IPv{version}, {name}')
+        for name, layers in WHOLE.items()
+        for version, layer in layers.items()
+    ],
+)
 def test_everything_else_passes(load: Load, ingress_tc: bool, version: int, layer: Packet) -> None:
     probe = PROBES['TCP'](version)
     packet = from_router(version, layer.copy(), Raw(bytes(probe.payload)))
@@ -864,8 +940,9 @@ def test_fragments_and_cut_replies_pass(load: Load, version: int, protocol: str)
     assert programs.receive(reply).verdict == DROP
 
 
-@pytest.mark.parametrize('fields', [
-    dict(options=RECORD_ROUTE), dict(tos=0xC0, flags=0, id=0), dict(ttl=1), dict(ttl=255)])
+@pytest.mark.parametrize(
+    'fields', [dict(options=RECORD_ROUTE), dict(tos=0xC0, flags=0, id=0), dict(ttl=1), dict(ttl=255)]
+)
 def test_headers_of_replies(load: Load, fields: dict[str, Any]) -> None:
     programs, probe = load(), PROBES['UDP'](4)
     programs.put_in_flight(flight_of(probe, **KNOWN))
@@ -884,8 +961,32 @@ def test_rows_of_unanswered_probes(load: Load, version: int, protocol: str) -> N
     new = old._replace(ident=old.ident + 1, sendtime=5000)
     for flight in old, new:
         programs.put_in_flight(flight)
-    wanted = [0, SEQ, old.origseq, -1, 4999, -1, SERVER[version], '', TTL, -1, old.sport, old.dport,
-              old.protocol, old.outipid, -1, '', '', '', '', '', 0, '', '', '']
+    wanted = [
+        0,
+        SEQ,
+        old.origseq,
+        -1,
+        4999,
+        -1,
+        SERVER[version],
+        '',
+        TTL,
+        -1,
+        old.sport,
+        old.dport,
+        old.protocol,
+        old.outipid,
+        -1,
+        '',
+        '',
+        '',
+        '',
+        '',
+        0,
+        '',
+        '',
+        '',
+    ]
     assert programs.expired(5000) == [dict(zip(NAMES, map(str, wanted)))]
     assert programs.in_flight() == [new]
 
@@ -910,8 +1011,7 @@ class Without:
 
 
 @pytest.mark.parametrize('error', [0, errno.EINVAL], ids=['BCC before 0.19', 'Linux before 5.6'])
-def test_rows_of_unanswered_probes_without_batches(
-        load: Load, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+def test_rows_of_unanswered_probes_without_batches(load: Load, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
     programs, flight = load(), flight_of(PROBES['UDP'](6), **KNOWN)
     monkeypatch.setattr(elfprobe.bcc, 'lib', Without(elfprobe.bcc.lib, 'bpf_lookup_batch', error))
     for ident in range(5):
@@ -975,8 +1075,14 @@ def extended_by(*headers: Packet) -> Callable[[bytes], bytes]:
             chain /= header
         chain.lastlayer().nh = protocol
         built = bytes(chain)
-        return (packet[:18] + struct.pack('!H', length + len(built) - 40) + built[6:7] + packet[21:54]
-                + built[40:] + rest)
+        return (
+            packet[:18]
+            + struct.pack('!H', length + len(built) - 40)
+            + built[6:7]
+            + packet[21:54]
+            + built[40:]
+            + rest
+        )
 
     return extend
 
@@ -986,9 +1092,16 @@ FRONTS: dict[str, tuple[int, dict[str, str], Callable[[bytes], bytes]]] = {
     'a VLAN tag': (4, {}, tagged(0x8100)),
     'two VLAN tags': (6, {}, tagged(0x88A8, 0x8100)),
     'a hop-by-hop header': (6, {}, extended_by(IPv6ExtHdrHopByHop())),
-    'four extension headers': (6, {}, extended_by(
-        IPv6ExtHdrHopByHop(), IPv6ExtHdrDestOpt(options=[PadN(optdata=bytes(20))]), IPv6ExtHdrRouting(),
-        IPv6ExtHdrDestOpt())),
+    'four extension headers': (
+        6,
+        {},
+        extended_by(
+            IPv6ExtHdrHopByHop(),
+            IPv6ExtHdrDestOpt(options=[PadN(optdata=bytes(20))]),
+            IPv6ExtHdrRouting(),
+            IPv6ExtHdrDestOpt(),
+        ),
+    ),
     'a fragment header of what is whole': (6, {}, extended_by(IPv6ExtHdrFragment())),
     'IPv4 in IPv4': (4, dict(encapsulation='ipinip'), wrapped),
     'IPv6 in IPv4': (6, dict(encapsulation='ip6inip'), wrapped),
@@ -999,8 +1112,9 @@ FRONTS: dict[str, tuple[int, dict[str, str], Callable[[bytes], bytes]]] = {
 @pytest.mark.parametrize('version, config, front', FRONTS.values(), ids=FRONTS)
 @PROTOCOLS
 @TRIMMED_OR_NOT
-def test_what_is_in_front_stays(load: Load, version: int, config: dict[str, str],
-                                front: Callable[[bytes], bytes], protocol: str, notrunc: bool) -> None:
+def test_what_is_in_front_stays(
+    load: Load, version: int, config: dict[str, str], front: Callable[[bytes], bytes], protocol: str, notrunc: bool
+) -> None:
     """The probe is that of the packet without it, with the same in front; its reply finds it, too."""
     sent = bytes(frame(altered(PROBES[protocol](version).payload, ttl=64), data(40)))
     probes, flights = [], []
@@ -1021,8 +1135,11 @@ def test_what_is_in_front_stays(load: Load, version: int, config: dict[str, str]
     assert (row['responder'], row['outttl']) == (ROUTER[version], str(TTL))
 
 
-@pytest.mark.parametrize('front', [FRONTS[name][2] for name in FRONTS if 'header' in name],
-                         ids=[name for name in FRONTS if 'header' in name])
+@pytest.mark.parametrize(
+    'front',
+    [FRONTS[name][2] for name in FRONTS if 'header' in name],
+    ids=[name for name in FRONTS if 'header' in name],
+)
 def test_quotes_with_extension_headers(load: Load, front: Callable[[bytes], bytes]) -> None:
     """As of a probe of a packet that has them."""
     programs, probe = load(), PROBES['TCP'](6)
@@ -1066,12 +1183,19 @@ def in_ethernet(packet: bytes) -> bytes:
     return bytes(12) + (b'\x08\0' if packet[0] >> 4 == 4 else b'\x86\xdd') + packet
 
 
-@pytest.mark.parametrize('in_front', [bytes, *IN_TUNNELS.values(), *(
-    lambda packet, put_in=put_in: in_ethernet(put_in(packet)) for put_in in IN_TUNNELS.values()
-)], ids=['nothing', *IN_TUNNELS, *(f'Ethernet and {name}' for name in IN_TUNNELS)])
+@pytest.mark.parametrize(
+    'in_front',
+    [
+        bytes,
+        *IN_TUNNELS.values(),
+        *(lambda packet, put_in=put_in: in_ethernet(put_in(packet)) for put_in in IN_TUNNELS.values()),
+    ],
+    ids=['nothing', *IN_TUNNELS, *(f'Ethernet and {name}' for name in IN_TUNNELS)],
+)
 @BOTH_VERSIONS
 def test_what_xdp_on_a_tunnel_is_shown_in_front(
-        load: Load, version: int, in_front: Callable[[bytes], bytes]) -> None:
+    load: Load, version: int, in_front: Callable[[bytes], bytes]
+) -> None:
     programs, probe = load(frame=elfprobe.Frame.TUNNEL), PROBES['TCP'](version)
     programs.put_in_flight(flight_of(probe, **KNOWN))
     reply = bytes(time_exceeded(version, bytes(probe)[14:]))[14:]
@@ -1084,9 +1208,28 @@ def test_what_xdp_on_a_tunnel_is_shown_in_front(
 
 
 @BOTH_VERSIONS
-@pytest.mark.parametrize('ttl, length', [
-    (64, 1), (63, 2), (60, 5), (33, 32), (128, 1), (120, 9), (97, 32), (255, 1), (250, 6), (224, 32),
-    (32, 1), (30, 3), (1, 32), (96, 0), (65, 0), (129, 0), (200, 0)])
+@pytest.mark.parametrize(
+    'ttl, length',
+    [
+        (64, 1),
+        (63, 2),
+        (60, 5),
+        (33, 32),
+        (128, 1),
+        (120, 9),
+        (97, 32),
+        (255, 1),
+        (250, 6),
+        (224, 32),
+        (32, 1),
+        (30, 3),
+        (1, 32),
+        (96, 0),
+        (65, 0),
+        (129, 0),
+        (200, 0),
+    ],
+)
 def test_ttl_tells_the_length_of_the_path(load: Load, version: int, ttl: int, length: int) -> None:
     """Systems begin with 32, 64, 128 or 255; what seems farther than MAX_HOPS began with something else."""
     programs = load()
@@ -1141,7 +1284,8 @@ ANSWERS: dict[str, tuple[str, PerVersion]] = {
 @pytest.mark.parametrize('protocol, answer', ANSWERS.values(), ids=ANSWERS)
 @pytest.mark.parametrize('before, after', [(0, TTL), (TTL + 2, TTL), (TTL, TTL), (TTL - 1, TTL - 1)])
 def test_destination_that_answers_a_probe_is_nearer_than_was_thought(
-        load: Load, version: int, protocol: str, answer: PerVersion, before: int, after: int) -> None:
+    load: Load, version: int, protocol: str, answer: PerVersion, before: int, after: int
+) -> None:
     programs, probe = load(), PROBES[protocol](version)
     flight = flight_of(probe, **KNOWN)
     programs.put_in_flight(flight)
@@ -1156,14 +1300,12 @@ def test_destination_that_answers_a_probe_is_nearer_than_was_thought(
 
 
 @pytest.mark.parametrize('length, distances', [(TTL, 0x30), (TTL + 2, 0)], ids=['as long', 'shorter'])
-def test_destination_that_answers_from_where_it_was_thought_to_be(
-        load: Load, length: int, distances: int) -> None:
+def test_destination_that_answers_from_where_it_was_thought_to_be(load: Load, length: int, distances: int) -> None:
     """How far its last router seems to be stays known: else replies with two TTLs have probes sent to the
     destination again and again, where the router is asked so often that an answer is always due."""
     programs, probe = load(), PROBES['UDP'](4)
     programs.put_in_flight(flight_of(probe, **KNOWN))
-    programs.follow(SERVER[4], {TTL - 1: dict(rtt=9, unanswered=1)}, length=length, reverse=9,
-                    reply_distances=0x30)
+    programs.follow(SERVER[4], {TTL - 1: dict(rtt=9, unanswered=1)}, length=length, reverse=9, reply_distances=0x30)
     source = ip(4, src=SERVER[4], dst=CLIENT[4], ttl=56)
     programs.receive(frame(source, ICMP(type=3, code=3), Raw(bytes(probe.payload))))
     path = programs.path(SERVER[4])
@@ -1215,8 +1357,7 @@ TURNS: dict[str, tuple[dict[str, Any], dict[str, int], Hops, list[int]]] = {
     'one probe in an interval': (GLOBAL, dict(length=5), {}, [1]),
     'one probe in an interval, of the next hop': (GLOBAL, dict(length=5, last_probed=2), {}, [3]),
     'no interval': (EVERY_PACKET, dict(ROUTERS, length=4), {}, [1, 2, 3] * 3),
-    'no interval, global': (
-        dict(EVERY_PACKET, rate_global=True), dict(ROUTERS, length=4), {}, [1, 2, 3] * 3),
+    'no interval, global': (dict(EVERY_PACKET, rate_global=True), dict(ROUTERS, length=4), {}, [1, 2, 3] * 3),
     'in the middle of a round': (PER_HOP, dict(length=5, last_probed=2), {}, [3, 4, 1, 2]),
     'after a path became shorter': (PER_HOP, dict(length=5, last_probed=9), {}, [1, 2, 3, 4]),
     'a hop that rests': (PER_HOP, dict(length=5), {2: RESTING}, [1, 3, 4]),
@@ -1226,14 +1367,21 @@ TURNS: dict[str, tuple[dict[str, Any], dict[str, int], Hops, list[int]]] = {
     'a long path': (PER_HOP, dict(length=32), {}, [*range(1, 32)]),
     'one hop beyond, once': (PER_HOP, dict(length=4, explore=1), {}, [4, 1, 2, 3]),
     'one hop beyond, once, no interval': (
-        EVERY_PACKET, dict(ROUTERS, length=4, explore=1), {}, [4, 1, 2, 3, 1, 2, 3]),
+        EVERY_PACKET,
+        dict(ROUTERS, length=4, explore=1),
+        {},
+        [4, 1, 2, 3, 1, 2, 3],
+    ),
     'one hop beyond, now and then': (PER_HOP, dict(length=4, seq=19999), {}, [4, 1, 2, 3]),
     'nothing beyond what can be probed': (
-        PER_HOP, dict(length=33, explore=1, last_probed=31), {}, [32, *range(1, 32)]),
+        PER_HOP,
+        dict(length=33, explore=1, last_probed=31),
+        {},
+        [32, *range(1, 32)],
+    ),
     'length unknown, nothing tried': (PER_HOP, {}, {}, [1]),
     'length unknown, some hops known': (PER_HOP, dict(max_ttl_tried=3), {}, [1, 2, 3]),
-    'length unknown, no hop left': (
-        PER_HOP, dict(max_ttl_tried=32, last_probed=30), {}, [31, 32, *range(1, 31)]),
+    'length unknown, no hop left': (PER_HOP, dict(max_ttl_tried=32, last_probed=30), {}, [31, 32, *range(1, 31)]),
 }
 
 
@@ -1288,12 +1436,9 @@ RESTS: dict[str, tuple[dict[str, int], int, dict[str, int], int]] = {
     'the last router, its rest is over': (LAST, 4, dict(unanswered=1, rtt=9, level=1, state=1), 0),
     'the last router, 2 lost': (LAST, 4, dict(unanswered=2, rtt=9, level=1), 1600),
     'the last router, 3 lost': (LAST, 4, dict(unanswered=3, rtt=9, level=2), 12800),
-    'the last router, 2 lost, of late as well': (
-        LAST, 4, dict(unanswered=2, rtt=9, level=1, false_alarms=4), 200),
-    'the last router, 3 lost, of late but 1': (
-        LAST, 4, dict(unanswered=3, rtt=9, level=2, false_alarms=7), 1600),
-    'the last router, 4 lost, of late as well': (
-        LAST, 4, dict(unanswered=4, rtt=9, level=3, false_alarms=12), 200),
+    'the last router, 2 lost, of late as well': (LAST, 4, dict(unanswered=2, rtt=9, level=1, false_alarms=4), 200),
+    'the last router, 3 lost, of late but 1': (LAST, 4, dict(unanswered=3, rtt=9, level=2, false_alarms=7), 1600),
+    'the last router, 4 lost, of late as well': (LAST, 4, dict(unanswered=4, rtt=9, level=3, false_alarms=12), 200),
     'the last router, 5 lost': (LAST, 4, dict(unanswered=5, rtt=9, level=4, false_alarms=12), 1600),
     'the last router, many lost': (LAST, 4, dict(unanswered=99, rtt=9, level=16), 256000),
     'behind it, 1 lost': (PROVEN, 5, dict(unanswered=1), 1000),
@@ -1368,8 +1513,9 @@ def test_steps_while_the_length_is_unknown(load: Load, where: tuple[int, int, in
     farthest, responsive, silent = where
     programs = load()
     hop = dict(unanswered=1, since=time.monotonic_ns() - silent * MS, due=NEVER)
-    programs.follow(SERVER[4], {farthest: hop}, max_ttl_tried=farthest, last_responsive=responsive,
-                    last_probed=horizon - 1)
+    programs.follow(
+        SERVER[4], {farthest: hop}, max_ttl_tried=farthest, last_responsive=responsive, last_probed=horizon - 1
+    )
     with programs.attached() as send:
         [probe] = send(frame(ip(4), segment()))
     assert programs.path(SERVER[4]).distance.max_ttl_tried == horizon
@@ -1425,8 +1571,9 @@ def test_idle_flow_does_not_stall(load: Load) -> None:
     def set_next_due(when: int) -> None:
         programs.set_path(server, programs.new_path(length=2, next_due=when))
 
-    with socket.create_server((server, 0)) as listener, programs.attached(), \
-            socket.create_connection(listener.getsockname(), source_address=(client, 0)) as ours:
+    with socket.create_server((server, 0)) as listener, programs.attached(), socket.create_connection(
+        listener.getsockname(), source_address=(client, 0)
+    ) as ours:
         ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         theirs, _ = listener.accept()
         with theirs:
@@ -1453,31 +1600,47 @@ def test_idle_flow_does_not_stall(load: Load) -> None:
 REPLIES: dict[str, tuple[dict[str, int], tuple[int, int], dict[str, int]]] = {
     # the path before; TTLs of a probe and its reply; the path afterwards
     'length unknown, the farthest': (
-        dict(max_ttl_tried=3, last_responsive=2), (3, 62), dict(max_ttl_tried=4, last_responsive=3)),
+        dict(max_ttl_tried=3, last_responsive=2),
+        (3, 62),
+        dict(max_ttl_tried=4, last_responsive=3),
+    ),
     'length unknown, a nearer one': (
-        dict(max_ttl_tried=3, last_responsive=2), (2, 63), dict(max_ttl_tried=3, last_responsive=2)),
+        dict(max_ttl_tried=3, last_responsive=2),
+        (2, 63),
+        dict(max_ttl_tried=3, last_responsive=2),
+    ),
     'length unknown, the last possible': (
-        dict(max_ttl_tried=32), (32, 30), dict(max_ttl_tried=32, last_responsive=32)),
-    'a router before the last': (
-        dict(length=9, last_responsive=8), (3, 62), dict(length=9, last_responsive=8)),
-    'first answer of that far': (
-        dict(length=9, last_responsive=3), (5, 60), dict(length=9, last_responsive=5)),
+        dict(max_ttl_tried=32),
+        (32, 30),
+        dict(max_ttl_tried=32, last_responsive=32),
+    ),
+    'a router before the last': (dict(length=9, last_responsive=8), (3, 62), dict(length=9, last_responsive=8)),
+    'first answer of that far': (dict(length=9, last_responsive=3), (5, 60), dict(length=9, last_responsive=5)),
     'farther than the path was thought to be long': (
-        dict(length=5, reply_distances=1 << 4), (5, 60),
-        dict(length=6, explore=1, last_responsive=5, reply_distances=0)),
+        dict(length=5, reply_distances=1 << 4),
+        (5, 60),
+        dict(length=6, explore=1, last_responsive=5, reply_distances=0),
+    ),
     'last router, one nearer than the destination': (
-        dict(length=5, reverse=5), (4, 61), dict(length=5, explore=0, reply_distances=1 << 4)),
+        dict(length=5, reverse=5),
+        (4, 61),
+        dict(length=5, explore=0, reply_distances=1 << 4),
+    ),
     'last router, as far as the destination': (
-        dict(length=5, reverse=5), (4, 60), dict(length=5, explore=1, reply_distances=1 << 5)),
+        dict(length=5, reverse=5),
+        (4, 60),
+        dict(length=5, explore=1, reply_distances=1 << 5),
+    ),
     'last router, as far as before': (
-        dict(length=5, reverse=5, reply_distances=0x30), (4, 60),
-        dict(length=5, explore=0, reply_distances=0x30)),
+        dict(length=5, reverse=5, reply_distances=0x30),
+        (4, 60),
+        dict(length=5, explore=0, reply_distances=0x30),
+    ),
 }
 
 
 @pytest.mark.parametrize('before, ttls, after', REPLIES.values(), ids=REPLIES)
-def test_replies_teach(load: Load, before: dict[str, int], ttls: tuple[int, int],
-                       after: dict[str, int]) -> None:
+def test_replies_teach(load: Load, before: dict[str, int], ttls: tuple[int, int], after: dict[str, int]) -> None:
     programs = load(probeint=10)
     outttl, recvttl = ttls
     now = time.monotonic_ns()
@@ -1498,8 +1661,9 @@ def test_replies_teach(load: Load, before: dict[str, int], ttls: tuple[int, int]
     assert hop.due == path.pacing.next_due == received + 10 * MS
 
 
-@pytest.mark.parametrize('rests, before, after', [
-    (0, 0, 0), (1, 0, 1), (2, 0, 0), (2, 4, 5), (3, 4, 4), (4, 12, 12)])
+@pytest.mark.parametrize(
+    'rests, before, after', [(0, 0, 0), (1, 0, 1), (2, 0, 0), (2, 4, 5), (3, 4, 4), (4, 12, 12)]
+)
 def test_false_alarms_are_counted(load: Load, rests: int, before: int, after: int) -> None:
     """Answers after the first rests: so it had lost single packets."""
     programs, probe = load(), PROBES['UDP'](4)
@@ -1520,21 +1684,33 @@ def test_replies_do_not_hasten_the_next_of_all_probes(load: Load) -> None:
     assert path.pacing.next_due == path.pacing.last_sent + SECOND
 
 
-@pytest.mark.parametrize('hop, woken', [
-    (dict(unanswered=9, level=3, rtt=9, since=10 * SECOND), {5, 6}),
-    (dict(unanswered=9, level=3, rtt=9, since=30 * SECOND), set()),  # they were silent before
-    (dict(unanswered=9, level=0, rtt=9, since=10 * SECOND), set()),  # it was merely late
-    (dict(unanswered=1, level=0, rtt=0, since=10 * SECOND), {5, 6}),  # its first answer
-], ids=['together', 'not together', 'late', 'first'])
+@pytest.mark.parametrize(
+    'hop, woken',
+    [
+        (dict(unanswered=9, level=3, rtt=9, since=10 * SECOND), {5, 6}),
+        (dict(unanswered=9, level=3, rtt=9, since=30 * SECOND), set()),  # they were silent before
+        (dict(unanswered=9, level=0, rtt=9, since=10 * SECOND), set()),  # it was merely late
+        (dict(unanswered=1, level=0, rtt=0, since=10 * SECOND), {5, 6}),  # its first answer
+    ],
+    ids=['together', 'not together', 'late', 'first'],
+)
 def test_hops_behind_one_that_answers_again_are_tried_again(
-        load: Load, hop: dict[str, int], woken: set[int]) -> None:
+    load: Load, hop: dict[str, int], woken: set[int]
+) -> None:
     """Those that fell silent together with it, lest they sleep on when the way is open again; once."""
     programs = load(probeint=0)
     resting = dict(unanswered=3, level=3, state=1, due=NEVER)
-    programs.follow(SERVER[4], {
-        4: hop, 5: dict(resting, since=10 * SECOND + SECOND // 2), 6: dict(resting, since=11 * SECOND - 1),
-        7: dict(resting, since=8 * SECOND),
-    }, length=9, last_responsive=3)
+    programs.follow(
+        SERVER[4],
+        {
+            4: hop,
+            5: dict(resting, since=10 * SECOND + SECOND // 2),
+            6: dict(resting, since=11 * SECOND - 1),
+            7: dict(resting, since=8 * SECOND),
+        },
+        length=9,
+        last_responsive=3,
+    )
     probe = frame(ip(4, ttl=4), segment())
     programs.put_in_flight(flight_of(probe))
     programs.receive(time_exceeded(4, probe.payload))
@@ -1551,9 +1727,13 @@ def test_hops_rest_no_more_when_the_destination_is_heard_again(load: Load) -> No
     packet = frame(ip(4, src=SERVER[4], dst=CLIENT[4], ttl=61), segment())
     for gap, woken in (5, {2}), (0, set()):
         programs.clear()
-        programs.follow(SERVER[4], {
-            1: dict(resting, since=now - 90 * SECOND), 2: dict(resting, since=now - 5 * SECOND),
-        }, length=4, reverse=4, last_responsive=3)
+        programs.follow(
+            SERVER[4],
+            {1: dict(resting, since=now - 90 * SECOND), 2: dict(resting, since=now - 5 * SECOND)},
+            length=4,
+            reverse=4,
+            last_responsive=3,
+        )
         assert programs.receive(packet).verdict == PASS  # tells the tick
         tick = round(time.clock_getres(elfprobe.CLOCK_MONOTONIC_COARSE) * 1e9)
         path = programs.path(SERVER[4])
@@ -1568,8 +1748,12 @@ def test_hops_rest_no_more_when_the_destination_is_heard_again(load: Load) -> No
 def test_routers_before_one_that_answers_rest_no_longer_than_routers(load: Load) -> None:
     programs = load(probeint=0)
     resting = dict(unanswered=3, level=3, state=1, due=NEVER, since=SECOND)
-    programs.follow(SERVER[4], {2: resting, 3: resting, 5: dict(unanswered=1, rtt=9, since=9 * SECOND),
-                                6: resting}, length=9, last_responsive=1)
+    programs.follow(
+        SERVER[4],
+        {2: resting, 3: resting, 5: dict(unanswered=1, rtt=9, since=9 * SECOND), 6: resting},
+        length=9,
+        last_responsive=1,
+    )
     probe = frame(ip(4, ttl=5), segment())
     programs.put_in_flight(flight_of(probe))
     programs.receive(time_exceeded(4, probe.payload))
@@ -1761,8 +1945,7 @@ def test_mutated_packets_leave_unchanged(load: Load, version: int, protocol: str
                 assert len(programs.in_flight()) == programs.counters().get('probes', 0)
                 probes += len(programs.in_flight())
                 programs.clear()
-                programs.follow(SERVER[version], never_late, length=9, last_responsive=9,
-                                farthest_reply=NEVER)
+                programs.follow(SERVER[version], never_late, length=9, last_responsive=9, farthest_reply=NEVER)
             packet = mutated(chance, sent)
             try:
                 came = send(packet)

@@ -50,24 +50,30 @@ CHOICES: dict[str, tuple[Fields, dict[int, Fields], int]] = {
     'exploration': (dict(length=5, explore=1), {}, 5),
     'exploration now and then': (dict(length=5, seq=19999), {}, 5),
     'no exploration before the last one is over': (dict(length=5, explore=1), {5: dict(due=NOW + 1)}, 1),
-    'an unresponsive router': (
-        dict(RESPONSIVE, length=5), {1: dict(unanswered=9, since=1)}, HOP_UNRESPONSIVE),
+    'an unresponsive router': (dict(RESPONSIVE, length=5), {1: dict(unanswered=9, since=1)}, HOP_UNRESPONSIVE),
     'a router with losses': (dict(RESPONSIVE, length=5), {1: dict(unanswered=8, since=1)}, 1),
-    'the last hop, one loss': (dict(last_responsive=4, length=5, last_probed=3),
-                               {4: dict(unanswered=1, since=1)}, HOP_UNRESPONSIVE),
-    'a back-off that is over': (
-        dict(RESPONSIVE, length=5), {1: dict(unanswered=9, since=1, state=BACKING_OFF)}, 1),
+    'the last hop, one loss': (
+        dict(last_responsive=4, length=5, last_probed=3),
+        {4: dict(unanswered=1, since=1)},
+        HOP_UNRESPONSIVE,
+    ),
+    'a back-off that is over': (dict(RESPONSIVE, length=5), {1: dict(unanswered=9, since=1, state=BACKING_OFF)}, 1),
     'an early retry after an outage': (
         dict(length=5, outage_start=NOW - 9 * SECOND, outage_end=NOW),
-        {1: dict(unanswered=9, since=NOW - 9 * SECOND, state=BACKING_OFF, due=NEVER)}, 1),
+        {1: dict(unanswered=9, since=NOW - 9 * SECOND, state=BACKING_OFF, due=NEVER)},
+        1,
+    ),
     'no second early retry': (
         dict(length=2, outage_start=NOW - 9 * SECOND, outage_end=NOW),
         {1: dict(unanswered=9, since=NOW - 9 * SECOND, due=NEVER, state=BACKING_OFF | RETRIED_EARLY)},
-        NONE_DUE),
+        NONE_DUE,
+    ),
     'length unknown: one hop': ({}, {}, 1),
     'length unknown: the next one after a while': (
         dict(max_ttl_tried=2, last_responsive=1, last_probed=2),
-        {1: dict(due=NEVER), 2: dict(due=NEVER, unanswered=1, since=NOW - SECOND)}, 3),
+        {1: dict(due=NEVER), 2: dict(due=NEVER, unanswered=1, since=NOW - SECOND)},
+        3,
+    ),
 }
 
 
@@ -97,13 +103,18 @@ def test_back_off_grows_up_to_a_maximum(model: PathModel) -> None:
 SEEN: dict[str, tuple[Fields, int, Fields]] = {
     # the path; the distance of a packet of the destination; the path afterwards
     'the first packet': ({}, 5, dict(length=5, reverse=5)),
-    'shorter at once': (dict(length=5, reverse=5, last_responsive=4), 3,
-                        dict(length=3, reverse=3, last_responsive=2, shortened_at=NOW)),
+    'shorter at once': (
+        dict(length=5, reverse=5, last_responsive=4),
+        3,
+        dict(length=3, reverse=3, last_responsive=2, shortened_at=NOW),
+    ),
     'longer not at once': (dict(length=5, reverse=5), 6, dict(length=5, reverse=5, longer_packets=1)),
-    'longer after 16': (dict(length=5, reverse=5, longer_packets=16), 6, dict(length=6, reverse=6,
-        longer_packets=0)),
-    'not longer after all': (dict(length=5, reverse=5, longer_packets=9), 5, dict(length=5,
-        longer_packets=0)),
+    'longer after 16': (
+        dict(length=5, reverse=5, longer_packets=16),
+        6,
+        dict(length=6, reverse=6, longer_packets=0),
+    ),
+    'not longer after all': (dict(length=5, reverse=5, longer_packets=9), 5, dict(length=5, longer_packets=0)),
     'an unusual initial TTL': (dict(length=5), 33, dict(length=0, reverse=33)),
 }
 
@@ -126,8 +137,7 @@ def test_gap_ends_an_outage(model: PathModel, gap: int, is_first: int, ended: in
 REACHED: dict[str, tuple[Fields, int, Fields]] = {
     'unknown': ({}, 4, dict(length=4)),
     'shorter': (dict(length=9, last_responsive=8), 4, dict(length=4, last_responsive=3)),
-    'as long': (dict(length=4, explore=1, reply_distances=6), 4, dict(length=4, explore=0,
-        reply_distances=6)),
+    'as long': (dict(length=4, explore=1, reply_distances=6), 4, dict(length=4, explore=0, reply_distances=6)),
     'longer than known': (dict(length=3), 4, dict(length=3)),
     'by a TTL of 0': (dict(length=3, last_responsive=2), 0, dict(length=3, last_responsive=2)),
 }
@@ -147,7 +157,10 @@ REPLIED: dict[str, tuple[Fields, tuple[int, int], Fields]] = {
     'last router, as expected': (dict(length=5, reverse=5), (4, 4), dict(explore=0, reply_distances=1 << 4)),
     'last router, farther': (dict(length=5, reverse=5), (4, 5), dict(explore=1, last_explored=NOW)),
     'last router, farther, not again so soon': (
-        dict(length=5, reverse=5, last_explored=NOW - SECOND), (4, 5), dict(explore=0, reply_distances=0)),
+        dict(length=5, reverse=5, last_explored=NOW - SECOND),
+        (4, 5),
+        dict(explore=0, reply_distances=0),
+    ),
     'of the old path': (dict(length=5, shortened_at=NOW), (6, 6), dict(length=5, last_responsive=0)),
 }
 
@@ -187,12 +200,13 @@ def test_probe_that_is_postponed_is_next_again(model: PathModel) -> None:
 BUILDS = [(10 * MS, False, TICK), (0, False, TICK), (SECOND, True, 0), (100 * MS, True, MS)]
 MUTANTS = {  # what is broken in the model -> (text, its replacement)
     'back-off without end': ('hop->due = now + backoff_delay(path, nr, hop);', 'hop->due = ~0ULL;'),
-    'early retries never end': ('hop->backoff.state = RETRIED_EARLY;',
-                                'hop->due = ~0ULL >> 1; return hop->due;'),
+    'early retries never end': ('hop->backoff.state = RETRIED_EARLY;', 'hop->due = ~0ULL >> 1; return hop->due;'),
     'the destination is a hop': ('return path->distance.length - 1;', 'return path->distance.length;'),
     'no exploration': ('path->pacing.seq % EXPLORE_EVERY == EXPLORE_EVERY - 1', '0'),
-    'due for ever': ('set_next_due(&path->pacing, earliest, now, ticks);',
-                     'set_next_due(&path->pacing, now + 4000 * NSEC_PER_SEC, now, ticks);'),
+    'due for ever': (
+        'set_next_due(&path->pacing, earliest, now, ticks);',
+        'set_next_due(&path->pacing, now + 4000 * NSEC_PER_SEC, now, ticks);',
+    ),
 }
 
 
@@ -201,8 +215,9 @@ def fuzz(folder: Path, text: str, build: tuple[int, bool, int], first: int, coun
     fuzzer = folder / 'path_fuzz'
     rest = (path_model.HERE / 'path_fuzz.c').read_text()
     path_model.compile_c(path_model.PRELUDE + text + rest, fuzzer, *path_model.parameters(*build))
-    ran = subprocess.run([str(fuzzer), str(first), str(count)], stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT, text=True)
+    ran = subprocess.run(
+        [str(fuzzer), str(first), str(count)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     return ran.returncode, ran.stdout
 
 

@@ -79,6 +79,7 @@ UPLOAD, DOWNLOAD, STREAM = 5210, 5220, 5230  # ports; the version is added
 
 # Traffic
 
+
 def client(lab: Lab, *cmd: str) -> subprocess.Popen[str]:
     return lab.client.popen(*cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -153,6 +154,7 @@ def dropping(host: Host, rules: str) -> Iterator[None]:
 
 # Rows and packets
 
+
 class Measured(NamedTuple):
     """A run with a probe for every packet of three protocols, and what was seen at r1 meanwhile."""
 
@@ -172,8 +174,7 @@ class Measured(NamedTuple):
         return [packet for packet in packets if packet.dest == dest and packet.protocol == protocol]
 
 
-@pytest.fixture(scope='module', params=list(product(('truncated', 'whole'), ('offload', 'finished'))),
-                ids='-'.join)
+@pytest.fixture(scope='module', params=list(product(('truncated', 'whole'), ('offload', 'finished'))), ids='-'.join)
 def measured(lab4: Lab, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Measured:
     truncated, offload = request.param[0] == 'truncated', request.param[1] == 'offload'
     both_ends = ' or '.join(f'(host {server} and not src {server})' for server in both(lab4))
@@ -183,9 +184,9 @@ def measured(lab4: Lab, request: pytest.FixtureRequest, tmp_path_factory: pytest
     bulk = ['-t', str(PATIENCE), '-b', f'{4000 // PATIENCE}K', '-l', '3000', '-S', str(TOS)]
     lab4.set_checksum_offload(offload)
     try:
-        with lab4.iperf3_server(*ports), \
-                lab4.routers[0].capture(**seen_at_r1) as seen, \
-                elfprobe(lab4, *options, *both(lab4), cwd=tmp_path_factory.mktemp('measured')) as run:
+        with lab4.iperf3_server(*ports), lab4.routers[0].capture(**seen_at_r1) as seen, elfprobe(
+            lab4, *options, *both(lab4), cwd=tmp_path_factory.mktemp('measured')
+        ) as run:
             for version in VERSIONS:  # from then on the path's length is known
                 output(ping(lab4, version, '-c1'))
             often = f'-i{0.005 * PATIENCE:g}'
@@ -203,8 +204,7 @@ def measured(lab4: Lab, request: pytest.FixtureRequest, tmp_path_factory: pytest
     replies = [packet for packet in packets if packet.is_time_exceeded]
     carriers = [packet for packet in packets if not packet.is_time_exceeded and packet.ttl > 32]
     probes = [packet for packet in packets if not packet.is_time_exceeded and packet.ttl <= 32]
-    return Measured(truncated, offload, run.rows(), carriers, probes, replies, realtime_offset(), streams,
-                    said)
+    return Measured(truncated, offload, run.rows(), carriers, probes, replies, realtime_offset(), streams, said)
 
 
 CELLS = pytest.mark.parametrize('version, protocol', [
@@ -285,8 +285,11 @@ def test_rows_agree_with_the_packets(measured, version, protocol):
     quoting = defaultdict(list)
     for reply in measured.replies:
         quoting[reply.quote.identity].append(reply)
-    answered = [(row, probe) for row, probe in pairs(rows, measured.cell(version, protocol, measured.probes),
-                                                     measured.offset) if row.is_answered]
+    answered = [
+        (row, probe)
+        for row, probe in pairs(rows, measured.cell(version, protocol, measured.probes), measured.offset)
+        if row.is_answered
+    ]
     delays = []
     for row, probe in answered:
         (reply,) = quoting[probe.identity]
@@ -302,8 +305,9 @@ def test_probes_are_copies(measured, version, protocol):
     carriers = defaultdict(list)
     for carrier in cell(version, protocol, measured.carriers):
         carriers[carrier.flow + (carrier.ip_id, carrier.sequence)].append(carrier)
-    for row, probe in pairs(cell(version, protocol, measured.rows), cell(version, protocol, measured.probes),
-                            measured.offset):
+    for row, probe in pairs(
+        cell(version, protocol, measured.rows), cell(version, protocol, measured.probes), measured.offset
+    ):
         origin = carriers[row.flow + (row.outipid, row.origseq)]
         assert comparable(probe, truncated) in [expected(carrier, truncated) for carrier in origin]
         if protocol == TCP:
@@ -342,7 +346,8 @@ def test_application_packets_arrive_as_sent(measured, version):
 def test_interval_0_probes_every_packet(measured, version):
     for protocol in (ICMP, UDP) if version == 4 else (ICMPV6, UDP):
         assert len(measured.cell(version, protocol, measured.rows)) > 0.99 * len(
-            measured.cell(version, protocol, measured.carriers))
+            measured.cell(version, protocol, measured.carriers)
+        )
 
 
 def test_every_probe_and_answer_has_its_row(measured):
@@ -363,9 +368,9 @@ def test_probes_that_routers_fragment(make_lab, tmp_path):
     lab = make_lab(routers=4)
     for router, device in zip(lab.routers, ('eth1', 'eth0')):
         batch(router.name, [f'link set {device} mtu 1000'])
-    with udp_socket(lab.client, 4) as sender, udp_socket(lab.server, 4, 7), \
-            lab.routers[3].capture(filter='ip[6] & 0x20 != 0') as parts, \
-            elfprobe(lab, '-T', '-p', '0', lab.server_address(4), cwd=tmp_path) as run:
+    with udp_socket(lab.client, 4) as sender, udp_socket(lab.server, 4, 7), lab.routers[3].capture(
+        filter='ip[6] & 0x20 != 0'
+    ) as parts, elfprobe(lab, '-T', '-p', '0', lab.server_address(4), cwd=tmp_path) as run:
         sender.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)
         output(ping(lab, 4, '-c1'))
         for _ in range(200):
@@ -374,7 +379,8 @@ def test_probes_that_routers_fragment(make_lab, tmp_path):
     assert len(parts.packets()) > 200  # of packets, and of the probes that end here
     rows = [row for row in run.rows() if row.protocol == UDP]
     assert Counter((row.outttl, row.responder) for row in rows if row.is_answered).keys() == {
-        (hop, lab.hop(4, hop)) for hop in HOPS}
+        (hop, lab.hop(4, hop)) for hop in HOPS
+    }
     assert sum(row.is_answered for row in rows) > 0.97 * len(rows)
 
 
@@ -398,8 +404,10 @@ def test_others_are_left_alone(lab4, tmp_path, ingress):
                 assert [line.split()[1] for line in lines[1:]] == hops
         for host in neighbours:
             known = host.run('ip', 'neigh', 'show', 'dev', 'eth0').stdout
-            assert all(any(line.startswith(net) and 'lladdr' in line for line in known.splitlines())
-                       for net in ('10.0.1.', 'fd00:e1f:1:'))
+            assert all(
+                any(line.startswith(net) and 'lladdr' in line for line in known.splitlines())
+                for net in ('10.0.1.', 'fd00:e1f:1:')
+            )
     passed = [now - then for now, then in zip(time_exceeded_received(lab4.client), before)]
     answered = Counter(row.dest for row in run.rows() if row.is_answered)
     ours = [answered[dest] if ingress == 'pass' else 0 for dest in both(lab4)]
@@ -407,6 +415,7 @@ def test_others_are_left_alone(lab4, tmp_path, ingress):
 
 
 # When probes are sent, and where to
+
 
 def by_dest(rows: list[Row]) -> dict[str, list[Row]]:
     """The rows of each destination in the order in which their probes left."""
@@ -446,8 +455,9 @@ def flood(lab: Lab, seconds: int) -> None:
 
 def test_global_rate(lab4, tmp_path):
     """One probe to a destination per interval, the hops in turn; 100 a second, while packets come."""
-    with lab4.client.capture(filter=f'not {PROBES}', snaplen=100) as seen, \
-            measuring(lab4, '-r', 'g', '-p', '10', cwd=tmp_path) as run:
+    with lab4.client.capture(filter=f'not {PROBES}', snaplen=100) as seen, measuring(
+        lab4, '-r', 'g', '-p', '10', cwd=tmp_path
+    ) as run:
         flood(lab4, 2)
     packets, offset = ip_packets(seen), realtime_offset()
     for rows in by_dest(run.rows()).values():
@@ -489,8 +499,10 @@ def test_parallel_flows(lab4, tmp_path):
     """As fast as it goes, from several CPUs to one destination: every number once, every row right."""
     cpus = sorted(os.sched_getaffinity(0))
     with lab4.iperf3_server(5201, 5202), measuring(lab4, '-p', '0', cwd=tmp_path) as run:
-        for process in [iperf3(lab4, 4, 5201, '-P4', '-t1', '-A', str(cpus[0])),
-                        iperf3(lab4, 4, 5202, '-P4', '-t1', '-A', str(cpus[-1]))]:
+        for process in [
+            iperf3(lab4, 4, 5201, '-P4', '-t1', '-A', str(cpus[0])),
+            iperf3(lab4, 4, 5202, '-P4', '-t1', '-A', str(cpus[-1])),
+        ]:
             output(process)
     rows = run.rows()
     assert len({row.sport for row in rows}) >= 8
@@ -520,8 +532,9 @@ def test_what_the_network_changes(lab4, tmp_path):
     batch(lab4.routers[3].name, [f'route replace {other} via {address(4, 4, 1)}'])
     batch(lab4.server.name, [f'route replace {other} via {address(4, 5, 1)}'])
     try:
-        with nft_table(r2, CHANGES % dict(client=client, other=other)), \
-                elfprobe(lab4, *both(lab4), cwd=tmp_path) as run, pinging(lab4, '-i.01', '-Q', str(TOS)):
+        with nft_table(r2, CHANGES % dict(client=client, other=other)), elfprobe(
+            lab4, *both(lab4), cwd=tmp_path
+        ) as run, pinging(lab4, '-i.01', '-Q', str(TOS)):
             # But for r2 itself, whose answers in IPv4 go to the other address.
             wait_until(lambda: len(latest(run.rows())) == 7, 10, 'rows of the hops of both destinations')
     finally:
@@ -541,17 +554,22 @@ def test_what_the_network_changes(lab4, tmp_path):
 
 def test_many_destinations(lab4, tmp_path):
     """As many as there may be, from a file, and one more, which is too many."""
-    others = [address.format(i // 256, i % 256) for i in range(32767)
-              for address in ('198.18.{}.{}', '2001:db8::{:x}:{:x}')]
+    others = [
+        address.format(i // 256, i % 256)
+        for i in range(32767)
+        for address in ('198.18.{}.{}', '2001:db8::{:x}:{:x}')
+    ]
     (tmp_path / 'hosts').write_text('\n'.join([*others, *both(lab4)]))
     with measuring(lab4, '@hosts', cwd=tmp_path) as run, pinging(lab4, '-i.005'):
         wait_until(lambda: len(latest(run.rows())) == 8, 20, 'rows of all hops of both destinations')
-    with pytest.raises(CommandFailed, match='65537 destinations, at most 65536'), \
-            elfprobe(lab4, '@hosts', '192.0.2.1', cwd=tmp_path):
+    with pytest.raises(CommandFailed, match='65537 destinations, at most 65536'), elfprobe(
+        lab4, '@hosts', '192.0.2.1', cwd=tmp_path
+    ):
         pass
 
 
 # Paths that are not as they seem, or do not stay so
+
 
 def latest(rows: list[Row], since: int = 0) -> dict[tuple[str, int], str]:
     """Who has answered for each destination and TTL last, to probes sent since then."""
@@ -671,7 +689,8 @@ def test_unknown_length(lab4, tmp_path):
     for version, dest in zip(VERSIONS, both(lab4)):
         some = by_dest(rows)[dest]
         assert {row.outttl: row.responder for row in some if row.is_answered} == {
-            ttl: lab4.hop(version, ttl) for ttl in HOPS}
+            ttl: lab4.hop(version, ttl) for ttl in HOPS
+        }
         counts = Counter(row.outttl for row in some)
         assert min(counts[ttl] for ttl in HOPS) > 50
         firsts = [next(row for row in some if row.outttl == ttl) for ttl in (*HOPS, 5)]
@@ -692,35 +711,41 @@ def uploading(lab: Lab) -> Iterator[None]:
 @contextmanager
 def echoed(lab: Lab) -> Iterator[None]:
     """UDP of both families, a packet every 5 ms, to sockets whose answers are what the path is told by."""
-    code = ('import socket, sys, time\n'
-            'there = socket.getaddrinfo(sys.argv[1], 7, type=socket.SOCK_DGRAM)[0]\n'
-            'with socket.socket(there[0], socket.SOCK_DGRAM) as udp:\n'
-            '    if sys.argv[2:]:\n'
-            '        udp.bind(there[4])\n'
-            '        while True:\n'
-            '            udp.sendto(*udp.recvfrom(2000))\n'
-            '    udp.connect(there[4])\n'
-            '    while True:\n'
-            '        udp.send(bytes(100))\n'
-            '        time.sleep(0.005)\n')
+    code = (
+        'import socket, sys, time\n'
+        'there = socket.getaddrinfo(sys.argv[1], 7, type=socket.SOCK_DGRAM)[0]\n'
+        'with socket.socket(there[0], socket.SOCK_DGRAM) as udp:\n'
+        '    if sys.argv[2:]:\n'
+        '        udp.bind(there[4])\n'
+        '        while True:\n'
+        '            udp.sendto(*udp.recvfrom(2000))\n'
+        '    udp.connect(there[4])\n'
+        '    while True:\n'
+        '        udp.send(bytes(100))\n'
+        '        time.sleep(0.005)\n'
+    )
     with ExitStack() as stack:
         for server in both(lab):
             stack.callback(end, lab.server.popen(sys.executable, '-c', code, server, 'echo'))
-        wait_until(lambda: len(lab.server.run('ss', '-Hlun', 'sport = :7').stdout.splitlines()) == 2, 10,
-                   'both sockets are there')
+        wait_until(
+            lambda: len(lab.server.run('ss', '-Hlun', 'sport = :7').stdout.splitlines()) == 2,
+            10,
+            'both sockets are there',
+        )
         for server in both(lab):
             stack.callback(end, lab.client.popen(sys.executable, '-c', code, server))
         yield
 
 
-@pytest.mark.parametrize('traffic', [lambda lab: pinging(lab, '-i.005'), uploading, echoed],
-                         ids=['ping', 'TCP', 'UDP'])
+@pytest.mark.parametrize(
+    'traffic', [lambda lab: pinging(lab, '-i.005'), uploading, echoed], ids=['ping', 'TCP', 'UDP']
+)
 def test_path_changes(make_lab, tmp_path, traffic):
     """Ways around r2, and r2 and r3, both ways, one way, back: rows follow, and few probes reach the server.
 
-                  +------- link 250 -------+
-        client - r1 -------- r2 --------- r3 - r4 - server
-                  +------- link 251 ------------+
+              +------- link 250 -------+
+    client - r1 -------- r2 --------- r3 - r4 - server
+              +------- link 251 ------------+
     """
     lab = make_lab(routers=4)
     r1, _, r3, r4 = lab.routers
@@ -729,33 +754,49 @@ def test_path_changes(make_lab, tmp_path, traffic):
     sides += [side for router in HOPS for side in ((router, 2, router), (router + 1, 1, router))]
     routers = {address(version, link, side): router for version in VERSIONS for link, side, router in sides}
     for link, far in (250, r3), (251, r4):
-        batch(r1.name, [f'link add around{link} index {link} type veth peer around index {link + 10} '
-                        f'netns {far.name}', *attach(f'around{link}', link, 1)])
+        batch(
+            r1.name,
+            [
+                f'link add around{link} index {link} type veth peer around index {link + 10} netns {far.name}',
+                *attach(f'around{link}', link, 1),
+            ],
+        )
         batch(far.name, attach('around', link, 2))
     # From r1 there; from r3 and r4 back.
-    ways = {'straight': ((2, 2), (3, 1), (4, 1)), 'around': ((250, 2), (250, 1), (4, 1)),
-            'far': ((251, 2), (250, 1), (251, 1))}
+    ways = {
+        'straight': ((2, 2), (3, 1), (4, 1)),
+        'around': ((250, 2), (250, 1), (4, 1)),
+        'far': ((251, 2), (250, 1), (251, 1)),
+    }
     hops = {'straight': (1, 2, 3, 4), 'around': (1, 3, 4), 'far': (1, 4)}
 
     def route(there: str, back: str) -> None:
         _, r3_back, r4_back = ways[back]
         for version, bits in (4, 24), (6, 64):
             for router, link, via in (r1, 5, ways[there][0]), (r3, 1, r3_back), (r4, 1, r4_back):
-                batch(router.name, [f'route replace {address(version, link, 0)}/{bits} '
-                                    f'via {address(version, *via)}'])
+                batch(
+                    router.name, [f'route replace {address(version, link, 0)}/{bits} via {address(version, *via)}']
+                )
 
     def wait_for(there: str) -> None:
         """Until each hop of this way, and no other, has answered to probes sent from now on."""
         since = time.monotonic_ns()
         wanted = {(dest, ttl): router for dest in both(lab) for ttl, router in enumerate(hops[there], 1)}
-        wait_until(lambda: wanted == {
-            hop: routers[responder] for hop, responder in latest(run.rows(), since).items()
-        }, 20, f'routers by destination and TTL: {wanted}')
+        wait_until(
+            lambda: wanted == {hop: routers[responder] for hop, responder in latest(run.rows(), since).items()},
+            20,
+            f'routers by destination and TTL: {wanted}',
+        )
 
-    changes = [('around', 'around'), ('straight', 'straight'), ('straight', 'around'), ('around', 'straight'),
-               ('far', 'far'), ('straight', 'straight')]
-    with lab.server.capture(filter=PROBES) as reached, elfprobe(lab, *both(lab), cwd=tmp_path) as run, \
-            traffic(lab):
+    changes = [
+        ('around', 'around'),
+        ('straight', 'straight'),
+        ('straight', 'around'),
+        ('around', 'straight'),
+        ('far', 'far'),
+        ('straight', 'straight'),
+    ]
+    with lab.server.capture(filter=PROBES) as reached, elfprobe(lab, *both(lab), cwd=tmp_path) as run, traffic(lab):
         wait_for('straight')
         assert not reached.packets()
         for there, back in changes:
@@ -774,13 +815,17 @@ def test_path_changes(make_lab, tmp_path, traffic):
 @pytest.mark.parametrize('ttl', ['200', '100'])
 def test_odd_initial_ttl(lab4, tmp_path, ttl):
     """A server that begins with a TTL that nobody uses seems to be far away; few probes go on to it."""
-    odd = [f'net.ipv4.ip_default_ttl={ttl}', f'net.ipv6.conf.all.hop_limit={ttl}',
-           f'net.ipv6.conf.{lab4.server.device}.hop_limit={ttl}']
+    odd = [
+        f'net.ipv4.ip_default_ttl={ttl}',
+        f'net.ipv6.conf.all.hop_limit={ttl}',
+        f'net.ipv6.conf.{lab4.server.device}.hop_limit={ttl}',
+    ]
     usual = [setting.replace(ttl, '64') for setting in odd]
     lab4.server.run('sysctl', '-qw', *odd)
     try:
-        with lab4.server.capture(filter=PROBES) as reached, uploading(lab4), \
-                elfprobe(lab4, *both(lab4), cwd=tmp_path) as run:
+        with lab4.server.capture(filter=PROBES) as reached, uploading(lab4), elfprobe(
+            lab4, *both(lab4), cwd=tmp_path
+        ) as run:
             wait_until(lambda: len(run.rows()) > 1000, 20, '1000 rows')
     finally:
         lab4.server.run('sysctl', '-qw', *usual)
@@ -794,8 +839,9 @@ def test_other_system(lab4, tmp_path, command, options):
     """The same rows, without what newer kernels and BCC offer, or with what PREEMPT_RT asks for."""
     seen_at_r1 = dict(filter=f'({PROBES} and not icmp6[0] == 3) or {TIME_EXCEEDED}', snaplen=2000)
     via = lab4.client.command(*command)
-    with lab4.routers[0].capture(**seen_at_r1) as seen, uploading(lab4), pinging(lab4, '-i.01'), \
-            elfprobe(lab4, '-d', *options, *both(lab4), cwd=tmp_path, via=via) as run:
+    with lab4.routers[0].capture(**seen_at_r1) as seen, uploading(lab4), pinging(lab4, '-i.01'), elfprobe(
+        lab4, '-d', *options, *both(lab4), cwd=tmp_path, via=via
+    ) as run:
         wait_until(lambda: len(run.rows()) > 1000, 30, '1000 rows')
         assert run.stop() == 0
     assert ('what the programs take is not known' in run.log) == (command is OLD_COMMAND)
@@ -804,7 +850,8 @@ def test_other_system(lab4, tmp_path, command, options):
     probes = [packet for packet in packets if packet.dest in both(lab4) and not packet.is_time_exceeded]
     assert len(pairs(rows, probes, realtime_offset())) == len(rows)
     assert {(row.dest, row.outttl, row.responder) for row in rows if row.is_answered} == {
-        (lab4.server_address(version), hop, lab4.hop(version, hop)) for version in VERSIONS for hop in HOPS}
+        (lab4.server_address(version), hop, lab4.hop(version, hop)) for version in VERSIONS for hop in HOPS
+    }
     assert sum(row.is_answered for row in rows) > 0.97 * len(rows)
     assert {row.protocol for row in rows} == {ICMP, ICMPV6, TCP}
     if options:

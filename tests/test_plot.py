@@ -44,11 +44,35 @@ HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;$x
 def row(at: float, hop: int, ms: float | None, **changes: Any) -> dict[str, Any]:
     """A probe's row, sent so many seconds after the start; ms: None, no answer."""
     latency, sent = -1 if ms is None else round(ms * MS), START + round(at * S)
-    return {**dict(
-        recvcpu=0, seq=7, origseq=9, latency=latency, sendtime=sent, dest='203.0.113.80', outttl=hop,
-        recvtime=-1 if ms is None else sent + latency, responder='' if ms is None else f'10.0.{hop}.2',
-        recvttl=64, sport=40112, dport=443, protocol=6, outipid=1, inipid=1, app='speedtest', pid=4127,
-        srtt='', cwnd='', retrans='', outtos=0, intos=0, mpls='', ifinfo=''), **changes}
+    return {
+        **dict(
+            recvcpu=0,
+            seq=7,
+            origseq=9,
+            latency=latency,
+            sendtime=sent,
+            dest='203.0.113.80',
+            outttl=hop,
+            recvtime=-1 if ms is None else sent + latency,
+            responder='' if ms is None else f'10.0.{hop}.2',
+            recvttl=64,
+            sport=40112,
+            dport=443,
+            protocol=6,
+            outipid=1,
+            inipid=1,
+            app='speedtest',
+            pid=4127,
+            srtt='',
+            cwnd='',
+            retrans='',
+            outtos=0,
+            intos=0,
+            mpls='',
+            ifinfo='',
+        ),
+        **changes,
+    }
 
 
 def text_of(rows: Iterable[dict[str, Any]], columns: Iterable[str] = COLUMNS) -> str:
@@ -58,8 +82,11 @@ def text_of(rows: Iterable[dict[str, Any]], columns: Iterable[str] = COLUMNS) ->
 
 def regular(hops: int = 4, probes: int = 50, every: float = 0.1, **changes: Any) -> list[dict[str, Any]]:
     """So many probes to each hop; hop h answers after h to h + 0.49 ms."""
-    return [row(every * i + 0.001 * hop, hop, hop + i % 50 / 100, **changes)
-            for i in range(probes) for hop in range(1, hops + 1)]
+    return [
+        row(every * i + 0.001 * hop, hop, hop + i % 50 / 100, **changes)
+        for i in range(probes)
+        for hop in range(1, hops + 1)
+    ]
 
 
 @pytest.fixture
@@ -85,16 +112,21 @@ def lines_of(axes: Any) -> dict[str, Any]:
 
 # Arguments and errors
 
-@pytest.mark.parametrize('arguments, named', [
-    ([], ['CSV']),
-    (['a.csv', 'b.csv'], ['b.csv']),
-    (['--dest', 'nowhere', 'a.csv'], ['--dest', "'nowhere'", 'not an IPv4 or IPv6 address']),
-    ([*(f'--dest=10.0.0.{i}' for i in range(17)), 'a.csv'], ['--dest', '16']),
-    (['-o', '', 'a.csv'], ['-o/--filebase', 'empty']),
-    (['--htm', 'a.csv'], ['--htm']),
-    (['a.png'], ["'a.png'", 'overwritten', '-o']),
-    (['-o', './a', 'a.html'], ["'a.html'", 'overwritten']),
-], ids=lambda value: ' '.join(value)[:30])
+
+@pytest.mark.parametrize(
+    'arguments, named',
+    [
+        ([], ['CSV']),
+        (['a.csv', 'b.csv'], ['b.csv']),
+        (['--dest', 'nowhere', 'a.csv'], ['--dest', "'nowhere'", 'not an IPv4 or IPv6 address']),
+        ([*(f'--dest=10.0.0.{i}' for i in range(17)), 'a.csv'], ['--dest', '16']),
+        (['-o', '', 'a.csv'], ['-o/--filebase', 'empty']),
+        (['--htm', 'a.csv'], ['--htm']),
+        (['a.png'], ["'a.png'", 'overwritten', '-o']),
+        (['-o', './a', 'a.html'], ["'a.html'", 'overwritten']),
+    ],
+    ids=lambda value: ' '.join(value)[:30],
+)
 def test_wrong_usage(arguments: list[str], named: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert elfplot.main(arguments) == 2
     out, err = capsys.readouterr()
@@ -116,8 +148,10 @@ BAD_FILES = {  # content: what the message must name
     text_of([row(0, 1, 1), row(0, 1, 1, dest='')]): ['not as elfprobe.py writes it', 'dest is nan in line 3'],
     text_of([row(0, 1, 1, sendtime=2**63 - 1)]): ['not as elfprobe.py writes it', 'sendtime is', 'line 2'],
     text_of([row(0, 1, 1, latency=-2)]): ['not as elfprobe.py writes it', 'latency is -2 in line 2'],
-    **{text_of([row(0, 1, 1, srtt=value, cwnd=1)]): ['not as elfprobe.py writes it', 'srtt is', 'line 2']
-       for value in ('1e30', 'inf', '-1')},
+    **{
+        text_of([row(0, 1, 1, srtt=value, cwnd=1)]): ['not as elfprobe.py writes it', 'srtt is', 'line 2']
+        for value in ('1e30', 'inf', '-1')
+    },
     '\0\1\2\n' * 9: ['run 5.csv'],
 }
 
@@ -142,15 +176,23 @@ def test_files_that_cannot_be_read_or_written(csv: Path, capsys: pytest.CaptureF
     assert '-o/--filebase' in unwritable and 'no/x.png' in unwritable and 'No such file' in unwritable
 
 
-@pytest.mark.parametrize('redirection, said', [
-    ('< /dev/null > /dev/full', 'cannot write the table: No space left on device'),
-    ('< <(cat "$1") > /dev/null', "cannot read '/dev/stdin': .* stream is not seekable"),
-], ids=['full', 'pipe'])
+@pytest.mark.parametrize(
+    'redirection, said',
+    [
+        ('< /dev/null > /dev/full', 'cannot write the table: No space left on device'),
+        ('< <(cat "$1") > /dev/null', "cannot read '/dev/stdin': .* stream is not seekable"),
+    ],
+    ids=['full', 'pipe'],
+)
 def test_files_of_another_kind(csv: Path, redirection: str, said: str) -> None:
     csv.write_text(GOOD)
     name = '/dev/stdin' if 'cat' in redirection else '$1'
-    ended = subprocess.run(['bash', '-c', f'"$0" "$2" "{name}" {redirection}', sys.executable, csv, SCRIPT],
-                           stderr=subprocess.PIPE, text=True, timeout=60)
+    ended = subprocess.run(
+        ['bash', '-c', f'"$0" "$2" "{name}" {redirection}', sys.executable, csv, SCRIPT],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
     assert ended.returncode == 1
     assert re.fullmatch(f'elfplot.py: {said}\\.?\n', ended.stderr)
 
@@ -158,8 +200,13 @@ def test_files_of_another_kind(csv: Path, redirection: str, said: str) -> None:
 def test_name_that_the_terminal_cannot_show(csv: Path) -> None:
     path = csv.with_name('é.csv')
     path.write_text(GOOD)
-    ended = subprocess.run([sys.executable, SCRIPT, path], capture_output=True, text=True, timeout=60,
-                           env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
+    ended = subprocess.run(
+        [sys.executable, SCRIPT, path],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, 'PYTHONIOENCODING': 'ascii'},
+    )
     assert (ended.returncode, ended.stderr) == (0, '')
     assert '\\xe9.png' in ended.stdout
 
@@ -169,8 +216,10 @@ def test_without_elfprobe_and_bcc(csv: Path, tmp_path: Path) -> None:
     shutil.copy(SCRIPT, tmp_path)
     shutil.copytree(SCRIPT.with_name('elf'), tmp_path / 'elf')
     csv.write_text(GOOD)
-    code = ('import sys; sys.modules.update(bcc=None, pyroute2=None, psutil=None)\n'
-            'sys.path.insert(0, sys.argv[1]); import elfplot; sys.exit(elfplot.main(sys.argv[2:]))')
+    code = (
+        'import sys; sys.modules.update(bcc=None, pyroute2=None, psutil=None)\n'
+        'sys.path.insert(0, sys.argv[1]); import elfplot; sys.exit(elfplot.main(sys.argv[2:]))'
+    )
     subprocess.run([sys.executable, '-c', code, str(tmp_path), str(csv)], check=True, timeout=60)
     assert csv.with_suffix('.png').exists()
 
@@ -191,8 +240,9 @@ def test_reader_of_the_table_who_has_seen_enough(csv: Path) -> None:
     assert (done.returncode, done.stderr) == (0, b'') and csv.with_suffix('.png').exists()
 
 
-def test_names_of_what_is_written(csv: Path, monkeypatch: pytest.MonkeyPatch,
-                                  capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_of_what_is_written(
+    csv: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     csv.write_text(GOOD)
     monkeypatch.chdir(csv.parent.parent)
     assert elfplot.main([str(csv)]) == 0
@@ -205,6 +255,7 @@ def test_names_of_what_is_written(csv: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 # Rows
+
 
 @pytest.mark.parametrize('cut', [1, 2, 10, 40, 60, 100])
 def test_incomplete_last_line(cut: int, csv: Path) -> None:
@@ -236,6 +287,7 @@ def test_names_that_are_like_missing_values(csv: Path) -> None:
 
 # The table
 
+
 def test_table(csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [row(i, 1, 1 + i % 2) for i in range(100)] + [row(i, 2, None) for i in range(3)]
     rows += [row(i, 3, i + 1, responder=f'10.0.3.{i % 5 + 1}') for i in range(101)] + [row(5, 3, None)]
@@ -248,12 +300,15 @@ def test_table(csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
     *lines, picture, end = capsys.readouterr().out.split('\n')
     assert lines == [*summary.tables()[1:], '']
     assert [line.split()[:5] for line in lines[2:5]] == [
-        ['1', '100', '100.0%', '1.000', '1.000'], ['2', '3', '0.0%', 'unresponsive'],
-        ['3', '102', '99.0%', '1.000', '51.000']]
+        ['1', '100', '100.0%', '1.000', '1.000'],
+        ['2', '3', '0.0%', 'unresponsive'],
+        ['3', '102', '99.0%', '1.000', '51.000'],
+    ]
     assert (picture, end) == (f'picture: {csv.with_suffix(".png")}', '')
 
 
 # What is drawn
+
 
 def test_bins_and_lines(csv: Path) -> None:
     picture = picture_of(regular(hops=3, probes=1000, every=0.01) + [row(5.0021, 2, None)], csv)
@@ -266,8 +321,9 @@ def test_bins_and_lines(csv: Path) -> None:
     assert list(drawn) == ['1 10.0.1.2', '2 10.0.2.2', '3 10.0.3.2']
     for hop, (label, line) in enumerate(drawn.items(), 1):
         bins = section.lines[hop - 1].bins
-        expected = [statistics.median(hop + i % 50 / 100 for i in range(first, first + 10))
-                    for first in range(0, 1000, 10)]
+        expected = [
+            statistics.median(hop + i % 50 / 100 for i in range(first, first + 10)) for first in range(0, 1000, 10)
+        ]
         assert list(line.get_ydata()) == pytest.approx(expected), label
         assert list(bins['count']) == [10] * 100
         assert list(bins.high - bins.low) == pytest.approx([0.045] * 100)
@@ -296,7 +352,7 @@ def test_few_probes_are_points_on_the_line(csv: Path) -> None:
 
 def test_lines_do_not_lead_across_gaps(csv: Path) -> None:
     rows = [row(0.1 * i, 1, 1) for i in (*range(50), *range(80, 130))]
-    line, = lines_of(picture_of(rows, csv).panels[0].time).values()
+    (line,) = lines_of(picture_of(rows, csv).panels[0].time).values()
     broken = [x for x, y in zip(line.get_xdata(), line.get_ydata()) if y != y]
     assert len(broken) == 1 and not any(5 < x < 8 for x in line.get_xdata())
 
@@ -308,13 +364,21 @@ def test_several_responders_of_a_hop(csv: Path) -> None:
     assert list(drawn) == ['2 10.0.2.1', '2 10.0.2.2', '2 10.0.2.3', '2 2 others']
     assert [statistics.median(line.get_ydata()) for line in drawn.values()] == [1, 2, 3, 4.5]
     assert len({line.get_color() for line in drawn.values()}) == 1
-    assert len({str(line._dash_pattern if hasattr(line, '_dash_pattern') else line._us_dashSeq)
-                for line in drawn.values()}) == 4
+    assert (
+        len(
+            {
+                str(line._dash_pattern if hasattr(line, '_dash_pattern') else line._us_dashSeq)
+                for line in drawn.values()
+            }
+        )
+        == 4
+    )
 
 
 def test_unresponsive_hops_and_lost_probes(csv: Path) -> None:
-    rows = [row(0.1 * i, hop, None if hop == 2 or (hop, i) == (3, 70) else hop)
-            for i in range(100) for hop in (1, 2, 3)]
+    rows = [
+        row(0.1 * i, hop, None if hop == 2 or (hop, i) == (3, 70) else hop) for i in range(100) for hop in (1, 2, 3)
+    ]
     picture = picture_of(rows, csv)
     lost = picture.panels[0].lost
     assert [label.get_text() for label in lost.get_yticklabels()] == ['2', '3']
@@ -334,7 +398,7 @@ def test_socket_figures(csv: Path) -> None:
     section, flow = picture.sections[0], picture.panels[0].flow
     per_second = {int(section.end_of(i) + 1e-6): n for i, n in enumerate(section.retrans) if n}
     assert per_second == {4: 3, 6: 4, 7: 2}
-    line, = (line for line in flow.get_lines() if line.get_label() == 'srtt')
+    (line,) = (line for line in flow.get_lines() if line.get_label() == 'srtt')
     assert list(line.get_ydata()) == pytest.approx([2 + 0.001 * at for at in range(8)])
     bars = [bar.get_height() for axes in picture.figure.axes for bar in axes.patches]
     assert sorted(bars) == [2, 3, 4]
@@ -348,8 +412,9 @@ def test_no_strips_without_need(csv: Path) -> None:
 @pytest.mark.parametrize('hops', [2, 4, 16, 30])
 def test_colours_get_lighter_hop_by_hop(hops: int, csv: Path) -> None:
     colours = elfplot.colours_of(picture_of(regular(hops, probes=3), csv).sections[0])
-    light = [0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
-             for red, green, blue, _ in colours.values()]
+    light = [
+        0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 for red, green, blue, _ in colours.values()
+    ]
     assert len(light) == hops and light == sorted(light) and len(set(light)) == hops
     assert light[-1] < 0.6  # visible on white
 
@@ -404,19 +469,21 @@ def zero_of(csv: Path, log: str | None, csv_written: float, log_written: float) 
     return elfplot.utc_of_zero(str(csv), read_csv(str(csv)))
 
 
-@pytest.mark.parametrize('log, csv_written, log_written, known, noted', [
-    (LOG, 8, 9, True, False),
-    (LOG, 8, -5, True, False),  # it runs, or started long before
-    (LOG, 8, 5000, True, False),
-    (LOG, 9000, 9100, True, False),  # both copied
-    (LOG, -5000, -4900, False, True),  # rows later than their file
-    (LOG, 90000, 9, False, True),  # the log of an earlier run, which nobody wrote to
-    ('nothing of the kind\n', 8, 9, False, False),
-    (LOG.replace('11-06', '13-06'), 8, 9, False, False),
-    (None, 8, 9, False, False),
-])
-def test_utc(log: str | None, csv_written: float, log_written: float, known: bool, noted: bool,
-             csv: Path) -> None:
+@pytest.mark.parametrize(
+    'log, csv_written, log_written, known, noted',
+    [
+        (LOG, 8, 9, True, False),
+        (LOG, 8, -5, True, False),  # it runs, or started long before
+        (LOG, 8, 5000, True, False),
+        (LOG, 9000, 9100, True, False),  # both copied
+        (LOG, -5000, -4900, False, True),  # rows later than their file
+        (LOG, 90000, 9, False, True),  # the log of an earlier run, which nobody wrote to
+        ('nothing of the kind\n', 8, 9, False, False),
+        (LOG.replace('11-06', '13-06'), 8, 9, False, False),
+        (None, 8, 9, False, False),
+    ],
+)
+def test_utc(log: str | None, csv_written: float, log_written: float, known: bool, noted: bool, csv: Path) -> None:
     zero, note = zero_of(csv, log, csv_written, log_written)
     assert zero == (EPOCH if known else None)
     assert bool(note) == noted and (not noted or str(csv.with_suffix('.log')) in note)
@@ -433,9 +500,11 @@ def test_utc_in_picture_and_page(csv: Path) -> None:
 
 # Destinations
 
+
 def many_destinations(count: int) -> list[dict[str, Any]]:
-    return [row(0.1 * i, 1, 1, dest=f'10.9.0.{number}')
-            for number in range(1, count + 1) for i in range(100 - number)]
+    return [
+        row(0.1 * i, 1, 1, dest=f'10.9.0.{number}') for number in range(1, count + 1) for i in range(100 - number)
+    ]
 
 
 def test_busiest_destinations(csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -456,7 +525,8 @@ def test_chosen_destinations(csv: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert elfplot.main(['--dest', '10.9.9.9', str(csv)]) == 1
     assert capsys.readouterr().err == (
         'elfplot.py: argument --dest: no probe went to 10.9.9.9, but to 10.9.0.1, 10.9.0.2, 10.9.0.3, '
-        '10.9.0.4, 10.9.0.5 and 5 others\n')
+        '10.9.0.4, 10.9.0.5 and 5 others\n'
+    )
 
 
 # All of it
@@ -469,14 +539,24 @@ EXTREMES = {
     'at once': [row(0, hop, hop) for hop in (1, 2, 3)],
     'latency of nothing': [row(0, 1, 0), row(1, 2, 0)],
     'sixteen hops': regular(16, 20),
-    'thirty hops that lose': [row(0.1 * i, hop, None if (i + hop) % 5 == 0 else hop, srtt=900, retrans=i)
-                              for i in range(60) for hop in range(1, 31)],
-    'microseconds to seconds': [row(i / 10, hop, 0.005 * 20**(hop - 1))
-                                for i in range(50) for hop in range(1, 6)],
+    'thirty hops that lose': [
+        row(0.1 * i, hop, None if (i + hop) % 5 == 0 else hop, srtt=900, retrans=i)
+        for i in range(60)
+        for hop in range(1, 31)
+    ],
+    'microseconds to seconds': [
+        row(i / 10, hop, 0.005 * 20 ** (hop - 1)) for i in range(50) for hop in range(1, 6)
+    ],
     'a day': regular(5, 100, 864),
     'a second': regular(5, 100, 0.01, srtt=40000, retrans=7),
-    'nothing but IPv6': regular(12, 30, dest='2001:db8:1111:2222:3333:4444:5555:6666', protocol=58, dport=0,
-                                responder='2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff'),
+    'nothing but IPv6': regular(
+        12,
+        30,
+        dest='2001:db8:1111:2222:3333:4444:5555:6666',
+        protocol=58,
+        dport=0,
+        responder='2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff',
+    ),
     'many destinations': many_destinations(30),
     'hostile': regular(2, 30, app=HOSTILE, responder=HOSTILE) + regular(2, 30, dest=HOSTILE),
 }
@@ -488,15 +568,26 @@ def overlaps(figure: Any) -> list[str]:
     undrawn = set()  # labels of ticks beyond the ends of their axes
     for axis in [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]:
         low, high = sorted(axis.get_view_interval())
-        undrawn |= {label for tick in axis.get_major_ticks() for label in (tick.label1, tick.label2)
-                    if not axis.axes.axison or not low <= tick.get_loc() <= high}
+        undrawn |= {
+            label
+            for tick in axis.get_major_ticks()
+            for label in (tick.label1, tick.label2)
+            if not axis.axes.axison or not low <= tick.get_loc() <= high
+        }
     texts = figure.findobj(lambda artist: hasattr(artist, 'get_fontsize') and artist.get_visible())
-    shown = [(text.get_text(), text.get_window_extent()) for text in texts
-             if text.get_text().strip() and text not in undrawn]
+    shown = [
+        (text.get_text(), text.get_window_extent())
+        for text in texts
+        if text.get_text().strip() and text not in undrawn
+    ]
     width, height = figure.canvas.get_width_height()
     outside = [text for text, box in shown if box.x0 < 0 or box.y0 < 0 or box.x1 > width or box.y1 > height]
-    return outside + [f'{a} / {b}' for i, (a, one) in enumerate(shown) for b, other in shown[:i]
-                      if one.x0 < other.x1 and other.x0 < one.x1 and one.y0 < other.y1 and other.y0 < one.y1]
+    return outside + [
+        f'{a} / {b}'
+        for i, (a, one) in enumerate(shown)
+        for b, other in shown[:i]
+        if one.x0 < other.x1 and other.x0 < one.x1 and one.y0 < other.y1 and other.y0 < one.y1
+    ]
 
 
 @pytest.mark.parametrize('rows', EXTREMES.values(), ids=EXTREMES)
@@ -511,6 +602,7 @@ def test_extremes(rows: list[dict[str, Any]], csv: Path, recwarn: pytest.Warning
 
 
 # The page
+
 
 class Tags(HTMLParser):
     """The tags of a page, the texts in scripts, the text of <pre>."""
@@ -549,7 +641,7 @@ def test_page(csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = [attributes['src'] for tag, attributes in tags.tags if tag == 'img']
     assert len(images) == 1
     assert base64.b64decode(str(images[0]).split(',')[1]) == csv.with_suffix('.png').read_bytes()
-    section, = data_of(page)['sections']
+    (section,) = data_of(page)['sections']
     assert [line['hop'] for line in section['lines']] == [1, 2, 3, 4]
     assert [sum(row) for row in section['unanswered']] == [0, 1, 0, 0]
     for line in section['lines']:
@@ -565,13 +657,28 @@ def test_page_loads_and_runs_nothing_else(csv: Path) -> None:
     _, page = page_of(str(csv))
     tags = Tags(page)
     assert [tag for tag, _ in tags.tags] == [
-        'html', 'head', 'meta', 'title', 'meta', 'style', 'body', 'h1', 'pre', 'div', 'img', 'svg', 'path',
-        'div', 'script', 'script']
+        'html',
+        'head',
+        'meta',
+        'title',
+        'meta',
+        'style',
+        'body',
+        'h1',
+        'pre',
+        'div',
+        'img',
+        'svg',
+        'path',
+        'div',
+        'script',
+        'script',
+    ]
     data, script = tags.scripts
     assert '<' not in data and HOSTILE.replace('\\', '\\\\') in json.dumps(json.loads(data))
     assert html.escape(HOSTILE) in page.split('<pre>')[1].split('</pre>')[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy, = (attributes['content'] for tag, attributes in tags.tags if 'http-equiv' in attributes)
+    (policy,) = (attributes['content'] for tag, attributes in tags.tags if 'http-equiv' in attributes)
     assert f"script-src 'sha256-{digest}'" in str(policy) and "default-src 'none'" in str(policy)
     assert not re.findall(r'(?:https?:|//\w|@import|url\()', re.sub('base64,[^"]*', '', page))
     assert not [name for _, attributes in tags.tags for name in attributes if name.startswith('on')]
@@ -582,9 +689,10 @@ def test_page_is_light(csv: Path) -> None:
     assert len(json.dumps(elfplot.hover_data(picture))) < 400_000
 
 
-@pytest.mark.parametrize('ms, text', [
-    (0.000001, '1 ns'), (0.0049, '4.9 µs'), (0.9994, '999 µs'), (0.9996, '1 ms'), (20, '20 ms'),
-    (1500, '1.5 s')])
+@pytest.mark.parametrize(
+    'ms, text',
+    [(0.000001, '1 ns'), (0.0049, '4.9 µs'), (0.9994, '999 µs'), (0.9996, '1 ms'), (20, '20 ms'), (1500, '1.5 s')],
+)
 def test_latency_text(ms: float, text: str) -> None:
     assert elfplot.latency_text(ms) == text
 

@@ -65,6 +65,7 @@ Columns = Dict[str, str]
 
 # Traffic
 
+
 def set_tos(sock: socket.socket, version: int) -> None:
     if version == 4:
         sock.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, TOS)
@@ -89,8 +90,7 @@ def stream(number: int) -> bytes:
 
 
 @contextmanager
-def udp_flow(lab: Lab, version: int, port: int,
-             content: Callable[[int], bytes]) -> Iterator[Callable[[int], None]]:
+def udp_flow(lab: Lab, version: int, port: int, content: Callable[[int], bytes]) -> Iterator[Callable[[int], None]]:
     """Sends a packet, which is answered with the same."""
     with ExitStack() as stack:
         sockets = []
@@ -141,8 +141,16 @@ def tcp_flow(lab: Lab, version: int) -> Iterator[Callable[[int], None]]:
 
 
 def ping(lab: Lab, version: int, *options: str) -> subprocess.Popen[str]:
-    return lab.client.popen('ping', '-nq', '-Q', str(TOS), *options, lab.server_address(version),
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return lab.client.popen(
+        'ping',
+        '-nq',
+        '-Q',
+        str(TOS),
+        *options,
+        lab.server_address(version),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def talk(lab: Lab, until: Callable[[], bool]) -> None:
@@ -151,8 +159,14 @@ def talk(lab: Lab, until: Callable[[], bool]) -> None:
         flows = []
         for version in VERSIONS:
             stack.callback(end, ping(lab, version, '-i.002'))
-            flows += [stack.enter_context(flow) for flow in (
-                udp_flow(lab, version, QUIC, quic), udp_flow(lab, version, DNS, dns), tcp_flow(lab, version))]
+            flows += [
+                stack.enter_context(flow)
+                for flow in (
+                    udp_flow(lab, version, QUIC, quic),
+                    udp_flow(lab, version, DNS, dns),
+                    tcp_flow(lab, version),
+                )
+            ]
         numbers = iter(range(1, 1 << 16))
 
         def is_enough() -> bool:
@@ -165,6 +179,7 @@ def talk(lab: Lab, until: Callable[[], bool]) -> None:
 
 
 # Rows and answers
+
 
 class Observed(NamedTuple):
     """A probe: its row, with the columns as they are in the file, and what the routers did about it."""
@@ -201,8 +216,12 @@ def is_every_way_used(responder: Responder) -> bool:
     used: dict[tuple[int, int, int], set[str]] = defaultdict(set)
     for answer in responder.answers():
         used[cell(answer)].add(answer.way)
-    return all(len(used[version, protocol, hop]) >= (len(ways_of(version)) if hop in OFTEN else 10)
-               for version in VERSIONS for protocol in PROTOCOLS[version] for hop in range(1, HOPS + 1))
+    return all(
+        len(used[version, protocol, hop]) >= (len(ways_of(version)) if hop in OFTEN else 10)
+        for version in VERSIONS
+        for protocol in PROTOCOLS[version]
+        for hop in range(1, HOPS + 1)
+    )
 
 
 def key_of_row(row: Row) -> tuple[Any, ...]:
@@ -218,8 +237,11 @@ def pair(rows: list[tuple[Row, Columns]], answers: list[Answer]) -> list[Observe
     seen = defaultdict(list)
     for answer in reversed(answers):
         seen[key_of_answer(answer)].append(answer)
-    return [Observed(row, columns, seen[key_of_row(row)].pop())
-            for row, columns in sorted(rows, key=lambda item: item[0].sendtime) if seen[key_of_row(row)]]
+    return [
+        Observed(row, columns, seen[key_of_row(row)].pop())
+        for row, columns in sorted(rows, key=lambda item: item[0].sendtime)
+        if seen[key_of_row(row)]
+    ]
 
 
 @pytest.fixture(scope='module')
@@ -228,10 +250,8 @@ def lab() -> Iterator[Lab]:
         yield lab
 
 
-@pytest.fixture(scope='module', params=list(product(('truncated', 'whole'), ('offload', 'finished'))),
-                ids='-'.join)
-def measured(lab: Lab, request: pytest.FixtureRequest,
-             tmp_path_factory: pytest.TempPathFactory) -> Measured:
+@pytest.fixture(scope='module', params=list(product(('truncated', 'whole'), ('offload', 'finished'))), ids='-'.join)
+def measured(lab: Lab, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Measured:
     truncated, offload = request.param[0] == 'truncated', request.param[1] == 'offload'
     directory = tmp_path_factory.mktemp('measured')
     options = ['-p', '0', *([] if truncated else ['-T'])]
@@ -271,8 +291,11 @@ def test_what_makes_no_row_passes(measured: Measured) -> None:
 def test_few_probes_go_farther(measured: Measured) -> None:
     """One hop, and only where the TTL of the last router's answer is odd."""
     farther = [one for one in measured.observed if not one.answer.way]
-    odd = [one for one in measured.observed if one.row.outttl == HOPS and one.row.is_answered
-           and one.row.recvttl != 65 - HOPS]
+    odd = [
+        one
+        for one in measured.observed
+        if one.row.outttl == HOPS and one.row.is_answered and one.row.recvttl != 65 - HOPS
+    ]
     assert len(farther) <= len(odd)
     assert all(one.row.outttl == HOPS + 1 and not one.row.is_answered for one in farther)
 
@@ -281,18 +304,26 @@ def quote_of(answer: Answer) -> Packet:
     """What was quoted. In IPv6 the answer may have had an extension header."""
     assert answer.reply
     behind = len(WAYS[answer.way].header) + 1 if answer.reply.protocol == 0 else 0
-    return parse_packet(answer.reply.segment[behind + 8:])
+    return parse_packet(answer.reply.segment[behind + 8 :])
 
 
-@pytest.mark.parametrize('version, protocol, way', [
-    pytest.param(version, protocol, way, id=f'IPv{version}-{name}-{way}')
-    for version in VERSIONS for protocol, name in zip(PROTOCOLS[version], ('ICMP', 'TCP', 'UDP'))
-    for way in ways_of(version)])
+@pytest.mark.parametrize(
+    'version, protocol, way',
+    [
+        pytest.param(version, protocol, way, id=f'IPv{version}-{name}-{way}')
+        for version in VERSIONS
+        for protocol, name in zip(PROTOCOLS[version], ('ICMP', 'TCP', 'UDP'))
+        for way in ways_of(version)
+    ],
+)
 def test_row(measured: Measured, version: int, protocol: int, way: str) -> None:
     """Of a probe that was answered this way: as it was answered, or without an answer, as WAYS says."""
     known = WAYS[way]
-    observed = [one for one in measured.observed if one.answer.way == way
-                and (one.answer.probe.version, one.answer.probe.protocol) == (version, protocol)]
+    observed = [
+        one
+        for one in measured.observed
+        if one.answer.way == way and (one.answer.probe.version, one.answer.probe.protocol) == (version, protocol)
+    ]
     assert {one.row.outttl for one in observed} >= OFTEN
     answered = [one for one in observed if one.row.is_answered]
     if known.unmatched and known.unmatched.applies(Case(version, protocol, measured.offload)):
@@ -310,7 +341,11 @@ def assert_right(one: Observed) -> None:
     way, reply, quote = WAYS[answer.way], answer.reply, quote_of(answer)
     assert reply
     assert (row.outttl, row.responder, row.recvttl, row.inipid) == (
-        answer.hop, reply.source, reply.ttl, quote.ip_id)
+        answer.hop,
+        reply.source,
+        reply.ttl,
+        quote.ip_id,
+    )
     if way.source is own_address:
         assert row.responder == hop_address(reply.version, row.outttl)
     assert row.latency == row.recvtime - row.sendtime > way.delay * 1e9
@@ -340,8 +375,12 @@ def test_checksums_of_a_nat(lab: Lab, tmp_path: Path) -> None:
         observed = answered_by(lab, tmp_path, 'checksum of another probe')
     finally:
         lab.set_checksum_offload(True)
-    wrong = [one for one in observed if one.row.is_answered and not any(
-        before < one.row.recvtime < after + SCHEDULED for before, after in one.answer.sent)]
+    wrong = [
+        one
+        for one in observed
+        if one.row.is_answered
+        and not any(before < one.row.recvtime < after + SCHEDULED for before, after in one.answer.sent)
+    ]
     assert not wrong
 
 
@@ -358,7 +397,9 @@ def test_traceroute_sees_routers(lab: Lab, tmp_path: Path, version: int) -> None
     # traceroute 2.1.2 does not know RFC 5837 and shows its words, 2.1.6 reads them.
     assert [line.split()[1:3] for line in said[:HOPS]] in [
         [[hop_address(version, hop), f'<{interface};{mpls}>'] for hop in hops]
-        for interface in (f'2/15:{words}', 'INC:3,192.0.2.1,"eth0",mtu=1500')]
+        for interface in (f'2/15:{words}', 'INC:3,192.0.2.1,"eth0",mtu=1500')
+    ]
     assert said[HOPS].split()[1] == server
     assert Counter((answer.hop, answer.way) for answer in answers if answer.way) == Counter(
-        (hop, way) for hop in hops)
+        (hop, way) for hop in hops
+    )

@@ -60,8 +60,9 @@ def cache() -> Path:
 
 def mirror() -> str:
     """Return the address where this machine's apt gets Debian's main archive from."""
-    uris = subprocess.run(['apt-get', 'indextargets', '--format', '$(REPO_URI)'], stdout=subprocess.PIPE,
-                          text=True, check=True).stdout.split()
+    uris = subprocess.run(
+        ['apt-get', 'indextargets', '--format', '$(REPO_URI)'], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.split()
     for uri in uris:
         if uri.rstrip('/').endswith('/debian'):
             return uri
@@ -80,18 +81,30 @@ def recipe(*ingredients: str) -> str:
 
 def bootstrap(suite: str, packages: Sequence[str], to: Path, *options: str, lines: list[str]) -> None:
     """Have mmdebstrap make a tree; `lines` are apt's sources. Failure where it cannot."""
-    apt = ['Acquire::Check-Valid-Until "false"',  # mirrors may lag
-           'Binary::apt::APT::Keep-Downloaded-Packages "true"']  # apt-get keeps them anyway
-    command = ['mmdebstrap', '--quiet', '--variant=apt', '--dpkgopt=force-unsafe-io',
-               *(f'--aptopt={one}' for one in apt), *options, f'--include={",".join(packages)}', suite,
-               str(to), *lines]
+    apt = [
+        'Acquire::Check-Valid-Until "false"',  # mirrors may lag
+        'Binary::apt::APT::Keep-Downloaded-Packages "true"',
+    ]  # apt-get keeps them anyway
+    command = [
+        'mmdebstrap',
+        '--quiet',
+        '--variant=apt',
+        '--dpkgopt=force-unsafe-io',
+        *(f'--aptopt={one}' for one in apt),
+        *options,
+        f'--include={",".join(packages)}',
+        suite,
+        str(to),
+        *lines,
+    ]
     try:
         status = call(command, BUILD_SECONDS)
     except subprocess.TimeoutExpired:
         raise Failure(f'{suite}: mmdebstrap took more than {BUILD_SECONDS} s') from None
     if status:
-        raise Failure(f'{suite}: mmdebstrap could not make a tree of {", ".join(lines)}: '
-                      f'exit status {status}; above is why')
+        raise Failure(
+            f'{suite}: mmdebstrap could not make a tree of {", ".join(lines)}: exit status {status}; above is why'
+        )
 
 
 def tree(suite: str, packages: Sequence[str]) -> Path:
@@ -132,16 +145,34 @@ def visit(root: Path, share: Path, script: str, output: BinaryIO, timeout: float
     """
     with tempfile.TemporaryDirectory(prefix='visit.', dir=cache()) as copy:
         packages = f'{root.name.rpartition("-")[0]}.packages'
-        return call(['unshare', '--mount', '--propagation', 'private', 'sh', '-euc', ENTER, 'sh', root.name,
-                     Path(copy).name, packages, str(share), script], timeout, cwd=cache(),
-                    stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                    env={'PATH': '/usr/sbin:/usr/bin:/sbin:/bin', 'HOME': '/root'})
+        return call(
+            [
+                'unshare',
+                '--mount',
+                '--propagation',
+                'private',
+                'sh',
+                '-euc',
+                ENTER,
+                'sh',
+                root.name,
+                Path(copy).name,
+                packages,
+                str(share),
+                script,
+            ],
+            timeout,
+            cwd=cache(),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={'PATH': '/usr/sbin:/usr/bin:/sbin:/bin', 'HOME': '/root'},
+        )
 
 
 def call(command: Sequence[str], timeout: float, **options: object) -> int:
     """Run a command, which may clean up where it takes too long or this is interrupted; its exit status."""
-    process: subprocess.Popen[str] = subprocess.Popen(command, start_new_session=True,
-                                                      **options)  # type: ignore[call-overload]
+    process: subprocess.Popen[str] = subprocess.Popen(command, start_new_session=True, **options)  # type: ignore[call-overload]
     try:
         return process.wait(timeout)
     except BaseException:

@@ -35,7 +35,8 @@ int cycle_egress(struct __sk_buff *skb)
 {
 	__be32 other = next_other();
 
-	bpf_skb_store_bytes(skb, sizeof(struct ethhdr) + __builtin_offsetof(struct iphdr, daddr), &other, sizeof(other), 0);
+	bpf_skb_store_bytes(skb, sizeof(struct ethhdr) + __builtin_offsetof(struct iphdr, daddr), &other,
+			    sizeof(other), 0);
 	egress.call(skb, 0);
 	return TC_ACT_SHOT;
 }

@@ -56,15 +56,21 @@ def first_line(path: str) -> str:
 
 def machine() -> Iterator[str]:
     """What the figures depend on besides elfprobe."""
-    cpuinfo = dict(map(str.strip, line.split(':', 1)) for line in  # type: ignore[misc]
-                   Path('/proc/cpuinfo').read_text().splitlines() if ':' in line)
+    cpuinfo = dict(
+        map(str.strip, line.split(':', 1))
+        for line in Path('/proc/cpuinfo').read_text().splitlines()  # type: ignore[misc]
+        if ':' in line
+    )
     model = cpuinfo.get('model name', platform.machine())
     virtual = ', virtual machine' if 'hypervisor' in cpuinfo.get('flags', '').split() else ''
     yield f'{model}, {os.cpu_count()} cores{virtual}; load {os.getloadavg()[0]:.1f} at the start'
     jit = {'0': 'off', '1': 'on', '2': 'on, for debugging'}.get(
-        first_line('/proc/sys/net/core/bpf_jit_enable'), 'unknown')
-    yield f'Linux {platform.release()} {platform.machine()}, BPF JIT {jit}; ' \
-          f'Spectre v2: {first_line("/sys/devices/system/cpu/vulnerabilities/spectre_v2")}'
+        first_line('/proc/sys/net/core/bpf_jit_enable'), 'unknown'
+    )
+    yield (
+        f'Linux {platform.release()} {platform.machine()}, BPF JIT {jit}; '
+        f'Spectre v2: {first_line("/sys/devices/system/cpu/vulnerabilities/spectre_v2")}'
+    )
     yield f'BCC {bcc.__version__}, Python {platform.python_version()}'
 
 

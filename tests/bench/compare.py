@@ -60,8 +60,9 @@ class Scene(NamedTuple):
 
 @contextmanager
 def scene(routers: int) -> Iterator[Scene]:
-    with tempfile.TemporaryDirectory(prefix='elf-') as folder, \
-            load(ingress_tc=False) as programs, Lab(routers) as lab:
+    with tempfile.TemporaryDirectory(prefix='elf-') as folder, load(ingress_tc=False) as programs, Lab(
+        routers
+    ) as lab:
         yield Scene(lab, programs, Path(folder))
 
 
@@ -71,8 +72,9 @@ def empty_at_tc(scene: Scene) -> Iterator[None]:
     with inside(scene.lab.client), pyroute2.IPRoute() as ipr:
         device = driver.find_device(ipr, scene.lab.client_device)
         empty = scene.programs.bpf.funcs[b'empty_egress'].fd
-        with driver.TcxAttachment(ipr, device, empty, driver.BPF_TCX_INGRESS), \
-                driver.TcxAttachment(ipr, device, empty, driver.BPF_TCX_EGRESS):
+        with driver.TcxAttachment(ipr, device, empty, driver.BPF_TCX_INGRESS), driver.TcxAttachment(
+            ipr, device, empty, driver.BPF_TCX_EGRESS
+        ):
             yield
 
 
@@ -82,8 +84,9 @@ def empty_at_xdp(scene: Scene) -> Iterator[None]:
     with inside(scene.lab.client), pyroute2.IPRoute() as ipr:
         device, programs = driver.find_device(ipr, scene.lab.client_device), scene.programs
         ingress, egress = (programs.bpf.funcs[name].fd for name in (b'empty_ingress', b'empty_egress'))
-        with driver.XdpAttachment(ipr, device, ingress, is_native=True), \
-                driver.TcxAttachment(ipr, device, egress, driver.BPF_TCX_EGRESS):
+        with driver.XdpAttachment(ipr, device, ingress, is_native=True), driver.TcxAttachment(
+            ipr, device, egress, driver.BPF_TCX_EGRESS
+        ):
             yield
 
 
@@ -130,5 +133,4 @@ class Comparison:
                 yield Figure(f'{what}: {mode}, on / off', self.ratio(what, mode), 'times', note=note(mode))
             elif mode != OFF:
                 goal = at_least(min(ON_OFF, floor or ON_OFF))
-                yield Figure(f'{what}: {mode}, on / off', self.ratio(what, mode), 'times', goal, floor,
-                             note(mode))
+                yield Figure(f'{what}: {mode}, on / off', self.ratio(what, mode), 'times', goal, floor, note(mode))

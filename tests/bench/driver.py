@@ -116,8 +116,10 @@ def process(quick: bool) -> Iterator[Figure]:
             yield Figure(f'resident memory while it compiles, {mode}', peak / 1e6, 'MB')
         with ExitStack() as stack:
             hosts = lab.client, lab.routers[0]  # there is one elfprobe per device
-            runs = {mode: stack.enter_context(started(lab, *modes[mode], cwd=Path(directory), host=host))
-                    for mode, host in zip(modes, hosts)}
+            runs = {
+                mode: stack.enter_context(started(lab, *modes[mode], cwd=Path(directory), host=host))
+                for mode, host in zip(modes, hosts)
+            }
             wait_until(lambda: all(cpu_time(run.process.pid) for run in runs.values()), 5, 'they have run')
             before = {mode: cpu_time(run.process.pid) for mode, run in runs.items()}
             time.sleep(seconds)

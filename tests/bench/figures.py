@@ -49,6 +49,8 @@ def table_lines(title: str, figures: Iterable[Figure]) -> list[str]:
         if figure.goal:
             goal = f'{figure.goal.sign} {number(figure.goal.bound)}'
             met = 'yes' if figure.goal.is_met(figure.value) else 'NO'
-        lines.append(f'  {figure.name:70} {number(figure.value):>11} {figure.unit:6} '
-                     f'{number(figure.floor):>9} {goal:>10}  {met:3}  {figure.note}'.rstrip())
+        lines.append(
+            f'  {figure.name:70} {number(figure.value):>11} {figure.unit:6} '
+            f'{number(figure.floor):>9} {goal:>10}  {met:3}  {figure.note}'.rstrip()
+        )
     return lines

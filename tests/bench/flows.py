@@ -45,11 +45,15 @@ def throughput(quick: bool) -> Iterator[Figure]:
             compared.run(at.modes(), rounds, partial(measure_transfers, at.lab, speedtest))
         for direction, streams in product(DIRECTIONS, STREAMS):
             what = f'{direction}, {streams}'
-            yield from (figure._replace(name=f'{where}, {figure.name}')
-                        for figure in compared.figures(what, 'Gbit/s', partial(resent_note, compared, what)))
+            yield from (
+                figure._replace(name=f'{where}, {figure.name}')
+                for figure in compared.figures(what, 'Gbit/s', partial(resent_note, compared, what))
+            )
         if routers:
-            yield from (figure._replace(name=f'{where}, {figure.name}', goal=None)
-                        for figure in compared.figures(DATAGRAMS, '1000/s'))
+            yield from (
+                figure._replace(name=f'{where}, {figure.name}', goal=None)
+                for figure in compared.figures(DATAGRAMS, '1000/s')
+            )
 
 
 def resent_note(compared: Comparison, what: str, mode: str) -> str:
@@ -94,12 +98,26 @@ def accuracy(quick: bool) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory(prefix='elf-') as directory, Lab(routers=4) as lab, lab.iperf3_server():
         server, cwd = lab.server_address(4), Path(directory)
         before = realtime_offset()
-        with lab.client.capture(filter=f'{PROBES} or {TIME_EXCEEDED}', snaplen=200) as seen, \
-                elfprobe(lab, '-r', 'g', '-p', '1', '-I', 'pass', server, cwd=cwd) as run:
+        with lab.client.capture(filter=f'{PROBES} or {TIME_EXCEEDED}', snaplen=200) as seen, elfprobe(
+            lab, '-r', 'g', '-p', '1', '-I', 'pass', server, cwd=cwd
+        ) as run:
             lab.client.run('ping', '-c1', server)  # from then on the path's length is known
             start = time.monotonic()
-            lab.client.run('iperf3', '-u', '-l', '200', '-b', '32M', '--pacing-timer', '100',
-                           '-t', str(seconds), '-c', server, timeout=seconds + 30)
+            lab.client.run(
+                'iperf3',
+                '-u',
+                '-l',
+                '200',
+                '-b',
+                '32M',
+                '--pacing-timer',
+                '100',
+                '-t',
+                str(seconds),
+                '-c',
+                server,
+                timeout=seconds + 30,
+            )
             took = time.monotonic() - start
             run.stop()
         offset = (before + realtime_offset()) // 2
@@ -124,8 +142,12 @@ def compared(lab: Lab, rows: list[Row], packets: list[Packet], offset: int, took
         if not row.is_answered:
             continue
         replies = answers.around((row.flow, row.inipid, row.responder), row.recvtime + offset)
-        if len(replies) != 1 or replies[0].quote.identity != probes[0].identity \
-                or row.responder != lab.hop(4, row.outttl) or row.recvttl != replies[0].ttl:
+        if (
+            len(replies) != 1
+            or replies[0].quote.identity != probes[0].identity
+            or row.responder != lab.hop(4, row.outttl)
+            or row.recvttl != replies[0].ttl
+        ):
             wrong['reply'] += 1
             continue
         errors.append(abs(row.latency - (replies[0].time - probes[0].time)) / 1000)

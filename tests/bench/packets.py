@@ -87,8 +87,10 @@ def by_test_run(quick: bool) -> Iterator[Figure]:
                     programs.run(f'elf_{way}', packet)
                     # What TCP sends has the time with it.
                     context = SkBuff(tstamp=time.monotonic_ns()) if name.endswith('TCP') else None
-                    took = tuple(programs.duration(f'{program}_{way}', packet, repeat, context)
-                                 for program in ('empty', 'elf'))
+                    took = tuple(
+                        programs.duration(f'{program}_{way}', packet, repeat, context)
+                        for program in ('empty', 'elf')
+                    )
                     shortest[name] = tuple(map(min, took, shortest.get(name, took)))
         for name, (_, _, goal) in CASES.items():
             empty, elf = shortest[name]
@@ -107,8 +109,7 @@ def by_table_size(quick: bool) -> Iterator[Figure]:
     addresses = chance.sample(range(0x0A000000, 0x0B000000), 2 * max(SIZES))
     known, unknown = addresses[: max(SIZES)], addresses[max(SIZES) :]
     took: dict[tuple[str, int, bool], tuple[float, float]] = {}
-    with own_namespace(), pinned(), \
-            load(probeint=1000, rate_global=True, max_rate=10**6) as programs:
+    with own_namespace(), pinned(), load(probeint=1000, rate_global=True, max_rate=10**6) as programs:
         destinations, entered = elfprobe.Destinations(programs.bpf), 0
         for size in SIZES:
             for address in known[entered:size]:
@@ -127,15 +128,16 @@ def by_table_size(quick: bool) -> Iterator[Figure]:
         yield Figure(f'{name}: {which}', elf - empty, 'ns', floor=empty)
         if size == ALL and in_cache:
             alone = took[name, 1, True]
-            yield Figure(f'{name}: 65,536 against 1', (elf - empty) / max(alone[1] - alone[0], 1), 'times',
-                         at_most(1.5))
+            yield Figure(
+                f'{name}: 65,536 against 1', (elf - empty) / max(alone[1] - alone[0], 1), 'times', at_most(1.5)
+            )
 
 
-def cycle(programs: Programs, way: str, addresses: list[int], in_cache: bool, rounds: int,
-          chance: random.Random) -> tuple[float, float]:
+def cycle(
+    programs: Programs, way: str, addresses: list[int], in_cache: bool, rounds: int, chance: random.Random
+) -> tuple[float, float]:
     """ns per packet of an empty program and ours."""
-    chosen = chance.choices(addresses, k=FLOWS) * (ALL // FLOWS) if in_cache \
-        else chance.sample(addresses, ALL)
+    chosen = chance.choices(addresses, k=FLOWS) * (ALL // FLOWS) if in_cache else chance.sample(addresses, ALL)
     others = programs.bpf['others']
     for turn, address in enumerate(chosen):
         others[others.Key(turn)] = others.Leaf(socket.htonl(address))
@@ -196,8 +198,9 @@ def in_traffic(quick: bool) -> Iterator[Figure]:
 
         with two_filters(ipr, device, programs):
             for name, (traffic, goal) in PROBES.items():
-                clone, elf = least(rounds, *(partial(median, traffic, program)
-                                             for program in ('clone_egress', 'elf_egress')))
+                clone, elf = least(
+                    rounds, *(partial(median, traffic, program) for program in ('clone_egress', 'elf_egress'))
+                )
                 yield Figure(name, elf - clone, 'ns', goal, clone)
 
         def mean(program: str) -> float:
@@ -220,8 +223,9 @@ def in_traffic(quick: bool) -> Iterator[Figure]:
 def by_owner_in_traffic(quick: bool) -> Iterator[Figure]:
     """Packets of interest with no probe due, of sockets whose owner is noted: a test run has none such."""
     rounds = 2 if quick else 3
-    with traffic_lab() as (lab, ipr, device), run_statistics(), \
-            tempfile.TemporaryDirectory(prefix='elf-') as directory:
+    with traffic_lab() as (lab, ipr, device), run_statistics(), tempfile.TemporaryDirectory(
+        prefix='elf-'
+    ) as directory:
         speedtest = Path(directory, 'speedtest')
         shutil.copy(shutil.which('iperf3') or 'iperf3', speedtest)
         for by_owner in False, True:
@@ -240,11 +244,13 @@ def by_owner_in_traffic(quick: bool) -> Iterator[Figure]:
                     return took / runs
 
                 for kind, options in ('UDP', UDP_SMALL), ('TCP', ('-b', '4G')):
-                    empty, elf = least(rounds, *(partial(mean, options, program)
-                                                 for program in ('empty_egress', 'elf_egress')))
+                    empty, elf = least(
+                        rounds, *(partial(mean, options, program) for program in ('empty_egress', 'elf_egress'))
+                    )
                     mode = '-a' if by_owner else 'by address'
-                    yield Figure(f'leaves, of interest, no probe due, {kind}, {mode}', elf - empty, 'ns',
-                                 floor=empty)
+                    yield Figure(
+                        f'leaves, of interest, no probe due, {kind}, {mode}', elf - empty, 'ns', floor=empty
+                    )
                 if not programs.counters().get('probes'):
                     raise CommandFailed('the traffic was not of interest')
 
@@ -277,9 +283,19 @@ def two_filters(ipr: Any, device: Any, programs: Programs) -> Iterator[None]:
     ipr.tc('add', 'clsact', device.ifindex)
     try:
         for prio, name in enumerate((b'begin_egress', b'end_egress'), 1):
-            ipr.tc('add-filter', 'bpf', device.ifindex, handle=1, prio=prio, fd=programs.bpf.funcs[name].fd,
-                   name=name.decode(), parent=elfprobe.CLSACT_EGRESS, protocol=elfprobe.ETH_P_ALL,
-                   direct_action=True, classid=1)
+            ipr.tc(
+                'add-filter',
+                'bpf',
+                device.ifindex,
+                handle=1,
+                prio=prio,
+                fd=programs.bpf.funcs[name].fd,
+                name=name.decode(),
+                parent=elfprobe.CLSACT_EGRESS,
+                protocol=elfprobe.ETH_P_ALL,
+                direct_action=True,
+                classid=1,
+            )
         yield
     finally:
         ipr.tc('del', 'clsact', device.ifindex)

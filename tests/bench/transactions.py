@@ -55,8 +55,9 @@ def measure_exchanges(at: Scene, seconds: float, mode: str) -> Measured:
 
     def rate(how: str) -> float:
         with pinned():
-            said = at.lab.client.run(str(python), '-I', '-S', str(CLIENT), how, at.lab.server_address(4),
-                                     str(PORT), str(seconds))
+            said = at.lab.client.run(
+                str(python), '-I', '-S', str(CLIENT), how, at.lab.server_address(4), str(PORT), str(seconds)
+            )
         return float(said.stdout)
 
     return {what: rate(how) for what, how in KINDS.items()}
@@ -71,8 +72,7 @@ def echo_server(lab: Lab) -> Iterator[None]:
         datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     with listener, datagrams:
         datagrams.bind(address)
-        server = multiprocessing.get_context('fork').Process(target=echo, args=(listener, datagrams),
-                                                             daemon=True)
+        server = multiprocessing.get_context('fork').Process(target=echo, args=(listener, datagrams), daemon=True)
         server.start()
         try:
             yield
@@ -113,8 +113,11 @@ def forks(quick: bool) -> Iterator[Figure]:
     true, compared = shutil.which('true') or '/bin/true', Comparison()
     what = "other programs' fork and exec"
     with tempfile.TemporaryDirectory(prefix='elf-') as folder, Lab(routers=1) as lab:
-        compared.run({OFF: nullcontext, BY_NAME: partial(elfprobe, lab, '-a', APP, cwd=Path(folder))}, rounds,
-                     lambda mode: {what: spawn_rate(true, seconds)})
+        compared.run(
+            {OFF: nullcontext, BY_NAME: partial(elfprobe, lab, '-a', APP, cwd=Path(folder))},
+            rounds,
+            lambda mode: {what: spawn_rate(true, seconds)},
+        )
     yield from compared.figures(what, '1/s')
 
 

@@ -46,7 +46,8 @@ def downloads(quick: bool) -> Iterator[Figure]:
     share = vm.prepare(f'{SUITE}.bench', {}, patience=vm.PATIENCE)
     (share / 'job').write_text(
         f'export ELFPROBE_TESTS_PATIENCE={vm.PATIENCE} PYTHONDONTWRITEBYTECODE=1\n'
-        f'python3 tests/bench/virtual.py /host/out/figures {1 if quick else 2} >/host/out/log 2>&1\n')
+        f'python3 tests/bench/virtual.py /host/out/figures {1 if quick else 2} >/host/out/log 2>&1\n'
+    )
     vm.start(SUITE, folder, share, SECONDS)
     measured = share / 'out' / 'figures'
     if not measured.exists():
@@ -58,12 +59,14 @@ def downloads(quick: bool) -> Iterator[Figure]:
 def measured_inside(rounds: int) -> Iterator[Figure]:
     """Measure, in the guest."""
     compared = Comparison()
-    with tempfile.TemporaryDirectory(prefix='elf-') as folder, load(ingress_tc=False) as programs, \
-            guest.card('virtio_net') as lab:
+    with tempfile.TemporaryDirectory(prefix='elf-') as folder, load(ingress_tc=False) as programs, guest.card(
+        'virtio_net'
+    ) as lab:
         modes: Modes = {EMPTY_TC: partial(empty_at_tc, Scene(lab, programs, Path(folder)))}
         for hook, options in INGRESS_HOOKS.items():
-            modes[f'by address, hook {hook}'] = partial(elfprobe, lab, *options, lab.server_address(4),
-                                                        cwd=Path(folder))
+            modes[f'by address, hook {hook}'] = partial(
+                elfprobe, lab, *options, lab.server_address(4), cwd=Path(folder)
+            )
         compared.run(modes, rounds, partial(measure_downloads, lab))
     for what in DOWNLOADS:
         yield from compared.figures(what, 'Gbit/s')
@@ -71,9 +74,12 @@ def measured_inside(rounds: int) -> Iterator[Figure]:
 
 def measure_downloads(lab: Lab, mode: str) -> Measured:
     program = Path(shutil.which('iperf3') or 'iperf3')
-    return {what: statistics.median(
-        transfer(lab, program, *options)['sum_received']['bits_per_second'] / 1e9 for _ in range(TRANSFERS))
-        for what, options in DOWNLOADS.items()}
+    return {
+        what: statistics.median(
+            transfer(lab, program, *options)['sum_received']['bits_per_second'] / 1e9 for _ in range(TRANSFERS)
+        )
+        for what, options in DOWNLOADS.items()
+    }
 
 
 if __name__ == '__main__':

@@ -19,9 +19,27 @@ static inline int count_bytes(struct __sk_buff *ctx)
 	return 0; /* send the probe */
 }
 
-static inline int elf_v4_icmp_beforesend(struct __sk_buff *ctx) { return count_bytes(ctx); }
-static inline int elf_v4_tcp_beforesend(struct __sk_buff *ctx) { return count_bytes(ctx); }
-static inline int elf_v4_udp_beforesend(struct __sk_buff *ctx) { return count_bytes(ctx); }
-static inline int elf_v6_icmp_beforesend(struct __sk_buff *ctx) { return count_bytes(ctx); }
-static inline int elf_v6_tcp_beforesend(struct __sk_buff *ctx) { return count_bytes(ctx); }
-static inline int elf_v6_udp_beforesend(struct __sk_buff *ctx) { return count_bytes(ctx); }
+static inline int elf_v4_icmp_beforesend(struct __sk_buff *ctx)
+{
+	return count_bytes(ctx);
+}
+static inline int elf_v4_tcp_beforesend(struct __sk_buff *ctx)
+{
+	return count_bytes(ctx);
+}
+static inline int elf_v4_udp_beforesend(struct __sk_buff *ctx)
+{
+	return count_bytes(ctx);
+}
+static inline int elf_v6_icmp_beforesend(struct __sk_buff *ctx)
+{
+	return count_bytes(ctx);
+}
+static inline int elf_v6_tcp_beforesend(struct __sk_buff *ctx)
+{
+	return count_bytes(ctx);
+}
+static inline int elf_v6_udp_beforesend(struct __sk_buff *ctx)
+{
+	return count_bytes(ctx);
+}

@@ -21,5 +21,11 @@ static inline void count_ttl(struct xdp_md *ctx)
 		__sync_fetch_and_add(count, 1); /* with PREEMPT_RT another reply may preempt this run */
 }
 
-static inline void elf_v4_afterrecv(struct xdp_md *ctx) { count_ttl(ctx); }
-static inline void elf_v6_afterrecv(struct xdp_md *ctx) { count_ttl(ctx); }
+static inline void elf_v4_afterrecv(struct xdp_md *ctx)
+{
+	count_ttl(ctx);
+}
+static inline void elf_v6_afterrecv(struct xdp_md *ctx)
+{
+	count_ttl(ctx);
+}

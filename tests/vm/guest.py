@@ -52,8 +52,7 @@ class Outside(NamedTuple):
 
 def emulated(emulator: str, drivers: Sequence[str]) -> list[str]:
     """Return the drivers whose cards this QEMU has."""
-    listed = subprocess.run([emulator, '-device', 'help'], stdout=subprocess.PIPE, text=True,
-                            check=True).stdout
+    listed = subprocess.run([emulator, '-device', 'help'], stdout=subprocess.PIPE, text=True, check=True).stdout
     known = set(re.findall(r'^name "(.+?)"', listed, re.MULTILINE))
     return [driver for driver in drivers if CARDS[driver] in known]
 
@@ -68,11 +67,19 @@ def outside(emulator: str, drivers: Sequence[str]) -> Iterator[Outside]:
         commands = [f'link delete {router.device}']
         for number, driver in enumerate(emulated(emulator, drivers)):
             tap = f'tap{number}'
-            commands += [f'tuntap add {tap} mode tap vnet_hdr', f'address add {GATEWAY}/32 dev {tap}',
-                         f'link set {tap} txqueuelen 10000 up', f'route add {own_address(driver)} dev {tap}']
+            commands += [
+                f'tuntap add {tap} mode tap vnet_hdr',
+                f'address add {GATEWAY}/32 dev {tap}',
+                f'link set {tap} txqueuelen 10000 up',
+                f'route add {own_address(driver)} dev {tap}',
+            ]
             # Without romfile= QEMU looks for a ROM to boot from, which is a package of its own.
-            options += ['-netdev', f'tap,id={tap},ifname={tap},script=no,downscript=no,vhost=off',
-                        '-device', f'{CARDS[driver]},netdev={tap},romfile=']
+            options += [
+                '-netdev',
+                f'tap,id={tap},ifname={tap},script=no,downscript=no,vhost=off',
+                '-device',
+                f'{CARDS[driver]},netdev={tap},romfile=',
+            ]
         batch(router.name, commands)
         yield Outside(lab, router.command(), options)
 
@@ -105,8 +112,15 @@ def card(driver: str) -> Iterator[Lab]:
         stack.callback(remove, [host.name])
         batch('', [f'netns add {host.name}', f'link set {device} netns {host.name} name {host.device}'])
         stack.callback(host.end_processes)
-        batch(host.name, ['link set lo up', f'address add {own_address(driver)}/24 dev {host.device}',
-                          f'link set {host.device} up', f'route add default via {GATEWAY}'])
+        batch(
+            host.name,
+            [
+                'link set lo up',
+                f'address add {own_address(driver)}/24 dev {host.device}',
+                f'link set {host.device} up',
+                f'route add default via {GATEWAY}',
+            ],
+        )
         ping = 'ping', '-nc1', '-W1', lab.server_address(4)
         wait_until(lambda: host.run(*ping, check=False).returncode == 0, 10, f'{driver} reaches the server')
         yield lab

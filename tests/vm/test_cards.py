@@ -40,15 +40,21 @@ def state(host: Host) -> dict[str, list[str]]:
     """Return all that is set at the card, in lines, by the command that shows it."""
     filters = [f'tc filter show dev {host.device}{where}' for where in ('', ' ingress', ' egress')]
     commands = f'ip -d link show {host.device}', f'tc qdisc show dev {host.device}', *filters
-    return {f'ethtool -k {host.device}': offloads(host),
-            **{command: host.run(*command.split()).stdout.splitlines() for command in commands}}
+    return {
+        f'ethtool -k {host.device}': offloads(host),
+        **{command: host.run(*command.split()).stdout.splitlines() for command in commands},
+    }
 
 
 def changes(before: dict[str, list[str]], after: dict[str, list[str]]) -> list[str]:
     """Return the lines that differ, each with its command."""
-    return [f'{sign} {command}: {line}' for command in before
-            for sign, lines, others in (('-', before, after), ('+', after, before))
-            for line in lines[command] if line not in others[command]]
+    return [
+        f'{sign} {command}: {line}'
+        for command in before
+        for sign, lines, others in (('-', before, after), ('+', after, before))
+        for line in lines[command]
+        if line not in others[command]
+    ]
 
 
 def download(lab: Lab) -> None:

@@ -27,19 +27,7 @@ import pytest
 
 from lab import PATIENCE, CommandFailed, Host, Lab, address, attach, batch, end, run, wait_until
 from runs import ICMP, ICMPV6, PROBES, TCP, TIME_EXCEEDED, Packet, Run, elfprobe, ip_packets, realtime_offset
-from test_paths import (
-    HOPS,
-    STREAM,
-    UPLOAD,
-    VERSIONS,
-    both,
-    iperf3,
-    latest,
-    output,
-    pairs,
-    pinging,
-    udp_socket,
-)
+from test_paths import HOPS, STREAM, UPLOAD, VERSIONS, both, iperf3, latest, output, pairs, pinging, udp_socket
 
 pytestmark = pytest.mark.root
 
@@ -77,15 +65,16 @@ def queueing(*queues: tuple[Host, str]) -> Iterator[None]:
 
 # netem
 
+
 def latencies(lab: Lab, folder: Path) -> dict[tuple[int, int], tuple[float, float]]:
     """By version and hop: the median latency, and how far the median row is from the truth, in ns.
 
     The truth is what the client's own device sees, where with `-I pass` the answers can be seen, too.
     """
     folder.mkdir()
-    with lab.client.capture(filter=f'{PROBES} or {TIME_EXCEEDED}') as seen, \
-            elfprobe(lab, '-I', 'pass', '-p', str(20 * PATIENCE), *both(lab), cwd=folder) as elf, \
-            pinging(lab, f'-i{0.02 * PATIENCE:g}'):
+    with lab.client.capture(filter=f'{PROBES} or {TIME_EXCEEDED}') as seen, elfprobe(
+        lab, '-I', 'pass', '-p', str(20 * PATIENCE), *both(lab), cwd=folder
+    ) as elf, pinging(lab, f'-i{0.02 * PATIENCE:g}'):
         wait_until(lambda: len(elf.rows()) > 200, 20, '200 rows')
         assert elf.stop() == 0
     packets = ip_packets(seen)
@@ -105,11 +94,16 @@ def test_netem(lab4, tmp_path):
     before = latencies(lab4, tmp_path / 'before')
     with queueing(*((router, f'netem delay {delay}ms') for router, delay in zip(lab4.routers, DELAYS))):
         during = latencies(lab4, tmp_path / 'during')
-    delayed = {(version, hop): (delay * MS, *during[version, hop], *before[version, hop])
-               for version in VERSIONS for hop, delay in zip(HOPS, accumulate(DELAYS))}
+    delayed = {
+        (version, hop): (delay * MS, *during[version, hop], *before[version, hop])
+        for version in VERSIONS
+        for hop, delay in zip(HOPS, accumulate(DELAYS))
+    }
     for (version, hop), (delay, latency, error, undelayed, _) in delayed.items():
-        print(f'IPv{version} hop {hop}: {latency / US:.0f} us, on the wire {error / US:.0f} us more or less, '
-              f'{(latency - undelayed - delay) / US:.0f} us more than the delay')
+        print(
+            f'IPv{version} hop {hop}: {latency / US:.0f} us, on the wire {error / US:.0f} us more or less, '
+            f'{(latency - undelayed - delay) / US:.0f} us more than the delay'
+        )
     for (_, hop), (delay, latency, error, undelayed, _) in delayed.items():
         assert error < 100 * US
         # Each netem's timer may be late.
@@ -119,6 +113,7 @@ def test_netem(lab4, tmp_path):
 
 
 # fq
+
 
 class Passed(NamedTuple):
     """A packet of the application's, as it passed r1."""
@@ -138,8 +133,9 @@ def passing(lab: Lab, filter: str) -> Iterator[Callable[[], list[Packet]]]:
 def datagrams(lab: Lab, version: int) -> list[Passed]:
     """Hand fq a hundred UDP packets at once, to be spaced."""
     port = STREAM + version
-    with passing(lab, f'udp and dst port {port}') as packets, \
-            udp_socket(lab.client, version) as sender, udp_socket(lab.server, version, port):
+    with passing(lab, f'udp and dst port {port}') as packets, udp_socket(lab.client, version) as sender, udp_socket(
+        lab.server, version, port
+    ):
         sender.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, PACE)
         sender.connect((lab.server_address(version), port))
         for number in range(100):
@@ -155,8 +151,9 @@ def segments(lab: Lab, version: int) -> list[Passed]:
         output(iperf3(lab, version, port, '-C', 'bbr', '--fq-rate', str(PACE * 8), '-t', str(2 + PATIENCE)))
     ports = [packet.sport for packet in packets()]
     data = max(ports, key=ports.count)  # the other is iperf3's control connection
-    return [Passed(packet.time, packet.sequence, len(packet.segment)) for packet in packets()
-            if packet.sport == data]
+    return [
+        Passed(packet.time, packet.sequence, len(packet.segment)) for packet in packets() if packet.sport == data
+    ]
 
 
 def early(packets: list[Passed]) -> float:
@@ -164,8 +161,9 @@ def early(packets: list[Passed]) -> float:
 
     fq makes up for half a packet's time where its timer was late.
     """
-    soon = [later.time - sooner.time < sooner.length * NS // PACE // 2
-            for sooner, later in zip(packets, packets[1:])]
+    soon = [
+        later.time - sooner.time < sooner.length * NS // PACE // 2 for sooner, later in zip(packets, packets[1:])
+    ]
     return sum(soon) / len(soon)
 
 
@@ -215,9 +213,20 @@ def test_preempted_sender(lab4, tmp_path):
             receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 28)
             receiver.setblocking(False)
         elf = stack.enter_context(elfprobe(lab4, '-p', '0', server, cwd=tmp_path))
-        senders = [lab4.client.popen(sys.executable, '-c', SENDER, server, str(port), priority, pause,
-                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-                   for port, priority, pause in zip(ports, ('0', '50'), ('0.0001', '0.001'))]
+        senders = [
+            lab4.client.popen(
+                sys.executable,
+                '-c',
+                SENDER,
+                server,
+                str(port),
+                priority,
+                pause,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            for port, priority, pause in zip(ports, ('0', '50'), ('0.0001', '0.001'))
+        ]
         wait_until(lambda: sum(row.dport == ports[1] for row in elf.rows()) > 1000, 60, '1000 rows')
         sent = [int(sender.communicate(timeout=20 * PATIENCE)[0]) for sender in senders]
         arrived: list[list[int]] = [[], []]
@@ -283,9 +292,9 @@ def ppp(client: Host, server: Host) -> Iterator[None]:
 def tunnel(lab: Lab, kind: str, version: int, inside: bool) -> Iterator[dict[int, str]]:
     """A tunnel from the client to r2, and the client's way to the server through it; who answers by hop.
 
-        client - r1 - r2 - r3 - r4 - server        The client's packets have its address inside the tunnel,
-            ===========                            or with `inside` False the one outside: then what comes
-                                                   back comes bare.
+    client - r1 - r2 - r3 - r4 - server        The client's packets have its address inside the tunnel,
+        ===========                            or with `inside` False the one outside: then what comes
+                                               back comes bare.
     """
     r2, r3, r4 = lab.routers[1:]
     outer = 6 if kind.startswith('ip6') else 4
@@ -301,8 +310,13 @@ def tunnel(lab: Lab, kind: str, version: int, inside: bool) -> Iterator[dict[int
                 ends_and_ttl = '' if kind == 'wireguard' else f'local {own} remote {other} ttl 64'
                 make(host, 'ip', f'link add tunnel type {kind} {ends_and_ttl}')
                 stack.callback(batch, host.name, ['link del tunnel'])
-            batch(host.name, [f'address add {address_inside}/{BITS[version]} dev tunnel'
-                              + (' nodad' if version == 6 else ''), 'link set tunnel up'])
+            batch(
+                host.name,
+                [
+                    f'address add {address_inside}/{BITS[version]} dev tunnel' + (' nodad' if version == 6 else ''),
+                    'link set tunnel up',
+                ],
+            )
         if kind == 'wireguard':
             keys = wireguard(lab.client), wireguard(r2)
             wireguard(lab.client, keys[1], ends[1])
@@ -319,16 +333,21 @@ def tunnel(lab: Lab, kind: str, version: int, inside: bool) -> Iterator[dict[int
 
 def check(lab: Lab, elf: Run, hops: dict[int, dict[int, str]]) -> None:
     """Of TCP in segments large and small, and of pings: each hop of a version answers, nobody else does."""
-    right = {(lab.server_address(version), protocol, hop, responder) for version in hops
-             for protocol in (ECHO[version], TCP) for hop, responder in hops[version].items()}
+    right = {
+        (lab.server_address(version), protocol, hop, responder)
+        for version in hops
+        for protocol in (ECHO[version], TCP)
+        for hop, responder in hops[version].items()
+    }
 
     def answered() -> set[tuple[str, int, int, str]]:
         return {(row.dest, row.protocol, row.outttl, row.responder) for row in elf.rows() if row.is_answered}
 
     with lab.iperf3_server(*(UPLOAD + version for version in hops)):
         for version in hops:
-            lab.client.popen('ping', '-nq', f'-i{0.02 * PATIENCE:g}', lab.server_address(version),
-                             stdout=subprocess.DEVNULL)
+            lab.client.popen(
+                'ping', '-nq', f'-i{0.02 * PATIENCE:g}', lab.server_address(version), stdout=subprocess.DEVNULL
+            )
         for version in hops:
             output(iperf3(lab, version, UPLOAD + version, '-t', '2', '-b', '1M', '-l', '5000'))
         with suppress(TimeoutError):  # the difference is shown below
@@ -391,13 +410,16 @@ def test_vlan(lab4, tmp_path, device, options):
                 stack.callback(batch, router.name, [f'route del {net}'])
             to_r1 = f'via {address(version, VLAN, 2)}'
             batch(lab4.client.name, [f'route add {lab4.server_address(version)} {to_r1}'])
-        hops = {version: {1: address(version, VLAN, 2), **{hop: lab4.hop(version, hop) for hop in HOPS[1:]}}
-                for version in VERSIONS}
+        hops = {
+            version: {1: address(version, VLAN, 2), **{hop: lab4.hop(version, hop) for hop in HOPS[1:]}}
+            for version in VERSIONS
+        }
         options = ['-p', '20', *options, *both(lab4)]
         check(lab4, stack.enter_context(elfprobe(lab4, '-i', device, *options, cwd=tmp_path)), hops)
 
 
 # Kprobes
+
 
 @pytest.mark.skipif(not KPROBES.exists(), reason='no kprobes here, or no debugfs')
 @pytest.mark.parametrize('enabled', ['1', '0'])

@@ -95,13 +95,21 @@ RUNS = {
 }
 
 # Rows of the table, and which tests count: by what matches `module.test[parameters]`.
-CELLS = {('IPv4', 'ICMP'): '4-1', ('IPv4', 'TCP'): '4-6', ('IPv4', 'UDP'): '4-17',
-         ('IPv6', 'ICMP'): '6-58', ('IPv6', 'TCP'): '6-6', ('IPv6', 'UDP'): '6-17'}
+CELLS = {
+    ('IPv4', 'ICMP'): '4-1',
+    ('IPv4', 'TCP'): '4-6',
+    ('IPv4', 'UDP'): '4-17',
+    ('IPv6', 'ICMP'): '6-58',
+    ('IPv6', 'TCP'): '6-6',
+    ('IPv6', 'UDP'): '6-17',
+}
 ROWS = {
-    **{f'{" ".join(cell)}{option}': rf'test_paths\.test_(rows|probes)_.*\[{mode}-.*-{end}\]'
-       for cell, end in CELLS.items() for mode, option in (('truncated', ''), ('whole', ', `-T`'))},
-    'whole paths: every probe has its row, packets arrive as sent':
-        r'test_paths\.test_(application|every_probe)',
+    **{
+        f'{" ".join(cell)}{option}': rf'test_paths\.test_(rows|probes)_.*\[{mode}-.*-{end}\]'
+        for cell, end in CELLS.items()
+        for mode, option in (('truncated', ''), ('whole', ', `-T`'))
+    },
+    'whole paths: every probe has its row, packets arrive as sent': r'test_paths\.test_(application|every_probe)',
     '`-a` and `-P` exact': r'test_owners\.(?!test_nothing)',
     "others' filters and XDP programs": r'(others|taken_away|clsact)',
     'clean exit': r'test_owners\.test_nothing|test_faults\.(?!.*(others|taken_away|clsact))',
@@ -131,8 +139,9 @@ class Result(NamedTuple):
 
 def userland_suites() -> list[str]:
     """Those whose programs this machine itself runs, each once."""
-    native = subprocess.run(['dpkg', '--print-architecture'], stdout=subprocess.PIPE, text=True,
-                            check=True).stdout.strip()
+    native = subprocess.run(
+        ['dpkg', '--print-architecture'], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.strip()
     return [name for name, suite in SUITES.items() if name == suite.name and suite.architecture == native]
 
 
@@ -162,31 +171,59 @@ def image(name: str, packages: list[str]) -> Path:
         root, new = Path(build, 'root'), Path(build, 'image')
         new.mkdir()
         # The initrd is to have what mounts the image and no more, so that it is unpacked in a moment.
-        modules = ('mkdir -p "$1/etc/initramfs-tools/conf.d" "$1/usr/share/initramfs-tools/modules.d"; '
-                   'echo MODULES=list >"$1/etc/initramfs-tools/conf.d/vm"; '
-                   'printf "%s\\n" virtio_pci virtio_blk ext4 >"$1/usr/share/initramfs-tools/modules.d/vm"')
-        bootstrap(suite.name, packages, root, f'--architectures={suite.architecture}',
-                  f'--setup-hook={modules}', lines=lines)
+        modules = (
+            'mkdir -p "$1/etc/initramfs-tools/conf.d" "$1/usr/share/initramfs-tools/modules.d"; '
+            'echo MODULES=list >"$1/etc/initramfs-tools/conf.d/vm"; '
+            'printf "%s\\n" virtio_pci virtio_blk ext4 >"$1/usr/share/initramfs-tools/modules.d/vm"'
+        )
+        bootstrap(
+            suite.name,
+            packages,
+            root,
+            f'--architectures={suite.architecture}',
+            f'--setup-hook={modules}',
+            lines=lines,
+        )
         for file in 'vmlinuz', 'initrd.img':
             (found,) = root.glob(f'boot/{file}-*')
             shutil.copy(found, new / file)
         (new / 'disk').touch()  # mke2fs would say that it makes it
-        subprocess.run(['mke2fs', '-q', '-t', 'ext4', '-O', '^has_journal', '-m', '0', '-d', root,
-                        new / 'disk', f'{IMAGE_MIB}M'], check=True)
+        subprocess.run(
+            [
+                'mke2fs',
+                '-q',
+                '-t',
+                'ext4',
+                '-O',
+                '^has_journal',
+                '-m',
+                '0',
+                '-d',
+                root,
+                new / 'disk',
+                f'{IMAGE_MIB}M',
+            ],
+            check=True,
+        )
         new.rename(folder)
     return folder
 
 
 def job(runs: dict[str, list[str]], patience: int) -> str:
     """The script that runs the tests: each run's output and results have its name."""
-    lines = [f'export ELFPROBE_TESTS_PATIENCE={patience} PYTHONDONTWRITEBYTECODE=1',
-             'python3 elfprobe.py --version >/host/out/version 2>&1', 'cd tests']
+    lines = [
+        f'export ELFPROBE_TESTS_PATIENCE={patience} PYTHONDONTWRITEBYTECODE=1',
+        'python3 elfprobe.py --version >/host/out/version 2>&1',
+        'cd tests',
+    ]
     for name, arguments in runs.items():
         out = f'/host/out/{name}'
-        lines += [f'echo "== {name}"',
-                  f'timeout {RUN_SECONDS} python3 -m pytest --junit-xml={out}.xml --durations=10 '
-                  f'{shlex.join(arguments)} >{out}.log 2>&1',
-                  f'tail -n 1 {out}.log']
+        lines += [
+            f'echo "== {name}"',
+            f'timeout {RUN_SECONDS} python3 -m pytest --junit-xml={out}.xml --durations=10 '
+            f'{shlex.join(arguments)} >{out}.log 2>&1',
+            f'tail -n 1 {out}.log',
+        ]
     return '\n'.join(lines) + '\n'
 
 
@@ -207,19 +244,52 @@ def boot(name: str, folder: Path, runs: dict[str, list[str]]) -> Path:
 def start(name: str, folder: Path, share: Path, seconds: float) -> None:
     """Run the job of a shared folder in a virtual machine that has the cards of guest.py, to its end."""
     machine = MACHINES[SUITES[name].architecture]
-    command = ('modprobe -a 9pnet_virtio 9p; mkdir -p /host; mount -t 9p -o msize=262144 host /host; '
-               'exec sh /host/elfprobe/tests/vm/init')
+    command = (
+        'modprobe -a 9pnet_virtio 9p; mkdir -p /host; mount -t 9p -o msize=262144 host /host; '
+        'exec sh /host/elfprobe/tests/vm/init'
+    )
     with open(share / 'console', 'wb') as console, guest.outside(machine.emulator, machine.cards) as outside:
         subprocess.run(
-            [*outside.prefix, machine.emulator, '-accel', 'tcg', '-machine', machine.machine,
-             '-cpu', machine.cpu, '-smp', '1', '-m', str(MEMORY_MIB), '-nodefaults', '-display', 'none',
-             '-serial', 'stdio', '-no-reboot',
-             '-kernel', folder / 'vmlinuz', '-initrd', folder / 'initrd.img', '-snapshot',
-             '-drive', f'file={folder / "disk"},format=raw,if=virtio', '-device', 'virtio-rng',
-             '-virtfs', f'local,path={share},mount_tag=host,security_model=none', *outside.options,
-             '-append', f'console={machine.console} quiet panic=-1 root=/dev/vda rw init=/bin/sh '
-                        f'-- -c "{command}"'],
-            stdin=subprocess.DEVNULL, stdout=console, stderr=console, timeout=seconds, check=True)
+            [
+                *outside.prefix,
+                machine.emulator,
+                '-accel',
+                'tcg',
+                '-machine',
+                machine.machine,
+                '-cpu',
+                machine.cpu,
+                '-smp',
+                '1',
+                '-m',
+                str(MEMORY_MIB),
+                '-nodefaults',
+                '-display',
+                'none',
+                '-serial',
+                'stdio',
+                '-no-reboot',
+                '-kernel',
+                folder / 'vmlinuz',
+                '-initrd',
+                folder / 'initrd.img',
+                '-snapshot',
+                '-drive',
+                f'file={folder / "disk"},format=raw,if=virtio',
+                '-device',
+                'virtio-rng',
+                '-virtfs',
+                f'local,path={share},mount_tag=host,security_model=none',
+                *outside.options,
+                '-append',
+                f'console={machine.console} quiet panic=-1 root=/dev/vda rw init=/bin/sh -- -c "{command}"',
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=console,
+            stderr=console,
+            timeout=seconds,
+            check=True,
+        )
 
 
 def text(file: Path) -> str:
@@ -264,19 +334,25 @@ def table(shares: dict[str, Path], every: dict[str, list[Result]], rows: dict[st
         for test in tests:
             if test.outcome != 'passed':
                 causes.setdefault((name, test.outcome, test.reason), []).append(test.test)
-    lines += [f'- {name}, {outcome}: {reason}: {", ".join(found)}'
-              for (name, outcome, reason), found in causes.items()]
+    lines += [
+        f'- {name}, {outcome}: {reason}: {", ".join(found)}' for (name, outcome, reason), found in causes.items()
+    ]
     return '\n'.join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog='tests/vm/run', usage='%(prog)s [SUITE...] [-- pytest\'s arguments]',
+        prog='tests/vm/run',
+        usage='%(prog)s [SUITE...] [-- pytest\'s arguments]',
         description='Run end-to-end tests on stock kernels in virtual machines, and show a table.',
-        epilog='Of what pytest is told to run, with paths as seen from tests/, the output is shown instead.')
+        epilog='Of what pytest is told to run, with paths as seen from tests/, the output is shown instead.',
+    )
     parser.add_argument('--packages', type=str.split, help=argparse.SUPPRESS)
-    parser.add_argument('--userland', action='store_true',
-                        help='the suites\' packages on this machine\'s kernel, without virtual machines')
+    parser.add_argument(
+        '--userland',
+        action='store_true',
+        help='the suites\' packages on this machine\'s kernel, without virtual machines',
+    )
     parser.add_argument('suites', nargs='*', metavar='SUITE', help=f'{", ".join(SUITES)} (default: all)')
     own, chosen = sys.argv[1:], None
     if '--' in own:
@@ -304,12 +380,15 @@ def main() -> int:
         print(f'{name}: {time.monotonic() - start:.0f} s, see {shares[name]}', file=sys.stderr)
         if chosen is not None:
             print(text(shares[name] / 'out/chosen.log'))
-    every = {name: [test for file in sorted(share.glob('out/*.xml')) for test in results(file)]
-             for name, share in shares.items()}
+    every = {
+        name: [test for file in sorted(share.glob('out/*.xml')) for test in results(file)]
+        for name, share in shares.items()
+    }
     if chosen is None:
         print(table(shares, every, rows))
     ended = len(shares) == len(names) and all(
-        (share / f'out/{run}.xml').exists() for share in shares.values() for run in runs)
+        (share / f'out/{run}.xml').exists() for share in shares.values() for run in runs
+    )
     failed = any(test.outcome == 'failed' for tests in every.values() for test in tests)
     return 1 if failed or not ended else 0
 
