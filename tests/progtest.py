@@ -134,7 +134,8 @@ def own_namespace() -> Iterator[None]:
 
 
 class Programs:
-    """elfprobe.c compiled with warnings on and loaded; `config` goes to `elfprobe.Config`."""
+    """elfprobe.c compiled with warnings on and loaded; `config` goes to `elfprobe.Config`, and `platform` changes
+    fields of this machine's `elfprobe.Platform`."""
 
     def __init__(
         self,
@@ -142,16 +143,18 @@ class Programs:
         frame: elfprobe.Frame = elfprobe.Frame.ETHERNET,
         ingress_tc: bool = True,
         tcx: bool = True,
+        platform: dict[str, Any] | None = None,
         **config: Any,
     ) -> None:
-        build = elfprobe.machine_build(frame, ingress_tc, tcx)
-        build = dataclasses.replace(build, by_owner=by_owner)
-        self.bpf = elfprobe.load_program(elfprobe.Config('none', **config), build, warnings=True)
-        self.results = elfprobe.Results(self.bpf)
+        build = elfprobe.Build(frame, ingress_tc, tcx, by_owner)
+        self.platform = dataclasses.replace(elfprobe.Platform.detect(), **(platform or {}))
+        self.kernel = elfprobe.Kernel(elfprobe.Config('none', **config), build, self.platform, with_warnings=True)
+        self.bpf = self.kernel.bpf
+        self.results = elfprobe.Results(self.kernel)
         self._verdicts = {XDP_DROP: DROP, XDP_PASS: PASS}
         if ingress_tc:
             self._verdicts = {TC_ACT_SHOT: DROP, TC_ACT_UNSPEC: PASS}
-        self._destinations = elfprobe.Destinations(self.bpf)
+        self._destinations = elfprobe.Destinations(self.kernel)
         self._out = ctypes.create_string_buffer(FRAME_MAX)
         self._stack = ExitStack()
         self._stack.callback(self.bpf.cleanup)
@@ -226,7 +229,7 @@ class Programs:
 
     def set_reservation(self, **fields: int) -> None:
         """What elf_probe finds, on whichever CPU it runs, and with PREEMPT_RT in whichever task."""
-        if elfprobe.is_preemptible():
+        if self.platform.is_preemptible:
             self.bpf['task_scratch'].clear()
         table = self.bpf['cpu_scratch']
         per_cpu = table.Leaf()

@@ -30,7 +30,7 @@ from lab import NETNS, PATIENCE, Capture, CommandFailed, Host, Lab, end, kernel_
 ELFPROBE = Path(__file__).resolve().parent.parent / 'elfprobe.py'
 
 # `fault` is raised by the function or method `name`, or it is a signal that comes there first. A Failure of
-# load_program is one to load what tells owners.
+# Kernel.__init__ is one to load the programs that know the owners of sockets.
 FAULT = """
 import builtins, signal
 from functools import reduce
@@ -38,7 +38,7 @@ from functools import reduce
 owner = reduce(getattr, owners, elfprobe)
 real = getattr(owner, last)
 def faulty(*args, **kw):
-    if name == 'load_program' and fault == 'Failure' and not args[1].by_owner:
+    if name == 'Kernel.__init__' and fault == 'Failure' and not args[2].by_owner:
         return real(*args, **kw)
     if not fault.startswith('SIG'):
         raise {**vars(builtins), **vars(elfprobe)}[fault]('a test broke it')
@@ -50,16 +50,22 @@ setattr(owner, last, faulty)
 
 def with_change(change: str) -> tuple[str, ...]:
     """The beginning of a command that changes the module `elfprobe` and then runs it; the interpreter, the
-    path of elfprobe.py and its arguments are to follow.
+    path of elfprobe.py and its arguments are to follow. `detect` is the platform's detection.
     """
     code = (
         'import os, sys',
         'sys.path.insert(0, os.path.dirname(sys.argv[2]))',
         'import elfprobe',
+        'detect = elfprobe.Platform.detect',
         change,
-        'sys.exit(elfprobe.main(sys.argv[3:]))',
+        'sys.exit(elfprobe.main(sys.argv[3:], detect))',
     )
     return sys.executable, '-c', '\n'.join(code)
+
+
+def platform(**fields: Any) -> str:
+    """A change for `with_change()`: the platform has these fields, and the others as they are here."""
+    return f'import dataclasses\ndetect = lambda: dataclasses.replace(elfprobe.Platform.detect(), **{fields!r})'
 
 
 def with_fault(name: str, fault: str, change: str = '') -> tuple[str, ...]:
@@ -71,44 +77,29 @@ def with_fault(name: str, fault: str, change: str = '') -> tuple[str, ...]:
 INGRESS_HOOKS = {'auto': (), **{hook: ('--ingress-hook', hook) for hook in ('tc', 'xdp', 'generic')}}
 
 # As before Linux 6.6, which has no tcx links.
-NO_TCX = 'elfprobe.may_have_tcx = lambda: False'
+NO_TCX = platform(has_tcx=False)
 CLSACT_COMMAND = with_change(NO_TCX)
 
 
 # As with BCC 0.12 on Linux 5.4: no ring buffers and no socket storage, no BPF links, no look-up in batches,
 # no run-time statistics, and programs cannot count ticks.
-OLD_COMMAND = with_change(f"""
-{NO_TCX}
-class OldLibrary:
-    def __getattr__(self, name, real=elfprobe.bcc.lib):
-        if name in ('bpf_link_create', 'bpf_lookup_batch', 'bpf_enable_stats'):
-            raise AttributeError(name)
-        return getattr(real, name)
-class OldBPF(elfprobe.bcc.BPF):
-    def __init__(self, text, cflags):
-        self._ticks = '-DTICK_NS=0ULL' not in cflags
-        super().__init__(text=text, cflags=cflags)
-    def load_func(self, name, *kind):
-        if self._ticks:
-            os.write(2, b'invalid func unknown#118\\n')
-            raise Exception('Failed to load BPF program')
-        return super().load_func(name, *kind)
-if hasattr(elfprobe.bcc.BPF, 'ring_buffer_poll'):
-    del elfprobe.bcc.BPF.ring_buffer_poll
-elfprobe.bcc.BPF, elfprobe.bcc.lib = OldBPF, OldLibrary()
-""")
+OLD_COMMAND = with_change(
+    platform(
+        has_links=False, has_tcx=False, has_ring_buffer=False, has_batches=False, has_run_time_stats=False, tick=0
+    )
+)
 # As with PREEMPT_RT.
-PREEMPTIBLE_COMMAND = with_change('elfprobe.is_preemptible = lambda: True')
+PREEMPTIBLE_COMMAND = with_change(platform(is_preemptible=True))
 # As where the kernel never runs the program at the tracepoint of forks, and counts that it has not.
 NO_FORKS_COMMAND = with_change("""
 import itertools
-find, counter = elfprobe.SocketOwners._find_task_pid_offset, itertools.count(1)
-def find_and_go(self):
-    find(self)
-    os.close(self._bpf.raw_tracepoint_fds[b'sched_wakeup_new'])
-    self._bpf.raw_tracepoint_fds[b'sched_wakeup_new'] = os.open(os.devnull, os.O_RDONLY)
-elfprobe.SocketOwners._find_task_pid_offset = find_and_go
-elfprobe.SocketOwners._missed = lambda self: next(counter)
+find, counter = elfprobe.find_task_pid_offset, itertools.count(1)
+def find_and_go(kernel):
+    find(kernel)
+    os.close(kernel.bpf.raw_tracepoint_fds[b'sched_wakeup_new'])
+    kernel.bpf.raw_tracepoint_fds[b'sched_wakeup_new'] = os.open(os.devnull, os.O_RDONLY)
+elfprobe.find_task_pid_offset = find_and_go
+elfprobe.Kernel.missed_events = lambda self: next(counter)
 """)
 # As where no process has its sockets yet when it is first looked at.
 LATE_SOCKETS_COMMAND = with_change("""

@@ -14,7 +14,7 @@ import socket
 import struct
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
@@ -43,6 +43,7 @@ try:
         file.write_lines(line.replace('/', '\\n'))
 except elfprobe.Failure as failure:
     print(failure)
+file.publish()
 """
 
 OPEN_AND_WRITE = """
@@ -51,7 +52,8 @@ sys.path.insert(0, sys.argv[1])
 import elfprobe
 file = elfprobe.OutputFile('elf.csv')
 file.write_lines('other\\n')
-file.close(used=True)
+file.publish()
+file.close()
 """
 
 
@@ -135,7 +137,7 @@ def test_addresses_before_between_and_behind_options(line: str) -> None:
 
 
 @pytest.mark.parametrize('line', ['-a ping', '-P 1', 'example.net', '@hosts'])
-def test_one_kind_of_interest_is_enough(line: str) -> None:
+def test_one_kind_of_target_is_enough(line: str) -> None:
     assert elfprobe.parse_arguments(['-i', 'none0', *line.split()]).interface == 'none0'
 
 
@@ -212,7 +214,7 @@ def test_bad_values(
         ([], ['-i/--interface']),
         (['-i', 'none0'], ['nothing to probe', '-a', '-P', 'address']),
     ],
-    ids=['no interface', 'nothing at all', 'no interest'],
+    ids=['no interface', 'nothing at all', 'no target'],
 )
 def test_what_is_required(
     arguments: list[str], named: Sequence[str], capfd: pytest.CaptureFixture[str], empty: Path
@@ -572,7 +574,7 @@ PROCESSES = [
     process(60, 1, 'ping'),
     process(70, 70, 'odd'),
 ]
-CHOICES = {  # names, process IDs: whose flows are of interest
+CHOICES = {  # names, process IDs: whose processes are targets
     'a name': ((['ping'], []), {41: 'ping', 60: 'ping'}),
     'case does not matter': ((['PING'], []), {41: 'ping', 60: 'ping'}),
     'children and their children': (
@@ -589,10 +591,10 @@ CHOICES = {  # names, process IDs: whose flows are of interest
 }
 
 
-@pytest.mark.parametrize('interest, chosen', CHOICES.values(), ids=CHOICES)
-def test_choice_of_processes(interest: tuple[list[str], list[int]], chosen: dict[int, str]) -> None:
-    assert elfprobe.choose_processes(iter(PROCESSES), *interest) == chosen
-    assert elfprobe.choose_processes(reversed(PROCESSES), *interest) == chosen
+@pytest.mark.parametrize('targets, chosen', CHOICES.values(), ids=CHOICES)
+def test_choice_of_processes(targets: tuple[list[str], list[int]], chosen: dict[int, str]) -> None:
+    assert elfprobe.choose_processes(iter(PROCESSES), *targets) == chosen
+    assert elfprobe.choose_processes(reversed(PROCESSES), *targets) == chosen
 
 
 # Layouts and rows
@@ -848,9 +850,9 @@ def csv(tmp_path: Path) -> Callable[[], OutputFile]:
 def test_output_files_are_never_overwritten(csv: Callable[[], OutputFile], tmp_path: Path) -> None:
     for number, renamed in enumerate(['', 'elf.1.csv', 'elf.2.csv', 'elf.3.csv']):
         file = csv()
-        assert file.renamed == (renamed and str(tmp_path / renamed))
         file.write_lines(f'run {number}\n')
-        file.close(used=True)
+        assert file.publish() == (renamed and str(tmp_path / renamed))
+        file.close()
     assert contents(tmp_path) == {
         'elf.1.csv': 'run 0\n',
         'elf.2.csv': 'run 1\n',
@@ -862,18 +864,25 @@ def test_output_files_are_never_overwritten(csv: Callable[[], OutputFile], tmp_p
 def test_gaps_between_renamed_files_are_filled(csv: Callable[[], OutputFile], tmp_path: Path) -> None:
     for name in 'elf.csv', 'elf.2.csv':
         (tmp_path / name).write_text(name)
-    csv().close(used=True)
+    publish(csv())
     assert contents(tmp_path) == {'elf.csv': '', 'elf.1.csv': 'elf.csv', 'elf.2.csv': 'elf.2.csv'}
 
 
-def test_an_unused_file_leaves_everything_as_it_was(csv: Callable[[], OutputFile], tmp_path: Path) -> None:
-    csv().close(used=False)
-    assert contents(tmp_path) == {}
-    (tmp_path / 'elf.csv').write_text('old')
+def publish(file: OutputFile) -> None:
+    file.publish()
+    file.close()
+
+
+@pytest.mark.parametrize('before', [{}, {'elf.csv': 'old'}], ids=['no file', 'an old one'])
+def test_an_unpublished_file_leaves_everything_as_it_was(
+    csv: Callable[[], OutputFile], tmp_path: Path, before: dict[str, str]
+) -> None:
+    for name, text in before.items():
+        (tmp_path / name).write_text(text)
     file = csv()
-    assert sorted(contents(tmp_path)) == ['elf.1.csv', 'elf.csv']
-    file.close(used=False)
-    assert contents(tmp_path) == {'elf.csv': 'old'}
+    file.write_lines('rows\n')
+    file.close()
+    assert contents(tmp_path) == before
 
 
 def test_two_runs_that_begin_at_once(
@@ -900,31 +909,15 @@ def test_two_runs_that_begin_at_once(
     (tmp_path / 'elf.csv').write_text('old')
     with monkeypatch.context() as patched:
         patched.setattr(elfprobe, 'next_free_name', choose_slowly)
-        csv().close(used=True)
+        publish(csv())
     [other] = others
     assert (other.communicate()[1], other.returncode) == ('', 0)
     assert sorted(contents(tmp_path).values()) == ['', 'old', 'other\n']
 
 
-def test_an_unused_file_that_another_run_has_renamed(csv: Callable[[], OutputFile], tmp_path: Path) -> None:
-    first, second = csv(), csv()
-    second.write_lines('rows\n')
-    first.close(used=False)
-    second.close(used=True)
-    assert contents(tmp_path)['elf.csv'] == 'rows\n'
-
-
-def test_an_unused_file_that_somebody_has_removed(csv: Callable[[], OutputFile], tmp_path: Path) -> None:
-    (tmp_path / 'elf.csv').write_text('old')
-    file = csv()
-    (tmp_path / 'elf.csv').unlink()
-    file.close(used=False)
-    assert contents(tmp_path) == {'elf.csv': 'old'}
-
-
 def test_a_link_is_renamed_not_followed(csv: Callable[[], OutputFile], tmp_path: Path) -> None:
     (tmp_path / 'elf.csv').symlink_to(tmp_path / 'nowhere')
-    csv().close(used=True)
+    publish(csv())
     assert (tmp_path / 'elf.1.csv').is_symlink()
     assert not (tmp_path / 'elf.csv').is_symlink()
     assert not (tmp_path / 'nowhere').exists()
@@ -937,18 +930,33 @@ def test_unwritable_output(tmp_path: Path) -> None:
     assert raised.value.status == 1
 
 
-def test_what_was_renamed_comes_back_when_the_new_file_cannot_be_made(
-    csv: Callable[[], OutputFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize('step', ['open', 'rename'])
+def test_an_old_file_stays_when_the_new_one_cannot_be_made(
+    csv: Callable[[], OutputFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     def refuse(*_: Any) -> int:
         raise PermissionError(13, 'Permission denied')
 
     (tmp_path / 'elf.csv').write_text('old')
-    with monkeypatch.context() as patched:
-        patched.setattr(os, 'open', refuse)
+    with ExitStack() as stack, monkeypatch.context() as patched:
+        patched.setattr(os, step, refuse)
         with pytest.raises(Failure, match='Permission denied'):
-            csv()
+            file = csv()
+            stack.callback(file.close)
+            file.publish()
     assert contents(tmp_path) == {'elf.csv': 'old'}
+
+
+def test_a_file_system_without_hard_links(
+    csv: Callable[[], OutputFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(1, 'Operation not permitted')
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, 'link', refuse)
+        publish(csv())
+    assert contents(tmp_path) == {'elf.csv': ''}
 
 
 WRITES = {  # what is written, / for the end of a line, where 1000 bytes have room: what is kept
@@ -977,17 +985,20 @@ def test_files_belong_to_the_user_who_called_sudo(
 ) -> None:
     monkeypatch.setenv('SUDO_UID', '1234')
     monkeypatch.setenv('SUDO_GID', '4321')
-    csv().close(used=True)
+    publish(csv())
     status = (tmp_path / 'elf.csv').stat()
     assert (status.st_uid, status.st_gid) == (1234, 4321)
 
 
 def test_log_file(tmp_path: Path) -> None:
+    """What was logged before there was a file is in it, too."""
+    handler = elfprobe.FileLog()
     file = OutputFile(str(tmp_path / 'elf.log'))
-    handler = elfprobe.FileLog(file)
     for message in 'first', 'odd name \udcff', 'last':
         handler.emit(logging.LogRecord('elfprobe', logging.INFO, '', 0, message, None, None))
-    file.close(used=True)
+        if message == 'first':
+            handler.begin(file)
+    publish(file)
     lines = (tmp_path / 'elf.log').read_text().splitlines()
     assert (len(lines), lines[0], lines[-1]) == (3, 'first', 'last')
 
@@ -1075,7 +1086,7 @@ def test_bad_hooks_file(content: bytes | None, reason: str, tmp_path: Path) -> N
     ],
 )
 def test_build_flags(changes: dict[str, Any], flags: dict[str, str]) -> None:
-    built = Config('none0', **changes).build_flags(elfprobe.Build())
+    built = elfprobe.build_flags(Config('none0', **changes), elfprobe.Build(), elfprobe.Platform())
     assert {name: built[name] for name in flags} == flags
     waiting = int(built['IN_FLIGHT_MAX'])
     assert waiting & (waiting - 1) == 0 and waiting >= 1024

@@ -793,7 +793,6 @@ def tc_of_version(self, command, *args, **kw):
         raise {error}
     return tc(self, command, *args, **kw)
 IPRoute.tc = tc_of_version
-elfprobe.may_have_tcx = lambda: False
 """
 
 
@@ -808,7 +807,7 @@ elfprobe.may_have_tcx = lambda: False
 )
 def test_pyroute2_detaches(lab4, tmp_path, condition, error):
     before = attached(lab4.client)
-    via = *lab4.client.command(), *with_change(PYROUTE2.format(condition=condition, error=error))
+    via = *lab4.client.command(), *with_change(NO_TCX + PYROUTE2.format(condition=condition, error=error))
     with undone(lab4.client):
         with elfprobe(lab4, ANYWHERE, cwd=tmp_path, via=via):
             assert attached(lab4.client) != before
@@ -1097,14 +1096,8 @@ KILLED = {  # when, the command before elfprobe's, its options, whether clsact i
     'clsact': ('at work', CLSACT_COMMAND, (), False, 'filter'),
     'with filters of others': ('at work', CLSACT_COMMAND, (), True, 'filter'),
     'old system, whose kernel does not see to XDP': ('at work', OLD_COMMAND, XDP, False, 'XDP program'),
-    'in the start': ('in the start', with_fault('ElfProbe._output_files', 'SIGKILL'), (), False, ''),
-    'in the start, clsact': (
-        'in the start',
-        with_fault('ElfProbe._output_files', 'SIGKILL', NO_TCX),
-        (),
-        False,
-        'filter',
-    ),
+    'in the start': ('in the start', with_fault('output_files', 'SIGKILL'), (), False, ''),
+    'in the start, clsact': ('in the start', with_fault('output_files', 'SIGKILL', NO_TCX), (), False, 'filter'),
 }
 
 
@@ -1138,13 +1131,14 @@ def test_next_start_clears_what_a_killed_one_left(busy, tmp_path, killed, comman
     [
         ('find_device', 'RuntimeError'),
         ('sole_user', 'Failure'),
-        ('load_program', 'RuntimeError'),
+        ('Kernel.__init__', 'RuntimeError'),
         ('Results', 'Failure'),
         ('Destinations', 'RuntimeError'),
         ('attachments', 'RuntimeError'),
         ('TcxAttachment.attach', 'RuntimeError'),
         ('OutputFile', 'Failure'),
-        ('SocketOwners.followed', 'RuntimeError'),
+        ('OutputFile.publish', 'Failure'),
+        ('ProcessFollower.followed', 'RuntimeError'),
         ('ClsactAttachment._add_filter', 'Failure'),
         ('tc_filters', 'RuntimeError'),
         ('pyroute2.IPRoute.tc', 'RuntimeError'),
@@ -1176,8 +1170,8 @@ def test_nothing_is_left_of_a_start_that_fails(lab4, tmp_path, stage, fault):
 @pytest.mark.parametrize(
     ('stage', 'fault', 'status'),
     [
-        ('ElfProbe._measure', 'RuntimeError', 1),
-        ('ElfProbe._summarise', 'Failure', 1),
+        ('Measurement.measure', 'RuntimeError', 1),
+        ('Measurement.summarise', 'Failure', 1),
         ('Results.expire', 'RuntimeError', 1),
     ],
 )
@@ -1206,7 +1200,9 @@ def test_nothing_is_done_after_a_signal_in_the_start(lab4, tmp_path, number):
     (tmp_path / 'elf.csv').write_text(OLD)
     before = attached(lab4.client), files(tmp_path)
     with undone(lab4.client):
-        ended = lab4.client.run(*with_fault('load_program', number), *COMMAND, '-i', 'eth0', ANYWHERE, cwd=tmp_path)
+        ended = lab4.client.run(
+            *with_fault('Kernel.__init__', number), *COMMAND, '-i', 'eth0', ANYWHERE, cwd=tmp_path
+        )
         assert 'before anything was attached' in ended.stdout + ended.stderr
         assert (attached(lab4.client), files(tmp_path)) == before
 
@@ -1558,5 +1554,5 @@ def test_flows_of_applications(lab4, tmp_path):
     check_end(measuring)
     assert {row.dest for row in measuring.rows()} == wanted
     assert {packet.dest for packet in ip_packets(capture)} == wanted
-    named = [f'{process.pid})' in measuring.log for process in started]
+    named = [f'(pid {process.pid})' in measuring.log for process in started]
     assert named == [process.args[-1] != bystander for process in started]

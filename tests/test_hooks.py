@@ -26,7 +26,7 @@ from scapy.layers.l2 import Ether
 from scapy.packet import Raw
 
 from lab import Host, Lab, attach, batch, nft_table, run, wait_until
-from runs import VERSIONS, Run, both, elfprobe, inside, with_change
+from runs import VERSIONS, Run, both, elfprobe, inside, platform, with_change
 from test_faults import COMMAND, attached, check_refused
 from test_harm import BLOCK
 from test_paths import latest, pinging
@@ -161,15 +161,17 @@ def test_without_tcx_in_spite_of_the_version(lab1: Lab, tmp_path: Path) -> None:
     """The kernel's version says that it has tcx links, and it has none: clsact is taken."""
     via = (
         *lab1.client.command(),
-        *with_change("""
+        *with_change(
+            """
 real = elfprobe.create_link
-def without_tcx(program, target, attach_type, options=None):
+def without_tcx(program, target, attach_type, flags=0):
     if attach_type in (elfprobe.BPF_TCX_INGRESS, elfprobe.BPF_TCX_EGRESS):
         raise OSError(22, 'Invalid argument')
-    return real(program, target, attach_type, options)
+    return real(program, target, attach_type, flags)
 elfprobe.create_link = without_tcx
-elfprobe.may_have_tcx = lambda: True
-"""),
+"""
+            + platform(has_tcx=True)
+        ),
     )
     before = attached(lab1.client)
     with elfprobe(lab1, *both(lab1), cwd=tmp_path, via=via) as measuring:

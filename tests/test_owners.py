@@ -43,6 +43,7 @@ from runs import (
     Run,
     elfprobe,
     ip_packets,
+    platform,
     with_change,
     with_fault,
 )
@@ -298,15 +299,15 @@ for number in range(int(sys.argv[2])):
 
 # As where each process that it begins to follow has just ended.
 TOO_LATE_COMMAND = with_change("""
-import psutil
-real = elfprobe.SocketOwners._adopt
+import contextlib, psutil
+real = elfprobe.ProcessFollower._adopt
 def adopt(self, pid, *args):
-    with elfprobe.contextlib.suppress(psutil.NoSuchProcess):
+    with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         process.kill()
         process.wait()
     real(self, pid, *args)
-elfprobe.SocketOwners._adopt = adopt
+elfprobe.ProcessFollower._adopt = adopt
 """)
 
 
@@ -836,7 +837,7 @@ def test_reused_pid_of_short_program(net, stage, tmp_path):
     via = *net.client.command(), *TOO_LATE_COMMAND
     with elfprobe(net, '-a', path.name, '-p', '0', cwd=tmp_path, via=via) as elf:
         short = net.client.popen(str(path), '-c', 'import time; time.sleep(60)')
-        wait_until(lambda: short.poll() and f'({short.pid})' in elf.log, 10, 'it was of interest')
+        wait_until(lambda: short.poll() and f'(pid {short.pid})' in elf.log, 10, 'it was of interest')
         stage.go()
         stage.finish(with_pid(short.pid, lambda: stage.talk('./other')))
     assert read_rows(elf) == []
@@ -879,9 +880,9 @@ def test_connection_tables_follow_processes_not_pids(net, tmp_path):
         )
         assert latecomer.process.stdout.readline()
         (tmp_path / 'connect').touch()
-        wait_until(lambda: f'of interest: {server}' in elf.log, 10, 'the child is followed')
+        wait_until(lambda: f'tracing destination {server}' in elf.log, 10, 'the child is followed')
         assert elf.stop() == 0
-    assert f'of interest: {other}' not in elf.log
+    assert f'tracing destination {other}' not in elf.log
 
 
 # Columns
@@ -977,9 +978,9 @@ def test_namespaces(net, stage, tmp_path, own_cgroup, enter, unshare, polling):
 @pytest.mark.parametrize(
     'name, error, missing',
     [
-        ('SocketOwners._attach_to_cgroup', 'Unsupported', 'a test broke it'),
+        ('ProcessFollower._attach_to_cgroup', 'Unsupported', 'a test broke it'),
         ('open_cgroup_root', 'OSError', 'cgroup version 2'),
-        ('load_program', 'Failure', '(Linux 5.10 and BCC 0.16): a test broke it'),
+        ('Kernel.__init__', 'Failure', '(Linux 5.10 and BCC 0.16): a test broke it'),
     ],
 )
 def test_fallback(net, stage, tmp_path, name, error, missing):
@@ -996,7 +997,7 @@ def test_fallback(net, stage, tmp_path, name, error, missing):
 
 
 # As where there are no ring buffers, and a destination is soon no longer of interest.
-FORGETFUL_COMMAND = with_change('elfprobe.has_ring_buffer, elfprobe.LINGER = lambda: False, 0.5')
+FORGETFUL_COMMAND = with_change(f'elfprobe.LINGER = 0.5\n{platform(has_ring_buffer=False)}')
 
 
 def test_destination_of_interest_again(net, stage, tmp_path):
@@ -1008,7 +1009,7 @@ def test_destination_of_interest_again(net, stage, tmp_path):
             stage.go()
             wait_for_rows(elf, sport=program.port)
             stage.finish(program)
-            wait_until(lambda: 'no longer of interest' in elf.log.splitlines()[-1], 20, 'it is forgotten')
+            wait_until(lambda: 'no longer tracing' in elf.log.splitlines()[-1], 20, 'it is forgotten')
             stage.begin_again()
         assert elf.stop() == 0
     numbers = [(row.dest, row.seq) for row in elf.rows()]
@@ -1208,7 +1209,7 @@ def test_process_that_forks_all_the_time(net, tmp_path):
     wait_until(lambda: ready.read_text() == 'forking\n', 10, 'it waits to be told')
     via = *net.client.command(), *with_change(FORKS_EACH_TIME)
     with elfprobe(net, '-a', 'forking', cwd=tmp_path, via=via) as elf:
-        wait_until(lambda: elf.log.count('of interest: forking') >= 2, 10, 'parent and child are known')
+        wait_until(lambda: elf.log.count('tracing forking') >= 2, 10, 'parent and child are known')
         assert elf.stop() == 0
 
 
@@ -1216,11 +1217,10 @@ def test_process_that_forks_all_the_time(net, tmp_path):
 SLOW_TO_FORGET = """
 import time
 def forget_slowly(self, process_id, pid):
-    if self._entry(process_id, pid):
+    if self.entry(process_id, pid):
         time.sleep(0.5)
-        with elfprobe.contextlib.suppress(KeyError):
-            del self._processes[self._processes.Key(pid)]
-elfprobe.SocketOwners._forget = forget_slowly
+        self._processes.remove(pid)
+elfprobe.ProcessTable.forget = forget_slowly
 """
 
 
@@ -1257,7 +1257,7 @@ def test_unusual_surroundings(net, tmp_path):
 
 
 @pytest.mark.needs('bpftool')
-@pytest.mark.parametrize('name', ['SocketOwners._adopt_running', 'TcxAttachment.attach'])
+@pytest.mark.parametrize('name', ['ProcessFollower._adopt_running', 'TcxAttachment.attach'])
 def test_nothing_is_left_by_errors(net, tmp_path, name):
     via = *net.client.command(), *with_fault(name, 'RuntimeError')
     with nothing_left(), pytest.raises(CommandFailed, match='a test broke it'), elfprobe(

@@ -258,10 +258,8 @@ def test_all_builds_load_and_give_no_warning(
     preemptible: bool,
     hooks: tuple[bool, bool],
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ingress_tc, tcx = hooks
-    monkeypatch.setattr(elfprobe, 'is_preemptible', lambda: preemptible)
     config = dict(
         notrunc=notrunc,
         rate_global=rate_global,
@@ -271,7 +269,7 @@ def test_all_builds_load_and_give_no_warning(
         apps=('ping',) if by_owner else (),
     )
     with caplog.at_level(logging.DEBUG, 'elfprobe'), Programs(
-        by_owner, ingress_tc=ingress_tc, tcx=tcx, **config
+        by_owner, ingress_tc=ingress_tc, tcx=tcx, platform=dict(is_preemptible=preemptible), **config
     ) as programs:
         assert {b'elf_egress', b'elf_probe', b'elf_ingress'} <= set(programs.bpf.funcs)
     assert not caplog.messages
@@ -991,8 +989,8 @@ def test_rows_of_unanswered_probes(load: Load, version: int, protocol: str) -> N
     assert programs.in_flight() == [new]
 
 
-class Without:
-    """A library, but for one function: it is not there, or fails with an errno."""
+class Failing:
+    """A library, but for one function, which fails with an errno."""
 
     def __init__(self, library: Any, name: str, error: int) -> None:
         self._library, self._name, self._error = library, name, error
@@ -1000,8 +998,6 @@ class Without:
     def __getattr__(self, name: str) -> Any:
         if name != self._name:
             return getattr(self._library, name)
-        if not self._error:
-            raise AttributeError(name)
 
         def fail(*_: Any) -> int:
             ctypes.set_errno(self._error)
@@ -1010,15 +1006,17 @@ class Without:
         return fail
 
 
-@pytest.mark.parametrize('error', [0, errno.EINVAL], ids=['BCC before 0.19', 'Linux before 5.6'])
-def test_rows_of_unanswered_probes_without_batches(load: Load, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
-    programs, flight = load(), flight_of(PROBES['UDP'](6), **KNOWN)
-    monkeypatch.setattr(elfprobe.bcc, 'lib', Without(elfprobe.bcc.lib, 'bpf_lookup_batch', error))
-    for ident in range(5):
-        programs.put_in_flight(flight._replace(ident=ident))
-    ctypes.set_errno(errno.ENOENT)  # of something before
-    assert len(programs.expired(time.monotonic_ns())) == 5
-    assert programs.in_flight() == []
+@pytest.mark.parametrize('has_batches', [False, True], ids=['BCC before 0.19', 'Linux before 5.6'])
+def test_rows_of_unanswered_probes_without_batches(monkeypatch: pytest.MonkeyPatch, has_batches: bool) -> None:
+    flight = flight_of(PROBES['UDP'](6), **KNOWN)
+    with Programs(platform=dict(has_batches=has_batches)) as programs:
+        failing = Failing(elfprobe.bcc.lib, 'bpf_lookup_batch', errno.EINVAL)
+        monkeypatch.setattr(elfprobe.bcc, 'lib', failing)
+        for ident in range(5):
+            programs.put_in_flight(flight._replace(ident=ident))
+        ctypes.set_errno(errno.ENOENT)  # of something before
+        assert len(programs.expired(time.monotonic_ns())) == 5
+        assert programs.in_flight() == []
 
 
 @pytest.mark.sample
@@ -1735,7 +1733,7 @@ def test_hops_rest_no_more_when_the_destination_is_heard_again(load: Load) -> No
             last_responsive=3,
         )
         assert programs.receive(packet).verdict == PASS  # tells the tick
-        tick = round(time.clock_getres(elfprobe.CLOCK_MONOTONIC_COARSE) * 1e9)
+        tick = programs.platform.tick
         path = programs.path(SERVER[4])
         path.liveness.last_received -= gap * SECOND // tick
         programs.set_path(SERVER[4], path)

@@ -378,7 +378,7 @@ def test_summary_says_what_the_rows_say(lab4, tmp_path):
 @pytest.mark.parametrize(
     'dest, traffic, says',
     [
-        ('server', None, 'no packet of interest left by eth0'),
+        ('server', None, 'no packet of a target left by eth0'),
         ('near', 'ping', 'one hop away, with no router between: 10.0.1.2'),
         ('server', 'traceroute', 'none that could carry a probe: carrier_low_ttl'),
     ],
@@ -798,10 +798,10 @@ sys.path.insert(0, sys.argv[1])
 import elfprobe
 
 def find():
-    build = elfprobe.machine_build(elfprobe.Frame.ETHERNET, ingress_tc=False, tcx=False)
-    bpf = elfprobe.load_program(elfprobe.Config('lo', hooks=sys.argv[2]), build)
-    print(bpf.module >> 32 > 0, *elfprobe.hook_maps(bpf))
-    elfprobe.unload(bpf)
+    config = elfprobe.Config('lo', hooks=sys.argv[2])
+    kernel = elfprobe.Kernel(config, elfprobe.Build(), elfprobe.Platform.detect())
+    print(kernel.bpf.module >> 32 > 0, *kernel.hook_maps())
+    kernel.close()
 
 thread = threading.Thread(target=find)
 thread.start()

@@ -38,7 +38,8 @@ def rows(quick: bool) -> Iterator[Figure]:
     """Results come from another process, by test runs of a program that puts one into the ring; the driver's
     own loop makes rows of them."""
     with tempfile.TemporaryDirectory(prefix='elf-') as directory, own_namespace(), load() as programs:
-        layout, names = elfprobe.struct_format(elfprobe.struct_type(programs.bpf, 'result'))
+        result = programs.kernel.layout('result').member('result')
+        layout, names = result.format, result.names
         assert set(VALUES) <= set(names)
         blank = {name: b'' if text.endswith('s') else 0 for name, text in zip(names, value_codes(layout))}
         template = struct.pack(layout, *({**blank, **VALUES}[name] for name in names))
@@ -64,9 +65,8 @@ def value_codes(layout: str) -> list[str]:
 def drained(programs: Programs, path: Path, rate: int, seconds: float) -> tuple[int, int, float]:
     """Rows written, results lost, and s of CPU time, while results come at a rate."""
     programs.clear()
-    probe = elfprobe.ElfProbe(elfprobe.Config(LOOPBACK.name, duration=seconds))
-    probe._attachments = []
-    probe._bpf, probe._device = programs.bpf, LOOPBACK
+    config = elfprobe.Config(LOOPBACK.name, duration=seconds)
+    attached = elfprobe.Attached(LOOPBACK, elfprobe.Hook('tc', ''), programs.kernel, [], '')
     csv = elfprobe.OutputFile(str(path))
     results = programs.results
     before = results.replies
@@ -74,12 +74,12 @@ def drained(programs: Programs, path: Path, rate: int, seconds: float) -> tuple[
     feeder.start()
     try:
         cpu = time.process_time()
-        probe._measure(elfprobe.Stop(), results, csv)
+        elfprobe.Measurement(config, attached, results, csv, None).measure(elfprobe.Stop())
         cpu = time.process_time() - cpu
     finally:
         feeder.kill()
         feeder.join()
-        csv.close(used=False)
+        csv.close()
     return results.replies - before, programs.counters().get('results_lost', 0), cpu
 
 

@@ -110,7 +110,7 @@ def by_table_size(quick: bool) -> Iterator[Figure]:
     known, unknown = addresses[: max(SIZES)], addresses[max(SIZES) :]
     took: dict[tuple[str, int, bool], tuple[float, float]] = {}
     with own_namespace(), pinned(), load(probeint=1000, rate_global=True, max_rate=10**6) as programs:
-        destinations, entered = elfprobe.Destinations(programs.bpf), 0
+        destinations, entered = elfprobe.Destinations(programs.kernel), 0
         for size in SIZES:
             for address in known[entered:size]:
                 destinations.add(pack_address(socket.inet_ntoa(struct.pack('!I', address))))
@@ -232,8 +232,8 @@ def by_owner_in_traffic(quick: bool) -> Iterator[Figure]:
             with ExitStack() as stack:
                 programs = stack.enter_context(load(by_owner, probeint=1000, rate_global=True))
                 if by_owner:
-                    owners = elfprobe.SocketOwners(programs.bpf, ['speedtest'], [])
-                    stack.enter_context(owners.followed())
+                    follower = elfprobe.ProcessFollower(programs.kernel, ['speedtest'], [])
+                    stack.enter_context(follower.followed())
                 else:
                     programs.follow(lab.server_address(4), length=5)
 
