@@ -19,15 +19,12 @@ the programs, tells them what the targets are, and writes their results to FILEB
 The sections below behave like modules. Each has its constants at its head:
 
     command line    Config: each option stands once
-    addresses       from names and files to packed addresses
     C functions     of libbpf, which BCC's library exports, of BCC's library itself, and of the C library
     platform        Platform.detect(): what this kernel, this BCC and this process can do
     kernel          Kernel: elfprobe.c compiled and loaded, its maps, counters, lease and events
     attachments     the device, and one class for each way to attach a program to it
-    processes       which processes the options -a and -P name
     targets         destinations, target processes and their sockets; the fallback that polls
-    files           the CSV, the log, the hooks' maps
-    results         rows of probes that have ended; events of flows
+    results         rows of probes that have ended; events of flows; the hooks' maps
     run             one measurement, and the entry point
 
 Only "C functions" and "kernel" call BCC or use ctypes, and "platform" looks whether a function is there.
@@ -44,7 +41,6 @@ import dataclasses
 import enum
 import errno
 import fcntl
-import ipaddress
 import itertools
 import json
 import logging
@@ -70,14 +66,23 @@ if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the packages are loaded
 
-from elf.addresses import V4_MAPPED, ReverseDns, address_text, flow_text, pack_address
-from elf.console import Console, LogFormat
+from elf.addresses import ReverseDns, address_text, flow_text, pack_address, resolve_all, why_unreachable
+from elf.console import Console, LogFormat, open_standard_streams
 from elf.counters import accounting, troubles, why_no_probes
 from elf.extensions import MalformedExtension, extension_texts
+from elf.files import FileLog, OutputFile, output_files
 from elf.findings import PathRewrites
-from elf.rows import HEADER, row_function
+from elf.processes import (
+    TASK_COMM_LEN,
+    choose_processes,
+    look_at_process,
+    process_ids,
+    process_names,
+    running_processes,
+)
+from elf.rows import row_function
 from elf.summary import Summary
-from elf.usage import Failure, Parser, not_empty, printable
+from elf.usage import Failure, Parser, not_empty, package_version, positive_seconds, printable, whole_number
 
 MISSING: dict[str, str] = {}  # module -> Debian's name of the package that has it
 try:
@@ -96,6 +101,10 @@ except ImportError:
 VERSION = "0.1.0"
 HERE = os.path.dirname(os.path.realpath(__file__))
 UNANSWERED_AFTER = 5.0  # s that a probe may be outstanding
+
+# Types of libraries that have none.
+Netlink = Any  # pyroute2.IPRoute
+CStruct = Any  # a ctypes structure that BCC makes of a C struct
 
 log = logging.getLogger("elfprobe")
 
@@ -162,43 +171,11 @@ exit status: 0 after a run, 2 for wrong usage, 1 for everything else, with a lin
 """
 
 
-def whole_number(least: int, most: int, what: str) -> Callable[[str], int]:
-    """Return an argparse type: a decimal number between two bounds, which the error message names."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"'{text}' is not {what}, {least} to {most}")
-        return int(text)
-
-    return parse
-
-
-def positive_seconds(text: str) -> float:
-    """Return the number of seconds: an argparse type."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds above 0")
-    return value
-
-
 def is_rate_global(text: str) -> bool:
     """Return whether a rate type is the global one: an argparse type."""
     if text not in ("g", "global", "h", "perhop"):
         raise argparse.ArgumentTypeError(f"'{text}' is none of g, global, h, perhop")
     return text.startswith("g")
-
-
-def package_version(name: str) -> str:
-    """Return the version of an installed Python package, or "missing"."""
-    from importlib import metadata  # takes long, and is seldom needed
-
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "missing"
 
 
 class ShowVersion(argparse.Action):
@@ -341,64 +318,6 @@ def parse_arguments(argv: list[str]) -> Config:
     return config
 
 
-# ---- Addresses --------------------------------------------------------------------------------------
-
-
-def why_unreachable(packed: bytes) -> str:
-    """Return why no router ever answers for this destination; empty: one may. Private addresses may have one."""
-    address = ipaddress.ip_address(address_text(packed))
-    if address.is_multicast or packed.startswith(V4_MAPPED) and packed[12] >= 240:
-        return "no router answers for multicast, broadcast and reserved addresses"
-    if address.is_loopback or address.is_unspecified:
-        return f"{address} never leaves this host"
-    return ""
-
-
-def resolve(name: str) -> set[bytes]:
-    """Return all addresses of a name, or the address that the text is. Raises Failure."""
-    try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as err:
-        reason = err.strerror if isinstance(err, OSError) else "not a host name"
-        raise Failure(f"address '{name}': neither an address nor a name that resolves ({reason})") from err
-    return {pack_address(str(sockaddr[0])) for *_, sockaddr in found}
-
-
-def read_address_file(path: str) -> list[tuple[str, str]]:
-    """Return the names in an @FILE, each with its line as text for an error message.
-
-    Empty lines, and what follows a #, are left out. Raises Failure.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [line.split("#")[0].strip() for line in file]
-    except (OSError, UnicodeDecodeError) as err:
-        reason = err.strerror if isinstance(err, OSError) else "not a text file"
-        raise Failure(f"address file '{path}': {reason}") from err
-    if not any(lines):
-        raise Failure(f"address file '{path}': no address in it")
-    return [(line, f" (line {number} of {path})") for number, line in enumerate(lines, 1) if line]
-
-
-def resolve_all(arguments: Iterable[str]) -> dict[bytes, str]:
-    """Return the packed addresses of all address arguments, each with the user's name for it. Raises Failure."""
-    found: dict[bytes, str] = {}
-    for given in arguments:
-        for name, place in read_address_file(given[1:]) if given.startswith("@") else [(given, "")]:
-            try:
-                resolved = resolve(name)
-            except Failure as failure:
-                raise Failure(f"{failure}{place}") from failure
-            for packed in resolved:
-                reason = why_unreachable(packed)
-                if reason:
-                    raise Failure(f"address '{name}': {reason}{place}")
-                found.setdefault(packed, name)
-    if len(found) > DESTINATIONS_MAX:
-        raise Failure(f"addresses: {len(found)} destinations, at most {DESTINATIONS_MAX} are possible")
-    return found
-
-
 # ---- C functions: of libbpf, BCC's library and the C library ------------------------------------------
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -485,22 +404,9 @@ class ProgInfo(ctypes.Structure):
     """The beginning of struct bpf_prog_info, linux/bpf.h, which only ever grows at its end."""
 
     _fields_ = [
-        ("type", ctypes.c_uint32), ("id", ctypes.c_uint32), ("tag", ctypes.c_uint8 * 8),
-        ("jited_prog_len", ctypes.c_uint32), ("xlated_prog_len", ctypes.c_uint32),
-        ("jited_prog_insns", ctypes.c_uint64), ("xlated_prog_insns", ctypes.c_uint64),
-        ("load_time", ctypes.c_uint64), ("created_by_uid", ctypes.c_uint32), ("nr_map_ids", ctypes.c_uint32),
-        ("map_ids", ctypes.c_uint64), ("name", ctypes.c_char * 16),
-        ("ifindex", ctypes.c_uint32), ("gpl_compatible", ctypes.c_uint32),
-        ("netns_dev", ctypes.c_uint64), ("netns_ino", ctypes.c_uint64),
-        ("nr_jited_ksyms", ctypes.c_uint32), ("nr_jited_func_lens", ctypes.c_uint32),
-        ("jited_ksyms", ctypes.c_uint64), ("jited_func_lens", ctypes.c_uint64),
-        ("btf_id", ctypes.c_uint32), ("func_info_rec_size", ctypes.c_uint32),
-        ("func_info", ctypes.c_uint64), ("nr_func_info", ctypes.c_uint32), ("nr_line_info", ctypes.c_uint32),
-        ("line_info", ctypes.c_uint64), ("jited_line_info", ctypes.c_uint64),
-        ("nr_jited_line_info", ctypes.c_uint32), ("line_info_rec_size", ctypes.c_uint32),
-        ("jited_line_info_rec_size", ctypes.c_uint32), ("nr_prog_tags", ctypes.c_uint32),
-        ("prog_tags", ctypes.c_uint64), ("run_time_ns", ctypes.c_uint64), ("run_cnt", ctypes.c_uint64),
-        ("recursion_misses", ctypes.c_uint64),
+        ("type", ctypes.c_uint32), ("id", ctypes.c_uint32), ("tag_to_map_ids", ctypes.c_uint64 * 7),
+        ("name", ctypes.c_char * 16), ("ifindex_to_prog_tags", ctypes.c_uint64 * 14),
+        ("run_time_ns", ctypes.c_uint64), ("run_cnt", ctypes.c_uint64), ("recursion_misses", ctypes.c_uint64),
     ]  # fmt: skip
 
 
@@ -961,11 +867,11 @@ class Layout:
         """Return the layout of a struct inside this one."""
         return Layout(dict(self._structure._fields_)[name])
 
-    def new(self, **fields: Any) -> Any:
+    def new(self, **fields: Any) -> CStruct:
         """Return a new struct. What is not given is 0."""
         return self._structure(**fields)
 
-    def read(self, data: bytes) -> Any:
+    def read(self, data: bytes) -> CStruct:
         """Return the struct in these bytes. Padding may follow it."""
         return self._structure.from_buffer_copy(data)
 
@@ -986,7 +892,7 @@ class Map:
     def _key(self, key: Key) -> Any:
         return self._table.Key(key) if isinstance(key, int) else self._table.Key.from_buffer_copy(key)
 
-    def new(self, **fields: Any) -> Any:
+    def new(self, **fields: Any) -> CStruct:
         """Return a new value for an entry. What is not given is 0."""
         return self._table.Leaf(**fields)
 
@@ -1009,7 +915,7 @@ class Map:
             return False
         return True
 
-    def items(self) -> Iterator[tuple[bytes, Any]]:
+    def items(self) -> Iterator[tuple[bytes, CStruct]]:
         """Yield keys and values. Entries that come or go meanwhile may be missing, or come twice."""
         for key, value in self.raw_items():
             yield key, self._table.Leaf.from_buffer_copy(value)
@@ -1226,7 +1132,7 @@ class Kernel:
                 found.append(values)
         return found
 
-    def socket_owner(self, fd: int, layout: Layout) -> Any:
+    def socket_owner(self, fd: int, layout: Layout) -> CStruct:
         """Return the owner of one of this process's sockets, None if it has none."""
         owner = layout.new()
         try:
@@ -1235,7 +1141,7 @@ class Kernel:
             return None
         return owner
 
-    def set_socket_owner(self, fd: int, owner: Any) -> None:
+    def set_socket_owner(self, fd: int, owner: CStruct) -> None:
         """Make a process the owner of one of this process's sockets. A socket that has gone is ignored."""
         with contextlib.suppress(OSError):
             bpf_call("bpf_update_elem", self._sockets, ctypes.byref(ctypes.c_int(fd)), ctypes.byref(owner), 0)
@@ -1369,7 +1275,7 @@ def driver_of(name: str) -> str:
     return info.tobytes()[4:36].split(b"\0")[0].decode(errors="replace")
 
 
-def find_device(ipr: Any, name: str, encapsulation: str = "ethernet") -> Device:
+def find_device(ipr: Netlink, name: str, encapsulation: str = "ethernet") -> Device:
     """Return the device of this name. Raises Failure unless it is up and -e fits its packets."""
     names = [found for _, found in socket.if_nameindex()]
     if name not in names:
@@ -1414,7 +1320,7 @@ class Attachment:
 
     what = ""  # as the user reads it
 
-    def __init__(self, ipr: Any, device: Device, program: int) -> None:
+    def __init__(self, ipr: Netlink, device: Device, program: int) -> None:
         self._ipr = ipr
         self._device = device
         self._program = program
@@ -1462,7 +1368,7 @@ class XdpAttached(NamedTuple):
     prog_id: int
 
 
-def attached_xdp(ipr: Any, device: Device) -> XdpAttached | None:
+def attached_xdp(ipr: Netlink, device: Device) -> XdpAttached | None:
     """Return the XDP program on the device, None if there is none."""
     xdp = ipr.get_links(device.ifindex)[0].get_attr("IFLA_XDP")
     # pyroute2 before 0.7 does not parse this attribute: it is text, in hexadecimal. With pyroute2 0.7 as the
@@ -1487,7 +1393,7 @@ def unpack_attributes(raw: bytes) -> dict[int, int]:
     return found
 
 
-def remove_xdp(ipr: Any, device: Device, prog_id: int) -> None:
+def remove_xdp(ipr: Netlink, device: Device, prog_id: int) -> None:
     """Detach the XDP program with this ID, if it is there. Raises OSError."""
     found = attached_xdp(ipr, device)
     if found and found.prog_id == prog_id:
@@ -1513,7 +1419,7 @@ def active_offloads(name: str) -> list[str]:
     return [offload for offload in OFFLOADS_WITHOUT_XDP if offload in features and features[offload]]
 
 
-def switch_on_offloads(_ipr: Any, device: Device, offloads: list[str]) -> None:
+def switch_on_offloads(_ipr: Netlink, device: Device, offloads: list[str]) -> None:
     """Switch offloads on again that generic XDP has switched off. Raises OSError."""
     ethtool, features = ethtool_features(device.name)
     for offload in offloads:
@@ -1530,7 +1436,7 @@ class XdpAttachment(Attachment):
 
     what = "XDP program"
 
-    def __init__(self, ipr: Any, device: Device, program: int, is_native: bool, has_links: bool) -> None:
+    def __init__(self, ipr: Netlink, device: Device, program: int, is_native: bool, has_links: bool) -> None:
         super().__init__(ipr, device, program)
         self._mode = XDP_FLAGS_DRV_MODE if is_native else XDP_FLAGS_SKB_MODE
         self._has_links = has_links
@@ -1585,7 +1491,7 @@ class TcxAttachment(Attachment):
 
     what = "TC program"
 
-    def __init__(self, ipr: Any, device: Device, program: int, attach_type: int) -> None:
+    def __init__(self, ipr: Netlink, device: Device, program: int, attach_type: int) -> None:
         super().__init__(ipr, device, program)
         self._attach_type = attach_type
 
@@ -1611,7 +1517,7 @@ class TcFilter(NamedTuple):
     name: str
 
 
-def tc_filters(ipr: Any, device: Device, parent: int) -> list[TcFilter]:
+def tc_filters(ipr: Netlink, device: Device, parent: int) -> list[TcFilter]:
     """Return the filters of clsact, of one direction."""
     found = []
     for message in ipr.get_filters(index=device.ifindex, parent=parent):
@@ -1624,12 +1530,12 @@ def tc_filters(ipr: Any, device: Device, parent: int) -> list[TcFilter]:
     return found
 
 
-def has_clsact(ipr: Any, device: Device) -> bool:
+def has_clsact(ipr: Netlink, device: Device) -> bool:
     """Return whether the device has a clsact qdisc."""
     return any(qdisc.get_attr("TCA_KIND") == "clsact" for qdisc in ipr.get_qdiscs(index=device.ifindex))
 
 
-def tc_delete(ipr: Any, command: str, message: int, kind: str, device: Device, **which: int) -> None:
+def tc_delete(ipr: Netlink, command: str, message: int, kind: str, device: Device, **which: int) -> None:
     """Delete a qdisc or a filter. message is the netlink message type of the command.
 
     pyroute2 before 0.6 sends a deletion with a flag that kernels refuse (EOPNOTSUPP). It sends the raw message
@@ -1644,14 +1550,14 @@ def tc_delete(ipr: Any, command: str, message: int, kind: str, device: Device, *
         ipr.tc((message, NLM_F_REQUEST | NLM_F_ACK), kind, device.ifindex, **which)
 
 
-def remove_clsact(ipr: Any, device: Device) -> None:
+def remove_clsact(ipr: Netlink, device: Device) -> None:
     """Remove the clsact qdisc that we added, unless somebody has come to use it."""
     in_use = tc_filters(ipr, device, CLSACT_EGRESS) or tc_filters(ipr, device, CLSACT_INGRESS)
     if has_clsact(ipr, device) and not in_use:
         tc_delete(ipr, "del", RTM_DELQDISC, "clsact", device)
 
 
-def remove_filter(ipr: Any, device: Device, ours: TcFilter, parent: int) -> None:
+def remove_filter(ipr: Netlink, device: Device, ours: TcFilter, parent: int) -> None:
     """Remove our filter, and the clsact qdisc if that is ours, too.
 
     If the filter is gone, the qdisc is not ours any more: whoever removed our qdisc removed the filter with it,
@@ -1670,7 +1576,7 @@ class ClsactAttachment(Attachment):
 
     what = "filter"
 
-    def __init__(self, ipr: Any, device: Device, program: int, parent: int) -> None:
+    def __init__(self, ipr: Netlink, device: Device, program: int, parent: int) -> None:
         super().__init__(ipr, device, program)
         self._parent = parent
         self._filter: TcFilter | None = None
@@ -1721,7 +1627,7 @@ class ClsactAttachment(Attachment):
         self._filter = None
 
 
-def remove_leftovers(ipr: Any, device: Device) -> None:
+def remove_leftovers(ipr: Netlink, device: Device) -> None:
     """Remove what a killed elfprobe has left on the device. The caller is the device's sole user."""
     found = attached_xdp(ipr, device)
     if found and program_name(found.prog_id) == "elf_ingress":
@@ -1745,7 +1651,7 @@ class Hook(NamedTuple):
         return f"{place} ({self.reason})"
 
 
-def ingress_hooks(ipr: Any, device: Device, wanted: str) -> list[Hook]:
+def ingress_hooks(ipr: Netlink, device: Device, wanted: str) -> list[Hook]:
     """Return where answers may be read, the first choice first. wanted is the choice of --ingress-hook."""
     if wanted != "auto":
         return [Hook(wanted, "as asked for")]
@@ -1756,7 +1662,7 @@ def ingress_hooks(ipr: Any, device: Device, wanted: str) -> list[Hook]:
     return [Hook("xdp", free), Hook("tc", f"{device.driver} refuses native XDP")]
 
 
-def why_not_native_xdp(ipr: Any, device: Device) -> str:
+def why_not_native_xdp(ipr: Netlink, device: Device) -> str:
     """Return what native XDP would cost the application, or may cost; empty: no cost is known."""
     found = attached_xdp(ipr, device)
     if found:
@@ -1768,7 +1674,7 @@ def why_not_native_xdp(ipr: Any, device: Device) -> str:
     return f"native XDP would take {' and '.join(offloads)}" if offloads else ""
 
 
-def attachments(ipr: Any, device: Device, kernel: Kernel, hook: Hook, tcx: bool) -> list[Attachment]:
+def attachments(ipr: Netlink, device: Device, kernel: Kernel, hook: Hook, tcx: bool) -> list[Attachment]:
     """Return what a run attaches, in this order: the receiving program comes first, so that no answer is missed."""
     ingress, egress = kernel.program("elf_ingress"), kernel.program("elf_egress")
     receiving: Attachment
@@ -1781,120 +1687,6 @@ def attachments(ipr: Any, device: Device, kernel: Kernel, hook: Hook, tcx: bool)
     if tcx:
         return [receiving, TcxAttachment(ipr, device, egress, BPF_TCX_EGRESS)]
     return [receiving, ClsactAttachment(ipr, device, egress, CLSACT_EGRESS)]
-
-
-# ---- Processes: which of them -a and -P name -------------------------------------------------------------
-
-TASK_COMM_LEN = 16  # linux/sched.h: of a command name, the final zero included
-# An interpreter runs a script that its command line names. Interpreter, without its version -> a pattern of
-# options that have code behind them in the place of a script, and options that have a value behind them.
-SHELL = (r"-\w*c", ("-o", "-O", "+o", "+O", "--rcfile", "--init-file"))
-NODE = (r"-pe?|-e|--eval|--print", ("-r", "--require", "--import", "--loader"))
-INTERPRETERS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "python": (r"-\w*c", ("-W", "-X")),
-    "perl": (r"-\w*[eE]", ("-I",)),
-    "ruby": (r"-\w*e", ("-I", "-r")),
-    "node": NODE,
-    "nodejs": NODE,
-    "php": (r"-r", ("-c", "-d")),
-    "lua": (r"-e", ("-l",)),
-    "tclsh": (r"-", ("-encoding",)),
-    "Rscript": (r"-e", ()),
-    **dict.fromkeys(("sh", "bash", "dash", "zsh", "ksh"), SHELL),
-}
-
-
-class Process(NamedTuple):
-    """What tells whether a process is a target."""
-
-    pid: int
-    ppid: int
-    name: str
-    exe: str
-    cmdline: tuple[str, ...]
-    started: int = 0  # ticks after the machine's start: tells it from other processes that had its PID
-
-
-def process_names(process: Process) -> set[str]:
-    """Return all names that -a may call a process by, in lower case.
-
-    They are the process's own name, its executable's, and those of the script or module that an interpreter
-    runs, with and without extension.
-    """
-    program = os.path.basename(process.exe or (process.cmdline[0] if process.cmdline else ""))
-    names = {process.name, program}
-    if is_interpreter(program):
-        script = os.path.basename(script_of(program, process.cmdline))
-        names |= {script, os.path.splitext(script)[0]}
-    return {name.lower() for name in names if name}
-
-
-def is_interpreter(program: str) -> bool:
-    """Return whether an executable's name is that of an interpreter, with or without a version."""
-    return program.rstrip("0123456789.") in INTERPRETERS
-
-
-def script_of(program: str, cmdline: tuple[str, ...]) -> str:
-    """Return the script or module that an interpreter's command line names, empty if it names none."""
-    options_with_code, options_with_value = INTERPRETERS[program.rstrip("0123456789.")]
-    words = iter(cmdline[1:])
-    for word in words:
-        if not word.startswith(("-", "+")):
-            return word
-        if re.fullmatch(options_with_code, word):
-            return ""
-        if word in options_with_value:
-            next(words, "")
-    return ""
-
-
-def choose_processes(processes: Iterable[Process], apps: Iterable[str], pids: Iterable[int]) -> dict[int, str]:
-    """Return PID -> process name of the target processes: those named by -a or -P, and their descendants."""
-    wanted = {app.lower() for app in apps}
-    known = {process.pid: process for process in processes}
-    children: dict[int, list[int]] = {}
-    for process in known.values():
-        children.setdefault(process.ppid, []).append(process.pid)
-    todo = [pid for pid in pids if pid in known]
-    todo += [process.pid for process in known.values() if wanted & process_names(process)]
-    chosen: dict[int, str] = {}
-    while todo:
-        pid = todo.pop()
-        if pid not in chosen:
-            chosen[pid] = known[pid].name
-            todo += children.get(pid, [])
-    return chosen
-
-
-def look_at_process(pid: int) -> Process:
-    """Return a process, read from /proc. Raises OSError if it has ended.
-
-    psutil is not used: many processes may start each second, and psutil remembers what a process was before it
-    became another program.
-    """
-    with open(f"/proc/{pid}/comm", "rb") as file:
-        name = os.fsdecode(file.read().rstrip(b"\n"))
-    try:
-        exe = re.sub(r" \(deleted\)$", "", os.readlink(f"/proc/{pid}/exe"))  # there may be a newer one
-    except OSError:  # a kernel thread, a zombie, or somebody else's
-        exe = ""
-    words: tuple[str, ...] = ()
-    if not exe or len(name) >= TASK_COMM_LEN - 1 or is_interpreter(os.path.basename(exe)):
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            words = tuple(os.fsdecode(word) for word in file.read().split(b"\0")[:-1])
-        full = os.path.basename(words[0]) if words else ""
-        if len(name) == TASK_COMM_LEN - 1 and full.startswith(name):
-            name = full
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        fields = file.read().rpartition(b")")[2].split()  # the third field and those behind it, see proc(5)
-    return Process(pid, int(fields[1]), name, exe, words, int(fields[19]))
-
-
-def running_processes() -> Iterator[Process]:
-    """Yield all processes. One that ends meanwhile may be missing."""
-    for pid in psutil.pids():
-        with contextlib.suppress(OSError):
-            yield look_at_process(pid)
 
 
 # ---- Targets: destinations, target processes and their sockets -------------------------------------------
@@ -1925,11 +1717,11 @@ class Destinations:
         self._flow_paths = kernel.map("flow_paths")
         self._filter = kernel.map("address_filter")
         self._line_size = len(self._filter.new().slots)
-        self._lines: dict[int, Any] = {}  # lines of the filter that are not empty
+        self._lines: dict[int, CStruct] = {}  # lines of the filter that are not empty
         self._removed: dict[bytes, tuple[int, int]] = {}  # what holds for the whole run: seq, excluded
         self._is_full = False
 
-    def add(self, packed: bytes, path: Any = None) -> bool:
+    def add(self, packed: bytes, path: CStruct = None) -> bool:
         """Make an address a target, with this struct path, or with an empty one.
 
         Return False if there is no room. The first time, that is logged.
@@ -1947,7 +1739,9 @@ class Destinations:
             return False
         self._removed.pop(packed, None)
         number, place = divmod(filter_slot(packed), self._line_size)
-        line = self._lines.get(number) or self._lines.setdefault(number, self._filter.new())
+        if number not in self._lines:
+            self._lines[number] = self._filter.new()
+        line = self._lines[number]
         if not line.slots[place]:
             line.slots[place] = IN_PATHS
             self._filter.put(number, line)
@@ -2010,7 +1804,7 @@ def covers_all_processes(cgroup: int) -> bool:
         os.close(os.open("cgroup.events", os.O_RDONLY, dir_fd=cgroup))
     except FileNotFoundError:
         return True
-    for pid in psutil.pids():
+    for pid in process_ids():
         with contextlib.suppress(OSError), open(f"/proc/{pid}/cgroup", "rb") as file:
             if any(line.startswith(b"0::/..") for line in file):
                 return False
@@ -2087,7 +1881,7 @@ class SocketTagger:
         self._kernel = kernel
         self._owner = kernel.layout("owner")
 
-    def tag(self, pid: int, process: Any) -> bool:
+    def tag(self, pid: int, process: CStruct) -> bool:
         """Make a process (a struct process) the owner of its sockets, except those that a target owns already.
 
         Return False if its sockets cannot be had, or the process has ended.
@@ -2115,16 +1909,16 @@ class ProcessTable:
     def __init__(self, kernel: Kernel) -> None:
         self._processes = kernel.map("processes")
 
-    def get(self, pid: int) -> Any:
+    def get(self, pid: int) -> CStruct:
         """Return the entry of whichever process has this PID, None if there is none."""
         return self._processes.get(pid)
 
-    def entry(self, process_id: int, pid: int) -> Any:
+    def entry(self, process_id: int, pid: int) -> CStruct:
         """Return the entry of this very process, None if there is none."""
         entry = self.get(pid)
         return entry if entry is not None and entry.id == process_id else None
 
-    def add_target(self, process_id: int, pid: int, name: str) -> Any:
+    def add_target(self, process_id: int, pid: int, name: str) -> CStruct:
         """Make a process a target. Return its entry. Raises Failure if there is no room."""
         entry = self._processes.new(id=process_id, status=TARGET)
         entry.app.text = comm_bytes(name)
@@ -2146,7 +1940,7 @@ class ProcessTable:
         """Return the PIDs of the target processes."""
         return {pid for pid, entry in self._items() if entry.status == TARGET}
 
-    def _items(self) -> Iterator[tuple[int, Any]]:
+    def _items(self) -> Iterator[tuple[int, CStruct]]:
         for key, entry in self._processes.items():
             yield int.from_bytes(key, sys.byteorder), entry
 
@@ -2164,7 +1958,7 @@ class ProcessFollower:
         self._pids = tuple(pids)
         self._processes = ProcessTable(kernel)
         self._tagger = SocketTagger(kernel)
-        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()  # struct process_event; None: the end
+        self._events: queue.SimpleQueue[CStruct] = queue.SimpleQueue()  # struct process_event; None: the end
         # IDs and PIDs of processes: adopted since the last look, adopted before, with an ended first thread.
         self._adopted: list[tuple[int, int]] = []
         self._adopted_before: list[tuple[int, int]] = []
@@ -2390,187 +2184,7 @@ class ConnectionPoller:
             thread.join()
 
 
-# ---- Files: the CSV, the log, the hooks' maps -------------------------------------------------------------
-
-LOCK_TRIES, LOCK_EVERY = 500, 0.01  # to lock the folder of the CSV; s between two tries
-
-
-@contextlib.contextmanager
-def no_other_in_folder_of(path: str) -> Iterator[None]:
-    """Keep other runs from choosing names and renaming files in a folder meanwhile.
-
-    If the folder cannot be locked, or another run (a stopped one, say) keeps it for seconds, go on without.
-    """
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            stack.callback(os.close, folder)
-            for _ in range(LOCK_TRIES):
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                time.sleep(LOCK_EVERY)
-        yield
-
-
-def next_free_name(path: str) -> str:
-    """Return the path with the lowest number before its extension that no file has."""
-    base, extension = os.path.splitext(path)
-    number = 1
-    while os.path.lexists(f"{base}.{number}{extension}"):
-        number += 1
-    return f"{base}.{number}{extension}"
-
-
-class OutputFile:
-    """A new file that the user who called sudo owns. It has a temporary name until publish()."""
-
-    def __init__(self, path: str) -> None:
-        """Raises Failure."""
-        self.path = path
-        self.lines_lost = 0  # that could not be written
-        self._temporary = os.path.join(os.path.dirname(path), f".elfprobe-{secrets.token_hex(8)}")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-        with self._errors():
-            self.fd = os.open(self._temporary, flags, 0o644)
-        if "SUDO_UID" in os.environ and os.geteuid() == 0:
-            with contextlib.suppress(OSError, ValueError):
-                os.fchown(self.fd, int(os.environ["SUDO_UID"]), int(os.environ.get("SUDO_GID", "-1")))
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as err:
-            raise Failure(f"argument -f/--filebase: cannot write '{self.path}': {err.strerror}") from err
-
-    def publish(self) -> str:
-        """Give the file its name. Return the new name of the file that had it, empty if none had. Raises Failure.
-
-        Until here nothing that exists is touched, so a start that fails has nothing to undo.
-        """
-        renamed = ""
-        with self._errors(), no_other_in_folder_of(self.path):
-            if os.path.lexists(self.path):
-                renamed = next_free_name(self.path)
-                os.rename(self.path, renamed)
-            try:
-                os.link(self._temporary, self.path)  # unlike os.rename(), never replaces a file
-                os.unlink(self._temporary)
-            except FileExistsError:
-                raise
-            except OSError:  # a file system without hard links
-                os.rename(self._temporary, self.path)
-            self._temporary = ""
-        return renamed
-
-    def write_lines(self, lines: str) -> None:
-        """Append whole lines. If the disk takes only a part, the last, broken line is removed. Raises Failure."""
-        data = lines.encode(errors="backslashreplace")
-        start = os.fstat(self.fd).st_size
-        try:
-            written = os.write(self.fd, data)
-            while written < len(data):
-                written += os.write(self.fd, data[written:])
-        except OSError as err:
-            kept = data.rfind(b"\n", 0, os.fstat(self.fd).st_size - start) + 1
-            os.ftruncate(self.fd, start + kept)
-            self.lines_lost += data.count(b"\n", kept)
-            raise Failure(f"cannot write '{self.path}': {err.strerror}") from err
-
-    def close(self) -> None:
-        """Close the file. Without a name it is removed."""
-        if self._temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(self._temporary)
-        os.close(self.fd)
-
-
-class FileLog(logging.Handler):
-    """Logs to an OutputFile, once there is one; until then it keeps the lines."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._early: list[str] = []
-        self._file: OutputFile | None = None
-
-    def emit(self, record: logging.LogRecord) -> None:
-        line = self.format(record) + "\n"
-        if self._file is None:
-            self._early.append(line)
-        else:
-            with contextlib.suppress(Failure):  # a log that cannot be written must not end a measurement
-                self._file.write_lines(line)
-
-    def begin(self, file: OutputFile) -> None:
-        """Write the lines so far, and from now on each line, to a file."""
-        with contextlib.suppress(Failure):
-            file.write_lines("".join(self._early))
-        self._file = file
-
-
-@contextlib.contextmanager
-def output_files(filebase: str, file_log: FileLog | None) -> Iterator[OutputFile]:
-    """Create the log, with the lines so far, and the CSV, with its header. Yield the CSV. Raises Failure.
-
-    Both get their names when both are complete. Until then, files of earlier runs keep theirs.
-    """
-    with contextlib.ExitStack() as stack:
-        csv = OutputFile(filebase + ".csv")
-        stack.callback(csv.close)
-        csv.write_lines(HEADER)
-        files = [csv]
-        if file_log:
-            file = OutputFile(filebase + ".log")
-            stack.callback(file.close)
-            files.append(file)
-            with file_log.lock or contextlib.nullcontext():  # other threads log, too
-                file_log.begin(file)
-            stack.callback(logging.getLogger().removeHandler, file_log)
-        renamed = [(file.path, file.publish()) for file in reversed(files)]
-        for path, name in renamed:
-            if name:
-                log.info("the %s that was there is now %s", path, name)
-        yield csv
-
-
-def save_maps(kernel: Kernel, filebase: str, stop: Stop) -> None:
-    """Write each map of the hooks file to FILEBASE.MAP.json: its entries, with a value for each CPU if it has that.
-
-    Write no more once a stop is asked for again. A map that cannot be read is logged. Raises Failure if a file
-    cannot be written.
-    """
-    asked = stop.asked
-    for name in kernel.hook_maps():
-        try:
-            lines = map_lines(kernel, name, lambda: stop.asked > asked)
-        except Failure as failure:
-            log.warning("the hooks' map '%s' is not saved: %s", name, failure)
-            continue
-        file = OutputFile(f"{filebase}.{name}.json")
-        try:
-            file.write_lines(f'{{"map": "{name}", "entries": [\n' + ",\n".join(lines) + "\n]}\n")
-            renamed = file.publish()
-        finally:
-            file.close()
-        if renamed:
-            log.info("the %s that was there is now %s", file.path, renamed)
-        log.info("the hooks' map '%s' is in %s", name, file.path)
-
-
-def map_lines(kernel: Kernel, name: str, is_stopped: Callable[[], bool]) -> list[str]:
-    """Return a map's entries as JSON. Raises Failure if they cannot be read, or when told to stop."""
-    table = kernel.map(name)
-    log.debug("the hooks' map '%s' has room for %d entries", name, table.max_entries)
-    lines = []
-    for entry in table.plain_items():
-        lines.append(json.dumps(entry))
-        if is_stopped():
-            raise Failure("told to stop")
-    return lines
-
-
-# ---- Results: rows of probes that have ended, events of flows ---------------------------------------------
+# ---- Results: rows of probes that have ended, events of flows, the hooks' maps --------------------------------
 
 RESULT_PERF_PAGES = 512  # of each CPU's perf buffer, if there is no ring
 FLOW_EVENT_TEXTS = {  # by enum of elfprobe.c
@@ -2659,6 +2273,42 @@ def log_flow_events(kernel: Kernel) -> None:
         log.warning("%s", FLOW_EVENT_TEXTS[event.kind].format(flow=text, dest=dest))
 
     kernel.on_event("flow_events", tell)
+
+
+def save_maps(kernel: Kernel, filebase: str, stop: Stop) -> None:
+    """Write each map of the hooks file to FILEBASE.MAP.json: its entries, with a value for each CPU if it has that.
+
+    Write no more once a stop is asked for again. A map that cannot be read is logged. Raises Failure if a file
+    cannot be written.
+    """
+    asked = stop.asked
+    for name in kernel.hook_maps():
+        try:
+            lines = map_lines(kernel, name, lambda: stop.asked > asked)
+        except Failure as failure:
+            log.warning("the hooks' map '%s' is not saved: %s", name, failure)
+            continue
+        file = OutputFile(f"{filebase}.{name}.json")
+        try:
+            file.write_lines(f'{{"map": "{name}", "entries": [\n' + ",\n".join(lines) + "\n]}\n")
+            renamed = file.publish()
+        finally:
+            file.close()
+        if renamed:
+            log.info("the %s that was there is now %s", file.path, renamed)
+        log.info("the hooks' map '%s' is in %s", name, file.path)
+
+
+def map_lines(kernel: Kernel, name: str, is_stopped: Callable[[], bool]) -> list[str]:
+    """Return a map's entries as JSON. Raises Failure if they cannot be read, or when told to stop."""
+    table = kernel.map(name)
+    log.debug("the hooks' map '%s' has room for %d entries", name, table.max_entries)
+    lines = []
+    for entry in table.plain_items():
+        lines.append(json.dumps(entry))
+        if is_stopped():
+            raise Failure("told to stop")
+    return lines
 
 
 # ---- Run: one measurement, and the entry point -----------------------------------------------------------
@@ -2853,7 +2503,7 @@ class ElfProbe:
             for pid in config.pids:
                 if not psutil.pid_exists(pid):
                     raise Failure(f"argument -P/--pid: there is no process {pid}")
-            fixed = resolve_all(config.addresses)
+            fixed = resolve_all(config.addresses, DESTINATIONS_MAX)
             stack.enter_context(sole_user(device))
             remove_leftovers(ipr, device)
             active = contextlib.ExitStack()  # while probes may be sent
@@ -2883,7 +2533,7 @@ class ElfProbe:
                     measurement.drain()
 
     def _attach(
-        self, stack: contextlib.ExitStack, active: contextlib.ExitStack, ipr: Any, device: Device
+        self, stack: contextlib.ExitStack, active: contextlib.ExitStack, ipr: Netlink, device: Device
     ) -> Attached | None:
         """Load the programs, and attach them at the first of the possible hooks that takes them.
 
@@ -2975,15 +2625,6 @@ def set_up_logging(config: Config, console: Console) -> FileLog | None:
     file_log.setFormatter(LogFormat())
     root.addHandler(file_log)
     return file_log
-
-
-def open_standard_streams() -> None:
-    """Give closed standard streams a file, or else the next file that is opened would take their place."""
-    for fd in (0, 1, 2):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
 
 
 def main(argv: list[str], detect: Callable[[], Platform] = Platform.detect) -> int:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What elfprobe.py and elfplot.py know of results: rows, summary, findings, console.
+"""What elfprobe.py and elfplot.py know of results, and what elfprobe.py needs neither BCC nor root for.
 
-Nothing here imports elfprobe.py or bcc, and nothing needs root. Each module imports only from those below it:
+Nothing here imports elfprobe.py or BCC, and nothing needs root. Each module imports only from those below it:
 
-    summary             all probes, by destination and hop; the tables
-    findings            what the figures say of a path
-    paths       rows    destinations and hops; the columns of elf.csv
-    histogram           statistics of latencies
-    addresses   console addresses, flows and host names as text; the log and the live table
-    usage   extensions  errors and arguments; what routers append to the packet that they quote
+    summary                 all probes, by destination and hop; the tables
+    findings                what the figures say of a path
+    files                   the CSV and the log of a run
+    paths        rows       destinations and hops; the columns of elf.csv
+    histogram    counters   statistics of latencies; counters of elfprobe.c in words
+    addresses    processes  addresses, their names, flows; which processes are targets
+    console      extensions log and live table; what routers append to the packet that they quote
+    usage                   errors and arguments
 """

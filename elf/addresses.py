@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Addresses and flows as text, and the host names of addresses.
+"""Addresses: as text, from the names and files that users give, and their host names.
 
 elfprobe.c has each address in 16 bytes, IPv4 as v4-mapped (RFC 4291, 2.5.5.2).
 """
@@ -12,8 +12,9 @@ import ipaddress
 import queue
 import socket
 import threading
+from typing import Iterable
 
-from elf.usage import printable
+from elf.usage import Failure, printable
 
 V4_MAPPED = bytes(10) + b"\xff\xff"
 PROTOCOLS = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6"}
@@ -41,6 +42,64 @@ def flow_text(dest: str, sport: int, dport: int, protocol: int) -> str:
     if name.startswith("ICMP"):
         return f"{name} echo {sport} to {dest}"
     return f"{name} port {sport} to {dest} port {dport}"
+
+
+def why_unreachable(packed: bytes) -> str:
+    """Return why no router ever answers for this destination; empty: one may. Private addresses may have one."""
+    address = ipaddress.ip_address(address_text(packed))
+    if address.is_multicast or packed.startswith(V4_MAPPED) and packed[12] >= 240:
+        return "no router answers for multicast, broadcast and reserved addresses"
+    if address.is_loopback or address.is_unspecified:
+        return f"{address} never leaves this host"
+    return ""
+
+
+def resolve(name: str) -> set[bytes]:
+    """Return all addresses of a name, or the address that the text is. Raises Failure."""
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as err:
+        reason = err.strerror if isinstance(err, OSError) else "not a host name"
+        raise Failure(f"address '{name}': neither an address nor a name that resolves ({reason})") from err
+    return {pack_address(str(sockaddr[0])) for *_, sockaddr in found}
+
+
+def read_address_file(path: str) -> list[tuple[str, str]]:
+    """Return the names in an @FILE, each with its line as text for an error message.
+
+    Empty lines, and what follows a #, are left out. Raises Failure.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.split("#")[0].strip() for line in file]
+    except (OSError, UnicodeDecodeError) as err:
+        reason = err.strerror if isinstance(err, OSError) else "not a text file"
+        raise Failure(f"address file '{path}': {reason}") from err
+    if not any(lines):
+        raise Failure(f"address file '{path}': no address in it")
+    return [(line, f" (line {number} of {path})") for number, line in enumerate(lines, 1) if line]
+
+
+def resolve_all(arguments: Iterable[str], most: int) -> dict[bytes, str]:
+    """Return the packed addresses of all address arguments, each with the user's name for it.
+
+    Raises Failure, also if there are more than so many.
+    """
+    found: dict[bytes, str] = {}
+    for argument in arguments:
+        for name, place in read_address_file(argument[1:]) if argument.startswith("@") else [(argument, "")]:
+            try:
+                resolved = resolve(name)
+            except Failure as failure:
+                raise Failure(f"{failure}{place}") from failure
+            for packed in resolved:
+                reason = why_unreachable(packed)
+                if reason:
+                    raise Failure(f"address '{name}': {reason}{place}")
+                found.setdefault(packed, name)
+    if len(found) > most:
+        raise Failure(f"addresses: {len(found)} destinations, at most {most} are possible")
+    return found
 
 
 class ReverseDns:

@@ -20,6 +20,15 @@ UP_TO_START = "\x1b[{}F"  # ECMA-48: CPL
 SIZE = 80, 24  # columns and lines of a terminal that does not say
 
 
+def open_standard_streams() -> None:
+    """Give closed standard streams a file, or else the next file that is opened would take their place."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
 class LogFormat(logging.Formatter):
     """A log line: the time and the message. A name with line breaks in it does not make it two."""
 

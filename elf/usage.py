@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import re
+from typing import Callable, NoReturn
 
 
 def printable(text: str) -> str:
@@ -35,3 +36,35 @@ def not_empty(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty")
     return text
+
+
+def whole_number(least: int, most: int, what: str) -> Callable[[str], int]:
+    """Return an argparse type: a decimal number between two bounds, which the error message names."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"'{text}' is not {what}, {least} to {most}")
+        return int(text)
+
+    return parse
+
+
+def positive_seconds(text: str) -> float:
+    """Return the number of seconds: an argparse type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds above 0")
+    return value
+
+
+def package_version(name: str) -> str:
+    """Return the version of an installed Python package, or "missing"."""
+    from importlib import metadata  # takes long, and is seldom needed
+
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "missing"

@@ -23,25 +23,28 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import elfprobe
+from elf import addresses, files, processes
 from elf.addresses import address_text, pack_address
 from elf.console import LogFormat
 from elf.extensions import MalformedExtension, extension_texts, ones_complement_sum
+from elf.files import OutputFile
+from elf.processes import Process
 from elf.rows import HEADER, Probe, app_text, row_function
 from elf.usage import Failure
-from elfprobe import Config, OutputFile, Process
+from elfprobe import Config
 from lab import wait_until
 
 SCRIPT = Path(elfprobe.__file__)
 LIMITED_WRITES = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
-import elfprobe
-file = elfprobe.OutputFile('elf.csv')
+from elf import files
+file = files.OutputFile('elf.csv')
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
     for line in sys.argv[2:]:
         file.write_lines(line.replace('/', '\\n'))
-except elfprobe.Failure as failure:
+except files.Failure as failure:
     print(failure)
 file.publish()
 """
@@ -49,8 +52,8 @@ file.publish()
 OPEN_AND_WRITE = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import elfprobe
-file = elfprobe.OutputFile('elf.csv')
+from elf import files
+file = files.OutputFile('elf.csv')
 file.write_lines('other\\n')
 file.publish()
 file.close()
@@ -347,7 +350,7 @@ def test_address(text: str) -> None:
     packed, written, remote = ADDRESSES[text]
     assert pack_address(text) == packed
     assert address_text(packed) == written
-    assert (elfprobe.why_unreachable(packed) == '') == remote
+    assert (addresses.why_unreachable(packed) == '') == remote
 
 
 @pytest.mark.parametrize(
@@ -384,8 +387,8 @@ def texts(packed: Any) -> list[str]:
 
 def test_a_name_stands_for_all_its_addresses(names: dict[str, list[str]]) -> None:
     names['example.net'] = ['192.0.2.1', '192.0.2.2', '192.0.2.1', '2001:db8::1']
-    assert texts(elfprobe.resolve('example.net')) == ['192.0.2.1', '192.0.2.2', '2001:db8::1']
-    found = elfprobe.resolve_all(['example.net', '192.0.2.1', '2001:db8::2'])
+    assert texts(addresses.resolve('example.net')) == ['192.0.2.1', '192.0.2.2', '2001:db8::1']
+    found = addresses.resolve_all(['example.net', '192.0.2.1', '2001:db8::2'], 9)
     assert texts(found) == ['192.0.2.1', '192.0.2.2', '2001:db8::1', '2001:db8::2']
     assert found[pack_address('192.0.2.1')] == 'example.net'
 
@@ -394,33 +397,33 @@ def test_a_name_stands_for_all_its_addresses(names: dict[str, list[str]]) -> Non
 def test_what_never_leaves_the_host_is_refused(names: dict[str, list[str]], name: str) -> None:
     names.update({'localhost': ['127.0.0.1', '::1'], 'half.example': ['192.0.2.1', '127.0.0.1']})
     with pytest.raises(Failure, match=f"'{name}'.* never leaves this host") as raised:
-        elfprobe.resolve_all(['192.0.2.9', name])
+        addresses.resolve_all(['192.0.2.9', name], 9)
     assert raised.value.status == 1
 
 
 @pytest.mark.parametrize('name', ['no.such.example', '192.0.2.256', '2001:db8::g'])
 def test_names_that_do_not_resolve(names: dict[str, list[str]], name: str) -> None:
     with pytest.raises(Failure, match=f"'{name}'.*Name or service not known") as raised:
-        elfprobe.resolve_all([name])
+        addresses.resolve_all([name], 9)
     assert raised.value.status == 1
 
 
 @pytest.mark.parametrize('name', ['x' * 64 + '.example', 'a..example', '\udcff.example', 'a\0b'])
 def test_what_cannot_be_a_host_name(name: str) -> None:
     with pytest.raises(Failure, match='^address '):
-        elfprobe.resolve(name)
+        addresses.resolve(name)
 
 
 def test_address_file(names: dict[str, list[str]], tmp_path: Path) -> None:
     names['example.net'] = ['2001:db8::1', '192.0.2.1']
     hosts = tmp_path / 'hosts'
     hosts.write_bytes(b'# mine\n\n  192.0.2.7  # the first\r\nexample.net\n\t\n2001:db8::5')
-    assert [name for name, _ in elfprobe.read_address_file(str(hosts))] == [
+    assert [name for name, _ in addresses.read_address_file(str(hosts))] == [
         '192.0.2.7',
         'example.net',
         '2001:db8::5',
     ]
-    assert texts(elfprobe.resolve_all([f'@{hosts}', '192.0.2.8'])) == [
+    assert texts(addresses.resolve_all([f'@{hosts}', '192.0.2.8'], 9)) == [
         '192.0.2.1',
         '192.0.2.7',
         '192.0.2.8',
@@ -444,14 +447,14 @@ def test_bad_address_files(content: bytes | None, reason: str, tmp_path: Path) -
     if content is not None:
         hosts.write_bytes(content)
     with pytest.raises(Failure, match=f"address file '{hosts}': .*{reason}"):
-        elfprobe.resolve_all([f'@{hosts}'])
+        addresses.resolve_all([f'@{hosts}'], 9)
 
 
 def test_bad_line_in_an_address_file(names: dict[str, list[str]], tmp_path: Path) -> None:
     hosts = tmp_path / 'hosts'
     hosts.write_text('192.0.2.1\nno.such.example\n')
     with pytest.raises(Failure, match='no.such.example'):
-        elfprobe.resolve_all([f'@{hosts}'])
+        addresses.resolve_all([f'@{hosts}'], 9)
 
 
 # Processes
@@ -500,7 +503,7 @@ PROGRAMS = {  # process name, executable, command line: all names that it goes b
 @pytest.mark.parametrize('process, wanted', PROGRAMS.values(), ids=PROGRAMS)
 def test_names_of_a_process(process: tuple[str, str, str], wanted: set[str]) -> None:
     name, exe, command = process
-    assert elfprobe.process_names(Process(1, 0, name, exe, tuple(command.split()))) == wanted
+    assert processes.process_names(Process(1, 0, name, exe, tuple(command.split()))) == wanted
 
 
 def test_process_that_becomes_another_program(tmp_path: Path) -> None:
@@ -511,8 +514,8 @@ def test_process_that_becomes_another_program(tmp_path: Path) -> None:
         assert running.stdin
 
         def names() -> set[str]:
-            (found,) = (one for one in elfprobe.running_processes() if one.pid == running.pid)
-            return elfprobe.process_names(found)
+            (found,) = (one for one in processes.running_processes() if one.pid == running.pid)
+            return processes.process_names(found)
 
         assert wait_until(lambda: 'bash' in names(), 5, 'it runs')
         running.stdin.write('go\n')
@@ -533,12 +536,12 @@ def test_interpreter_whose_executable_is(change: str, tmp_path: Path, monkeypatc
     script.write_text('read line\n')
     with subprocess.Popen([interpreter, script], stdin=subprocess.PIPE) as running:
         command = str(interpreter), str(script)
-        wait_until(lambda: elfprobe.look_at_process(running.pid).cmdline == command, 5, 'it runs')
+        wait_until(lambda: processes.look_at_process(running.pid).cmdline == command, 5, 'it runs')
         if change == 'removed':
             interpreter.unlink()
         else:
             monkeypatch.setattr(os, 'readlink', refuse)
-        names = elfprobe.process_names(elfprobe.look_at_process(running.pid))
+        names = processes.process_names(processes.look_at_process(running.pid))
         monkeypatch.undo()
     assert names == {'bash', 'speedtest.sh', 'speedtest'}
 
@@ -593,8 +596,8 @@ CHOICES = {  # names, process IDs: whose processes are targets
 
 @pytest.mark.parametrize('targets, chosen', CHOICES.values(), ids=CHOICES)
 def test_choice_of_processes(targets: tuple[list[str], list[int]], chosen: dict[int, str]) -> None:
-    assert elfprobe.choose_processes(iter(PROCESSES), *targets) == chosen
-    assert elfprobe.choose_processes(reversed(PROCESSES), *targets) == chosen
+    assert processes.choose_processes(iter(PROCESSES), *targets) == chosen
+    assert processes.choose_processes(reversed(PROCESSES), *targets) == chosen
 
 
 # Layouts and rows
@@ -889,7 +892,7 @@ def test_two_runs_that_begin_at_once(
     csv: Callable[[], OutputFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One opens its file while the other has chosen a name for the old one: waits for it, or loses it."""
-    choose = elfprobe.next_free_name
+    choose = files.next_free_name
     others: list[subprocess.Popen[str]] = []
 
     def choose_slowly(path: str) -> str:
@@ -908,7 +911,7 @@ def test_two_runs_that_begin_at_once(
 
     (tmp_path / 'elf.csv').write_text('old')
     with monkeypatch.context() as patched:
-        patched.setattr(elfprobe, 'next_free_name', choose_slowly)
+        patched.setattr(files, 'next_free_name', choose_slowly)
         publish(csv())
     [other] = others
     assert (other.communicate()[1], other.returncode) == ('', 0)

@@ -1136,7 +1136,7 @@ def test_next_start_clears_what_a_killed_one_left(busy, tmp_path, killed, comman
         ('Destinations', 'RuntimeError'),
         ('attachments', 'RuntimeError'),
         ('TcxAttachment.attach', 'RuntimeError'),
-        ('OutputFile', 'Failure'),
+        ('OutputFile.__init__', 'Failure'),
         ('OutputFile.publish', 'Failure'),
         ('ProcessFollower.followed', 'RuntimeError'),
         ('ClsactAttachment._add_filter', 'Failure'),

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""The files of a run: the CSV and the log. They replace no other file, and appear when they are complete."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import time
+from typing import Iterator
+
+from elf.rows import HEADER
+from elf.usage import Failure
+
+log = logging.getLogger("elfprobe")
+
+LOCK_TRIES, LOCK_EVERY = 500, 0.01  # to lock the folder of the CSV; s between two tries
+
+
+@contextlib.contextmanager
+def no_other_in_folder_of(path: str) -> Iterator[None]:
+    """Keep other runs from choosing names and renaming files in a folder meanwhile.
+
+    If the folder cannot be locked, or another run (a stopped one, say) keeps it for seconds, go on without.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, folder)
+            for _ in range(LOCK_TRIES):
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(LOCK_EVERY)
+        yield
+
+
+def next_free_name(path: str) -> str:
+    """Return the path with the lowest number before its extension that no file has."""
+    base, extension = os.path.splitext(path)
+    number = 1
+    while os.path.lexists(f"{base}.{number}{extension}"):
+        number += 1
+    return f"{base}.{number}{extension}"
+
+
+class OutputFile:
+    """A new file that the user who called sudo owns. It has a temporary name until publish()."""
+
+    def __init__(self, path: str) -> None:
+        """Raises Failure."""
+        self.path = path
+        self.lines_lost = 0  # that could not be written
+        self._temporary = os.path.join(os.path.dirname(path), f".elfprobe-{secrets.token_hex(8)}")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        with self._errors():
+            self.fd = os.open(self._temporary, flags, 0o644)
+        if "SUDO_UID" in os.environ and os.geteuid() == 0:
+            with contextlib.suppress(OSError, ValueError):
+                os.fchown(self.fd, int(os.environ["SUDO_UID"]), int(os.environ.get("SUDO_GID", "-1")))
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as err:
+            raise Failure(f"argument -f/--filebase: cannot write '{self.path}': {err.strerror}") from err
+
+    def publish(self) -> str:
+        """Give the file its name. Return the new name of the file that had it, empty if none had. Raises Failure.
+
+        Until here nothing that exists is touched, so a start that fails has nothing to undo.
+        """
+        renamed = ""
+        with self._errors(), no_other_in_folder_of(self.path):
+            if os.path.lexists(self.path):
+                renamed = next_free_name(self.path)
+                os.rename(self.path, renamed)
+            try:
+                os.link(self._temporary, self.path)  # unlike os.rename(), never replaces a file
+                os.unlink(self._temporary)
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without hard links
+                os.rename(self._temporary, self.path)
+            self._temporary = ""
+        return renamed
+
+    def write_lines(self, lines: str) -> None:
+        """Append whole lines. If the disk takes only a part, the last, broken line is removed. Raises Failure."""
+        data = lines.encode(errors="backslashreplace")
+        start = os.fstat(self.fd).st_size
+        try:
+            written = os.write(self.fd, data)
+            while written < len(data):
+                written += os.write(self.fd, data[written:])
+        except OSError as err:
+            kept = data.rfind(b"\n", 0, os.fstat(self.fd).st_size - start) + 1
+            os.ftruncate(self.fd, start + kept)
+            self.lines_lost += data.count(b"\n", kept)
+            raise Failure(f"cannot write '{self.path}': {err.strerror}") from err
+
+    def close(self) -> None:
+        """Close the file. Without a name it is removed."""
+        if self._temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(self._temporary)
+        os.close(self.fd)
+
+
+class FileLog(logging.Handler):
+    """Logs to an OutputFile, once there is one; until then it keeps the lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._early: list[str] = []
+        self._file: OutputFile | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record) + "\n"
+        if self._file is None:
+            self._early.append(line)
+        else:
+            with contextlib.suppress(Failure):  # a log that cannot be written must not end a measurement
+                self._file.write_lines(line)
+
+    def begin(self, file: OutputFile) -> None:
+        """Write the lines so far, and from now on each line, to a file."""
+        with contextlib.suppress(Failure):
+            file.write_lines("".join(self._early))
+        self._file = file
+
+
+@contextlib.contextmanager
+def output_files(filebase: str, file_log: FileLog | None) -> Iterator[OutputFile]:
+    """Create the log, with the lines so far, and the CSV, with its header. Yield the CSV. Raises Failure.
+
+    Both get their names when both are complete. Until then, files of earlier runs keep theirs.
+    """
+    with contextlib.ExitStack() as stack:
+        csv = OutputFile(filebase + ".csv")
+        stack.callback(csv.close)
+        csv.write_lines(HEADER)
+        files = [csv]
+        if file_log:
+            file = OutputFile(filebase + ".log")
+            stack.callback(file.close)
+            files.append(file)
+            with file_log.lock or contextlib.nullcontext():  # other threads log, too
+                file_log.begin(file)
+            stack.callback(logging.getLogger().removeHandler, file_log)
+        renamed = [(file.path, file.publish()) for file in reversed(files)]
+        for path, name in renamed:
+            if name:
+                log.info("the %s that was there is now %s", path, name)
+        yield csv
