@@ -2366,7 +2366,8 @@ class Measurement:
         self._csv = csv
         self._console = console
         self._link = LinkState.UP
-        self._begun_at = self._ended_at = self._lease_until = time.monotonic()
+        self._begun_at = self._ended_at = time.monotonic()
+        self._lease_until = math.inf  # until the first renewal
         self._end = self._begun_at + (config.duration or math.inf)
         self._steps = (
             Every(RENEW_EVERY, self._renew_lease, at_once=True),

@@ -6,6 +6,7 @@ The device is one that is nowhere, so that a run ends even where something shoul
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import logging
 import os
 import re
@@ -128,6 +129,11 @@ DEFAULTS = dict(
 def test_options(line: str, changes: dict[str, Any]) -> None:
     config = elfprobe.parse_arguments(['-i', 'none0', *line.split(), '192.0.2.1'])
     assert {name: getattr(config, name) for name in DEFAULTS} == {**DEFAULTS, **changes}
+
+
+def test_defaults_stand_once() -> None:
+    config = elfprobe.parse_arguments(['-i', 'none0', '192.0.2.1'])
+    assert dataclasses.replace(config, salt=0) == Config('none0', ('192.0.2.1',))
 
 
 @pytest.mark.parametrize(

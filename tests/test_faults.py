@@ -500,7 +500,7 @@ def nobodys(monkeypatch) -> Iterator[Path]:
     ids=[*CAPABILITIES, 'older kernel'],
 )
 def test_least_capabilities(lab4, nobodys, interest, capabilities):
-    """The process of interest is root's, and has its socket before elfprobe starts. (Before Linux 5.11
+    """The target process is root's, and has its socket before elfprobe starts. (Before Linux 5.11
     BPF maps count as locked memory.)"""
     before = attached(lab4.client)
     start_sink(lab4)
@@ -1511,6 +1511,7 @@ def test_quiet_and_debug(busy, tmp_path):
         check_end(measured)
         assert measured.counters['probes'] == measured.summary.probes > 0
         assert 'probing on eth0' in measured.log
+        assert 'no probes for 0.0 s' not in measured.log
 
 
 # Applications

@@ -3,7 +3,7 @@
     client - r1 - r2 - r3 - r4 - server        a probe with TTL k ends at lab.hop(version, k)
 
 Flows are of sockets of this process, in the namespaces of client and server. Where nothing else is said,
-each packet that may carries a probe. A flow in trouble is left alone.
+each packet that may carries a probe. A flow in trouble is not probed.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 
 The programs are Python under many names; what one does is a line of code in the words of TALK. Each has a
 port of its own, by which its rows are found. All talk to the same server and port, so that nothing but whose
-a packet is tells of interest or not. With `-p 0` each packet of interest has its row.
+a packet is tells whether it is a target's. With `-p 0` each packet of a target has its row.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
         time.sleep(0.005)
 """
 
-# The one of interest goes from one destination to the next, the other sends to the same all the time.
+# The target goes from one destination to the next, the other sends to the same all the time.
 SAME_PEERS = """
 import mmap, os, socket, struct
 shared, cpus = mmap.mmap(-1, 4), sorted(os.sched_getaffinity(0))
@@ -502,9 +502,9 @@ class Case(NamedTuple):
     command: str
     code: str = ''  # for -c, where the command is not a script
     app: str | None = None  # None: not one row
-    late: bool = False  # of interest by what only the driver sees, so the first packets may have no row
+    late: bool = False  # a target by what only user space sees, so the first packets may have no row
     older: bool = False  # than elfprobe, and so is its socket
-    outside: bool = False  # not a child of the shell that is of interest
+    outside: bool = False  # not a child of the shell that is a target
     peer: str = ''  # it listens, and is connected `before` or `after` elfprobe is there
     servers: str = ''
 
@@ -523,7 +523,7 @@ def perform(
     arguments: Callable[[int, dict[str, Program]], list[str]],
 ) -> dict[str, Outcome]:
     """Run elfprobe beside programs of all cases. `arguments` makes its command line of the PID of the shell
-    that is of interest, and of the programs that are older."""
+    that is a target, and of the programs that are older."""
     stage = Stage(lab, programs, folder / 'stage')
     inner, outer, remote = stage.shell(), stage.shell(), stage.shell(lab.server)
     started: dict[str, Program] = {}
@@ -569,7 +569,7 @@ def perform(
             start(older=False)
             connect('after')
             with suppress(TimeoutError):  # the tests say which of them have none
-                wait_until(all_have_rows, 10, 'rows of all that are of interest')
+                wait_until(all_have_rows, 10, 'rows of all targets')
             stage.finish(*started.values())
     finally:
         end(remote)
@@ -779,7 +779,7 @@ def test_many_peers(net, tmp_path):
 
 
 def test_peers_that_others_have_too(net, tmp_path):
-    """A destination is of interest from one packet to the next, and no packet of others is taken for one."""
+    """A destination is a target from one packet to the next, and no packet of others is taken for one."""
     with elfprobe(net, '-a', 'manypeers', '--max-rate', '100000', cwd=tmp_path) as elf:
         net.client.run(sys.executable, '-c', SAME_PEERS, timeout=60)
         assert elf.stop() == 0
@@ -816,7 +816,7 @@ def with_pid(pid: int, start: Callable[[], Program]) -> Program:
 
 
 def test_reused_pid(net, stage, tmp_path):
-    """Programs with the PIDs of those that were of interest, by PID and by name, are not."""
+    """Programs with the PIDs of former targets, by PID and by name, are no targets."""
     stage.go()
     by_pid = stage.talk('./other')
     with elfprobe(net, '-P', str(by_pid.process.pid), '-a', 'speedtest', '-p', '0', cwd=tmp_path) as elf:
@@ -837,7 +837,7 @@ def test_reused_pid_of_short_program(net, stage, tmp_path):
     via = *net.client.command(), *TOO_LATE_COMMAND
     with elfprobe(net, '-a', path.name, '-p', '0', cwd=tmp_path, via=via) as elf:
         short = net.client.popen(str(path), '-c', 'import time; time.sleep(60)')
-        wait_until(lambda: short.poll() and f'(pid {short.pid})' in elf.log, 10, 'it was of interest')
+        wait_until(lambda: short.poll() and f'(pid {short.pid})' in elf.log, 10, 'it was a target')
         stage.go()
         stage.finish(with_pid(short.pid, lambda: stage.talk('./other')))
     assert read_rows(elf) == []
@@ -901,7 +901,7 @@ def test_addresses_only(net, stage, tmp_path):
 
 
 def test_addresses_and_names(net, stage, tmp_path):
-    """Whoever sends to the address has rows; those of interest are named, however late that is seen."""
+    """Whoever sends to the address has rows; targets are named, however late that is seen."""
     with elfprobe(net, '-a', 'speedtest', '-p', '0', net.server_address(4), cwd=tmp_path) as elf:
         elf.process.send_signal(signal.SIGSTOP)
         named, executable, child, nobody = map(
@@ -996,11 +996,11 @@ def test_fallback(net, stage, tmp_path, name, error, missing):
     assert is_polling(elf, missing)
 
 
-# As where there are no ring buffers, and a destination is soon no longer of interest.
+# As where there are no ring buffers, and a destination is soon no longer a target.
 FORGETFUL_COMMAND = with_change(f'elfprobe.LINGER = 0.5\n{platform(has_ring_buffer=False)}')
 
 
-def test_destination_of_interest_again(net, stage, tmp_path):
+def test_destination_that_is_a_target_again(net, stage, tmp_path):
     """Where connections are looked for: no sequence number comes twice (INTERFACE: unique per dest)."""
     via = *net.client.command(), *FORGETFUL_COMMAND
     with elfprobe(net, '-a', 'speedtest', '-p', '0', cwd=tmp_path, via=via) as elf:
@@ -1026,7 +1026,7 @@ elfprobe.bcc.BPF = SmallBPF
 
 
 def test_events_without_room_are_made_up_for(net, stage, tmp_path):
-    """elfprobe is stopped while a program of interest starts among many others."""
+    """elfprobe is stopped while a target starts among many others."""
     via = *net.client.command(), *SMALL_RING_COMMAND
     with elfprobe(net, '-a', 'speedtest', '-d', cwd=tmp_path, via=via) as elf:
         os.kill(elf.process.pid, signal.SIGSTOP)
@@ -1186,7 +1186,7 @@ while True:
         time.sleep(60)
         break
 """
-# As where a process of interest forks so often that there is a new child whenever all were looked at.
+# As where a target process forks so often that there is a new child whenever all were looked at.
 FORKS_EACH_TIME = """
 import glob, signal, time
 look = elfprobe.running_processes

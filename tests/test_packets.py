@@ -989,6 +989,13 @@ def test_rows_of_unanswered_probes(load: Load, version: int, protocol: str) -> N
     assert programs.in_flight() == [new]
 
 
+def test_platform_knows_which_helpers_programs_may_call() -> None:
+    platform = elfprobe.Platform.detect()
+    assert (platform.tick > 0) == (platform.version >= (5, 6, 0))
+    assert elfprobe.takes_program([elfprobe.ZERO_R0, elfprobe.EXIT])
+    assert not elfprobe.takes_program([(elfprobe.CALL, 0, 0, 0, 9999), elfprobe.ZERO_R0, elfprobe.EXIT])
+
+
 class Failing:
     """A library, but for one function, which fails with an errno."""
 

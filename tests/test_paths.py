@@ -844,7 +844,7 @@ def test_other_system(lab4, tmp_path, command, options):
     ) as run:
         wait_until(lambda: len(run.rows()) > 1000, 30, '1000 rows')
         assert run.stop() == 0
-    assert ('what the programs take is not known' in run.log) == (command is OLD_COMMAND)
+    assert ('CPU time of the programs is not known' in run.log) == (command is OLD_COMMAND)
     packets = ip_packets(seen)
     rows = run.rows()
     probes = [packet for packet in packets if packet.dest in both(lab4) and not packet.is_time_exceeded]
