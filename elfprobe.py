@@ -575,14 +575,13 @@ class Platform:
     @classmethod
     def detect(cls) -> Platform:
         """Return what this machine can do. Raises Failure if no temporary file can be written."""
-        match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", os.uname().release)
-        first, second, third = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
+        version = linux_version()
         has_links = hasattr(bcc.lib, "bpf_link_create")
         tick = round(time.clock_getres(CLOCK_MONOTONIC_COARSE) * 1e9)
         return cls(
-            version=(first, second, third),
+            version=version,
             has_links=has_links,
-            has_tcx=has_links and (first, second) >= (6, 6),
+            has_tcx=has_links and version >= (6, 6, 0),
             has_ring_buffer=hasattr(bcc.BPF, "ring_buffer_poll") and takes_ring_buffer(),
             has_batches=hasattr(bcc.lib, "bpf_lookup_batch"),
             has_run_time_stats=hasattr(bcc.lib, "bpf_enable_stats"),
@@ -593,6 +592,13 @@ class Platform:
             tick=tick if takes_program(CALLS_JIFFIES64) else 0,
             zerocopy=find_zerocopy() if takes_program(CALLS_PROBE_READ_KERNEL) else ZeroCopy(),
         )
+
+
+def linux_version() -> tuple[int, int, int]:
+    """Return the three numbers of the kernel's version."""
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", os.uname().release)
+    first, second, third = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
+    return first, second, third
 
 
 def find_zerocopy() -> ZeroCopy:
@@ -742,7 +748,7 @@ def power_of_two(least: float) -> int:
 
 
 @contextlib.contextmanager
-def kernel_headers(version: tuple[int, int, int]) -> Iterator[None]:
+def kernel_headers() -> Iterator[None]:
     """Point BCC to a folder with the little that it needs of the kernel's headers, so that none need be installed.
 
     If the user names a folder in BCC_KERNEL_SOURCE, BCC uses that one.
@@ -750,7 +756,7 @@ def kernel_headers(version: tuple[int, int, int]) -> Iterator[None]:
     if "BCC_KERNEL_SOURCE" in os.environ:
         yield
         return
-    numbers = ",".join(map(str, version))
+    numbers = ",".join(map(str, linux_version()))
     files = {
         "linux/kconfig.h": "#define CONFIG_BPF_SYSCALL 1\n",
         "linux/types.h": KERNEL_TYPES,
@@ -1002,7 +1008,7 @@ class Kernel:
             return Failure(f"the kernel (Linux {os.uname().release}) makes no BPF map: {said}")
 
         try:
-            with kernel_headers(self.platform.version), bcc_errors(failure), captured_stderr(messages):
+            with kernel_headers(), bcc_errors(failure), captured_stderr(messages):
                 bpf = bcc.BPF(text=text, cflags=flags)
         except OSError as err:
             raise Failure(f"no temporary file can be written: {err.strerror}") from err
