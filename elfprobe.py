@@ -129,7 +129,7 @@ class Every:
             self._action()
 
 
-# ---- Command line -----------------------------------------------------------------------------------
+# ---- Command line ------------------------------------------------------------------------------------
 
 DESTINATIONS_MAX = 65536
 HOOKS_FILE = os.path.join(HERE, "elfhooks.c")
@@ -318,7 +318,7 @@ def parse_arguments(argv: list[str]) -> Config:
     return config
 
 
-# ---- C functions: of libbpf, BCC's library and the C library ------------------------------------------
+# ---- C functions: of libbpf, BCC's library and the C library -----------------------------------------
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 BPF_MAP_TYPE_RINGBUF = 27  # enum bpf_map_type, linux/bpf.h
@@ -327,8 +327,16 @@ BPF_XDP, BPF_TCX_INGRESS, BPF_TCX_EGRESS = 37, 46, 47  # enum bpf_attach_type; t
 BPF_CGROUP_INET_SOCK_CREATE = 2  # enum bpf_attach_type
 BPF_STATS_RUN_TIME = 0  # enum bpf_stats_type
 BTF_KIND_STRUCT = 4  # linux/btf.h
-# asm-generic/unistd.h: one number on all machines
-SYS_FSOPEN, SYS_FSCONFIG, SYS_FSMOUNT, SYS_PIDFD_OPEN, SYS_PIDFD_GETFD = 430, 431, 432, 434, 438
+
+
+class SystemCall(enum.IntEnum):
+    """Numbers of system calls, asm-generic/unistd.h: the same on all machines."""
+
+    FSOPEN = 430
+    FSCONFIG = 431
+    FSMOUNT = 432
+    PIDFD_OPEN = 434
+    PIDFD_GETFD = 438
 
 
 def raise_errno() -> None:
@@ -336,7 +344,7 @@ def raise_errno() -> None:
     raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def system_call(number: int, *args: int | bytes | None) -> int:
+def system_call(number: SystemCall, *args: int | bytes | None) -> int:
     """Return the result of a system call. Raises OSError."""
     result: int = LIBC.syscall(ctypes.c_long(number), *args)
     if result < 0:
@@ -524,20 +532,29 @@ def struct_offsets(btf: ctypes.c_void_p, name: bytes) -> dict[bytes, int]:
     return {name_of(btf, member.name_off): (member.offset & bits) // 8 for member in members}
 
 
-# ---- Platform: what this kernel, this BCC and this process can do --------------------------------------
+# ---- Platform: what this kernel, this BCC and this process can do ------------------------------------
 
 PAGE = os.sysconf("SC_PAGESIZE")
 CLOCK_MONOTONIC_COARSE = 6  # linux/time.h
-# linux/capability.h
-CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_NET_ADMIN, CAP_SYS_PTRACE = 1, 2, 12, 19
-CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 21, 38, 39
-# Three programs that call one helper. BPF instructions: code, destination, source, offset, immediate value.
+# Two programs that call one helper each. BPF instructions: code, destination, source, offset, immediate value.
 CALL, EXIT, ZERO_R0 = 0x85, (0x95, 0, 0, 0, 0), (0xB7, 0, 0, 0, 0)
 CALLS_JIFFIES64 = ((CALL, 0, 0, 0, 118), ZERO_R0, EXIT)  # bpf_jiffies64()
 CALLS_PROBE_READ_KERNEL = (  # bpf_probe_read_kernel(r10 - 8, 8, 0)
     (0x7A, 10, 0, -8, 0), (0xBF, 1, 10, 0, 0), (0x07, 1, 0, 0, -8), (0xB7, 2, 0, 0, 8), (0xB7, 3, 0, 0, 0),
     (CALL, 0, 0, 0, 113), ZERO_R0, EXIT,
 )  # fmt: skip
+
+
+class Capability(enum.IntEnum):
+    """Numbers of capabilities, linux/capability.h."""
+
+    DAC_OVERRIDE = 1
+    DAC_READ_SEARCH = 2
+    NET_ADMIN = 12
+    SYS_PTRACE = 19
+    SYS_ADMIN = 21
+    PERFMON = 38
+    BPF = 39
 
 
 class ZeroCopy(NamedTuple):
@@ -618,13 +635,13 @@ def missing_capabilities(by_process: bool) -> list[str]:
     A capability that includes another one does in its place.
     """
     needed = {
-        "cap_net_admin": (CAP_NET_ADMIN,),
-        "cap_bpf": (CAP_BPF, CAP_SYS_ADMIN),
-        "cap_perfmon": (CAP_PERFMON, CAP_SYS_ADMIN),
+        "cap_net_admin": (Capability.NET_ADMIN,),
+        "cap_bpf": (Capability.BPF, Capability.SYS_ADMIN),
+        "cap_perfmon": (Capability.PERFMON, Capability.SYS_ADMIN),
     }
     if by_process:
-        needed["cap_sys_ptrace"] = (CAP_SYS_PTRACE,)
-        needed["cap_dac_read_search"] = (CAP_DAC_READ_SEARCH, CAP_DAC_OVERRIDE)
+        needed["cap_sys_ptrace"] = (Capability.SYS_PTRACE,)
+        needed["cap_dac_read_search"] = (Capability.DAC_READ_SEARCH, Capability.DAC_OVERRIDE)
     effective = effective_capabilities()
     return [name for name, any_of in needed.items() if not any(effective >> number & 1 for number in any_of)]
 
@@ -655,7 +672,7 @@ def require_machine(config: Config) -> None:
         raise Failure(f"must run as root: sudo python3 elfprobe.py ... (missing: {', '.join(missing)})")
 
 
-# ---- Kernel: elfprobe.c compiled and loaded, its maps and events ----------------------------------------
+# ---- Kernel: elfprobe.c compiled and loaded, its maps and events -------------------------------------
 
 C_FILE = os.path.join(HERE, "elfprobe.c")
 BATCH = 4096  # entries of a map that are read at once
@@ -1196,7 +1213,7 @@ class Kernel:
             self.bpf.perf_buffer_poll(int(1000 * seconds))
 
 
-# ---- Attachments: the device, and the programs that are attached to it -----------------------------------
+# ---- Attachments: the device, and the programs that are attached to it -------------------------------
 
 ARPHRD_ETHER, ARPHRD_TUNNEL, ARPHRD_LOOPBACK, ARPHRD_SIT = 1, 768, 772, 776  # linux/if_arp.h
 # Links whose packets begin with IP; "none" are TUN, WireGuard and the like.
@@ -1695,7 +1712,7 @@ def attachments(ipr: Netlink, device: Device, kernel: Kernel, hook: Hook, tcx: b
     return [receiving, ClsactAttachment(ipr, device, egress, CLSACT_EGRESS)]
 
 
-# ---- Targets: destinations, target processes and their sockets -------------------------------------------
+# ---- Targets: destinations, target processes and their sockets ---------------------------------------
 
 UNDECIDED, TARGET = 1, 2  # status of a process, as in elfprobe.c
 IN_PATHS = 1  # in a slot of the address filter, as in elfprobe.c
@@ -1788,10 +1805,10 @@ def open_cgroup_root() -> int:
         top = mounts[max(mounts, key=len)]
         path = re.sub(rb"\\([0-7]{3})", lambda escape: bytes([int(escape[1], 8)]), top)
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    context = system_call(SYS_FSOPEN, b"cgroup2", 0)
+    context = system_call(SystemCall.FSOPEN, b"cgroup2", 0)
     try:
-        system_call(SYS_FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
-        mount = system_call(SYS_FSMOUNT, context, 0, 0)
+        system_call(SystemCall.FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
+        mount = system_call(SystemCall.FSMOUNT, context, 0, 0)
     finally:
         os.close(context)
     try:
@@ -1855,13 +1872,13 @@ def duplicated_sockets(pid: int) -> Iterator[socket.socket]:
 
     Raises OSError if the process has ended.
     """
-    pidfd = system_call(SYS_PIDFD_OPEN, pid, 0)
+    pidfd = system_call(SystemCall.PIDFD_OPEN, pid, 0)
     try:
         for name in os.listdir(f"/proc/{pid}/fd"):
             try:
                 if not os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:"):
                     continue
-                duplicate = system_call(SYS_PIDFD_GETFD, pidfd, int(name), 0)
+                duplicate = system_call(SystemCall.PIDFD_GETFD, pidfd, int(name), 0)
             except FileNotFoundError:
                 continue
             except OSError as err:
@@ -2190,7 +2207,7 @@ class ConnectionPoller:
             thread.join()
 
 
-# ---- Results: rows of probes that have ended, events of flows, the hooks' maps --------------------------------
+# ---- Results: rows of probes that have ended, events of flows, the hooks' maps -----------------------
 
 RESULT_PERF_PAGES = 512  # of each CPU's perf buffer, if there is no ring
 FLOW_EVENT_TEXTS = {  # by enum of elfprobe.c
@@ -2317,7 +2334,7 @@ def map_lines(kernel: Kernel, name: str, is_stopped: Callable[[], bool]) -> list
     return lines
 
 
-# ---- Run: one measurement, and the entry point -----------------------------------------------------------
+# ---- Run: one measurement, and the entry point -------------------------------------------------------
 
 LEASE = 2.0  # s after its last renewal for which the kernel makes probes
 RENEW_EVERY = 0.5  # s
