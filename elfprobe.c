@@ -60,9 +60,6 @@
 #ifndef MAX_RATE
 #error "MAX_RATE: maximum number of probes per second over all destinations, 1 or more"
 #endif
-#ifndef SALT
-#error "SALT: random 16 bits in the numbers of probes, so that others cannot guess them"
-#endif
 #ifndef INGRESS_DROP
 #error "INGRESS_DROP: 1 drops a time exceeded that answers a probe, 0 passes it to the stack"
 #endif
@@ -374,6 +371,7 @@ struct tcp_progress {
 struct reservation {
 	__u32 seq;
 	__u32 ttl;
+	__u32 salt; /* of struct schedule */
 	__u64 time; /* when it was made */
 	__u64 due;  /* the hop's next due time, as the reservation set it */
 };
@@ -429,6 +427,18 @@ static inline __u64 ticks_now(void)
 {
 	return TICK_NS ? jiffies64() : 0;
 }
+
+/* Entry points of programs. With MAPS_ONLY, user space has kept the instructions from an earlier run, and needs only
+ * the maps and their types. Functions that nobody calls cost no compilation. Without any other, BCC makes no BTF. */
+#ifdef MAPS_ONLY
+#define PROGRAM static inline
+int elf_nothing(void *ctx)
+{
+	return 0;
+}
+#else
+#define PROGRAM
+#endif
 
 #define READ_ONCE(x) (*(volatile typeof(x) *)&(x))
 
@@ -1183,6 +1193,7 @@ struct filter_line {
 
 struct schedule {
 	struct bpf_spin_lock lock; /* of the path model, for all paths */
+	__u32 salt;                /* random 16 bits in the numbers of probes, so that others cannot guess them */
 	__u64 budget;              /* over all paths: theoretical arrival time of the next probe (GCRA) */
 };
 
@@ -1286,6 +1297,7 @@ static inline int reserve_probe(struct path *path, struct reservation *reservati
 	} else if (ttl != NONE_DUE) {
 		all->budget = max64(all->budget, now) + BUDGET_COST;
 		reservation->seq = path->pacing.seq;
+		reservation->salt = all->salt;
 		reservation->ttl = ttl;
 		reservation->time = now;
 		reservation->due = probe_reserved(path, ttl, now, ticks);
@@ -1849,7 +1861,8 @@ static inline int rewrite_udp(struct __sk_buff *skb, struct clone *clone, struct
 	if (!clone->keep_payload) {
 		if ((void *)(compensation + 1) > clone->l4.end)
 			return -1;
-		check = bpf_htons(1 + ((__u64)scratch->reservation.seq * CHECKSUM_STEP + SALT) % 65535);
+		check = bpf_htons(
+			1 + ((__u64)scratch->reservation.seq * CHECKSUM_STEP + scratch->reservation.salt) % 65535);
 		*compensation = ~csum_fold(sum + check);
 		scratch->probe.compensation = *compensation;
 		udp->check = check;
@@ -1888,7 +1901,7 @@ static inline int rewrite_icmp(struct clone *clone, struct scratch *scratch)
 		return 0;
 	if ((void *)(compensation + 1) > clone->l4.end)
 		return -1;
-	icmp->sequence = bpf_htons(scratch->reservation.seq + SALT);
+	icmp->sequence = bpf_htons(scratch->reservation.seq + scratch->reservation.salt);
 	sum = clone->pkt.version == 6 ? clone->pseudo + bpf_htonl(clone->new_len) : 0;
 	sum += *(__u16 *)icmp + icmp->check + icmp->id + icmp->sequence;
 	*compensation = ~csum_fold(sum);
@@ -2095,7 +2108,7 @@ static inline void report_process(struct process_event *event)
 
 /* sched_process_exec, in the process. A target stays one, under its new name. Any other process may become one by a
  * name that only user space sees: that of its executable or its script. */
-int elf_exec(struct bpf_raw_tracepoint_args *ctx)
+PROGRAM int elf_exec(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct process_event event = { .pid = bpf_get_current_pid_tgid() >> 32 };
 	struct app_name app = current_app();
@@ -2119,7 +2132,7 @@ int elf_exec(struct bpf_raw_tracepoint_args *ctx)
 /* sched_wakeup_new, in the parent, before the child runs. The child inherits the status of its parent.
  * Not at sched_process_fork: Linux 7.2 skips a program there while another run of it is preempted on that CPU. Here
  * no run is preempted, because the run queue is locked. */
-int elf_fork(struct bpf_raw_tracepoint_args *ctx)
+PROGRAM int elf_fork(struct bpf_raw_tracepoint_args *ctx)
 {
 	__u32 pid = bpf_get_current_pid_tgid() >> 32, *offset;
 	struct process_event event = {};
@@ -2155,7 +2168,7 @@ int elf_fork(struct bpf_raw_tracepoint_args *ctx)
 
 /* sched_process_exit, in every thread. Other threads may outlive the first one, or have become it by an exec. So
  * user space removes the process, when all its threads have ended. */
-int elf_exit(struct bpf_raw_tracepoint_args *ctx)
+PROGRAM int elf_exit(struct bpf_raw_tracepoint_args *ctx)
 {
 	__u64 ids = bpf_get_current_pid_tgid();
 	struct process_event event = { .pid = ids >> 32 };
@@ -2172,7 +2185,7 @@ int elf_exit(struct bpf_raw_tracepoint_args *ctx)
 }
 
 /* cgroup sock_create, in the creating process. Always returns 1, which allows the socket. */
-int elf_sock_create(struct bpf_sock *sk)
+PROGRAM int elf_sock_create(struct bpf_sock *sk)
 {
 	__u64 ids = bpf_get_current_pid_tgid();
 	struct process_event event = { .pid = ids >> 32 };
@@ -2283,7 +2296,7 @@ static inline int make_probe(struct __sk_buff *skb, struct scratch *scratch)
  *
  * qdisc_pkt_len was set before we trimmed the clone, so a shaper would charge the probe for the whole packet.
  * Redirecting it once more makes the kernel compute it again. */
-int elf_probe(struct __sk_buff *skb)
+PROGRAM int elf_probe(struct __sk_buff *skb)
 {
 	struct scratch *scratch = scratch_of_run();
 	int reason;
@@ -2511,7 +2524,7 @@ static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh,
 
 /* Runs for every packet that leaves. Never changes an application packet. TC_ACT_UNSPEC leaves it to the next
  * filter. */
-int elf_egress(struct __sk_buff *skb)
+PROGRAM int elf_egress(struct __sk_buff *skb)
 {
 	struct hdr_cursor nh = { (void *)(long)skb->data, (void *)(long)skb->data_end };
 	struct packet pkt = {};
@@ -2705,7 +2718,7 @@ static inline void receive_echo_reply(const struct packet *pkt, const struct icm
 }
 
 /* Runs for every packet that arrives. All pass, except replies to probes with INGRESS_DROP. */
-int elf_ingress(struct xdp_md *ctx)
+PROGRAM int elf_ingress(struct xdp_md *ctx)
 {
 	struct hdr_cursor nh = { (void *)(long)ctx->data, (void *)(long)ctx->data_end };
 	enum icmp_kind kind = OTHER_ICMP;

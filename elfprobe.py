@@ -35,12 +35,14 @@ from __future__ import annotations
 import argparse
 import array
 import atexit
+import base64
 import contextlib
 import ctypes
 import dataclasses
 import enum
 import errno
 import fcntl
+import hashlib
 import itertools
 import json
 import logging
@@ -51,6 +53,7 @@ import re
 import secrets
 import signal
 import socket
+import stat
 import struct
 import sys
 import tempfile
@@ -278,6 +281,10 @@ class Config:
     live: bool = argument(
         "--no-live", default=True, action="store_false",
         help="no table on the terminal while it runs, only log lines",
+    )  # fmt: skip
+    cache: bool = argument(
+        "--no-cache", default=True, action="store_false",
+        help="compile the programs, and do not keep them for the next start",
     )  # fmt: skip
     salt: int = 0  # no option: 16 random bits, so that nobody can guess the probes' identifiers
 
@@ -675,6 +682,10 @@ def require_machine(config: Config) -> None:
 # ---- Kernel: elfprobe.c compiled and loaded, its maps and events -------------------------------------
 
 C_FILE = os.path.join(HERE, "elfprobe.c")
+CACHE = "/var/cache/elfprobe"
+CACHE_FILES_MAX = 64  # of 100 to 200 KB
+INSTRUCTION = 8  # bytes of struct bpf_insn
+LD_IMM64, MAP_FD = 0x18, 1  # linux/bpf.h: BPF_LD | BPF_DW | BPF_IMM, BPF_PSEUDO_MAP_FD
 BATCH = 4096  # entries of a map that are read at once
 EVENT_PERF_PAGES = 64  # of each CPU's perf buffer, if there are no ring buffers
 FLOW_DESTINATIONS_MAX = 16384  # destinations of processes' flows
@@ -738,7 +749,6 @@ def build_flags(config: Config, build: Build, platform: Platform) -> dict[str, s
         "RATE_GLOBAL": str(int(config.rate_global)),
         "INTERVAL_NS": f"{config.probeint * 1000000}ULL",
         "MAX_RATE": f"{config.max_rate}ULL",
-        "SALT": str(config.salt),
         "INGRESS_DROP": str(int(config.ingress == "drop")),
         "INGRESS_TC": str(int(build.ingress_tc)),
         "TCX": str(int(build.tcx)),
@@ -757,6 +767,19 @@ def build_flags(config: Config, build: Build, platform: Platform) -> dict[str, s
         "RESULTS_PAGES": str(pages),
         "WAKE_EVERY": str(max(pages * PAGE // RESULT_BYTES // 4 // (os.cpu_count() or 1), 1)),
     }
+
+
+def program_types(build: Build) -> dict[str, int]:
+    """Return the programs to load, with BCC's number for the type of each."""
+    types = bcc.BPF
+    kinds = dict.fromkeys(("elf_egress", "elf_probe", "elf_ingress"), types.SCHED_CLS)
+    if not build.ingress_tc:
+        kinds["elf_ingress"] = types.XDP
+    if build.by_owner:
+        # Older BCC cannot pass on an attach type. Without one, the kernel takes the program for sock_create.
+        kinds["elf_sock_create"] = types.CGROUP_SOCK
+        kinds.update(dict.fromkeys(TRACEPOINTS, types.RAW_TRACEPOINT))
+    return kinds
 
 
 def power_of_two(least: float) -> int:
@@ -988,6 +1011,96 @@ class Map:
                     yield dict(zip(("key", "value"), map(plain, pair)))
 
 
+class Program(NamedTuple):
+    """Instructions of a program, and the maps that they refer to: number of the instruction -> name of the map."""
+
+    code: bytes
+    maps: dict[int, str]
+
+    @classmethod
+    def extract(cls, code: bytes, names: dict[int, str]) -> Program:
+        """Return a program from instructions that refer to maps by descriptor. names: descriptor -> name."""
+        found = enumerate(map(Instruction.from_buffer_copy, split(code, INSTRUCTION)))
+        return cls(code, {at: names[one.imm] for at, one in found if one.code == LD_IMM64 and one.src == MAP_FD})
+
+    def linked(self, descriptors: dict[str, int]) -> bytes:
+        """Return the instructions, referring to these maps. descriptors: name -> descriptor."""
+        code = (Instruction * (len(self.code) // INSTRUCTION)).from_buffer_copy(self.code)
+        for at, name in self.maps.items():
+            code[at].imm = descriptors[name]
+        return bytes(code)
+
+
+class ProgramCache:
+    """Programs that an earlier run has compiled from the same text, in files that only root can write.
+
+    Compiling takes most of the time of a start. What decides about the instructions is part of a file's name, so
+    a file is never out of date. Whatever is wrong with the cache, elfprobe compiles as if there were none.
+    """
+
+    def __init__(self, folder: str, *inputs: object) -> None:
+        self._folder = folder
+        digest = hashlib.sha256(json.dumps(inputs, default=str).encode()).hexdigest()
+        self._path = os.path.join(folder, f"{digest}.json")
+
+    def read(self) -> dict[str, Program]:
+        """Return the programs by name; none if they are not in the cache."""
+        try:
+            fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            with open(fd, encoding="ascii") as file:
+                if not (self._is_ours(os.lstat(self._folder)) and self._is_ours(os.fstat(fd))):
+                    raise OSError(errno.EPERM, "others may write to it")
+                found = json.load(file)
+            os.utime(self._path)
+            return {
+                name: Program(base64.b64decode(code), {int(at): text for at, text in maps.items()})
+                for name, (code, maps) in found.items()
+            }
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, AttributeError) as err:
+            log.debug("cache of programs '%s': %s", self._path, err)
+            return {}
+
+    def write(self, programs: dict[str, Program]) -> None:
+        """Keep the programs, and the files that were used last."""
+        content = {name: (base64.b64encode(one.code).decode(), one.maps) for name, one in programs.items()}
+        try:
+            os.makedirs(self._folder, 0o700, exist_ok=True)
+            if not self._is_ours(os.lstat(self._folder)):
+                raise OSError(errno.EPERM, "others may write to the folder")
+            with tempfile.NamedTemporaryFile("w", dir=self._folder, encoding="ascii", delete=False) as file:
+                try:
+                    json.dump(content, file)
+                    file.flush()
+                    os.replace(file.name, self._path)
+                except BaseException:
+                    os.unlink(file.name)
+                    raise
+            files = [entry for entry in os.scandir(self._folder) if entry.is_file(follow_symlinks=False)]
+            files.sort(key=lambda entry: entry.stat(follow_symlinks=False).st_mtime, reverse=True)
+            for entry in files[CACHE_FILES_MAX:]:
+                os.unlink(entry.path)
+        except OSError as err:
+            log.debug("cache of programs '%s': %s", self._path, err)
+
+    def forget(self) -> None:
+        """Remove the programs, which turned out to be of no use."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
+
+    @staticmethod
+    def _is_ours(status: os.stat_result) -> bool:
+        """Return whether a file or folder is this user's, and others can neither read nor write it."""
+        kind = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+        return kind and status.st_uid == os.geteuid() and not status.st_mode & 0o077
+
+
+def split(data: bytes, size: int) -> Iterator[bytes]:
+    """Yield the data in pieces of a size."""
+    return (data[at : at + size] for at in range(0, len(data), size))
+
+
 class Kernel:
     """elfprobe.c, compiled by BCC and loaded, until close(): its programs, maps, counters and events.
 
@@ -1000,13 +1113,27 @@ class Kernel:
         self._has_ring_buffer = platform.has_ring_buffer
         flags = [f"-D{name}={value}" for name, value in build_flags(config, build, platform).items()]
         flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"] if with_warnings else ["-w"]
-        self.bpf = self._compile(config.hooks, flags)
-        try:
-            self._load(build, 40 if config.debug else 3)
-        except BaseException:
-            self.close()
-            raise
+        kinds, lines = program_types(build), 40 if config.debug else 3
+        text = program_text(config.hooks)
+        cache = ProgramCache(CACHE, text, flags, bcc.__version__, os.uname()) if config.cache else None
+        programs = cache.read() if cache else {}
+        if cache and programs:
+            try:
+                self.bpf = self._compile(config.hooks, text, [*flags, "-DMAPS_ONLY"])
+                self._load(build, kinds, lines, programs)
+                log.debug("programs that an earlier run compiled are loaded")
+            except Failure as failure:  # compile, so that the messages are those of a run without a cache
+                log.debug("cache of programs: %s", failure)
+                cache.forget()
+                programs = {}
+        if not programs:
+            self.bpf = self._compile(config.hooks, text, flags)
+            self._load(build, kinds, lines, {})
+            if cache:
+                cache.write(self._programs(kinds))
         self._maps: dict[str, Map] = {}
+        schedules = self.map("schedules")
+        schedules.put(0, schedules.new(salt=config.salt))
         self._in_flight = self.map("in_flight")
         probe, key = Layout(self.bpf["in_flight"].Leaf), Layout(self.bpf["in_flight"].Key)
         self._outstanding = struct.Struct(probe.format + key.format[1:])
@@ -1014,9 +1141,9 @@ class Kernel:
         self._sendtime = self.outstanding_names.index("sendtime")
         self._sockets = bcc.lib.bpf_table_fd(self.bpf.module, b"sockets") if build.by_owner else -1
 
-    def _compile(self, hooks: str, flags: list[str]) -> Any:
+    def _compile(self, hooks: str, text: str, flags: list[str]) -> Any:
         """Return BCC's object."""
-        text, messages = program_text(hooks), [""]
+        messages = [""]
 
         def failure(_: str) -> Failure:
             said = messages[-1].strip()
@@ -1033,18 +1160,17 @@ class Kernel:
             log.warning("compiler: %s", line)
         return bpf
 
-    def _load(self, build: Build, lines: int) -> None:
-        """Load the programs. Up to so many lines of the verifier's log are part of a Failure."""
-        types = bcc.BPF
-        kinds = dict.fromkeys(("elf_egress", "elf_probe", "elf_ingress"), types.SCHED_CLS)
-        if not build.ingress_tc:
-            kinds["elf_ingress"] = types.XDP
-        if build.by_owner:
-            # Older BCC cannot pass on an attach type. Without one, the kernel takes the program for sock_create.
-            kinds["elf_sock_create"] = types.CGROUP_SOCK
-            kinds.update(dict.fromkeys(TRACEPOINTS, types.RAW_TRACEPOINT))
-        for name, kind in kinds.items():
-            self._load_program(name, kind, lines)
+    def _load(self, build: Build, kinds: dict[str, int], lines: int, programs: dict[str, Program]) -> None:
+        """Load the programs: these, or what was compiled. Close everything if one cannot be loaded.
+
+        Up to so many lines of the verifier's log are part of the Failure.
+        """
+        try:
+            for name, kind in kinds.items():
+                self._load_program(name, kind, lines, programs)
+        except BaseException:
+            self.close()
+            raise
         if self.platform.has_malloc_trim:
             LIBC.malloc_trim(0)  # give back what the compiler used, some 20 MB
         tail_calls = self.bpf["programs"]
@@ -1052,7 +1178,7 @@ class Kernel:
         if build.ingress_tc:
             tail_calls[tail_calls.Key(1)] = tail_calls.Leaf(self.program("elf_ingress"))
 
-    def _load_program(self, name: str, kind: int, lines: int) -> None:
+    def _load_program(self, name: str, kind: int, lines: int, programs: dict[str, Program]) -> None:
         messages = [""]
 
         def failure(text: str) -> Failure:
@@ -1061,7 +1187,32 @@ class Kernel:
             return Failure(f"{kernel} does not take {name}: {text}", detail=detail)
 
         with bcc_errors(failure), captured_stderr(messages):
-            self.bpf.load_func(name, kind)
+            if not programs:
+                self.bpf.load_func(name, kind)
+                return
+            code = programs[name].linked({map_name: fd for fd, map_name in self._map_names().items()})
+            module, lib = self.bpf.module, bcc.lib
+            terms = lib.bpf_module_license(module), lib.bpf_module_kern_version(module)
+            fd = bpf_call("bcc_prog_load", kind, name.encode(), code, len(code), *terms, 0, None, 0)
+            self.bpf.funcs[name.encode()] = bcc.BPF.Function(self.bpf, name.encode(), fd)
+
+    def _programs(self, names: Iterable[str]) -> dict[str, Program]:
+        """Return the programs of these names, as they were compiled."""
+        module, lib, maps = self.bpf.module, bcc.lib, self._map_names()
+        start, size = lib.bpf_function_start, lib.bpf_function_size
+        return {
+            name: Program.extract(ctypes.string_at(start(module, name.encode()), size(module, name.encode())), maps)
+            for name in names
+        }
+
+    def _map_names(self) -> dict[int, str]:
+        """Return the names of all maps by descriptor."""
+        count, name_of = bcc.lib.bpf_num_tables, bcc.lib.bpf_table_name  # BCC does not declare their types
+        count.restype, count.argtypes = ctypes.c_size_t, (ctypes.c_void_p,)
+        name_of.restype, name_of.argtypes = ctypes.c_char_p, (ctypes.c_void_p, ctypes.c_size_t)
+        module = self.bpf.module
+        names = [name_of(module, number) for number in range(count(module))]
+        return {bcc.lib.bpf_table_fd(module, name): name.decode() for name in names}
 
     def close(self) -> None:
         """Close everything, once. BCC 0.12 would close it again at exit, and fail."""
@@ -1171,14 +1322,9 @@ class Kernel:
 
     def hook_maps(self) -> list[str]:
         """Return the names of the maps that the hooks file defines: all but those of elfprobe.c."""
-        count, name_of = bcc.lib.bpf_num_tables, bcc.lib.bpf_table_name  # BCC does not declare their types
-        count.restype, count.argtypes = ctypes.c_size_t, (ctypes.c_void_p,)
-        name_of.restype, name_of.argtypes = ctypes.c_char_p, (ctypes.c_void_p, ctypes.c_size_t)
-        module = self.bpf.module
-        names = [name_of(module, number).decode() for number in range(count(module))]
         # The first argument of a macro, or the fourth if the first one is the type of the map.
         ours = re.findall(r'^BPF_\w+\((?:"\w+", [^,]+, [^,]+, )?(\w+)', read_source(C_FILE, "program"), re.M)
-        return [name for name in names if name not in ours]
+        return [name for name in self._map_names().values() if name not in ours]
 
     # Events
 

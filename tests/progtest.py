@@ -148,7 +148,9 @@ class Programs:
     ) -> None:
         build = elfprobe.Build(frame, ingress_tc, tcx, by_owner)
         self.platform = dataclasses.replace(elfprobe.Platform.detect(), **(platform or {}))
-        self.kernel = elfprobe.Kernel(elfprobe.Config('none', **config), build, self.platform, with_warnings=True)
+        self.kernel = elfprobe.Kernel(
+            elfprobe.Config('none', cache=False, **config), build, self.platform, with_warnings=True
+        )
         self.bpf = self.kernel.bpf
         self.results = elfprobe.Results(self.kernel)
         self._verdicts = {XDP_DROP: DROP, XDP_PASS: PASS}

@@ -1,0 +1,124 @@
+"""Compiled programs that are kept for the next start: they are used, and nothing else in the cache is trusted."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from lab import Lab, wait_until
+from runs import Run, elfprobe
+
+USED = 'programs that an earlier run compiled are loaded'
+
+pytestmark = pytest.mark.root
+
+
+def start(lab: Lab, folder: Path, *options: str) -> Run:
+    """Run elfprobe until it has rows, with `folder` in the place of /var/cache. The routers answer a ping."""
+    mount = f'mount --bind {folder} /var/cache && exec "$@"'
+    via = [*lab.client.command(), 'unshare', '--mount', 'sh', '-c', mount, 'sh']
+    with elfprobe(lab, '-d', *options, lab.server_address(4), cwd=folder, via=via) as run:
+        with lab.client.popen('ping', '-i.01', lab.server_address(4), stdout=-3) as ping:
+            wait_until(lambda: len(run.rows()) > 40, 20, 'rows')
+            ping.kill()
+        assert run.stop() == 0
+    assert {row.responder for row in run.rows() if row.is_answered} == {lab.hop(4, nr) for nr in range(1, 5)}
+    return run
+
+
+@pytest.mark.sample
+@pytest.mark.parametrize('options', [[], ['-a', 'ping']], ids=['by address', 'by name'])
+def test_second_start_takes_the_programs_of_the_first(lab4, tmp_path, options):
+    assert USED not in start(lab4, tmp_path, *options).log
+    first = {path: path.read_bytes() for path in (tmp_path / 'elfprobe').iterdir()}
+    assert len(first) == 1
+    assert USED in start(lab4, tmp_path, *options).log
+    assert USED not in start(lab4, tmp_path, *options, '-r', 'g').log
+    assert USED not in start(lab4, tmp_path, *options, '--no-cache').log
+    assert {path: path.read_bytes() for path in first} == first
+    assert len(list((tmp_path / 'elfprobe').iterdir())) == 2
+
+
+def cut(kept: Path) -> None:
+    kept.write_bytes(kept.read_bytes()[:-100])
+
+
+def of_another_form(kept: Path) -> None:
+    kept.write_text('[1, 2]')
+
+
+def refused_by_the_verifier(kept: Path) -> None:
+    content = json.loads(kept.read_text())
+    content['elf_egress'][0] = base64.b64encode(bytes(8)).decode()
+    content['elf_egress'][1] = {}
+    kept.write_text(json.dumps(content))
+
+
+def without_a_program(kept: Path) -> None:
+    content = json.loads(kept.read_text())
+    del content['elf_probe']
+    kept.write_text(json.dumps(content))
+
+
+def of_another_user(kept: Path) -> None:
+    os.chown(kept, 12345, -1)
+
+
+def writable_by_others(kept: Path) -> None:
+    kept.chmod(0o622)
+
+
+def in_a_folder_that_others_write(kept: Path) -> None:
+    kept.parent.chmod(0o777)
+
+
+def elsewhere(kept: Path) -> None:
+    kept.rename(kept.parent.parent / 'moved')
+    kept.symlink_to(kept.parent.parent / 'moved')
+
+
+def a_pipe(kept: Path) -> None:
+    kept.unlink()
+    os.mkfifo(kept, 0o600)
+
+
+FAULTS = [
+    cut,
+    of_another_form,
+    refused_by_the_verifier,
+    without_a_program,
+    of_another_user,
+    writable_by_others,
+    in_a_folder_that_others_write,
+    elsewhere,
+    a_pipe,
+]
+
+
+@pytest.mark.parametrize('spoil', FAULTS)
+def test_what_is_wrong_in_the_cache_is_not_used(lab4, tmp_path, spoil):
+    start(lab4, tmp_path)
+    [kept] = (tmp_path / 'elfprobe').iterdir()
+    spoil(kept)
+    run = start(lab4, tmp_path)
+    assert USED not in run.log and 'rror' not in run.log
+
+
+def test_messages_are_those_of_a_run_without_a_cache(lab4, tmp_path):
+    """A hooks file that the verifier refuses is refused with the same words each time."""
+    hooks = tmp_path / 'bad.c'
+    hooks.write_text('static inline int elf_v4_icmp_beforesend(struct __sk_buff *ctx) { return *(int *)8; }\n')
+    said = []
+    for options in [], [], ['--no-cache']:
+        mount = f'mount --bind {tmp_path} /var/cache && exec "$@"'
+        via = [*lab4.client.command(), 'unshare', '--mount', 'sh', '-c', mount, 'sh']
+        with pytest.raises(Exception) as raised, elfprobe(
+            lab4, '-H', str(hooks), *options, lab4.server_address(4), cwd=tmp_path, via=via
+        ):
+            pass
+        said.append(str(raised.value))
+    assert len(set(said)) == 1 and 'does not take elf_probe' in said[0]
