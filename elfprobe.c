@@ -28,6 +28,8 @@
  *   carrier       the application packet from which a probe is cloned; it leaves unchanged
  *   target        a process or a destination that the user wants to be probed
  *   hop           a TTL value, from 1, and the router at which a probe with that TTL expires
+ *   proven        of a hop: a time exceeded proves that a router is at this TTL, or farther, on the path as it is now
+ *   guarded probe a probe that may arrive, because its hop is not proven: broken, so that every host discards it
  *   responder     source of the ICMP error that answers a probe
  *   quoted packet the start of the probe, as an ICMP error contains it
  *   in flight     sent, recorded, and not answered yet; whoever removes a probe from the map in_flight owns it
@@ -74,6 +76,12 @@
 #endif
 #ifndef ZEROCOPY_FLAGS
 #error "ZEROCOPY_FLAGS, ZEROCOPY_FLAG: offset of the byte in struct skb_shared_info that marks user memory; its bit"
+#endif
+#ifndef SKB_DST
+#error "SKB_DST, DST_FLAGS: offsets of _skb_refdst in struct sk_buff, of flags in struct dst_entry; 0 if unknown"
+#endif
+#ifndef RT4_GATEWAY
+#error "RT4_GATEWAY, RT6_FLAGS: offsets of rt_gw_family in struct rtable, of rt6i_flags in struct rt6_info"
 #endif
 #ifndef DESTINATIONS_MAX
 #error "DESTINATIONS_MAX: maximum number of target destinations at a time"
@@ -255,9 +263,9 @@ struct probe {
 	__u8 outttl;
 	__u8 payload_len; /* bytes behind the headers of a trimmed probe; 0 if the probe keeps the packet's payload */
 	struct app_name app;
-	__u16 compensation; /* trimmed UDP: payload word that makes the checksum right, in network byte order; else 0 */
+	__u16 compensation; /* trimmed UDP: payload word that the checksum was made with, in network byte order; else 0 */
 	__u8 outtos;        /* DSCP and ECN */
-	__u8 unused;
+	__u8 form;          /* enum probe_form */
 	struct tcp_state tcp; /* of the socket that sent the packet */
 };
 
@@ -316,9 +324,9 @@ struct task_sample {
 	__u8 task[8192];
 };
 
-enum { FLOW_STALLED = 1, FLOW_RESUMED = 2, DESTINATION_EXCLUDED = 3, CLONE_INTERCEPTED = 4 };
+enum { FLOW_STALLED = 1, FLOW_RESUMED = 2, DESTINATION_EXCLUDED = 3, CLONE_INTERCEPTED = 4, PROBE_ARRIVED = 5 };
 
-/* Tells user space about a flow. For CLONE_INTERCEPTED, only the destination is known. */
+/* Tells user space about a flow. For CLONE_INTERCEPTED and PROBE_ARRIVED, only the destination is known. */
 struct flow_event {
 	struct probe_key flow;
 	__u32 kind;
@@ -348,6 +356,7 @@ struct counters {
 	__u64 events_lost;      /* events of processes and flows for which the ring had no room */
 	__u64 not_ours;         /* time exceeded that answers no probe in flight */
 	__u64 reached;          /* probes that the destination itself answered */
+	__u64 on_link;          /* due, but no router is between here and the destination */
 };
 
 /* How a TCP flow that carried probes progresses. */
@@ -372,6 +381,7 @@ struct reservation {
 	__u32 seq;
 	__u32 ttl;
 	__u32 salt; /* of struct schedule */
+	__u32 form; /* enum probe_form */
 	__u64 time; /* when it was made */
 	__u64 due;  /* the hop's next due time, as the reservation set it */
 };
@@ -603,7 +613,7 @@ static inline int submit_result(struct xdp_md *ctx, void *result, __u64 size)
 	return results.perf_submit(ctx, result, size);
 }
 
-static inline int submit_flow_event(struct __sk_buff *ctx, struct flow_event *event)
+static inline int submit_flow_event(void *ctx, struct flow_event *event)
 {
 	return flow_events.perf_submit(ctx, event, sizeof(*event));
 }
@@ -639,7 +649,7 @@ static inline int submit_result(struct xdp_md *ctx, void *result, __u64 size)
 	return results.ringbuf_output(result, size, wakeup);
 }
 
-static inline int submit_flow_event(struct __sk_buff *ctx, struct flow_event *event)
+static inline int submit_flow_event(void *ctx, struct flow_event *event)
 {
 	return flow_events.ringbuf_output(event, sizeof(*event), 0);
 }
@@ -673,6 +683,37 @@ static inline int is_zerocopy(struct __sk_buff *skb)
 	return flags & ZEROCOPY_FLAG;
 }
 
+/* include/net/dst.h, include/linux/skbuff.h, include/uapi/linux/route.h */
+#define SKB_DST_NOREF 1
+#define DST_FAKE_RTABLE 0x40
+#define DST_METADATA 0x80
+#define RTF_GATEWAY 2
+
+/* Does the route of the packet have no gateway, so that the next hop is the destination itself? The kernel has
+ * chosen the route before TC egress, by all its rules. bpf_fib_lookup() cannot tell: it refuses a device that does
+ * not forward. Return 0 if we cannot know: without BTF, for a packet without a route, or behind a device that has no
+ * link layer, where routers need no address. */
+static inline int is_on_link(struct __sk_buff *skb, __u32 version)
+{
+	__u8 gateway_family = 0;
+	__u32 route_flags = 0;
+	__u16 flags = 0;
+	__u64 dst = 0;
+
+	if (!SKB_DST || FRAME != FRAME_ETHERNET || TUNNEL)
+		return 0;
+	probe_read_kernel(&dst, sizeof(dst), (void *)skb + SKB_DST);
+	dst &= ~SKB_DST_NOREF;
+	if (!dst || probe_read_kernel(&flags, sizeof(flags), (void *)(dst + DST_FLAGS)) ||
+	    flags & (DST_FAKE_RTABLE | DST_METADATA))
+		return 0;
+	if (version == 4)
+		return !probe_read_kernel(&gateway_family, sizeof(gateway_family), (void *)(dst + RT4_GATEWAY)) &&
+		       !gateway_family;
+	return !probe_read_kernel(&route_flags, sizeof(route_flags), (void *)(dst + RT6_FLAGS)) &&
+	       !(route_flags & RTF_GATEWAY);
+}
+
 /* ---- Path model: pacing, distance, liveness, back-off --------------------------------------
  *
  * What we know of the path to a destination, and which hop to probe next. The functions of this section are pure: no
@@ -685,22 +726,32 @@ static inline int is_zerocopy(struct __sk_buff *skb)
  * probe_postponed       last_probed - 1
  * probe_reserved        next_due, seq + 1,  exploration done                                unanswered + 1, due;
  *                       last_sent                                                           early retry: level 0
- * probe_sent            last_sent, next_due                                                 due counts from now
- * probe_cancelled                                                                           unanswered - 1
- * hop_replied           next_due, if this   unknown: try the next TTL; outage ends;         level 0, unanswered 0,
+ * probe_sent            last_sent, next_due fallbacks                                       due counts from now
+ * probe_cancelled                                                                           unanswered - 1, due
+ * hop_replied           next_due, if this   proven, next TTL to try;   outage ends;         level 0, unanswered 0,
  *                       hop is due earlier  beyond length: longer;     last_responsive, if  rtt, due, false_alarms
  *                                           last router: may explore   farther
  * destination_seen      next_due: now, if   shorter at once, longer    outage ends;
- *                       anything changed    after LONGER_AFTER packets last_received;
- *                                                                      last_responsive < length
- * destination_reached                       length <= this TTL         last_responsive < TTL
+ *                       anything changed    after LONGER_AFTER         last_received;
+ *                                           packets; none proven       last_responsive < length
+ * destination_reached                       length <= this TTL,        last_responsive < TTL
+ *                                           proven < TTL
  *
  * Wrappers in the section after the maps call these functions under the lock. Some fields are used without it:
  * - note_packet() writes liveness.last_received. If two CPUs write it at the same time, it is wrong by a tick. It is
  *   compared with a second.
  * - elf_egress reads pacing.next_due and next_due_tick. choose_hop() checks next_due again. After an outdated
  *   next_due_tick the probe leaves with the next packet.
- * - elf_egress sets excluded, which is never cleared. flows_only is written before the entry is in a map. */
+ * - elf_egress sets excluded, which is never cleared. flows_only is written before the entry is in a map.
+ * - elf_egress puts off next_due while the destination is on-link. Every packet checks that again.
+ * - elf_ingress sets arrival_reported. If two CPUs do so at the same time, the log has the line twice. */
+
+/* What a probe looks like. Only a probe to a proven hop has the usual form, as NOTRUNC says. Any other may arrive. */
+enum probe_form {
+	USUAL,
+	GUARDED,  /* the receiver discards it: no NAT translates it either, and a stateful firewall may drop it */
+	FALLBACK, /* a NAT translates it, and the application of the receiver cannot tell it from its own packets */
+};
 
 /* An unresponsive hop backs off. Each level is 2^BACKOFF_SHIFT times as long as the one before, up to a maximum. */
 #define BACKOFF_ROUTER_MAX (10 * NSEC_PER_SEC)  /* of a hop that is certainly a router */
@@ -720,6 +771,7 @@ static inline int is_zerocopy(struct __sk_buff *skb)
 /* While the distance is unknown: time to wait for a hop before the next one is tried. It grows four times for each
  * unresponsive hop before. */
 #define STEP_WAIT (500 * NSEC_PER_MSEC)
+#define STEP_WAIT_MIN (20 * NSEC_PER_MSEC) /* when a hop before has told its round-trip time */
 #define STEP_SHIFT_MAX 8
 /* Number of consecutive packets that must say so, before we believe that the path has become longer. */
 #define LONGER_AFTER 16
@@ -727,6 +779,11 @@ static inline int is_zerocopy(struct __sk_buff *skb)
 #define EXPLORE_EVERY 20000
 /* Minimum time between two explorations because of the last router's replies. */
 #define EXPLORE_AGAIN (10 * NSEC_PER_SEC)
+
+/* Maximum number of fallback probes that no router answered: so many datagrams may arrive twice. */
+#define FALLBACKS_MAX 3
+/* Without an interval, at most so many probes to a hop are in flight. All may arrive if the path becomes shorter. */
+#define HOP_IN_FLIGHT 8
 
 /* Time between two probes to a responsive hop. */
 #define HOP_INTERVAL (RATE_GLOBAL ? 0 : INTERVAL_NS)
@@ -761,15 +818,19 @@ struct pacing {
 };
 
 struct distance {
-	__u64 shortened_at;    /* when the path became shorter: replies to older probes are about the old path */
+	__u64 changed_at;      /* when the path changed: replies to older probes are about the old path */
 	__u64 reply_distances; /* bits: distances that replies of the last router had, since length has this value */
 	__u64 last_explored;   /* last exploration because of such a reply; 0: never */
 	__u8 length;           /* TTL that reaches the destination; 0: unknown */
 	__u8 reverse;          /* length of the reverse path, by the TTL of the destination's packets */
 	__u8 longer_packets;   /* number of consecutive packets that say that the path is longer */
-	__u8 max_ttl_tried;    /* farthest hop to probe while length is unknown */
+	__u8 max_ttl_tried;    /* farthest hop to probe for now: hops before it are proven, or do not respond */
 	__u8 explore;          /* send one probe one hop beyond */
 	__u8 is_confirmed;     /* a probe has reached the destination */
+	__u8 proven;           /* farthest proven hop; those before it are proven, too; 0: none */
+	__u8 symmetric;        /* farthest proven hop, if its reply came from the same distance; else 0 */
+	__u8 fallbacks;        /* number of fallback probes since a router answered one */
+	__u8 guards_blocked;   /* a router answered a fallback probe, but no guarded one */
 };
 
 struct liveness {
@@ -785,8 +846,9 @@ struct path {
 	struct pacing pacing;
 	struct distance distance;
 	struct liveness liveness;
-	__u8 excluded;   /* no more probes: flows stalled under them, or clones were intercepted */
-	__u8 flows_only; /* the destination is no target itself: probe only the flows of target processes */
+	__u8 excluded;         /* no more probes: flows stalled under them, or clones were intercepted */
+	__u8 flows_only;       /* the destination is no target itself: probe only the flows of target processes */
+	__u8 arrival_reported; /* user space knows that probes reach the destination */
 	struct hop hops[MAX_HOPS + 1];
 };
 
@@ -814,19 +876,33 @@ static inline struct hop *hop_at(struct path *path, __u64 nr)
  * unresponsive. */
 static inline int is_router(const struct path *path, __u32 nr, const struct hop *hop)
 {
-	return nr < path->liveness.last_responsive && path->liveness.farthest_reply > hop->since;
+	return nr <= path->distance.proven && nr < path->liveness.last_responsive &&
+	       path->liveness.farthest_reply > hop->since;
 }
 
-/* Are the hop's replies overdue? A hop that may have become the destination is not probed again before the last
- * reply is there, or overdue. A late reply ends the back-off (hop_replied()). */
-static inline int is_unresponsive(const struct path *path, __u32 nr, const struct hop *hop, __u64 now)
+/* Return how long a reply of a hop that may be the destination is waited for, ns. A hop that never answered is
+ * compared with the farthest one that answers. */
+static inline __u64 reply_wait(struct path *path, const struct hop *hop)
+{
+	struct hop *last;
+
+	if (hop->rtt)
+		return 2000ULL * hop->rtt + min64(PATIENCE, 4 * NSEC_PER_MSEC);
+	last = hop_at(path, path->liveness.last_responsive);
+	if (!last || !last->rtt)
+		return STEP_WAIT;
+	return min64(4000ULL * last->rtt + STEP_WAIT_MIN, STEP_WAIT);
+}
+
+/* Are the hop's replies overdue? A late reply ends the back-off (hop_replied()). */
+static inline int is_unresponsive(struct path *path, __u32 nr, const struct hop *hop, __u64 now)
 {
 	__u64 rtt = hop->rtt * 1000ULL, waited = now - hop->since;
 
 	if (is_router(path, nr, hop))
 		return hop->unanswered > ROUTER_LOSSES_MAX &&
 		       (!rtt || waited > rtt + rtt / 4 + ROUTER_LOSSES_MAX * PATIENCE);
-	return hop->unanswered && waited > 2 * rtt + min64(PATIENCE, 4 * NSEC_PER_MSEC);
+	return hop->unanswered && waited >= reply_wait(path, hop);
 }
 
 /* Return the number of levels, besides the first, that are as short as the first. */
@@ -864,24 +940,53 @@ static inline int may_retry_early(const struct path *path, __u32 nr, const struc
 	return hop->since < liveness->outage_end && hop->since + TOGETHER > liveness->outage_start;
 }
 
-/* Return the farthest hop to probe: the last one before the destination. While the distance is unknown, one more at
- * a time from the first hop on; the more unresponsive hops are before it, the longer we wait for each. */
-static inline __u32 farthest_hop(struct path *path, __u64 now)
+/* Return the form of a probe to this hop. can_fall_back: the packet may carry a fallback probe. */
+static inline enum probe_form probe_form(const struct path *path, __u32 nr, const struct hop *hop,
+					 int can_fall_back, __u64 ticks)
 {
-	__u32 last = path->liveness.last_responsive, tried = path->distance.max_ttl_tried;
-	struct hop *hop;
+	const struct distance *distance = &path->distance;
+
+	if (nr <= distance->proven)
+		return USUAL;
+	if (!can_fall_back || distance->fallbacks >= FALLBACKS_MAX ||
+	    (!hop->backoff.level && !distance->guards_blocked) ||
+	    ticks - path->liveness.last_received > TOGETHER_TICKS) /* an outage is not the guarded probes' fault */
+		return GUARDED;
+	/* The destination's own packets must say that it is clearly farther away. */
+	return nr + (nr != distance->symmetric + 1U) < distance->reverse ? FALLBACK : GUARDED;
+}
+
+/* Return how long to wait for a hop that is not proven, before the next one is tried. While the length is unknown,
+ * it is the longer, the more unresponsive hops are before it. */
+static inline __u64 step_wait(struct path *path, __u32 nr, const struct hop *hop)
+{
+	__u32 last = path->liveness.last_responsive;
 
 	if (path->distance.length)
-		return path->distance.length - 1;
-	if (tried <= last && last < MAX_HOPS) {
-		path->distance.max_ttl_tried = last + 1;
-	} else if (tried < MAX_HOPS) {
+		return reply_wait(path, hop);
+	return STEP_WAIT << min64(nr > last ? 2 * (nr - 1 - last) : 0, STEP_SHIFT_MAX);
+}
+
+/* Return the farthest hop to probe: at most the last one before the destination. Beyond the proven hops one more is
+ * tried at a time. */
+static inline __u32 farthest_hop(struct path *path, __u64 now)
+{
+	__u32 limit = path->distance.length ? path->distance.length - 1 : MAX_HOPS;
+	__u32 tried = path->distance.max_ttl_tried;
+	struct hop *hop;
+
+	if (limit > MAX_HOPS)
+		limit = MAX_HOPS;
+	if (tried <= path->distance.proven && tried < limit) {
+		tried = min64(path->distance.proven + 1, limit);
+	} else if (tried < limit) {
 		hop = hop_at(path, tried);
 		if (hop && hop->unanswered && now > hop->since && /* another CPU may just have probed it */
-		    now - hop->since > STEP_WAIT << min64(2 * (tried - 1 - last), STEP_SHIFT_MAX))
-			path->distance.max_ttl_tried++;
+		    now - hop->since > step_wait(path, tried, hop))
+			tried++;
 	}
-	return path->distance.max_ttl_tried;
+	path->distance.max_ttl_tried = tried;
+	return min64(tried, limit);
 }
 
 /* No probe before this time. Rounds down to ticks, so that no probe is late. */
@@ -933,9 +1038,11 @@ static inline int is_exploration_due(const struct path *path)
 }
 
 /* A hop turned out to be unresponsive. It backs off, and the hops before it are no longer proven to be routers by
- * it. */
+ * it. It may have become the destination. */
 static inline void back_off(struct path *path, __u32 nr, struct hop *hop, __u64 now)
 {
+	if (nr <= path->distance.proven && !is_router(path, nr, hop))
+		path->distance.proven = nr - 1;
 	if (nr == path->liveness.last_responsive)
 		path->liveness.last_responsive--;
 	hop->due = now + backoff_delay(path, nr, hop);
@@ -958,7 +1065,7 @@ static inline int choose_hop(struct path *path, __u64 now, __u64 ticks)
 	if (now < path->pacing.next_due) /* another CPU was faster */
 		return NONE_DUE;
 	farthest = farthest_hop(path, now);
-	if (is_exploration_due(path)) {
+	if (is_exploration_due(path) && farthest + 1 == path->distance.length) {
 		hop = hop_at(path, path->distance.length);
 		if (hop && hop->due <= now) {
 			path->pacing.last_probed = farthest;
@@ -1005,7 +1112,10 @@ static inline __u64 probe_reserved(struct path *path, __u32 nr, __u64 now, __u64
 		hop->since = now;
 	if (hop->unanswered < 0xff)
 		hop->unanswered++;
-	hop->due = now + HOP_INTERVAL;
+	if (nr > path->distance.proven)
+		hop->due = now + reply_wait(path, hop); /* one probe at a time */
+	else
+		hop->due = now + (INTERVAL_NS ? HOP_INTERVAL : hop->rtt * 1000ULL / HOP_IN_FLIGHT);
 	set_next_due(&path->pacing, RATE_GLOBAL ? now + INTERVAL_NS : 0, now, ticks);
 	path->pacing.last_sent = now;
 	path->pacing.seq++;
@@ -1013,10 +1123,13 @@ static inline __u64 probe_reserved(struct path *path, __u32 nr, __u64 now, __u64
 }
 
 /* The reserved probe left. Intervals begin at that time, unless a reply has changed the hop's due time meanwhile. */
-static inline void probe_sent(struct path *path, __u32 nr, __u64 reserved, __u64 due, __u64 sendtime)
+static inline void probe_sent(struct path *path, __u32 nr, enum probe_form form, __u64 reserved, __u64 due,
+			      __u64 sendtime)
 {
 	struct hop *hop = hop_at(path, nr);
 
+	if (form == FALLBACK)
+		path->distance.fallbacks++;
 	if (hop && hop->due == due)
 		hop->due += sendtime - reserved;
 	path->pacing.last_sent = sendtime;
@@ -1025,12 +1138,15 @@ static inline void probe_sent(struct path *path, __u32 nr, __u64 reserved, __u64
 }
 
 /* The reserved probe did not leave. That says nothing about its hop. */
-static inline void probe_cancelled(struct path *path, __u32 nr)
+static inline void probe_cancelled(struct path *path, __u32 nr, __u64 reserved)
 {
 	struct hop *hop = hop_at(path, nr);
 
-	if (hop && hop->unanswered)
+	if (!hop)
+		return;
+	if (hop->unanswered)
 		hop->unanswered--;
+	hop->due = min64(hop->due, reserved + HOP_INTERVAL);
 }
 
 /* Return the length of the path of a packet that arrived with this TTL, as the TTL that would reach its sender. It
@@ -1049,6 +1165,16 @@ static inline void set_length(struct distance *distance, __u32 length)
 	distance->reply_distances = 0;
 	distance->is_confirmed = 0;
 	distance->explore = 0;
+}
+
+/* The path is another one now, or may be: no hop is proven. Begin with the first one again. */
+static inline void path_changed(struct distance *distance, __u64 now)
+{
+	distance->changed_at = now;
+	distance->proven = 0;
+	distance->symmetric = 0;
+	distance->guards_blocked = 0;
+	distance->max_ttl_tried = 0;
 }
 
 static inline void end_outage(struct path *path, __u64 start, __u64 now)
@@ -1082,9 +1208,9 @@ static inline void destination_seen(struct path *path, __u32 seen, __u64 gap, in
 		distance->longer_packets++;
 	} else {
 		distance->longer_packets = 0;
+		if (distance->reverse)
+			path_changed(distance, now);
 		distance->reverse = seen;
-		if (seen < distance->length)
-			distance->shortened_at = now;
 		set_length(distance, seen > MAX_HOPS ? 0 : seen); /* beyond: the TTL began with an unusual value */
 		if (path->liveness.last_responsive >= seen)
 			path->liveness.last_responsive = seen - 1;
@@ -1135,21 +1261,36 @@ static inline void last_router_replied(struct distance *distance, __u32 seen, __
 	distance->reply_distances |= bit;
 }
 
+/* A router answered a probe of this form: it proves this hop, and those before it. */
+static inline void note_proof(struct distance *distance, __u32 nr, enum probe_form form, __u32 seen)
+{
+	if (form == FALLBACK)
+		distance->fallbacks = 0;
+	if (form != USUAL)
+		distance->guards_blocked = form == FALLBACK;
+	if (nr < distance->proven)
+		return;
+	distance->proven = nr;
+	distance->symmetric = seen == nr ? nr : 0;
+	if (nr >= distance->max_ttl_tried && nr < MAX_HOPS)
+		distance->max_ttl_tried = nr + 1;
+}
+
 /* The hop where a probe expired answered. The reply came from this distance. */
-static inline void hop_replied(struct path *path, __u32 nr, __u64 sendtime, __u32 seen, __u64 now)
+static inline void hop_replied(struct path *path, __u32 nr, enum probe_form form, __u64 sendtime, __u32 seen,
+			       __u64 now)
 {
 	struct hop *hop = hop_at(path, nr), *next = hop_at(path, nr + 1);
 	struct distance *distance = &path->distance;
 
 	if (!hop || nr == 0)
 		return;
-	if (distance->length && nr >= distance->length && sendtime < distance->shortened_at)
+	if (distance->length && nr >= distance->length && sendtime < distance->changed_at)
 		return;
 	note_alive(path, nr, hop, sendtime, now);
-	if (!distance->length) {
-		if (nr >= distance->max_ttl_tried && nr < MAX_HOPS)
-			distance->max_ttl_tried = nr + 1;
-	} else if (nr >= distance->length) {
+	if (sendtime >= distance->changed_at)
+		note_proof(distance, nr, form, seen);
+	if (distance->length && nr >= distance->length) {
 		set_length(distance, nr + 1);
 		distance->explore = nr < MAX_HOPS;
 	} else if (nr + 1 == distance->length) {
@@ -1171,10 +1312,12 @@ static inline void destination_reached(struct path *path, __u32 ttl, __u64 now)
 		if (ttl != distance->length)
 			set_length(distance, ttl);
 		distance->explore = 0;
-		distance->shortened_at = now;
+		distance->changed_at = now;
 		if (last && last->rtt && !last->unanswered)
 			distance->is_confirmed = 1;
 	}
+	if (ttl && distance->proven >= ttl)
+		distance->proven = ttl - 1;
 	if (ttl && path->liveness.last_responsive >= ttl)
 		path->liveness.last_responsive = ttl - 1;
 }
@@ -1279,11 +1422,12 @@ static inline struct schedule *lookup_schedule(void)
 }
 
 /* Reserve one probe. Return 0, the reason why there is none, or NOT_SENT. */
-static inline int reserve_probe(struct path *path, struct reservation *reservation, __u64 now)
+static inline int reserve_probe(struct path *path, struct reservation *reservation, int can_fall_back, __u64 now)
 {
 	__u64 ticks = ticks_now();
 	struct schedule *all = lookup_schedule();
 	int ttl, reason = NOT_SENT;
+	struct hop *hop;
 
 	if (!all)
 		return NOT_SENT;
@@ -1299,6 +1443,8 @@ static inline int reserve_probe(struct path *path, struct reservation *reservati
 		reservation->seq = path->pacing.seq;
 		reservation->salt = all->salt;
 		reservation->ttl = ttl;
+		hop = hop_at(path, ttl);
+		reservation->form = hop ? probe_form(path, ttl, hop, can_fall_back, ticks) : GUARDED;
 		reservation->time = now;
 		reservation->due = probe_reserved(path, ttl, now, ticks);
 		reason = 0;
@@ -1313,15 +1459,15 @@ static inline void settle_reservation(struct path *path, const struct reservatio
 {
 	__u64 time = reservation->time, due = reservation->due;
 	struct schedule *all = lookup_schedule();
-	__u32 ttl = reservation->ttl;
+	__u32 ttl = reservation->ttl, form = reservation->form;
 
 	if (!all)
 		return;
 	bpf_spin_lock(&all->lock);
 	if (is_sent)
-		probe_sent(path, ttl, time, due, sendtime);
+		probe_sent(path, ttl, form, time, due, sendtime);
 	else
-		probe_cancelled(path, ttl);
+		probe_cancelled(path, ttl, time);
 	bpf_spin_unlock(&all->lock);
 }
 
@@ -1348,14 +1494,14 @@ static inline void note_packet(struct path *path, __u32 ttl)
 
 static inline void note_reply(struct path *path, const struct probe *probe, __u32 ttl, __u64 now)
 {
-	__u32 nr = probe->outttl, distance = ttl_distance(ttl);
+	__u32 nr = probe->outttl, form = probe->form, distance = ttl_distance(ttl);
 	struct schedule *all = lookup_schedule();
 	__u64 sendtime = probe->sendtime;
 
 	if (!all)
 		return;
 	bpf_spin_lock(&all->lock);
-	hop_replied(path, nr, sendtime, distance, now);
+	hop_replied(path, nr, form, sendtime, distance, now);
 	bpf_spin_unlock(&all->lock);
 }
 
@@ -1726,6 +1872,9 @@ static inline int parse_probe_key(const struct hdr_cursor *nh, const struct pack
 	return 0;
 }
 
+/* The length of a guarded UDP probe is too large by this. */
+#define UDP_EXCESS 0x4000
+
 /* Copy the first bytes of a UDP payload, with zeros behind its end. Return -1 if the packet is cut before. */
 static inline int parse_udp_head(const struct hdr_cursor *nh, __u8 *head)
 {
@@ -1735,7 +1884,7 @@ static inline int parse_udp_head(const struct hdr_cursor *nh, __u8 *head)
 
 	if ((void *)payload > nh->end)
 		return -1;
-	len = bpf_ntohs(udp->len) - sizeof(*udp);
+	len = (bpf_ntohs(udp->len) & (UDP_EXCESS - 1)) - sizeof(*udp);
 	__builtin_memset(head, 0, UDP_HEAD_LEN);
 #pragma unroll
 	for (i = 0; i < UDP_HEAD_LEN; i++) {
@@ -1780,8 +1929,15 @@ static inline int hook_beforesend(struct __sk_buff *skb, __u32 version, __u32 pr
  * A reply finds its probe by the 8 quoted bytes behind the IP header. Each protocol says what identifies a probe
  * there. Ports, addresses, flow label, DSCP and the ICMP checksum stay as they are: routers choose the path by them.
  *
+ * A guarded probe is one that every receiver discards without an answer, if it arrives. Its checksum is wrong by
+ * GUARD_ERROR. For UDP this is not enough: nobody completes, or checks, the partial checksum of a packet that stays
+ * on the machine (veth). So its length is more than the packet has, too. A guarded TCP probe is trimmed even with
+ * NOTRUNC, and is what a trimmed TCP probe always is: an old ACK.
+ *
  * A checksum that is left to the device (CHECKSUM_PARTIAL) is the sum of the pseudo header in memory. A complete
  * checksum has the same value once in 65535 packets. That probe gets a wrong checksum, which routers do not check. */
+
+#define GUARD_ERROR 1
 
 /* A clone while it becomes a probe. */
 struct clone {
@@ -1856,6 +2012,10 @@ static inline int rewrite_udp(struct __sk_buff *skb, struct clone *clone, struct
 	scratch->probe.origseq = bpf_ntohs(udp->check);
 	udp->len = bpf_htons(len);
 	pseudo = clone->pseudo + bpf_htonl(len);
+	if (scratch->reservation.form == GUARDED) {
+		udp->len = bpf_htons(len | UDP_EXCESS);
+		pseudo += GUARD_ERROR;
+	}
 	sum = pseudo + udp->source + udp->dest + udp->len;
 	check = udp->check;
 	if (!clone->keep_payload) {
@@ -1904,6 +2064,8 @@ static inline int rewrite_icmp(struct clone *clone, struct scratch *scratch)
 	icmp->sequence = bpf_htons(scratch->reservation.seq + scratch->reservation.salt);
 	sum = clone->pkt.version == 6 ? clone->pseudo + bpf_htonl(clone->new_len) : 0;
 	sum += *(__u16 *)icmp + icmp->check + icmp->id + icmp->sequence;
+	if (scratch->reservation.form == GUARDED)
+		sum += GUARD_ERROR;
 	*compensation = ~csum_fold(sum);
 	return 0;
 }
@@ -1933,8 +2095,18 @@ static inline __u32 trimmed_len(const struct packet *pkt, __u32 payload)
 	return is_icmp(pkt) && payload == 2 ? 4 : 2;
 }
 
-/* Trim the clone. With NOTRUNC keep the payload, or of a packet that is yet to be segmented, that of the first
- * segment. A TCP packet without payload gets a sequence number of our own even then. */
+/* Does the probe keep the payload of the packet? With NOTRUNC it does if its hop is proven. A TCP packet without
+ * payload gets a sequence number of our own even then. A UDP application may receive a fallback probe as one more of
+ * its packets. An echo request needs no such likeness: we drop the reply, which we can tell by its length. */
+static inline int keeps_payload(const struct packet *pkt, __u32 payload, __u32 form)
+{
+	if (form == FALLBACK)
+		return pkt->protocol == IPPROTO_UDP;
+	return NOTRUNC && form == USUAL && (payload || pkt->protocol != IPPROTO_TCP);
+}
+
+/* Trim the clone. If it keeps the payload of a packet that is yet to be segmented, it keeps that of the first
+ * segment. */
 static inline int trim_clone(struct __sk_buff *skb, struct clone *clone, struct scratch *scratch)
 {
 	struct hdr_cursor nh = { (void *)(long)skb->data, (void *)(long)skb->data_end };
@@ -1951,7 +2123,7 @@ static inline int trim_clone(struct __sk_buff *skb, struct clone *clone, struct 
 	if (skb->len < headers)
 		return -1;
 	payload = skb->len - headers;
-	clone->keep_payload = NOTRUNC && (payload || pkt.protocol != IPPROTO_TCP);
+	clone->keep_payload = keeps_payload(&pkt, payload, scratch->reservation.form);
 	payload_len = clone->keep_payload ? first_segment_len(skb, payload) : trimmed_len(&pkt, payload);
 	scratch->probe.payload_len = clone->keep_payload ? 0 : payload_len;
 	if (payload_len == payload)
@@ -2029,7 +2201,7 @@ static inline int build_probe(struct __sk_buff *skb, struct clone *clone, struct
 		scratch->partial.key = scratch->key;
 		if (parse_udp_head(&clone->l4, scratch->partial.head) < 0)
 			return -1;
-		scratch->key.ident = clone->new_len << 16 | bpf_ntohs(clone->device_check);
+		scratch->key.ident = (scratch->key.ident & 0xffff0000) | bpf_ntohs(clone->device_check);
 	}
 	return 0;
 }
@@ -2272,6 +2444,7 @@ static inline int record_probe(const struct clone *clone, struct scratch *scratc
 	scratch->probe.outttl = scratch->reservation.ttl;
 	scratch->probe.outipid = clone->pkt.ip_id;
 	scratch->probe.outtos = clone->pkt.tos;
+	scratch->probe.form = scratch->reservation.form;
 	scratch->probe.sendtime = bpf_ktime_get_ns();
 	err = in_flight.insert(&scratch->key, &scratch->probe);
 	if (err)
@@ -2490,6 +2663,30 @@ static inline int send_probe(struct __sk_buff *skb, const struct packet *pkt, st
 	return 0;
 }
 
+/* The networks whose addresses a NAT translates: RFC 1918, RFC 6598, RFC 4193. */
+static inline int is_private(const struct in6_addr *a)
+{
+	__u32 v4 = bpf_ntohl(a->s6_addr32[3]);
+
+	if (a->s6_addr32[0] || a->s6_addr32[1] || a->s6_addr32[2] != bpf_htonl(0xffff))
+		return (bpf_ntohl(a->s6_addr32[0]) & 0xfe000000) == 0xfc000000;
+	return v4 >> 24 == 10 || v4 >> 20 == 0xac1 || v4 >> 16 == 0xc0a8 || (v4 & 0xffc00000) == 0x64400000;
+}
+
+/* May the packet carry a fallback probe? It may if that does no harm even where it arrives:
+ * - UDP: a router translates the packet, for certain, and so would never forward a guarded probe. The application
+ *   may receive a fallback probe, as one more copy of the packet. FALLBACKS_MAX limits that.
+ * - ICMP: the reply to the probe is dropped. */
+static inline int can_fall_back(const struct packet *pkt)
+{
+	if (pkt->protocol == IPPROTO_UDP)
+		return is_private(&pkt->saddr) && !is_private(&pkt->daddr);
+	return INGRESS_DROP && is_icmp(pkt);
+}
+
+/* Time between two checks whether a destination is still on-link. */
+#define ON_LINK_WAIT NSEC_PER_SEC
+
 /* Send a probe with this packet, which is due for one. Return 0, or a reason, or a negative number if there is none
  * to count. */
 static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh, const struct packet *pkt,
@@ -2501,6 +2698,10 @@ static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	reason = check_carrier(skb, nh, pkt, now);
 	if (reason)
 		return reason;
+	if (is_on_link(skb, pkt->version)) {
+		set_next_due(&path->pacing, now + ON_LINK_WAIT, now, ticks_now());
+		return REASON(on_link);
+	}
 	scratch = scratch_of_run();
 	if (!scratch)
 		return NOT_SENT;
@@ -2508,7 +2709,7 @@ static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	reason = check_flow(skb, nh, pkt, path, &scratch->probe.tcp, now);
 	if (reason)
 		return reason;
-	reason = reserve_probe(path, &scratch->reservation, now);
+	reason = reserve_probe(path, &scratch->reservation, can_fall_back(pkt), now);
 	if (reason)
 		return reason;
 	scratch->probe.pid = 0;
@@ -2641,13 +2842,26 @@ static inline __u32 read_extension(const struct hdr_cursor *nh, const struct pac
 	return i * sizeof(*from);
 }
 
+/* A probe reached the destination, which answered it. The first time, user space tells the user. */
+static inline void receive_arrival(struct xdp_md *ctx, struct path *path, const struct in6_addr *dest, __u32 ttl)
+{
+	struct flow_event event = { .kind = PROBE_ARRIVED };
+
+	note_reached(path, ttl);
+	if (path->arrival_reported)
+		return;
+	path->arrival_reported = 1;
+	event.flow.dest = *dest;
+	if (submit_flow_event(ctx, &event))
+		COUNT(events_lost);
+}
+
 static inline int is_still_in_flight(struct probe_key *key)
 {
 	return in_flight.delete(key) == 0;
 }
 
-/* Handle an ICMP error, with the quoted packet at the cursor. Return 1 if it is a time exceeded that answers a
- * probe. */
+/* Handle an ICMP error, with the quoted packet at the cursor. Return 1 if it answers a probe. */
 static inline int receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, const struct packet *outer,
 				const struct icmphdr *icmp, enum icmp_kind kind)
 {
@@ -2668,9 +2882,11 @@ static inline int receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, const
 	path = path_to(&result->key.dest);
 	if (kind != TIME_EXCEEDED) {
 		/* With NOTRUNC, application packets have the key of a probe, but not its TTL. */
-		if (path && quote.ttl <= MAX_HOPS && is_same(&outer->saddr, &result->key.dest))
-			note_reached(path, probe->outttl);
-		return 0;
+		if (!path || (quote.ttl > MAX_HOPS && !probe->payload_len) ||
+		    !is_same(&outer->saddr, &result->key.dest))
+			return 0;
+		receive_arrival(ctx, path, &result->key.dest, probe->outttl);
+		return 1;
 	}
 	result->probe = *probe;
 	if (!is_still_in_flight(&result->key))
@@ -2697,9 +2913,9 @@ static inline int receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, const
 	return 1;
 }
 
-/* Handle an echo reply. If it answers a probe, the probe reached the destination. The reply to an application
- * packet with the same number has another length. */
-static inline void receive_echo_reply(const struct packet *pkt, const struct icmphdr *icmp)
+/* Handle an echo reply. Return 1 if it answers a probe, which then reached the destination. The reply to an
+ * application packet with the same number has another length. */
+static inline int receive_echo_reply(struct xdp_md *ctx, const struct packet *pkt, const struct icmphdr *icmp)
 {
 	struct probe_key key = {};
 	struct probe *probe;
@@ -2711,10 +2927,11 @@ static inline void receive_echo_reply(const struct packet *pkt, const struct icm
 	key.ident = bpf_ntohs(icmp->sequence);
 	probe = in_flight.lookup(&key);
 	if (!probe || !probe->payload_len || pkt->l4_len != sizeof(*icmp) + probe->payload_len)
-		return;
+		return 0;
 	path = path_to(&key.dest);
 	if (path)
-		note_reached(path, probe->outttl);
+		receive_arrival(ctx, path, &key.dest, probe->outttl);
+	return 1;
 }
 
 /* Runs for every packet that arrives. All pass, except replies to probes with INGRESS_DROP. */
@@ -2748,7 +2965,8 @@ PROGRAM int elf_ingress(struct xdp_md *ctx)
 			return VERDICT_PASS;
 		}
 	} else if (kind == ECHO_REPLY) {
-		receive_echo_reply(&pkt, icmp);
+		if (receive_echo_reply(ctx, &pkt, icmp))
+			return INGRESS_DROP ? VERDICT_DROP : VERDICT_PASS;
 	}
 	path = path_to(&pkt.saddr);
 	if (path)

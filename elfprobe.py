@@ -564,6 +564,19 @@ class Capability(enum.IntEnum):
     BPF = 39
 
 
+class RouteOffsets(NamedTuple):
+    """Where the kernel keeps the route of a packet, and its gateway.
+
+    skb_dst is an offset in struct sk_buff, dst_flags in struct dst_entry, the others in struct rtable and struct
+    rt6_info. All are 0 if the kernel does not tell them.
+    """
+
+    skb_dst: int = 0
+    dst_flags: int = 0
+    gateway_family: int = 0
+    route6_flags: int = 0
+
+
 class ZeroCopy(NamedTuple):
     """Where the kernel marks a packet that holds memory of user space (MSG_ZEROCOPY).
 
@@ -595,6 +608,7 @@ class Platform:
     is_preemptible: bool = False  # another program may interrupt a program on its CPU
     tick: int = 0  # ns between two values of bpf_jiffies64() (Linux 5.6); 0: programs cannot call it
     zerocopy: ZeroCopy = ZeroCopy()
+    routes: RouteOffsets = RouteOffsets()
 
     @classmethod
     def detect(cls) -> Platform:
@@ -602,6 +616,7 @@ class Platform:
         version = linux_version()
         has_links = hasattr(bcc.lib, "bpf_link_create")
         tick = round(time.clock_getres(CLOCK_MONOTONIC_COARSE) * 1e9)
+        reads_kernel = takes_program(CALLS_PROBE_READ_KERNEL)
         return cls(
             version=version,
             has_links=has_links,
@@ -614,7 +629,8 @@ class Platform:
             # (CONFIG_PREEMPT_RT_NEEDS_BH_LOCK). Older kernels with PREEMPT_RT are treated alike.
             is_preemptible="PREEMPT_RT" in os.uname().version,
             tick=tick if takes_program(CALLS_JIFFIES64) else 0,
-            zerocopy=find_zerocopy() if takes_program(CALLS_PROBE_READ_KERNEL) else ZeroCopy(),
+            zerocopy=find_zerocopy() if reads_kernel else ZeroCopy(),
+            routes=find_routes() if reads_kernel else RouteOffsets(),
         )
 
 
@@ -625,15 +641,33 @@ def linux_version() -> tuple[int, int, int]:
     return first, second, third
 
 
-def find_zerocopy() -> ZeroCopy:
-    """Return what the kernel's BTF says: zeros if there is no BTF, or BCC's libbpf cannot read it."""
+def kernel_offsets(*names: str) -> list[dict[bytes, int]]:
+    """Return struct_offsets() of these structs of the kernel. Raises LookupError, also if its BTF cannot be read."""
     new, old = "btf__load_vmlinux_btf", "libbpf_find_kernel_btf"  # the old name is from before libbpf 0.5
-    with contextlib.suppress(AttributeError, LookupError), kernel_btf(new if hasattr(bcc.lib, new) else old) as btf:
-        skb, shared = struct_offsets(btf, b"sk_buff"), struct_offsets(btf, b"skb_shared_info")
+    try:
+        with kernel_btf(new if hasattr(bcc.lib, new) else old) as btf:
+            return [struct_offsets(btf, name.encode()) for name in names]
+    except AttributeError as err:
+        raise LookupError("BCC's libbpf cannot read BTF") from err
+
+
+def find_zerocopy() -> ZeroCopy:
+    """Return what the kernel's BTF says: zeros if there is none."""
+    with contextlib.suppress(LookupError):
+        skb, shared = kernel_offsets("sk_buff", "skb_shared_info")
         if b"flags" in shared:  # SKBFL_ZEROCOPY_ENABLE, since Linux 5.12
             return ZeroCopy(skb[b"head"], skb[b"end"], shared[b"flags"], 1)
         return ZeroCopy(skb[b"head"], skb[b"end"], shared[b"tx_flags"], 8)  # SKBTX_DEV_ZEROCOPY
     return ZeroCopy()
+
+
+def find_routes() -> RouteOffsets:
+    """Return what the kernel's BTF says: zeros if there is none, and before Linux 5.2."""
+    with contextlib.suppress(LookupError):
+        skb, dst, route, route6 = kernel_offsets("sk_buff", "dst_entry", "rtable", "rt6_info")
+        # _skb_refdst is in a union without a name, just behind the 48 bytes of cb.
+        return RouteOffsets(skb[b"cb"] + 48, dst[b"flags"], route[b"rt_gw_family"], route6[b"rt6i_flags"])
+    return RouteOffsets()
 
 
 def missing_capabilities(by_process: bool) -> list[str]:
@@ -756,6 +790,10 @@ def build_flags(config: Config, build: Build, platform: Platform) -> dict[str, s
         "SKB_END": str(platform.zerocopy.end),
         "ZEROCOPY_FLAGS": str(platform.zerocopy.flags),
         "ZEROCOPY_FLAG": str(platform.zerocopy.flag),
+        "SKB_DST": str(platform.routes.skb_dst),
+        "DST_FLAGS": str(platform.routes.dst_flags),
+        "RT4_GATEWAY": str(platform.routes.gateway_family),
+        "RT6_FLAGS": str(platform.routes.route6_flags),
         "TICK_NS": f"{platform.tick}ULL",
         "BY_OWNER": str(int(build.by_owner)),
         "BY_APP": str(int(build.by_owner and bool(config.apps))),
@@ -2362,6 +2400,8 @@ FLOW_EVENT_TEXTS = {  # by enum of elfprobe.c
     3: "{flow}: stalled under probes again: destination excluded for the rest of this run",
     4: "{dest}: a filter in front of ours took the copy of a packet, or let it out whole: destination "
        "excluded for the rest of this run",
+    5: "{dest}: a probe reached it and was answered: a router on the way raises the TTL, or the path is shorter "
+       "than it seemed: probes stop before it from now on",
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ UNFIT_PACKETS = {  # why a target's packet carried no probe
     "carrier_unfit": "SYN, FIN, RST, fragments, other protocols",
     "carrier_resent": "retransmissions and keep-alives",
     "carrier_zerocopy": "sent with MSG_ZEROCOPY, of which the kernel would tell that it was copied",
+    "on_link": "the destination is on this link, with no router before it",
     "hop_unresponsive": "the next hop stopped responding and is backing off",
     "flow_stalled": "nothing was acknowledged any more",
     "lease_expired": "elfprobe was stopped or starved",

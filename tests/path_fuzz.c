@@ -6,6 +6,9 @@
  * that become longer or shorter, probes that do not leave, destinations that are quiet. Then it must hold that
  *
  *   - a probe to a hop at or beyond the known length is an exploration (explore, or one of EXPLORE_EVERY);
+ *   - a probe to a hop that is not proven never has the usual form: a router at its TTL, or farther, must have answered
+ *     since the last change of the path's length, and since the hop became unresponsive;
+ *   - of those that are not guarded, no more than FALLBACKS_MAX in a row arrive;
  *   - once all is well again, every hop before the believed destination is probed again within the longest back-off;
  *   - then every hop before the destination is probed again within two rounds of exploration (EXPLORE_EVERY).
  *
@@ -32,12 +35,17 @@ static __u64 chance(__u64 below)
 struct world {
 	struct path path;
 	__u64 now, start;
-	__u32 distance;             /* of the destination */
-	__u32 reverse;              /* of the reverse path */
-	__u32 loss[MAX_HOPS + 2];   /* of probes to each hop and their replies, percent */
-	__u32 is_down;              /* nothing comes back */
-	__u32 speaks;               /* the destination sends packets */
-	__u64 probed[MAX_HOPS + 2]; /* when each hop was probed last */
+	__u32 distance;               /* of the destination */
+	__u32 reverse;                /* of the reverse path */
+	__u32 loss[MAX_HOPS + 2];     /* of probes to each hop and their replies, percent */
+	__u32 is_down;                /* nothing comes back */
+	__u32 speaks;                 /* the destination sends packets */
+	__u64 probed[MAX_HOPS + 2];   /* when each hop was probed last */
+	__u64 answered[MAX_HOPS + 2]; /* and when it answered */
+	__u32 proven;  /* farthest router that has answered since the path changed, as the model can know it */
+	__u32 arrived; /* number of fallback probes that reached the destination, since a router answered one */
+	__u32 is_nat;  /* routers from here on get no guarded probes */
+	__u32 can_fall_back;
 	__u64 seed;
 };
 
@@ -62,13 +70,29 @@ static __u64 ticks(const struct world *w)
 static void packet_arrives(struct world *w)
 {
 	__u64 last = w->path.liveness.last_received, gap = ticks(w) > last ? ticks(w) - last : 0;
+	__u32 before;
 
 	if (is_as_expected(&w->path, w->reverse, gap)) {
 		if (gap)
 			w->path.liveness.last_received = ticks(w);
 		return;
 	}
+	before = w->path.distance.reverse;
 	destination_seen(&w->path, w->reverse, gap, !last, w->now, ticks(w));
+	if (before && before != w->path.distance.reverse)
+		w->proven = 0;
+}
+
+/* The hop may have become the destination, if none behind it has answered since its first unanswered probe. */
+static void hop_is_unresponsive(struct world *w, __u32 nr)
+{
+	__u32 i;
+
+	for (i = nr + 1; i <= MAX_HOPS; i++)
+		if (w->answered[i] > w->path.hops[nr].since)
+			return;
+	if (w->proven >= nr)
+		w->proven = nr - 1;
 }
 
 /* As elf_egress does. Replies come at once or after a while, which is simulated by an earlier departure. */
@@ -76,12 +100,15 @@ static void packet_leaves(struct world *w)
 {
 	struct path *p = &w->path;
 	__u64 due, sendtime, reserved = w->now;
+	enum probe_form form;
 	int is_exploration, ttl;
 
 	if (ticks(w) < p->pacing.next_due_tick || w->now < p->pacing.next_due)
 		return;
 	is_exploration = is_exploration_due(p);
 	ttl = choose_hop(p, w->now, ticks(w));
+	if (ttl == HOP_UNRESPONSIVE)
+		hop_is_unresponsive(w, p->pacing.last_probed);
 	if (ttl <= 0)
 		return;
 	if (ttl > MAX_HOPS)
@@ -92,22 +119,39 @@ static void packet_leaves(struct world *w)
 		probe_postponed(p, ttl);
 		return;
 	}
+	form = probe_form(p, ttl, hop_at(p, ttl), w->can_fall_back, ticks(w));
+	if (form == USUAL && (__u32)ttl > w->proven)
+		fail(w, "a usual probe to a hop that is not proven", ttl);
 	due = probe_reserved(p, ttl, w->now, ticks(w));
 	w->probed[ttl] = w->now;
 	w->now += chance(20000);
 	if (!chance(50)) {
-		probe_cancelled(p, ttl);
+		probe_cancelled(p, ttl, reserved);
 		return;
 	}
 	sendtime = w->now;
-	probe_sent(p, ttl, reserved, due, sendtime);
-	if (w->is_down || chance(100) < w->loss[ttl])
+	probe_sent(p, ttl, form, reserved, due, sendtime);
+	if (w->is_down)
+		return;
+	if (form == FALLBACK && (__u32)ttl >= w->distance && ++w->arrived > FALLBACKS_MAX)
+		fail(w, "fallback probes arrive, too many", ttl);
+	if (chance(100) < w->loss[ttl] || (form == GUARDED && w->is_nat && (__u32)ttl >= w->is_nat))
 		return;
 	w->now += (1 + chance(100)) * MSEC / 10;
-	if ((__u32)ttl >= w->distance)
+	if ((__u32)ttl >= w->distance) {
+		if (form == GUARDED) /* nobody answers it */
+			return;
 		destination_reached(p, ttl, w->now);
-	else
-		hop_replied(p, ttl, sendtime, ttl < (int)w->reverse ? ttl : w->reverse, w->now);
+		if (w->proven >= (__u32)ttl)
+			w->proven = ttl - 1;
+		return;
+	}
+	w->answered[ttl] = w->now;
+	hop_replied(p, ttl, form, sendtime, ttl < (int)w->reverse ? ttl : w->reverse, w->now);
+	if (sendtime >= p->distance.changed_at && w->proven < (__u32)ttl)
+		w->proven = ttl;
+	if (form == FALLBACK)
+		w->arrived = 0;
 }
 
 static void change(struct world *w)
@@ -165,6 +209,8 @@ static void simulate(__u64 seed)
 	w.start = w.now = 1000 * SEC;
 	w.distance = w.reverse = 2 + chance(20);
 	w.speaks = chance(2);
+	w.is_nat = chance(4) ? 0 : 1 + chance(4);
+	w.can_fall_back = chance(2);
 	for (i = 0, n = chance(12); i < n; i++) {
 		go_on(&w, w.now + (1 + chance(chance(4) ? 3000 : 60000)) * MSEC, (1 + chance(20)) * MSEC);
 		change(&w);
@@ -172,6 +218,7 @@ static void simulate(__u64 seed)
 	w.is_down = 0;
 	w.speaks = 1;
 	w.reverse = w.distance;
+	w.is_nat = 0;
 	memset(w.loss, 0, sizeof(w.loss));
 	/* The path learns its length. Then no hop waits longer than the longest back-off, and two rounds through all hops:
 	 * with RATE_GLOBAL each of them takes an interval. */

@@ -19,6 +19,7 @@ ACCEPTED = 'unknown-pragmas', 'sign-compare', 'unused-parameter'  # warnings tha
 MAX_HOPS = 32
 NONE_DUE, HOP_UNRESPONSIVE = 0, -1
 BACKING_OFF, RETRIED_EARLY = 1, 2
+USUAL, GUARDED, FALLBACK = 0, 1, 2  # enum probe_form
 
 # What the section needs from the rest of elfprobe.c, as plain C.
 PRELUDE = """\
@@ -38,11 +39,13 @@ int exported_choose_hop(struct path *p, __u64 now, __u64 ticks) { return choose_
 void exported_probe_postponed(struct path *p, __u32 nr) { probe_postponed(p, nr); }
 __u64 exported_probe_reserved(struct path *p, __u32 nr, __u64 now, __u64 ticks)
 { return probe_reserved(p, nr, now, ticks); }
-void exported_probe_sent(struct path *p, __u32 nr, __u64 reserved, __u64 due, __u64 sendtime)
-{ probe_sent(p, nr, reserved, due, sendtime); }
-void exported_probe_cancelled(struct path *p, __u32 nr) { probe_cancelled(p, nr); }
-void exported_hop_replied(struct path *p, __u32 nr, __u64 sendtime, __u32 seen, __u64 now)
-{ hop_replied(p, nr, sendtime, seen, now); }
+int exported_probe_form(struct path *p, __u32 nr, int can_fall_back, __u64 ticks)
+{ return probe_form(p, nr, hop_at(p, nr), can_fall_back, ticks); }
+void exported_probe_sent(struct path *p, __u32 nr, __u32 form, __u64 reserved, __u64 due, __u64 sendtime)
+{ probe_sent(p, nr, form, reserved, due, sendtime); }
+void exported_probe_cancelled(struct path *p, __u32 nr, __u64 reserved) { probe_cancelled(p, nr, reserved); }
+void exported_hop_replied(struct path *p, __u32 nr, __u32 form, __u64 sendtime, __u32 seen, __u64 now)
+{ hop_replied(p, nr, form, sendtime, seen, now); }
 void exported_destination_seen(struct path *p, __u32 seen, __u64 gap, int is_first, __u64 now, __u64 ticks)
 { destination_seen(p, seen, gap, is_first, now, ticks); }
 void exported_destination_reached(struct path *p, __u32 ttl, __u64 now) { destination_reached(p, ttl, now); }
@@ -75,7 +78,7 @@ class Pacing(ctypes.Structure):
 
 class Distance(ctypes.Structure):
     _fields_ = [
-        ('shortened_at', ctypes.c_uint64),
+        ('changed_at', ctypes.c_uint64),
         ('reply_distances', ctypes.c_uint64),
         ('last_explored', ctypes.c_uint64),
         ('length', ctypes.c_uint8),
@@ -84,6 +87,10 @@ class Distance(ctypes.Structure):
         ('max_ttl_tried', ctypes.c_uint8),
         ('explore', ctypes.c_uint8),
         ('is_confirmed', ctypes.c_uint8),
+        ('proven', ctypes.c_uint8),
+        ('symmetric', ctypes.c_uint8),
+        ('fallbacks', ctypes.c_uint8),
+        ('guards_blocked', ctypes.c_uint8),
     ]
 
 
@@ -107,6 +114,7 @@ class Path_(ctypes.Structure):
         ('liveness', Liveness),
         ('excluded', ctypes.c_uint8),
         ('flows_only', ctypes.c_uint8),
+        ('arrival_reported', ctypes.c_uint8),
         ('hops', Hop * (MAX_HOPS + 1)),
     ]
 
@@ -154,9 +162,10 @@ class PathModel:
             'choose_hop': (u64, u64),
             'probe_postponed': (u32,),
             'probe_reserved': (u32, u64, u64),
-            'probe_sent': (u32, u64, u64, u64),
-            'probe_cancelled': (u32,),
-            'hop_replied': (u32, u64, u32, u64),
+            'probe_form': (u32, ctypes.c_int, u64),
+            'probe_sent': (u32, u32, u64, u64, u64),
+            'probe_cancelled': (u32, u64),
+            'hop_replied': (u32, u32, u64, u32, u64),
             'destination_seen': (u32, u64, ctypes.c_int, u64, u64),
             'destination_reached': (u32, u64),
         }

@@ -14,7 +14,18 @@ from typing import Any, Dict
 import pytest
 
 import path_model
-from path_model import BACKING_OFF, HOP_UNRESPONSIVE, NONE_DUE, RETRIED_EARLY, Path_, PathModel, new_path
+from path_model import (
+    BACKING_OFF,
+    FALLBACK,
+    GUARDED,
+    HOP_UNRESPONSIVE,
+    NONE_DUE,
+    RETRIED_EARLY,
+    USUAL,
+    Path_,
+    PathModel,
+    new_path,
+)
 
 pytestmark = pytest.mark.needs('gcc')
 
@@ -38,22 +49,45 @@ def fields(path: Path_, names: Any) -> Fields:
     return {name: next(getattr(r, name) for r in records if hasattr(r, name)) for name in names}
 
 
-RESPONSIVE = dict(last_responsive=4, farthest_reply=NEVER)
+RESPONSIVE = dict(last_responsive=4, proven=4, max_ttl_tried=4, farthest_reply=NEVER)
 CHOICES: dict[str, tuple[Fields, dict[int, Fields], int]] = {
     # the path, its hops; the TTL that is chosen
     'the first hop': (dict(length=5), {}, 1),
-    'the next hop': (dict(length=5, last_probed=2), {}, 3),
-    'the first again': (dict(length=5, last_probed=4), {}, 1),
+    'the next hop': (dict(length=5, proven=4, last_probed=2), {}, 3),
+    'the first again': (dict(length=5, proven=4, last_probed=4), {}, 1),
+    'the first again, because the second is not proven': (dict(length=5, last_probed=1), {}, 1),
+    'the second, because the first is proven': (dict(length=5, proven=1, last_probed=1), {}, 2),
+    'not the second while the first is waited for': (
+        dict(length=5, max_ttl_tried=1),
+        {1: dict(unanswered=1, since=NOW - 499 * MS, due=NOW + MS)},
+        NONE_DUE,
+    ),
+    'the second, because the first does not respond': (
+        dict(length=5, max_ttl_tried=1),
+        {1: dict(unanswered=1, since=NOW - 501 * MS, due=NOW + SECOND, state=BACKING_OFF)},
+        2,
+    ),
+    'a hop that is not proven waits as long as the one before needed': (
+        dict(length=5, max_ttl_tried=2, proven=1, last_responsive=1),
+        {1: dict(rtt=1000, due=NOW + SECOND), 2: dict(unanswered=1, since=NOW - 23 * MS, due=NOW + MS)},
+        NONE_DUE,
+    ),
+    'and no longer': (
+        dict(length=5, max_ttl_tried=2, proven=1, last_responsive=1, last_probed=2),
+        {1: dict(rtt=1000, due=NOW + SECOND), 2: dict(unanswered=1, since=NOW - 25 * MS, due=NOW + SECOND)},
+        3,
+    ),
     'not before the path is due': (dict(length=5, next_due=NOW + 1), {}, NONE_DUE),
     'the destination is no hop': (dict(length=1), {}, NONE_DUE),
-    'a hop that is not due is passed over': (dict(length=5), {1: dict(due=NOW + 1)}, 2),
-    'exploration': (dict(length=5, explore=1), {}, 5),
-    'exploration now and then': (dict(length=5, seq=19999), {}, 5),
+    'a hop that is not due is passed over': (dict(length=5, proven=4), {1: dict(due=NOW + 1)}, 2),
+    'exploration': (dict(length=5, proven=4, explore=1), {}, 5),
+    'exploration now and then': (dict(length=5, proven=4, seq=19999), {}, 5),
+    'no exploration before the hops are proven': (dict(length=5, explore=1, last_probed=3), {}, 1),
     'no exploration before the last one is over': (dict(length=5, explore=1), {5: dict(due=NOW + 1)}, 1),
     'an unresponsive router': (dict(RESPONSIVE, length=5), {1: dict(unanswered=9, since=1)}, HOP_UNRESPONSIVE),
     'a router with losses': (dict(RESPONSIVE, length=5), {1: dict(unanswered=8, since=1)}, 1),
     'the last hop, one loss': (
-        dict(last_responsive=4, length=5, last_probed=3),
+        dict(last_responsive=4, proven=4, length=5, last_probed=3),
         {4: dict(unanswered=1, since=1)},
         HOP_UNRESPONSIVE,
     ),
@@ -91,6 +125,7 @@ def test_back_off_grows_up_to_a_maximum(model: PathModel) -> None:
     path = new_path(length=2)
     delays = []
     path.hops[1].rtt, now = 9, NOW
+    path.distance.max_ttl_tried = 1
     for _ in range(6):
         path.hops[1].unanswered, path.hops[1].since, path.hops[1].backoff.state = 1, 1, 0
         path.pacing.next_due = 0
@@ -104,15 +139,20 @@ SEEN: dict[str, tuple[Fields, int, Fields]] = {
     # the path; the distance of a packet of the destination; the path afterwards
     'the first packet': ({}, 5, dict(length=5, reverse=5)),
     'shorter at once': (
-        dict(length=5, reverse=5, last_responsive=4),
+        dict(length=5, reverse=5, last_responsive=4, proven=4),
         3,
-        dict(length=3, reverse=3, last_responsive=2, shortened_at=NOW),
+        dict(length=3, reverse=3, last_responsive=2, changed_at=NOW, proven=0),
     ),
-    'longer not at once': (dict(length=5, reverse=5), 6, dict(length=5, reverse=5, longer_packets=1)),
-    'longer after 16': (
-        dict(length=5, reverse=5, longer_packets=16),
+    'longer not at once': (
+        dict(length=5, reverse=5, proven=4),
         6,
-        dict(length=6, reverse=6, longer_packets=0),
+        dict(length=5, reverse=5, longer_packets=1, proven=4),
+    ),
+    'the first packet says nothing against proofs': (dict(proven=4), 5, dict(length=5, proven=4, changed_at=0)),
+    'longer after 16': (
+        dict(length=5, reverse=5, longer_packets=16, proven=4),
+        6,
+        dict(length=6, reverse=6, longer_packets=0, proven=0, changed_at=NOW),
     ),
     'not longer after all': (dict(length=5, reverse=5, longer_packets=9), 5, dict(length=5, longer_packets=0)),
     'an unusual initial TTL': (dict(length=5), 33, dict(length=0, reverse=33)),
@@ -136,7 +176,7 @@ def test_gap_ends_an_outage(model: PathModel, gap: int, is_first: int, ended: in
 
 REACHED: dict[str, tuple[Fields, int, Fields]] = {
     'unknown': ({}, 4, dict(length=4)),
-    'shorter': (dict(length=9, last_responsive=8), 4, dict(length=4, last_responsive=3)),
+    'shorter': (dict(length=9, last_responsive=8, proven=8), 4, dict(length=4, last_responsive=3, proven=3)),
     'as long': (dict(length=4, explore=1, reply_distances=6), 4, dict(length=4, explore=0, reply_distances=6)),
     'longer than known': (dict(length=3), 4, dict(length=3)),
     'by a TTL of 0': (dict(length=3, last_responsive=2), 0, dict(length=3, last_responsive=2)),
@@ -152,8 +192,8 @@ def test_destination_reached(model: PathModel, before: Fields, ttl: int, after: 
 
 REPLIED: dict[str, tuple[Fields, tuple[int, int], Fields]] = {
     # the path; the hop that answered and the reply's distance; the path afterwards
-    'unknown length': (dict(max_ttl_tried=3), (3, 3), dict(max_ttl_tried=4, last_responsive=3)),
-    'beyond the length': (dict(length=5), (5, 5), dict(length=6, explore=1, last_responsive=5)),
+    'unknown length': (dict(max_ttl_tried=3), (3, 3), dict(max_ttl_tried=4, last_responsive=3, proven=3)),
+    'beyond the length': (dict(length=5), (5, 5), dict(length=6, explore=1, last_responsive=5, proven=5)),
     'last router, as expected': (dict(length=5, reverse=5), (4, 4), dict(explore=0, reply_distances=1 << 4)),
     'last router, farther': (dict(length=5, reverse=5), (4, 5), dict(explore=1, last_explored=NOW)),
     'last router, farther, not again so soon': (
@@ -161,7 +201,14 @@ REPLIED: dict[str, tuple[Fields, tuple[int, int], Fields]] = {
         (4, 5),
         dict(explore=0, reply_distances=0),
     ),
-    'of the old path': (dict(length=5, shortened_at=NOW), (6, 6), dict(length=5, last_responsive=0)),
+    'of the old path': (dict(length=5, changed_at=NOW), (6, 6), dict(length=5, last_responsive=0, proven=0)),
+    'of the old path, but a hop before the end': (
+        dict(length=5, changed_at=NOW),
+        (3, 3),
+        dict(length=5, last_responsive=3, proven=0),
+    ),
+    'as far away as its reply says': (dict(length=5, reverse=5), (3, 3), dict(proven=3, symmetric=3)),
+    'farther away': (dict(length=5, reverse=5), (3, 4), dict(proven=3, symmetric=0)),
 }
 
 
@@ -169,27 +216,72 @@ REPLIED: dict[str, tuple[Fields, tuple[int, int], Fields]] = {
 def test_hop_replied(model: PathModel, before: Fields, reply: tuple[int, int], after: Fields) -> None:
     path = new_path(**before)
     number, distance = reply
-    model.hop_replied(path, number, NOW - 5 * MS, distance, NOW)
+    model.hop_replied(path, number, USUAL, NOW - 5 * MS, distance, NOW)
     assert fields(path, after) == after
 
 
+FORMS: dict[str, tuple[Fields, Fields, tuple[int, int], int]] = {
+    # the path, hop 3; the hop, whether the packet can carry a fallback probe; the form
+    'proven': (dict(proven=3), {}, (3, 1), USUAL),
+    'before a proven one': (dict(proven=4), {}, (3, 1), USUAL),
+    'not proven': (dict(proven=2, reverse=9), {}, (3, 1), GUARDED),
+    'a guarded probe was not answered': (dict(proven=2, reverse=9), dict(level=1), (3, 1), FALLBACK),
+    'nor are others here': (dict(proven=2, reverse=9, guards_blocked=1), {}, (3, 1), FALLBACK),
+    'not with this packet': (dict(proven=2, reverse=9), dict(level=1), (3, 0), GUARDED),
+    'not so often': (dict(proven=2, reverse=9, fallbacks=3), dict(level=1), (3, 1), GUARDED),
+    'not without a packet from the destination': (dict(proven=2), dict(level=1), (3, 1), GUARDED),
+    'perhaps the destination': (dict(proven=2, reverse=4), dict(level=1), (3, 1), GUARDED),
+    'the last hop of a symmetric path': (dict(proven=2, reverse=4, symmetric=2), dict(level=1), (3, 1), FALLBACK),
+    'the destination': (dict(proven=2, reverse=3, symmetric=2), dict(level=1), (3, 1), GUARDED),
+    'in an outage': (dict(proven=2, reverse=9, last_received=NOW // TICK - 251), dict(level=1), (3, 1), GUARDED),
+}
+
+
+@pytest.mark.parametrize('before, hop, probe, form', FORMS.values(), ids=FORMS)
+def test_probe_form(model: PathModel, before: Fields, hop: Fields, probe: tuple[int, int], form: int) -> None:
+    path = new_path({3: hop}, **{'last_received': NOW // TICK, **before})
+    assert model.probe_form(path, *probe, NOW // TICK) == form
+
+
+def test_fallback_probes_are_counted_until_one_is_answered(model: PathModel) -> None:
+    path = new_path(reverse=9, length=9, proven=2)
+    for count in 1, 2, 3:
+        due = model.probe_reserved(path, 3, NOW, 0)
+        model.probe_sent(path, 3, FALLBACK, NOW, due, NOW)
+        assert fields(path, ('fallbacks', 'guards_blocked')) == dict(fallbacks=count, guards_blocked=0)
+    model.hop_replied(path, 3, FALLBACK, NOW, 3, NOW)
+    assert fields(path, ('fallbacks', 'guards_blocked', 'proven')) == dict(fallbacks=0, guards_blocked=1, proven=3)
+
+
+def test_last_hop_that_stops_responding_is_no_longer_proven(model: PathModel) -> None:
+    path = new_path({4: dict(unanswered=1, since=1)}, length=5, proven=4, last_responsive=4, last_probed=3)
+    assert model.choose_hop(path, NOW, 0) == HOP_UNRESPONSIVE
+    assert fields(path, ('proven', 'last_responsive')) == dict(proven=3, last_responsive=3)
+
+
+def test_probes_in_flight_to_a_hop_are_few() -> None:
+    path = new_path({2: dict(rtt=80_000)}, length=5, proven=4)
+    model = PathModel(interval_ns=0)
+    assert model.probe_reserved(path, 2, NOW, 0) == NOW + 10 * MS
+
+
 def test_probe_that_is_cancelled_is_not_held_against_its_hop(model: PathModel) -> None:
-    path = new_path(length=5)
+    path = new_path(length=5, proven=4)
     due = model.probe_reserved(path, 2, NOW, 0)
     assert (due, path.hops[2].unanswered, path.pacing.seq) == (NOW + 10 * MS, 1, 1)
-    model.probe_cancelled(path, 2)
+    model.probe_cancelled(path, 2, NOW)
     assert path.hops[2].unanswered == 0
 
 
 def test_interval_begins_when_the_probe_leaves(model: PathModel) -> None:
-    path = new_path(length=5)
+    path = new_path(length=5, proven=4)
     due = model.probe_reserved(path, 2, NOW, 0)
-    model.probe_sent(path, 2, NOW, due, NOW + 3 * MS)
+    model.probe_sent(path, 2, USUAL, NOW, due, NOW + 3 * MS)
     assert (path.hops[2].due, path.pacing.last_sent) == (due + 3 * MS, NOW + 3 * MS)
 
 
 def test_probe_that_is_postponed_is_next_again(model: PathModel) -> None:
-    path = new_path(length=5, last_probed=2)
+    path = new_path(length=5, proven=4, last_probed=2)
     for _ in range(2):
         assert model.choose_hop(path, NOW, 0) == 3
         model.probe_postponed(path, 3)
@@ -201,7 +293,11 @@ BUILDS = [(10 * MS, False, TICK), (0, False, TICK), (SECOND, True, 0), (100 * MS
 MUTANTS = {  # what is broken in the model -> (text, its replacement)
     'back-off without end': ('hop->due = now + backoff_delay(path, nr, hop);', 'hop->due = ~0ULL;'),
     'early retries never end': ('hop->backoff.state = RETRIED_EARLY;', 'hop->due = ~0ULL >> 1; return hop->due;'),
-    'the destination is a hop': ('return path->distance.length - 1;', 'return path->distance.length;'),
+    'the destination is a hop': ('? path->distance.length - 1 :', '? path->distance.length :'),
+    'every hop is proven': ('if (nr <= distance->proven)', 'if (nr <= MAX_HOPS)'),
+    'hops stay proven when the path changes': ('distance->proven = 0;', ';'),
+    'hops stay proven when they stop responding': ('path->distance.proven = nr - 1;', 'hop->unanswered = 1;'),
+    'fallback probes are not counted': ('path->distance.fallbacks++;', 'hop = 0;'),
     'no exploration': ('path->pacing.seq % EXPLORE_EVERY == EXPLORE_EVERY - 1', '0'),
     'due for ever': (
         'set_next_due(&path->pacing, earliest, now, ticks);',
