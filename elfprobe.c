@@ -2673,15 +2673,13 @@ static inline int is_private(const struct in6_addr *a)
 	return v4 >> 24 == 10 || v4 >> 20 == 0xac1 || v4 >> 16 == 0xc0a8 || (v4 & 0xffc00000) == 0x64400000;
 }
 
-/* May the packet carry a fallback probe? It may if that does no harm even where it arrives:
- * - UDP: a router translates the packet, for certain, and so would never forward a guarded probe. The application
- *   may receive a fallback probe, as one more copy of the packet. FALLBACKS_MAX limits that.
- * - ICMP: the reply to the probe is dropped. */
+/* May the packet carry a fallback probe? A router must translate the packet, which the addresses prove: then no hop
+ * behind that router ever gets a guarded probe. If a fallback probe arrives after all, a UDP application receives one
+ * more copy of its packet, and we drop the reply to an echo request. FALLBACKS_MAX limits both. */
 static inline int can_fall_back(const struct packet *pkt)
 {
-	if (pkt->protocol == IPPROTO_UDP)
-		return is_private(&pkt->saddr) && !is_private(&pkt->daddr);
-	return INGRESS_DROP && is_icmp(pkt);
+	return (pkt->protocol == IPPROTO_UDP || (INGRESS_DROP && is_icmp(pkt))) && is_private(&pkt->saddr) &&
+	       !is_private(&pkt->daddr);
 }
 
 /* Time between two checks whether a destination is still on-link. */
