@@ -45,6 +45,7 @@ BPF_NOEXIST = 1  # linux/bpf.h
 # other. BCC 0.26 declares nothing.
 LIBBCC = ctypes.CDLL(bcc.lib._name, use_errno=True)
 FRAME_MAX = 4096
+MAX_HOPS = 32
 
 
 class Options(ctypes.Structure):
@@ -249,8 +250,12 @@ class Programs:
         assert self._destinations.add(pack_address(address), path)
 
     def new_path(self, **fields: int) -> Any:
-        """Return a struct path with these fields; those of its records by their names alone."""
+        """Return a struct path with these fields; those of its records by their names alone.
+
+        Unless `proven` is given, all hops are if the length is, and else those up to the farthest that answers.
+        """
         path = self.bpf['paths'].Leaf()
+        fields.setdefault('proven', MAX_HOPS if fields.get('length') else fields.get('last_responsive', 0))
         for name, value in fields.items():
             set_field(path, name, value)
         return path
