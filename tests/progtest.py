@@ -144,11 +144,15 @@ class Programs:
         frame: elfprobe.Frame = elfprobe.Frame.ETHERNET,
         ingress_tc: bool = True,
         tcx: bool = True,
+        has_routes: bool = False,
         platform: dict[str, Any] | None = None,
         **config: Any,
     ) -> None:
         build = elfprobe.Build(frame, ingress_tc, tcx, by_owner)
-        self.platform = dataclasses.replace(elfprobe.Platform.detect(), **(platform or {}))
+        changes = dict(platform or {})
+        if not has_routes:  # everything is on-link at the loopback device
+            changes['routes'] = elfprobe.RouteOffsets()
+        self.platform = dataclasses.replace(elfprobe.Platform.detect(), **changes)
         self.kernel = elfprobe.Kernel(
             elfprobe.Config('none', cache=False, **config), build, self.platform, with_warnings=True
         )

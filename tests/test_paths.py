@@ -187,8 +187,10 @@ def measured(lab4: Lab, request: pytest.FixtureRequest, tmp_path_factory: pytest
         with lab4.iperf3_server(*ports), lab4.routers[0].capture(**seen_at_r1) as seen, elfprobe(
             lab4, *options, *both(lab4), cwd=tmp_path_factory.mktemp('measured')
         ) as run:
-            for version in VERSIONS:  # from then on the path's length is known
-                output(ping(lab4, version, '-c1'))
+            for version in VERSIONS:  # from then on the path's length is known, and its hops are proven
+                output(ping(lab4, version, '-c9', '-i.05'))
+            wait_until(lambda: len(latest(run.rows())) == 2 * len(HOPS), 10, 'all hops are proven')
+            settled = time.monotonic_ns()
             often = f'-i{0.005 * PATIENCE:g}'
             pings = {version: ping(lab4, version, '-c200', often, '-Q', str(TOS)) for version in VERSIONS}
             bulks = [iperf3(lab4, version, UPLOAD + version, *bulk) for version in VERSIONS]
@@ -200,11 +202,13 @@ def measured(lab4: Lab, request: pytest.FixtureRequest, tmp_path_factory: pytest
             assert run.stop() == 0
     finally:
         lab4.set_checksum_offload(True)
-    packets = ip_packets(seen)
+    offset = realtime_offset()
+    packets = [packet for packet in ip_packets(seen) if packet.time > settled + offset]
+    rows = [row for row in run.rows() if row.sendtime > settled]
     replies = [packet for packet in packets if packet.is_time_exceeded]
     carriers = [packet for packet in packets if not packet.is_time_exceeded and packet.ttl > 32]
     probes = [packet for packet in packets if not packet.is_time_exceeded and packet.ttl <= 32]
-    return Measured(truncated, offload, run.rows(), carriers, probes, replies, realtime_offset(), streams, said)
+    return Measured(truncated, offload, rows, carriers, probes, replies, offset, streams, said)
 
 
 CELLS = pytest.mark.parametrize('version, protocol', [
