@@ -1599,7 +1599,7 @@ struct packet {
 	__u32 version;
 	__u32 ip_off; /* bytes before the IP header */
 	__u32 ip_len; /* bytes of the IP header, with the extension headers of IPv6 */
-	__u32 l4_len; /* bytes behind the IP header, as the header tells */
+	__u32 l4_len; /* bytes behind the IP header, as the header tells; in a quoted packet it may be anything */
 	__u32 protocol;
 	__u32 fragment;     /* 0: not a fragment */
 	__u32 encapsulated; /* the packet is inside another IPv4 packet */

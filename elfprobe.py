@@ -642,7 +642,7 @@ def linux_version() -> tuple[int, int, int]:
 
 
 def kernel_offsets(*names: str) -> list[dict[bytes, int]]:
-    """Return struct_offsets() of these structs of the kernel. Raises LookupError, also if its BTF cannot be read."""
+    """Return struct_offsets() of structs of the kernel. Raises LookupError, also if BTF cannot be read."""
     new, old = "btf__load_vmlinux_btf", "libbpf_find_kernel_btf"  # the old name is from before libbpf 0.5
     try:
         with kernel_btf(new if hasattr(bcc.lib, new) else old) as btf:

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Iterator
 
 from elf.paths import Destination, Hop, Outage
-from elf.rows import Probe
+from elf.rows import Record
 
 ENOUGH_PROBES = 20  # from which on a hop's share of answers means something
 UNANSWERED_MIN, UNANSWERED_SHARE_MIN = 3, 0.005  # fewer unanswered probes are not worth a word
@@ -202,14 +202,14 @@ class PathRewrites:
     def __init__(self) -> None:
         self._nearest: dict[tuple[str, str], PathRewrite] = {}  # by destination and change
 
-    def note(self, probe: Probe) -> None:
+    def note(self, probe: Record) -> None:
         """Note the changes that the reply to a probe shows."""
         if probe.intos != probe.outtos:
             self._note_change(probe, f"DSCP/ECN {probe.outtos:#04x} becomes {probe.intos:#04x}")
         if probe.translated:
             self._note_change(probe, "the source address is translated")
 
-    def _note_change(self, probe: Probe, what: str) -> None:
+    def _note_change(self, probe: Record, what: str) -> None:
         found = self._nearest.get((probe.dest, what))
         if found is None and len(self._nearest) >= REWRITES_MAX:
             return

@@ -6,7 +6,8 @@
     read_csv()          reads a file (needs pandas)
     records_in()        makes the same records of a file's rows
 
-To add a column, append it to COLUMNS. If the summary is to know it, give Probe a field of the same name.
+To add a column, append it to COLUMNS. If the summary is to know it, give Record below a field
+of the same name; if elfplot.py is to draw it, add it to READ.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ LIMITS = {  # by type
 }
 
 
-class Probe(NamedTuple):
+class Record(NamedTuple):
     """A probe that has ended, as the summary and the findings take it: values of columns, by their names.
 
     translated is a field of struct result without a column: the quoted source address is not the one that
@@ -118,8 +119,8 @@ def app_text(comm: bytes) -> str:
 IN_EXPRESSIONS = {"address_text": address_text, "app_text": app_text, "csv_field": csv_field, "ntohs": socket.ntohs}
 
 
-def row_function(fields: Sequence[str]) -> Callable[..., tuple[str, Probe]]:
-    """Return a function that makes a row and a Probe of the values of these fields, given as one tuple.
+def row_function(fields: Sequence[str]) -> Callable[..., tuple[str, Record]]:
+    """Return a function that makes a row and a Record of the values of these fields, given as one tuple.
 
     mpls and ifinfo, the texts of a reply's extension, are its optional second and third argument. Without
     "recvtime" among the fields the probes are unanswered. The function is compiled from COLUMNS, as
@@ -136,17 +137,17 @@ def row_function(fields: Sequence[str]) -> Callable[..., tuple[str, Probe]]:
         for name, variable in variables.items()
     )
     without_column = {name: name if name in fields else repr(default)
-                      for name, default in Probe._field_defaults.items()}  # fmt: skip
-    record = ({**without_column, **variables}[name] for name in Probe._fields)
+                      for name, default in Record._field_defaults.items()}  # fmt: skip
+    record = ({**without_column, **variables}[name] for name in Record._fields)
     source = [
         "def row(fields, mpls='', ifinfo=''):",
         f"    {', '.join(fields)} = fields",
         *(f"    its_{name} = {value}" for name, value in computed.items()),
-        f'    return f"{row}\\n", new(Probe, ({", ".join(record)}))',
+        f'    return f"{row}\\n", new(Record, ({", ".join(record)}))',
     ]
-    namespace: dict[str, Any] = {**IN_EXPRESSIONS, "Probe": Probe, "new": tuple.__new__}
+    namespace: dict[str, Any] = {**IN_EXPRESSIONS, "Record": Record, "new": tuple.__new__}
     exec("\n".join(source), namespace)
-    compiled: Callable[..., tuple[str, Probe]] = namespace["row"]
+    compiled: Callable[..., tuple[str, Record]] = namespace["row"]
     return compiled
 
 
@@ -198,10 +199,10 @@ def read_csv(path: str) -> pd.DataFrame:
     return rows.sort_values("sendtime", kind="mergesort").reset_index(drop=True)
 
 
-def records_in(rows: pd.DataFrame) -> Iterator[Probe]:
-    """Yield a Probe for each row that read_csv() has read, in the order of the file."""
+def records_in(rows: pd.DataFrame) -> Iterator[Record]:
+    """Yield a Record for each row that read_csv() has read, in the order of the file."""
     rows = rows.sort_values("line")
-    names = [name for name in Probe._fields if name in rows]
+    names = [name for name in Record._fields if name in rows]
     columns = []
     for name in names:
         values = rows[name]
@@ -213,4 +214,4 @@ def records_in(rows: pd.DataFrame) -> Iterator[Probe]:
             values = numbers
         columns.append(values.tolist())
     for values in zip(*columns):
-        yield Probe(**dict(zip(names, values)))
+        yield Record(**dict(zip(names, values)))

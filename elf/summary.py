@@ -12,7 +12,7 @@ from elf.addresses import flow_text
 from elf.findings import findings_on
 from elf.histogram import LatencyHistogram, Stats
 from elf.paths import Destination, Hop
-from elf.rows import Probe
+from elf.rows import Record
 
 HOPS_MAX = 8192  # of all destinations together
 FLOWS_MAX = 32768  # that are remembered
@@ -28,7 +28,7 @@ WIDE = 100  # columns of a terminal
 
 log = logging.getLogger(__name__)
 
-FlowKey = Tuple[str, int, int, int]  # destination, ports, protocol: the first fields of Probe
+FlowKey = Tuple[str, int, int, int]  # destination, ports, protocol: the first fields of Record
 
 
 class Flow:
@@ -58,7 +58,7 @@ class Summary:
         self._hops = 0
         self._probes_left_out = 0
 
-    def note(self, probe: Probe) -> None:
+    def note(self, probe: Record) -> None:
         """Add a probe that has ended."""
         # All at once: each attribute of a NamedTuple takes as long as a look-up in a dict.
         (
@@ -97,7 +97,7 @@ class Summary:
         if srtt is not None:
             destination.srtt.add(srtt * 1000)
 
-    def _note_responder(self, hop: Hop, flow: Flow, probe: Probe) -> None:
+    def _note_responder(self, hop: Hop, flow: Flow, probe: Record) -> None:
         """Note that another responder answers than the one before in this flow, or the first one."""
         number = probe.outttl
         before = flow.responders.get(number)
@@ -109,7 +109,7 @@ class Summary:
         flow.responders[number] = probe.responder
         flow.since[number] = probe.sendtime
 
-    def _log_change(self, hop: Hop, probe: Probe, before: str) -> None:
+    def _log_change(self, hop: Hop, probe: Record, before: str) -> None:
         hop.changes += 1
         if hop.changes > CHANGES_LOGGED:
             return

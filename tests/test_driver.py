@@ -30,7 +30,7 @@ from elf.console import LogFormat
 from elf.extensions import MalformedExtension, extension_texts, ones_complement_sum
 from elf.files import OutputFile
 from elf.processes import Process
-from elf.rows import HEADER, Probe, app_text, row_function
+from elf.rows import HEADER, Record, app_text, row_function
 from elf.usage import Failure
 from elfprobe import Config
 from lab import wait_until
@@ -732,7 +732,7 @@ RECORD = dict(
 def test_records(values: dict[str, Any], changes: dict[str, Any]) -> None:
     """What the summary gets of a probe is what its row says, with None for what is not known."""
     values = {**PROBE, **KEY, **values}
-    assert row_function(list(values))(tuple(values.values()))[1] == Probe(**{**RECORD, **changes})
+    assert row_function(list(values))(tuple(values.values()))[1] == Record(**{**RECORD, **changes})
 
 
 def test_columns() -> None:

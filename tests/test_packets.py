@@ -729,6 +729,7 @@ def extended(quote: Packet | bytes) -> bytes:
     return bytes(quote).ljust(128, b'\0') + bytes.fromhex('2000 0000 0008 0101 0001 01ff')
 
 
+# A few, to see what the program does with each. All ways to quote are in WAYS of odd_routers.py: add there.
 QUOTES: dict[str, Callable[[Packet], Any]] = {
     'all of it': bytes,
     'no more than every router quotes': least,

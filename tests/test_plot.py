@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import elfplot
 from elf.rows import NAMES as COLUMNS
-from elf.rows import Probe, read_csv
+from elf.rows import Record, read_csv
 from elf.summary import Summary
 from elf.usage import Failure
 
@@ -45,6 +45,7 @@ def row(at: float, hop: int, ms: float | None, **changes: Any) -> dict[str, Any]
     """A probe's row, sent so many seconds after the start; ms: None, no answer."""
     latency, sent = -1 if ms is None else round(ms * MS), START + round(at * S)
     return {
+        **dict.fromkeys(COLUMNS, ''),
         **dict(
             recvcpu=0,
             seq=7,
@@ -296,7 +297,7 @@ def test_table(csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert elfplot.main([str(csv)]) == 0
     summary = Summary()
     for one in rows:
-        summary.note(Probe(*(one[name] for name in Probe._fields[:8])))
+        summary.note(Record(*(one[name] for name in Record._fields[:8])))
     *lines, picture, end = capsys.readouterr().out.split('\n')
     assert lines == [*summary.tables()[1:], '']
     assert [line.split()[:5] for line in lines[2:5]] == [

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from elf import histogram, summary
 from elf.addresses import ReverseDns
 from elf.histogram import LatencyHistogram
-from elf.rows import Probe
+from elf.rows import Record
 from elf.summary import Summary
 from lab import Host, Lab, end, nft_table, run, wait_until
 from runs import CLOSED, ELFPROBE, FAMILY, HOPS, TCP, UDP, VERSIONS, Run, both, inside, tcp_connected
@@ -96,9 +96,9 @@ def ended(
     sport: int = 1,
     protocol: int = UDP,
     **tcp: int,
-) -> Probe:
+) -> Record:
     """A probe to this hop; without a responder it is unanswered."""
-    return Probe(dest, sport, 2, protocol, number, sendtime, latency if responder else -1, responder, **tcp)
+    return Record(dest, sport, 2, protocol, number, sendtime, latency if responder else -1, responder, **tcp)
 
 
 # What the summary says of unanswered probes
@@ -282,7 +282,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert int(more) == summary.RESPONDERS_MAX - summary.RESPONDERS_SHOWN
 
 
-def tcp_probe(sendtime: int, responder: str = A, sport: int = 1, retrans: int = 0) -> Probe:
+def tcp_probe(sendtime: int, responder: str = A, sport: int = 1, retrans: int = 0) -> Record:
     return ended(3, sendtime, responder, sport=sport, protocol=TCP, srtt=900, cwnd=10, retrans=retrans)
 
 
@@ -514,7 +514,7 @@ def csv_rows(path: Path) -> list[dict[str, str]]:
 @root
 @pytest.mark.parametrize('version', VERSIONS)
 def test_tcp_state_beside_each_probe(lab4, tmp_path, version):
-    """What the kernel itself says of the socket, before and after; nothing for UDP and before it is known."""
+    """What the kernel itself says of the socket, before and after; nothing for UDP."""
     loss = 'chain forward { type filter hook forward priority 0; tcp dport 7 numgen random mod 30 < 1 drop; }'
     server = lab4.server_address(version)
     with probing(lab4, '-p0', server, cwd=tmp_path) as run, tcp_stream(lab4, version) as sender:

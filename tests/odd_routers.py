@@ -175,7 +175,7 @@ def with_extension_headers(packet: bytes, *headers: tuple[int, bytes]) -> bytes:
     return packet[:4] + struct.pack('!HB', length, following) + packet[7:40] + inserted + packet[40:]
 
 
-# How much is quoted
+# How much is quoted. These do not trust the length in the header, which a way may have changed
 
 
 def whole(packet: bytes) -> bytes:
@@ -303,7 +303,7 @@ EXACT = -1
 
 
 class Way(NamedTuple):
-    """How a router answers a packet, which it quotes as it is when its TTL would become 0."""
+    """How a router answers a packet. `quote` makes the quoted bytes of the packet, which has TTL 1 by then."""
 
     quote: Callable[[bytes], bytes] = whole
     extension: bytes = b''  # behind the quote
@@ -321,10 +321,10 @@ class Way(NamedTuple):
     ifinfo: str | None = ''
 
 
-def also(
+def changed(
     change: Callable[..., bytes], *arguments: Any, quote: Callable[[bytes], bytes] = whole
 ) -> Callable[[bytes], bytes]:
-    """So much of a packet, after a change of it."""
+    """Quote a packet after a change: first `change(packet, *arguments)`, then `quote` cuts it."""
     return lambda packet: quote(change(packet, *arguments))
 
 
@@ -386,24 +386,24 @@ WAYS: dict[str, Way] = {
     'interface, name beyond the end': extended(structure(extension_object(2, 2, b'\xffeth')), ifinfo=None),
     'interface, unknown family': extended(structure(extension_object(2, 4, b'\0\7\0\0elf!')), ifinfo=None),
     'interface cut': extended(structure(extension_object(2, 15, INTERFACE[4:10])), ifinfo=None),
-    'quoted TTL 0': Way(also(with_ttl, 0)),
-    'quoted TTL 64': Way(also(with_ttl, 64)),
-    'quoted TTL 255': Way(also(with_ttl, 255)),
-    'another DSCP': Way(also(with_tos, 0xB8)),
-    'congestion': Way(also(with_mark)),
-    'another identification': Way(also(with_identification)),
-    'swapped length': Way(also(with_swapped_length)),
-    'bad header checksum': Way(also(with_bad_checksum), **IPV4),
-    'translated source': Way(also(with_source)),
-    'translated source and checksum': Way(also(with_translation), unmatched=TRANSLATED_UDP),
-    'translated checksum': Way(also(with_foreign_checksum), unmatched=TRANSLATED_UDP),
-    'checksum of another probe': Way(also(with_number, -128 % 65535), unmatched=TRANSLATED_UDP, alone=True),
-    'record route': Way(also(with_options, RECORD_ROUTE), **IPV4),
-    'IPv4 options and 8 bytes': Way(also(with_options, NOPS, quote=least), unmatched=UNFINISHED_UDP, **IPV4),
-    'hop-by-hop header': Way(also(with_extension_headers, (HOP_BY_HOP, PADN)), **IPV6),
-    'destination options': Way(also(with_extension_headers, (DESTINATION_OPTIONS, PADN_16)), **IPV6),
+    'quoted TTL 0': Way(changed(with_ttl, 0)),
+    'quoted TTL 64': Way(changed(with_ttl, 64)),
+    'quoted TTL 255': Way(changed(with_ttl, 255)),
+    'another DSCP': Way(changed(with_tos, 0xB8)),
+    'congestion': Way(changed(with_mark)),
+    'another identification': Way(changed(with_identification)),
+    'swapped length': Way(changed(with_swapped_length)),
+    'bad header checksum': Way(changed(with_bad_checksum), **IPV4),
+    'translated source': Way(changed(with_source)),
+    'translated source and checksum': Way(changed(with_translation), unmatched=TRANSLATED_UDP),
+    'translated checksum': Way(changed(with_foreign_checksum), unmatched=TRANSLATED_UDP),
+    'checksum of another probe': Way(changed(with_number, -128 % 65535), unmatched=TRANSLATED_UDP, alone=True),
+    'record route': Way(changed(with_options, RECORD_ROUTE), **IPV4),
+    'IPv4 options and 8 bytes': Way(changed(with_options, NOPS, quote=least), unmatched=UNFINISHED_UDP, **IPV4),
+    'hop-by-hop header': Way(changed(with_extension_headers, (HOP_BY_HOP, PADN)), **IPV6),
+    'destination options': Way(changed(with_extension_headers, (DESTINATION_OPTIONS, PADN_16)), **IPV6),
     'hop-by-hop header and destination options': Way(
-        also(with_extension_headers, (HOP_BY_HOP, PADN_16), (DESTINATION_OPTIONS, PADN)), **IPV6
+        changed(with_extension_headers, (HOP_BY_HOP, PADN_16), (DESTINATION_OPTIONS, PADN)), **IPV6
     ),
     'router alert': Way(header=ROUTER_ALERT, **IPV4),
     'hop-by-hop header of its own': Way(header=ROUTER_ALERT_6, **IPV6),
