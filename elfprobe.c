@@ -34,7 +34,7 @@
  *   quoted packet the start of the probe, as an ICMP error contains it
  *   in flight     sent, recorded, and not answered yet; whoever removes a probe from the map in_flight owns it
  *   reservation   the right to send one probe, with its sequence number and TTL; it ends as committed or cancelled
- *   back-off      time without probes to a hop that does not respond; it grows with each unanswered probe
+ *   back-off      time without probes to a hop that does not respond; each is longer than the one before
  *   scratch       memory of one program run outside its 512 bytes of stack
  *   lease         permission to send probes until a time (alive_until); user space renews it while it runs
  */
@@ -753,13 +753,18 @@ enum probe_form {
 	FALLBACK, /* a NAT translates it, and the application of the receiver cannot tell it from its own packets */
 };
 
-/* An unresponsive hop backs off. Each level is 2^BACKOFF_SHIFT times as long as the one before, up to a maximum. */
-#define BACKOFF_ROUTER_MAX (10 * NSEC_PER_SEC)  /* of a hop that is certainly a router */
-#define BACKOFF_BEYOND_MAX (256 * NSEC_PER_SEC) /* of a hop that may be the destination */
-#define BACKOFF_ANSWERED (200 * NSEC_PER_MSEC)  /* first level of such a hop, if it has answered before */
-#define BACKOFF_NEVER_ANSWERED NSEC_PER_SEC     /* and if it has not */
-#define BACKOFF_SHIFT 3
+/* Two kinds of hop back off. For a hop that is certainly a router, each level is twice as long as the one before,
+ * from one interval (1 ms at least). For a hop that may be the destination, it is eight times as long. The shifts are
+ * the logarithms of these factors. */
+#define BACKOFF_ROUTER_SHIFT 1
+#define BACKOFF_ROUTER_MAX (10 * NSEC_PER_SEC)
+#define BACKOFF_BEYOND_SHIFT 3
+#define BACKOFF_BEYOND_MAX (256 * NSEC_PER_SEC)
+#define BACKOFF_ANSWERED (200 * NSEC_PER_MSEC) /* first level of such a hop, if it has answered before */
+#define BACKOFF_NEVER_ANSWERED NSEC_PER_SEC    /* and if it has not */
+/* Every back-off has reached its maximum by then. It also keeps the shifts inside 64 bits. */
 #define BACKOFF_LEVEL_MAX 16
+#define BEYOND_LEVEL_MAX 4       /* 0.2 s * 8^4 is more than the maximum */
 #define FALSE_ALARMS_PER_LEVEL 4 /* for so many false alarms one more level is as short as the first */
 #define FALSE_ALARMS_MAX 12
 /* Number of consecutive unanswered probes up to which a router counts as responsive. */
@@ -917,14 +922,15 @@ static inline __u32 short_levels(const struct backoff *backoff)
 static inline __u64 backoff_delay(const struct path *path, __u32 nr, const struct hop *hop)
 {
 	__u32 beyond, level = hop->backoff.level, last = path->liveness.last_responsive;
+	__u64 first;
 
 	if (is_router(path, nr, hop))
-		return min64(PATIENCE << min64(level, BACKOFF_LEVEL_MAX), BACKOFF_ROUTER_MAX);
+		return min64(PATIENCE << BACKOFF_ROUTER_SHIFT * min64(level, BACKOFF_LEVEL_MAX),
+			     BACKOFF_ROUTER_MAX);
 	beyond = nr > last ? nr - last - 1 : 0;
 	level = level > short_levels(&hop->backoff) ? level - short_levels(&hop->backoff) : 0;
-	return min64((hop->rtt ? BACKOFF_ANSWERED : BACKOFF_NEVER_ANSWERED)
-			     << min64(BACKOFF_SHIFT * (level + beyond), 12),
-		     BACKOFF_BEYOND_MAX);
+	first = hop->rtt ? BACKOFF_ANSWERED : BACKOFF_NEVER_ANSWERED;
+	return min64(first << BACKOFF_BEYOND_SHIFT * min64(level + beyond, BEYOND_LEVEL_MAX), BACKOFF_BEYOND_MAX);
 }
 
 /* May the hop be probed before its back-off is over? It may, once, if an outage has ended that began together with

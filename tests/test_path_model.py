@@ -121,18 +121,78 @@ def test_choose_hop(model: PathModel, before: Fields, hops: dict[int, Fields], t
         assert path.pacing.last_probed == (ttl if ttl > 0 else before.get('last_probed', 0) + 1)
 
 
-def test_back_off_grows_up_to_a_maximum(model: PathModel) -> None:
-    path = new_path(length=2)
-    delays = []
-    path.hops[1].rtt, now = 9, NOW
-    path.distance.max_ttl_tried = 1
-    for _ in range(6):
-        path.hops[1].unanswered, path.hops[1].since, path.hops[1].backoff.state = 1, 1, 0
-        path.pacing.next_due = 0
-        assert model.choose_hop(path, now, 0) == HOP_UNRESPONSIVE
-        delays.append((path.hops[1].due - now) // MS)
-        now = path.hops[1].due
-    assert delays == [200, 1600, 12800, 102400, 256000, 256000]
+LAST = dict(last_responsive=4)  # the farthest hop that has answered
+ANSWERS_BEHIND = dict(last_responsive=4, farthest_reply=NEVER)  # and it has done so since
+BACK_OFFS: dict[str, tuple[Fields, int, Fields, int]] = {
+    # path, hop, its fields, unanswered since long ago: for how many ms it backs off; 0: it is probed
+    'a hop that answers': (ANSWERS_BEHIND, 2, dict(unanswered=0), 0),
+    'a router, 8 lost': (ANSWERS_BEHIND, 2, dict(unanswered=8), 0),
+    'a router, 9 lost': (ANSWERS_BEHIND, 2, dict(unanswered=9), 10),
+    'a router, 10 lost': (ANSWERS_BEHIND, 2, dict(unanswered=10, level=1), 20),
+    'a router, 14 lost': (ANSWERS_BEHIND, 2, dict(unanswered=14, level=5), 320),
+    'an unresponsive router': (ANSWERS_BEHIND, 2, dict(unanswered=19, level=10), 10000),
+    'a router that is unresponsive for long': (ANSWERS_BEHIND, 2, dict(unanswered=2**8 - 1, level=16), 10000),
+    'a router whose back-off is over': (ANSWERS_BEHIND, 2, dict(unanswered=9, level=3, state=1), 0),
+    'a router, behind which nothing has answered since': (LAST, 2, dict(unanswered=1, rtt=9), 200),
+    'the last router, 1 lost': (LAST, 4, dict(unanswered=1, rtt=9), 200),
+    'the last router, its back-off is over': (LAST, 4, dict(unanswered=1, rtt=9, level=1, state=1), 0),
+    'the last router, 2 lost': (LAST, 4, dict(unanswered=2, rtt=9, level=1), 1600),
+    'the last router, 3 lost': (LAST, 4, dict(unanswered=3, rtt=9, level=2), 12800),
+    'the last router, 2 lost, of late as well': (LAST, 4, dict(unanswered=2, rtt=9, level=1, false_alarms=4), 200),
+    'the last router, 3 lost, of late but 1': (LAST, 4, dict(unanswered=3, rtt=9, level=2, false_alarms=7), 1600),
+    'the last router, 4 lost, of late as well': (LAST, 4, dict(unanswered=4, rtt=9, level=3, false_alarms=12), 200),
+    'the last router, 5 lost': (LAST, 4, dict(unanswered=5, rtt=9, level=4, false_alarms=12), 1600),
+    'the last router, many lost': (LAST, 4, dict(unanswered=99, rtt=9, level=16), 256000),
+    'behind it, 1 lost': (ANSWERS_BEHIND, 5, dict(unanswered=1), 1000),
+    'behind it, 1 lost, but it has answered once': (ANSWERS_BEHIND, 5, dict(unanswered=1, rtt=9), 200),
+    'behind it, 2 lost': (ANSWERS_BEHIND, 5, dict(unanswered=2, level=1), 8000),
+    'behind it, 4 lost': (ANSWERS_BEHIND, 5, dict(unanswered=4, level=3), 256000),
+    'farther behind, nothing lost': (ANSWERS_BEHIND, 7, dict(unanswered=0), 0),
+    'farther behind, 1 lost': (ANSWERS_BEHIND, 7, dict(unanswered=1), 64000),
+    'far behind, 1 lost': (ANSWERS_BEHIND, 20, dict(unanswered=1), 256000),
+    'nothing ever answered, 1 lost': ({}, 1, dict(unanswered=1), 1000),
+}
+
+
+@pytest.mark.parametrize('before, number, hop, delay', BACK_OFFS.values(), ids=BACK_OFFS)
+def test_back_off(model: PathModel, before: Fields, number: int, hop: Fields, delay: int) -> None:
+    """An unresponsive hop is probed only once after each back-off; each is longer than the one before."""
+    path = new_path({number: dict(hop, since=1)}, length=25, proven=32, last_probed=number - 1, **before)
+    chosen, known = model.choose_hop(path, NOW, NOW // TICK), path.hops[number]
+    assert path.pacing.last_probed == number
+    if not delay:
+        assert (chosen, known.due, known.backoff.level) == (number, 0, hop.get('level', 0))
+        return
+    assert (chosen, known.due - NOW) == (HOP_UNRESPONSIVE, delay * MS)
+    assert (known.backoff.state, known.backoff.level) == (BACKING_OFF, min(hop.get('level', 0) + 1, 16))
+    # A last router that does not respond no longer proves that the hops before it are routers.
+    last = before.get('last_responsive', 0)
+    assert path.liveness.last_responsive == last - (number == last)
+
+
+@pytest.mark.parametrize(
+    'before, latency, waited, delay',
+    [
+        # latency of the last reply, 0: none; for how long the first unanswered probe is out; ms
+        (ANSWERS_BEHIND, 160, 100, 0),
+        (ANSWERS_BEHIND, 160, 270, 0),
+        (ANSWERS_BEHIND, 160, 300, 10),
+        (ANSWERS_BEHIND, 0, 20, 10),
+        (LAST, 160, 310, 0),
+        (LAST, 160, 340, 200),
+        (LAST, 1, 2, 0),
+        (LAST, 1, 20, 200),
+    ],
+)
+def test_late_is_not_unresponsive(model: PathModel, before: Fields, latency: int, waited: int, delay: int) -> None:
+    """Routers may be as late as a quarter of their latency and 8 intervals, the last one as late as its latency
+    and 4 ms: it may have become the destination."""
+    number = 2 if before is ANSWERS_BEHIND else 4
+    hop = dict(unanswered=14, since=NOW - waited * MS, rtt=latency * 1000)
+    path = new_path({number: hop}, length=9, proven=32, last_probed=number - 1, **before)
+    assert model.choose_hop(path, NOW, NOW // TICK) == (HOP_UNRESPONSIVE if delay else number)
+    if delay:
+        assert path.hops[number].due == NOW + delay * MS
 
 
 SEEN: dict[str, tuple[Fields, int, Fields]] = {
