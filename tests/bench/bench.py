@@ -22,9 +22,10 @@ import bcc
 
 import driver
 import flows
+import forks
 import packets
 import sockets
-import transactions
+import twins
 import virtual
 from figures import Figure, table_lines
 from lab import interrupt_on_signals
@@ -35,9 +36,9 @@ BENCHMARKS: dict[str, Callable[[bool], Iterator[Figure]]] = {
     'destinations': packets.by_table_size,
     'owners': packets.by_owner_in_traffic,
     'probes': packets.in_traffic,
-    'throughput': flows.throughput,
-    'transactions': transactions.transactions,
-    'forks': transactions.forks,
+    'throughput': twins.throughput,
+    'transactions': twins.transactions,
+    'forks': forks.forks,
     'guest': virtual.downloads,
     'accuracy': flows.accuracy,
     'rows': driver.rows,

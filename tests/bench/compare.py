@@ -1,17 +1,18 @@
-"""Compare modes: without elfprobe, with empty programs at its places, and with elfprobe.
+"""Compare modes: with empty programs at elfprobe's places, and with elfprobe, against neither.
 
-Each round measures all modes, in an order that alternates, so that a drift of the machine hits all alike. A
-ratio divides what a round measured with a mode by what it measured without elfprobe ("on / off"); the figure
-is the median over the rounds. The floor of a ratio is that of empty programs at TC ingress and TC egress.
+A ratio ("on / off") divides what was measured with a mode by what was measured without, just before, after or
+between. The figure is the median of all ratios. The interval beside it contains the median of ever more with 95
+% confidence (order statistics; it takes six). The floor of a ratio is that of empty programs at TC ingress and
+TC egress.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 import statistics
-import tempfile
 from collections import defaultdict
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, ContextManager, Dict, Iterator, NamedTuple
@@ -20,12 +21,11 @@ import pyroute2
 
 from figures import Figure, at_least
 from lab import Lab
-from loaded import load
 from progtest import Programs
 from progtest import elfprobe as driver
 from runs import elfprobe, inside
 
-OFF, EMPTY_TC, EMPTY_XDP, BY_ADDRESS, BY_NAME = 'off', 'empty at TC', 'empty at XDP', 'by address', '-a'
+EMPTY_TC, EMPTY_XDP, BY_ADDRESS, BY_NAME = 'empty at TC', 'empty at XDP', 'by address', '-a'
 APP = 'speedtest'  # the name of the program that makes the traffic
 ON_OFF = 0.97  # the least ratio that nobody notices
 
@@ -50,20 +50,11 @@ class Scene(NamedTuple):
     def modes(self) -> Modes:
         on = partial(elfprobe, self.lab, cwd=self.folder)
         return {
-            OFF: nullcontext,
             EMPTY_TC: partial(empty_at_tc, self),
             EMPTY_XDP: partial(empty_at_xdp, self),
             BY_ADDRESS: partial(on, self.lab.server_address(4)),
             BY_NAME: partial(on, '-a', APP),
         }
-
-
-@contextmanager
-def scene(routers: int) -> Iterator[Scene]:
-    with tempfile.TemporaryDirectory(prefix='elf-') as folder, load(ingress_tc=False) as programs, Lab(
-        routers
-    ) as lab:
-        yield Scene(lab, programs, Path(folder))
 
 
 @contextmanager
@@ -84,53 +75,62 @@ def empty_at_xdp(scene: Scene) -> Iterator[None]:
     with inside(scene.lab.client), pyroute2.IPRoute() as ipr:
         device, programs = driver.find_device(ipr, scene.lab.client_device), scene.programs
         ingress, egress = (programs.bpf.funcs[name].fd for name in (b'empty_ingress', b'empty_egress'))
-        with driver.XdpAttachment(ipr, device, ingress, is_native=True), driver.TcxAttachment(
+        with driver.XdpAttachment(ipr, device, ingress, is_native=True, has_links=True), driver.TcxAttachment(
             ipr, device, egress, driver.BPF_TCX_EGRESS
         ):
             yield
 
 
 class Comparison:
-    """What each mode measured in each round, and what was measured without elfprobe to compare it with."""
+    """What was measured with each mode, and without elfprobe at about the same time."""
 
     def __init__(self) -> None:
         self._pairs: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
 
-    def run(self, modes: Modes, rounds: int, measure: Callable[[str], Measured]) -> None:
-        """Measure all modes in each round, OFF among them. `measure` gets the mode's name.
+    def add(self, what: str, mode: str, on: float, off: float) -> None:
+        self._pairs[what][mode].append((on, off))
 
-        Without OFF among the modes it is measured before each of them.
-        """
+    def run(self, modes: Modes, rounds: int, measure: Callable[[], Measured]) -> None:
+        """Measure all modes in each round, and without any before and after each. Rounds alternate the order."""
+        off = measure()
         for number in range(rounds):
-            on: dict[str, Measured] = {}
-            off: dict[str, Measured] = {}
             for mode in list(modes)[:: -1 if number % 2 else 1]:
-                if OFF not in modes:
-                    off[mode] = measure(OFF)
                 with modes[mode]():
-                    on[mode] = measure(mode)
-            for mode in modes:
-                for what, value in on[mode].items():
-                    without = off.get(mode) or on[OFF]
-                    self._pairs[what][mode].append((value, without[what]))
-
-    def total(self, what: str, mode: str) -> int:
-        return round(sum(on for on, _ in self._pairs[what][mode]))
+                    on = measure()
+                before, off = off, measure()
+                for what, value in on.items():
+                    self.add(what, mode, value, (before[what] + off[what]) / 2)
 
     def off(self, what: str) -> float:
         """Return the median of what was measured without elfprobe."""
         return statistics.median(off for pairs in self._pairs[what].values() for _, off in pairs)
 
+    def ratios(self, what: str, mode: str) -> list[float]:
+        return [on / off for on, off in self._pairs[what][mode]]
+
     def ratio(self, what: str, mode: str) -> float:
-        return statistics.median(on / off for on, off in self._pairs[what][mode])
+        return statistics.median(self.ratios(what, mode))
 
     def figures(self, what: str, unit: str, note: Callable[[str], str] = lambda mode: '') -> Iterator[Figure]:
         """Yield the value without elfprobe, then the ratio of each other mode that measured it."""
-        yield Figure(f'{what}: off', self.off(what), unit, note=note(OFF))
+        yield Figure(f'{what}: off', self.off(what), unit)
         floor = self.ratio(what, EMPTY_TC) if EMPTY_TC in self._pairs[what] else None
+
+        def notes(mode: str) -> str:
+            return ', '.join(filter(None, [interval(self.ratios(what, mode)), note(mode)]))
+
         for mode in self._pairs[what]:
-            if mode in (EMPTY_TC, EMPTY_XDP):
-                yield Figure(f'{what}: {mode}, on / off', self.ratio(what, mode), 'times', note=note(mode))
-            elif mode != OFF:
-                goal = at_least(min(ON_OFF, floor or ON_OFF))
-                yield Figure(f'{what}: {mode}, on / off', self.ratio(what, mode), 'times', goal, floor, note(mode))
+            goal = None if mode not in (BY_ADDRESS, BY_NAME) else at_least(min(ON_OFF, floor or ON_OFF))
+            yield Figure(
+                f'{what}: {mode}, on / off', self.ratio(what, mode), 'times', goal, goal and floor, notes(mode)
+            )
+
+
+def interval(values: list[float], confidence: float = 0.95) -> str:
+    """Return the confidence interval of the median in words; '' if there are too few values for one."""
+    values, n = sorted(values), len(values)
+    outside, rank = 0.0, 0  # the chance that the median is below the first `rank` values, or above the last
+    while rank < n // 2 and outside + 2 * math.comb(n, rank) / 2**n <= 1 - confidence:
+        outside += 2 * math.comb(n, rank) / 2**n
+        rank += 1
+    return f'95 %: {values[rank - 1]:.3f} to {values[n - rank]:.3f}' if rank else ''

@@ -1,93 +1,21 @@
-"""What elfprobe costs flows through the lab, and how true its rows are there."""
+"""How true the rows are: each against what tcpdump sees on the same device."""
 
 from __future__ import annotations
 
-import json
-import shutil
 import statistics
 import tempfile
 import time
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any, Iterator
 
-from compare import EMPTY_XDP, Comparison, Measured, scene
 from figures import Figure, at_most
 from lab import Lab
 from runs import PROBES, TIME_EXCEEDED, Packet, Row, elfprobe, ip_packets, realtime_offset
 
 MS = 10**6  # ns
 CLOCKS_AGREE = 10 * MS  # between two readings around the same event
-
-
-# Throughput
-
-TOPOLOGIES = {'four routers': 4, 'direct veth': 0}  # their routers
-DIRECTIONS: dict[str, tuple[str, ...]] = {'upload': (), 'download': ('-R',)}
-STREAMS = {'1 stream': 1, '8 streams': 8}
-DATAGRAMS = 'upload, UDP of 64 bytes, sent'
-
-
-def throughput(quick: bool) -> Iterator[Figure]:
-    """Of a program named speedtest that iperf3's server gets data from (upload) or sends to (download).
-
-    Upload is what leaves by the device that elfprobe is attached to, download what arrives there. Empty
-    programs with XDP show what attaching XDP costs what arrives.
-    """
-    rounds = 1 if quick else 5
-    for where, routers in TOPOLOGIES.items():
-        compared = Comparison()
-        with scene(routers) as at, at.lab.iperf3_server():
-            speedtest = at.program(shutil.which('iperf3') or 'iperf3')
-            compared.run(at.modes(), rounds, partial(measure_transfers, at.lab, speedtest))
-        for direction, streams in product(DIRECTIONS, STREAMS):
-            what = f'{direction}, {streams}'
-            yield from (
-                figure._replace(name=f'{where}, {figure.name}')
-                for figure in compared.figures(what, 'Gbit/s', partial(resent_note, compared, what))
-            )
-        if routers:
-            yield from (
-                figure._replace(name=f'{where}, {figure.name}', goal=None)
-                for figure in compared.figures(DATAGRAMS, '1000/s')
-            )
-
-
-def resent_note(compared: Comparison, what: str, mode: str) -> str:
-    return f'{compared.total(resent(what), mode):,} segments resent'
-
-
-def resent(what: str) -> str:
-    return f'resent: {what}'
-
-
-def measure_transfers(lab: Lab, speedtest: Path, mode: str) -> Measured:
-    """One second of each kind of transfer."""
-    measured: Measured = {}
-    for direction, streams in product(DIRECTIONS, STREAMS):
-        if mode == EMPTY_XDP and direction == 'upload':
-            continue
-        what = f'{direction}, {streams}'
-        end = transfer(lab, speedtest, '-P', str(STREAMS[streams]), *DIRECTIONS[direction])
-        measured[what] = end['sum_received']['bits_per_second'] / 1e9
-        measured[resent(what)] = end['sum_sent']['retransmits']
-    if lab.routers and mode != EMPTY_XDP:
-        end = transfer(lab, speedtest, '-u', '-b', '0', '-l', '64')
-        measured[DATAGRAMS] = end['sum']['packets'] / end['sum']['seconds'] / 1000
-    return measured
-
-
-def transfer(lab: Lab, speedtest: Path, *options: str) -> dict[str, Any]:
-    """Return what iperf3 says at the end of one second."""
-    said = lab.client.run(str(speedtest), '-c', lab.server_address(4), '-t', '1', '-J', *options)
-    end: dict[str, Any] = json.loads(said.stdout)['end']
-    return end
-
-
-# Accuracy
 
 
 def accuracy(quick: bool) -> Iterator[Figure]:

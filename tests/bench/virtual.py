@@ -20,7 +20,7 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
 
 sys.path += [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / 'vm')]
 
@@ -29,7 +29,6 @@ import guest
 import vm
 from compare import EMPTY_TC, Comparison, Measured, Modes, Scene, empty_at_tc
 from figures import Figure, Goal
-from flows import transfer
 from lab import Lab
 from loaded import load
 from runs import INGRESS_HOOKS, elfprobe
@@ -72,7 +71,7 @@ def measured_inside(rounds: int) -> Iterator[Figure]:
         yield from compared.figures(what, 'Gbit/s')
 
 
-def measure_downloads(lab: Lab, mode: str) -> Measured:
+def measure_downloads(lab: Lab) -> Measured:
     program = Path(shutil.which('iperf3') or 'iperf3')
     return {
         what: statistics.median(
@@ -80,6 +79,13 @@ def measure_downloads(lab: Lab, mode: str) -> Measured:
         )
         for what, options in DOWNLOADS.items()
     }
+
+
+def transfer(lab: Lab, speedtest: Path, *options: str) -> dict[str, Any]:
+    """Return what iperf3 says at the end of one second."""
+    said = lab.client.run(str(speedtest), '-c', lab.server_address(4), '-t', '1', '-J', *options)
+    end: dict[str, Any] = json.loads(said.stdout)['end']
+    return end
 
 
 if __name__ == '__main__':
