@@ -46,6 +46,7 @@ BPF_NOEXIST = 1  # linux/bpf.h
 LIBBCC = ctypes.CDLL(bcc.lib._name, use_errno=True)
 FRAME_MAX = 4096
 MAX_HOPS = 32
+USUAL, GUARDED, FALLBACK = 0, 1, 2  # enum probe_form
 
 
 class Options(ctypes.Structure):
@@ -235,13 +236,16 @@ class Programs:
         table[table.Key(0)] = table.Leaf(when)
 
     def set_reservation(self, **fields: int) -> None:
-        """What elf_probe finds, on whichever CPU it runs, and with PREEMPT_RT in whichever task."""
+        """What elf_probe finds, on whichever CPU it runs, and with PREEMPT_RT in whichever task.
+
+        Unless `form` is given, the probe has its usual one.
+        """
         if self.platform.is_preemptible:
             self.bpf['task_scratch'].clear()
         table = self.bpf['cpu_scratch']
         per_cpu = table.Leaf()
         for scratch in per_cpu:
-            for name, value in fields.items():
+            for name, value in {'form': USUAL, **fields}.items():
                 setattr(scratch.reservation, name, value)
         table[table.Key(0)] = per_cpu
 

@@ -52,6 +52,8 @@ from scapy.packet import Packet, Raw
 from lab import run, wait_until
 from progtest import (
     DROP,
+    FALLBACK,
+    GUARDED,
     NAMES,
     PASS,
     TC_ACT_SHOT,
@@ -571,6 +573,47 @@ def test_fit_carrier(load: Load, version: int, packet: Packet) -> None:
     assert programs.counters() == {'probes': 1}
     [flight] = programs.in_flight()
     assert (flight.outttl, flight.seq) == (TTL, SEQ)
+
+
+CHECKSUM_FIELD = {('UDP', 4): 'chksum', ('UDP', 6): 'chksum', ('ICMP', 4): 'chksum', ('ICMP', 6): 'cksum'}
+UDP_EXCESS = 0x4000
+
+
+@pytest.mark.parametrize('is_unfinished', [False, True], ids=['finished', 'unfinished'])
+@TRIMMED_OR_NOT
+@BOTH_VERSIONS
+@pytest.mark.parametrize('protocol', ['UDP', 'ICMP'])
+def test_guarded_probe(load: Load, protocol: str, version: int, notrunc: bool, is_unfinished: bool) -> None:
+    """It is trimmed, and broken for whoever looks: at its length, or at its checksum. A quote of it is known."""
+    programs = load(notrunc=notrunc)
+    programs.follow(SERVER[version], length=9, reverse=9, proven=TTL - 1)
+    programs.set_reservation(seq=SEQ, ttl=TTL, form=GUARDED)
+    sent = frame(ip(version), {'UDP': datagram(), 'ICMP': echo(version)}[protocol], data(100))
+    if is_unfinished and protocol == 'UDP':
+        sent = unfinished(sent)
+    probe = Ether(programs.run('elf_probe', sent).frame)
+    layer, right = transport(probe), transport(finished(probe))
+    assert len(bytes(layer)) == 10
+    field = CHECKSUM_FIELD[protocol, version]
+    assert getattr(layer, field) not in (getattr(right, field), 0)
+    if protocol == 'UDP':
+        assert layer.len == 10 + UDP_EXCESS
+    else:
+        assert getattr(layer, field) == getattr(transport(sent), field)  # load balancers go by it
+    assert programs.receive(time_exceeded(version, probe.payload)).verdict == DROP
+    assert [row['outttl'] for row in programs.rows()] == [str(TTL)]
+    assert programs.path(SERVER[version]).distance.proven == TTL
+
+
+@TRIMMED_OR_NOT
+@BOTH_VERSIONS
+def test_fallback_probe(load: Load, version: int, notrunc: bool) -> None:
+    """UDP: a copy of the packet, so that the application that may receive it cannot tell it from the packet."""
+    programs = load(notrunc=notrunc)
+    programs.set_reservation(seq=SEQ, ttl=TTL, form=FALLBACK)
+    sent = frame(ip(version), datagram(), data(100))
+    probe = Ether(programs.run('elf_probe', sent).frame)
+    assert_same(bytes(probe), probe_of(sent, probe, trimmed=False))
 
 
 TO_MANY = {
