@@ -83,6 +83,9 @@
 #ifndef RT4_GATEWAY
 #error "RT4_GATEWAY, RT6_FLAGS: offsets of rt_gw_family in struct rtable, of rt6i_flags in struct rt6_info"
 #endif
+#ifndef TX_FLAGS
+#error "TX_FLAGS: offset of tx_flags in struct skb_shared_info"
+#endif
 #ifndef DESTINATIONS_MAX
 #error "DESTINATIONS_MAX: maximum number of target destinations at a time"
 #endif
@@ -349,6 +352,8 @@ struct counters {
 	__u64 carrier_unfit;   /* due, but the packet must not be cloned: SYN, FIN, RST, fragment, other protocol */
 	__u64 carrier_resent;  /* due, but the packet is a retransmission or a keep-alive */
 	__u64 carrier_zerocopy; /* due, but the packet holds memory of the application (MSG_ZEROCOPY) */
+	__u64 carrier_stamped;  /* due, but the packet asks the network card for a time stamp */
+	__u64 carrier_early;    /* due, but nothing proves yet that the peer knows the TCP connection */
 	__u64 hop_unresponsive; /* due, but the next hop just turned out to be unresponsive and backs off */
 	__u64 flow_stalled;     /* due, but nothing of the flow is acknowledged any more */
 	__u64 lease_expired;    /* due, but user space has not renewed the lease */
@@ -406,6 +411,8 @@ struct scratch {
 	__s32 redirect_result;
 	struct probe_key key;
 	struct probe probe; /* elf_egress fills in pid, app and tcp */
+	__u32 has_tcp;      /* the packet's TCP socket is on this machine, */
+	__u32 acked;        /* and this is the first sequence number that is not acknowledged */
 	/* In elf_probe: */
 	struct udp_partial partial;
 	__u8 sum_buffer[SUM_CHUNK + 4];
@@ -712,6 +719,24 @@ static inline int is_on_link(struct __sk_buff *skb, __u32 version)
 		       !gateway_family;
 	return !probe_read_kernel(&route_flags, sizeof(route_flags), (void *)(dst + RT6_FLAGS)) &&
 	       !(route_flags & RTF_GATEWAY);
+}
+
+/* Does the packet ask the network card for a time stamp? Its clone would ask, too. Some cards have room for one (igb,
+ * igc), so that the packet would get none. Time stamps that the kernel takes need the socket, which clones lack. */
+#define SKBTX_HW_TSTAMP 1
+
+static inline int wants_card_stamp(struct __sk_buff *skb)
+{
+	__u64 head = 0;
+	__u32 end = 0;
+	__u8 flags = 0;
+
+	if (!SKB_HEAD)
+		return 0;
+	probe_read_kernel(&head, sizeof(head), (void *)skb + SKB_HEAD);
+	probe_read_kernel(&end, sizeof(end), (void *)skb + SKB_END);
+	probe_read_kernel(&flags, sizeof(flags), (void *)(head + end + TX_FLAGS));
+	return flags & SKBTX_HW_TSTAMP;
 }
 
 /* ---- Path model: pacing, distance, liveness, back-off --------------------------------------
@@ -1964,7 +1989,11 @@ static inline int is_partial(const struct clone *clone, __u16 check)
 /* TCP: ports and sequence number. A trimmed probe is a pure ACK with an older sequence number: the receiver
  * discards it as a duplicate. Sequence numbers and probe numbers both grow, so that the probes of a flow differ,
  * whether it sends byte by byte or nothing. Firewalls accept numbers that are older by up to the receiver's window.
- * TCP_SEQ_BACK is below the smallest windows in use. */
+ * TCP_SEQ_BACK is below the smallest windows in use.
+ *
+ * The sender's TCP takes an ICMP error for its own if the quoted number is outstanding (tcp_v4_err() in the kernel):
+ * it becomes the socket's SO_ERROR. If replies pass to the stack, the numbers are therefore below everything that is
+ * outstanding. Where that is not possible, the reply is dropped nevertheless. */
 #define TCP_SEQ_BACK 2048
 
 static inline int tcp_may_carry(const struct hdr_cursor *l4)
@@ -1977,15 +2006,17 @@ static inline int tcp_may_carry(const struct hdr_cursor *l4)
 static inline int rewrite_tcp(struct __sk_buff *skb, struct clone *clone, struct scratch *scratch)
 {
 	__u64 pseudo = clone->pseudo + bpf_htonl(clone->new_len);
-	__u32 partial, len = clone->new_len;
+	__u32 partial, seq, len = clone->new_len;
 	struct tcphdr *tcp = clone->l4.pos;
 
 	if ((void *)(tcp + 1) > clone->l4.end)
 		return -1;
 	partial = is_partial(clone, tcp->check);
-	scratch->probe.origseq = bpf_ntohl(tcp->seq);
+	scratch->probe.origseq = seq = bpf_ntohl(tcp->seq);
 	if (!clone->keep_payload) {
-		tcp->seq = bpf_htonl(bpf_ntohl(tcp->seq) - TCP_SEQ_BACK + scratch->reservation.seq % TCP_SEQ_BACK);
+		if (!INGRESS_DROP && scratch->has_tcp && (__s32)(seq - scratch->acked) > 0)
+			seq = scratch->acked;
+		tcp->seq = bpf_htonl(seq - TCP_SEQ_BACK + scratch->reservation.seq % TCP_SEQ_BACK);
 		tcp->flags = TCP_ACK;
 		tcp->urg_ptr = 0;
 		tcp->check = 0;
@@ -2546,6 +2577,8 @@ static inline int check_carrier(struct __sk_buff *skb, const struct hdr_cursor *
 		return REASON(carrier_low_ttl);
 	if (is_zerocopy(skb))
 		return REASON(carrier_zerocopy);
+	if (wants_card_stamp(skb))
+		return REASON(carrier_stamped);
 	lease = alive_until.lookup(&zero);
 	return lease && now <= *lease ? 0 : REASON(lease_expired);
 }
@@ -2605,14 +2638,64 @@ static inline void note_stall(struct __sk_buff *skb, const struct packet *pkt, c
 	}
 }
 
+/* A TCP flow whose socket is not on this machine: forwarded, of a container, or of a raw socket. */
+struct foreign_key {
+	struct in6_addr dest;
+	__be16 sport, dport;
+};
+
+struct foreign_flow {
+	__u32 first_seq, first_ack; /* of the first packet that we saw */
+	__u32 next_seq, last_ack;   /* what follows the last one; its acknowledgement */
+	__u32 is_open;              /* the peer knows the connection */
+};
+
+BPF_TABLE("lru_hash", struct foreign_key, struct foreign_flow, foreign_flows, 16384);
+
+/* No sender has more outstanding before the first acknowledgement: windows of SYN packets are not scaled (RFC 7323).
+ */
+#define FIRST_WINDOW_MAX 65535
+/* If the numbers differ by more since the last look, it is another connection with the same ports. */
+#define SAME_CONNECTION (1 << 24)
+
+/* Return 0 if the foreign TCP flow of the packet may be probed, else the reason. The peer knows the connection if it
+ * has sent something since the first packet that we saw, or if more was sent than fits into the first window. */
+static inline int check_foreign_flow(const struct packet *pkt, const struct tcphdr *tcp)
+{
+	__u32 seq = bpf_ntohl(tcp->seq), ack = bpf_ntohl(tcp->ack_seq);
+	__u32 next = seq + pkt->l4_len - (tcp->data_offset >> 4) * 4;
+	struct foreign_flow *flow, first = { seq, ack, next, ack, 0 };
+	struct foreign_key key = { pkt->daddr, tcp->source, tcp->dest };
+	int is_resent;
+
+	flow = foreign_flows.lookup(&key);
+	if (!flow || seq - flow->next_seq + SAME_CONNECTION > 2 * SAME_CONNECTION ||
+	    ack - flow->last_ack + SAME_CONNECTION > 2 * SAME_CONNECTION) {
+		foreign_flows.update(&key, &first);
+		return REASON(carrier_early);
+	}
+	is_resent = (__s32)(seq - flow->next_seq) < 0;
+	if (!is_resent)
+		flow->next_seq = next;
+	flow->last_ack = ack;
+	if (ack != flow->first_ack || (__s32)(seq - flow->first_seq) > FIRST_WINDOW_MAX)
+		flow->is_open = 1;
+	if (!flow->is_open)
+		return REASON(carrier_early);
+	return is_resent ? REASON(carrier_resent) : 0;
+}
+
 /* Return 0 if the TCP flow of the packet may be probed now, else the reason. Fill in its TCP state. No probe may
  * leave
+ * - before the peer has acknowledged or sent data. With SYN cookies it knows the connection only from the first
+ *   packet behind the handshake. It answers a probe before that, whose number is older, with a reset.
  * - from retransmissions, because a firewall knows newer sequence numbers,
  * - while the flow is stalled, because some firewalls take a low TTL for an attack and block the flow. Flows of
  *   other protocols, and those whose socket is not on this machine, may always be probed. */
 static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh, const struct packet *pkt,
-			     struct path *path, struct tcp_state *state, __u64 now)
+			     struct path *path, struct scratch *scratch, __u64 now)
 {
+	struct tcp_state *state = &scratch->probe.tcp;
 	struct tcp_progress *progress;
 	struct tcphdr *tcp = nh->pos;
 	struct bpf_tcp_sock *tp;
@@ -2622,10 +2705,12 @@ static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh,
 		return 0;
 	sk = skb->sk ? bpf_sk_fullsock(skb->sk) : 0;
 	if (!sk || sk->type != SOCK_STREAM) /* bpf_tcp_sock() takes raw sockets for TCP, such as the kernel's own */
-		return 0;
+		return check_foreign_flow(pkt, tcp);
 	tp = bpf_tcp_sock(sk);
 	if (!tp)
-		return 0;
+		return check_foreign_flow(pkt, tcp);
+	scratch->has_tcp = 1;
+	scratch->acked = tp->snd_una;
 	state->srtt = tp->srtt_us >> 3; /* the kernel stores eighths */
 	state->cwnd = tp->snd_cwnd;
 	state->retrans = tp->total_retrans;
@@ -2637,6 +2722,8 @@ static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh,
 		note_stall(skb, pkt, tcp, path, progress);
 		return REASON(flow_stalled);
 	}
+	if (tp->bytes_acked <= 1 && !tp->bytes_received) /* 1: the SYN */
+		return REASON(carrier_early);
 	return (__s32)(bpf_ntohl(tcp->seq) - tp->snd_nxt) >= 0 ? 0 : REASON(carrier_resent);
 }
 
@@ -2710,7 +2797,8 @@ static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	if (!scratch)
 		return NOT_SENT;
 	__builtin_memset(&scratch->probe.tcp, 0, sizeof(scratch->probe.tcp));
-	reason = check_flow(skb, nh, pkt, path, &scratch->probe.tcp, now);
+	scratch->has_tcp = 0;
+	reason = check_flow(skb, nh, pkt, path, scratch, now);
 	if (reason)
 		return reason;
 	reason = reserve_probe(path, &scratch->reservation, can_fall_back(pkt), now);
@@ -2865,9 +2953,20 @@ static inline int is_still_in_flight(struct probe_key *key)
 	return in_flight.delete(key) == 0;
 }
 
-/* Handle an ICMP error, with the quoted packet at the cursor. Return 1 if it answers a probe. */
-static inline int receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, const struct packet *outer,
-				const struct icmphdr *icmp, enum icmp_kind kind)
+/* Whether a packet answers a probe, and what becomes of it then. */
+enum answer { NO_ANSWER, PASSED_ANSWER, DROPPED_ANSWER };
+#define ANSWER (INGRESS_DROP ? DROPPED_ANSWER : PASSED_ANSWER)
+
+/* Would the sender's TCP take this reply for its own (see TCP_SEQ_BACK)? It would if the number may be outstanding:
+ * that of a probe with the packet's own number, or of a flow whose socket is not on this machine (no window). */
+static inline int harms_tcp(const struct probe_key *key, const struct probe *probe)
+{
+	return key->protocol == IPPROTO_TCP && (key->ident == probe->origseq || !probe->tcp.cwnd);
+}
+
+/* Handle an ICMP error, with the quoted packet at the cursor. */
+static inline enum answer receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, const struct packet *outer,
+					const struct icmphdr *icmp, enum icmp_kind kind)
 {
 	__u64 now = bpf_ktime_get_ns(); /* first of all: this is the measurement */
 	struct scratch *scratch = scratch_of_run();
@@ -2878,23 +2977,23 @@ static inline int receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, const
 	__u32 extension_len;
 
 	if (!scratch)
-		return 0;
+		return NO_ANSWER;
 	result = &scratch->result.result;
 	probe = match_quote(nh, outer, &quote, &result->key);
 	if (!probe)
-		return 0;
+		return NO_ANSWER;
 	path = path_to(&result->key.dest);
 	if (kind != TIME_EXCEEDED) {
 		/* With NOTRUNC, application packets have the key of a probe, but not its TTL. */
 		if (!path || (quote.ttl > MAX_HOPS && !probe->payload_len) ||
 		    !is_same(&outer->saddr, &result->key.dest))
-			return 0;
+			return NO_ANSWER;
 		receive_arrival(ctx, path, &result->key.dest, probe->outttl);
-		return 1;
+		return ANSWER;
 	}
 	result->probe = *probe;
 	if (!is_still_in_flight(&result->key))
-		return 0; /* another CPU was faster, or user space, for which the probe is too old */
+		return NO_ANSWER; /* another CPU was faster, or user space, for which the probe is too old */
 	result->reply.recvtime = now;
 	result->reply.responder = outer->saddr;
 	result->reply.recvcpu = bpf_get_smp_processor_id();
@@ -2914,12 +3013,13 @@ static inline int receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, const
 	if (extension_len ? submit_result(ctx, &scratch->result, sizeof(scratch->result))
 			  : submit_result(ctx, result, sizeof(*result)))
 		COUNT(results_lost);
-	return 1;
+	return harms_tcp(&result->key, &result->probe) ? DROPPED_ANSWER : ANSWER;
 }
 
-/* Handle an echo reply. Return 1 if it answers a probe, which then reached the destination. The reply to an
+/* Handle an echo reply. If it answers a probe, the probe reached the destination. The reply to an
  * application packet with the same number has another length. */
-static inline int receive_echo_reply(struct xdp_md *ctx, const struct packet *pkt, const struct icmphdr *icmp)
+static inline enum answer receive_echo_reply(struct xdp_md *ctx, const struct packet *pkt,
+					     const struct icmphdr *icmp)
 {
 	struct probe_key key = {};
 	struct probe *probe;
@@ -2931,11 +3031,11 @@ static inline int receive_echo_reply(struct xdp_md *ctx, const struct packet *pk
 	key.ident = bpf_ntohs(icmp->sequence);
 	probe = in_flight.lookup(&key);
 	if (!probe || !probe->payload_len || pkt->l4_len != sizeof(*icmp) + probe->payload_len)
-		return 0;
+		return NO_ANSWER;
 	path = path_to(&key.dest);
 	if (path)
 		receive_arrival(ctx, path, &key.dest, probe->outttl);
-	return 1;
+	return ANSWER;
 }
 
 /* Runs for every packet that arrives. All pass, except replies to probes with INGRESS_DROP. */
@@ -2943,6 +3043,7 @@ PROGRAM int elf_ingress(struct xdp_md *ctx)
 {
 	struct hdr_cursor nh = { (void *)(long)ctx->data, (void *)(long)ctx->data_end };
 	enum icmp_kind kind = OTHER_ICMP;
+	enum answer answer = NO_ANSWER;
 	struct packet pkt = {};
 	struct icmphdr *icmp;
 	struct path *path;
@@ -2961,16 +3062,15 @@ PROGRAM int elf_ingress(struct xdp_md *ctx)
 			kind = icmp_kind(&pkt, icmp);
 		nh.pos = icmp + 1;
 	}
-	if (kind == TIME_EXCEEDED || kind == DEST_UNREACHABLE) {
-		if (receive_error(ctx, &nh, &pkt, icmp, kind))
-			return INGRESS_DROP ? VERDICT_DROP : VERDICT_PASS;
-		if (kind == TIME_EXCEEDED) {
-			COUNT(not_ours);
-			return VERDICT_PASS;
-		}
-	} else if (kind == ECHO_REPLY) {
-		if (receive_echo_reply(ctx, &pkt, icmp))
-			return INGRESS_DROP ? VERDICT_DROP : VERDICT_PASS;
+	if (kind == TIME_EXCEEDED || kind == DEST_UNREACHABLE)
+		answer = receive_error(ctx, &nh, &pkt, icmp, kind);
+	else if (kind == ECHO_REPLY)
+		answer = receive_echo_reply(ctx, &pkt, icmp);
+	if (answer != NO_ANSWER)
+		return answer == DROPPED_ANSWER ? VERDICT_DROP : VERDICT_PASS;
+	if (kind == TIME_EXCEEDED) {
+		COUNT(not_ours);
+		return VERDICT_PASS;
 	}
 	path = path_to(&pkt.saddr);
 	if (path)

@@ -577,17 +577,18 @@ class RouteOffsets(NamedTuple):
     route6_flags: int = 0
 
 
-class ZeroCopy(NamedTuple):
-    """Where the kernel marks a packet that holds memory of user space (MSG_ZEROCOPY).
+class SharedInfo(NamedTuple):
+    """Where the kernel marks a packet that holds memory of user space (MSG_ZEROCOPY), or that is to be stamped.
 
-    head and end are offsets in struct sk_buff. flags is the offset of a byte in struct skb_shared_info, flag
-    the bit in that byte. All are 0 if the kernel does not tell them.
+    head and end are offsets in struct sk_buff, flags and tx_flags in struct skb_shared_info, each of a byte. flag
+    is the bit in flags for MSG_ZEROCOPY. All are 0 if the kernel does not tell them.
     """
 
     head: int = 0
     end: int = 0
     flags: int = 0
     flag: int = 0
+    tx_flags: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -607,7 +608,7 @@ class Platform:
     has_malloc_trim: bool = False  # the C library is glibc
     is_preemptible: bool = False  # another program may interrupt a program on its CPU
     tick: int = 0  # ns between two values of bpf_jiffies64() (Linux 5.6); 0: programs cannot call it
-    zerocopy: ZeroCopy = ZeroCopy()
+    shared_info: SharedInfo = SharedInfo()
     routes: RouteOffsets = RouteOffsets()
 
     @classmethod
@@ -629,7 +630,7 @@ class Platform:
             # (CONFIG_PREEMPT_RT_NEEDS_BH_LOCK). Older kernels with PREEMPT_RT are treated alike.
             is_preemptible="PREEMPT_RT" in os.uname().version,
             tick=tick if takes_program(CALLS_JIFFIES64) else 0,
-            zerocopy=find_zerocopy() if reads_kernel else ZeroCopy(),
+            shared_info=find_shared_info() if reads_kernel else SharedInfo(),
             routes=find_routes() if reads_kernel else RouteOffsets(),
         )
 
@@ -651,14 +652,15 @@ def kernel_offsets(*names: str) -> list[dict[bytes, int]]:
         raise LookupError("BCC's libbpf cannot read BTF") from err
 
 
-def find_zerocopy() -> ZeroCopy:
+def find_shared_info() -> SharedInfo:
     """Return what the kernel's BTF says: zeros if there is none."""
     with contextlib.suppress(LookupError):
         skb, shared = kernel_offsets("sk_buff", "skb_shared_info")
         if b"flags" in shared:  # SKBFL_ZEROCOPY_ENABLE, since Linux 5.12
-            return ZeroCopy(skb[b"head"], skb[b"end"], shared[b"flags"], 1)
-        return ZeroCopy(skb[b"head"], skb[b"end"], shared[b"tx_flags"], 8)  # SKBTX_DEV_ZEROCOPY
-    return ZeroCopy()
+            return SharedInfo(skb[b"head"], skb[b"end"], shared[b"flags"], 1, shared[b"tx_flags"])
+        flags = shared[b"tx_flags"]
+        return SharedInfo(skb[b"head"], skb[b"end"], flags, 8, flags)  # SKBTX_DEV_ZEROCOPY
+    return SharedInfo()
 
 
 def find_routes() -> RouteOffsets:
@@ -786,10 +788,11 @@ def build_flags(config: Config, build: Build, platform: Platform) -> dict[str, s
         "INGRESS_DROP": str(int(config.ingress == "drop")),
         "INGRESS_TC": str(int(build.ingress_tc)),
         "TCX": str(int(build.tcx)),
-        "SKB_HEAD": str(platform.zerocopy.head),
-        "SKB_END": str(platform.zerocopy.end),
-        "ZEROCOPY_FLAGS": str(platform.zerocopy.flags),
-        "ZEROCOPY_FLAG": str(platform.zerocopy.flag),
+        "SKB_HEAD": str(platform.shared_info.head),
+        "SKB_END": str(platform.shared_info.end),
+        "ZEROCOPY_FLAGS": str(platform.shared_info.flags),
+        "ZEROCOPY_FLAG": str(platform.shared_info.flag),
+        "TX_FLAGS": str(platform.shared_info.tx_flags),
         "SKB_DST": str(platform.routes.skb_dst),
         "DST_FLAGS": str(platform.routes.dst_flags),
         "RT4_GATEWAY": str(platform.routes.gateway_family),

@@ -23,6 +23,8 @@ UNFIT_PACKETS = {  # why a target's packet carried no probe
     "carrier_unfit": "SYN, FIN, RST, fragments, other protocols",
     "carrier_resent": "retransmissions and keep-alives",
     "carrier_zerocopy": "sent with MSG_ZEROCOPY, of which the kernel would tell that it was copied",
+    "carrier_stamped": "the network card is to stamp the packet's time, and might stamp the copy's instead",
+    "carrier_early": "the peer has not confirmed the TCP connection yet",
     "on_link": "the destination is on this link, with no router before it",
     "hop_unresponsive": "the next hop stopped responding and is backing off",
     "flow_stalled": "nothing was acknowledged any more",

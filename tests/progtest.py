@@ -215,6 +215,7 @@ class Programs:
             wire.bind((LOOPBACK.name, ETH_P_ALL))
 
             def send(frame: Any) -> list[bytes]:
+                self.open_foreign_flow(frame)
                 assert self.run('elf_egress', frame) == (TC_ACT_UNSPEC, bytes(frame))
                 return list(left_by(wire))
 
@@ -276,6 +277,21 @@ class Programs:
         """struct path of an address."""
         table = self.bpf['paths']
         return table[table.Key.from_buffer_copy(pack_address(address))]
+
+    def open_foreign_flow(self, frame: Any) -> None:
+        """Have the TCP flow of a frame (scapy's) be one whose peer knows it, as none here has a socket."""
+        layer, dest = frame, None
+        while layer and hasattr(layer, 'payload') and layer.name != 'TCP':
+            dest = layer.dst if layer.name in ('IP', 'IPv6') else dest
+            layer = layer.payload
+        if not dest or not layer or layer.name != 'TCP':
+            return
+        tcp = layer
+        table = self.bpf['foreign_flows']
+        key, numbers = table.Key(), (tcp.seq, (tcp.ack - 1) % 2**32, tcp.seq, tcp.ack)
+        key.sport, key.dport = socket.htons(tcp.sport), socket.htons(tcp.dport)
+        ctypes.memmove(ctypes.addressof(key.dest), pack_address(dest), 16)
+        table[key] = table.Leaf(*numbers, 1)
 
     def put_in_flight(self, flight: Flight) -> None:
         self.putter(flight, flags=0)()

@@ -461,7 +461,7 @@ def test_hosts_count_the_same_segments(lab4: Lab, tmp_path: Path, options: list[
         beside = counted(lab4)
     assert beside == without
     assert all(host['TcpInSegs'] > 600 for host in without)
-    assert len(run.rows()) > 600
+    assert len(run.rows()) > 590
 
 
 @TRUNCATED_AND_WHOLE
@@ -488,8 +488,12 @@ def test_time_exceeded_do_no_harm(lab4: Lab, tmp_path: Path, options: list[str])
     counters = kernel_counters(lab4.client)
     counters.subtract(before)
     answered = [sum(row.is_answered for row in run.rows() if row.dest == dest) for dest in both(lab4)]
-    assert [counters['IcmpInTimeExcds'], counters['Icmp6InTimeExcds']] == answered
-    assert min(answered) > 500
+    passed = [counters['IcmpInTimeExcds'], counters['Icmp6InTimeExcds']]
+    if options:  # but for those that quote data, which TCP would take for its own
+        assert all(0.4 * all_ < some < all_ for some, all_ in zip(passed, answered))
+    else:
+        assert passed == answered
+    assert min(answered) > 400
     assert counters['TcpRetransSegs'] == counters['TcpAttemptFails'] == 0
     carriers = list(carriers_of_probes(ip_packets(left)))
     assert len(carriers) == len(run.rows())
@@ -768,17 +772,19 @@ def test_suspicious_firewall(lab4: Lab, tmp_path: Path) -> None:
 @pytest.mark.parametrize('version', VERSIONS)
 def test_raw_sockets(lab4: Lab, tmp_path: Path, version: int) -> None:
     """TCP that the kernel knows nothing of has no state that could be told, or keep probes from it."""
-    # Whatever the kernel took for the next sequence number, it would be beyond one of these.
+    # Whatever the kernel took for the next sequence number, it would be beyond one of these. The acknowledgements
+    # grow, as of connections that the peer knows.
     segments = [
-        struct.pack('!HHIIBBHHH', CLIENT_PORT, PORT, number, 1, 5 << 4, 0x10, 1000, 0, 0)
-        for number in (1, 1 + (1 << 31))
+        struct.pack('!HHIIBBHHH', CLIENT_PORT + flow, PORT, 1 + (flow << 31), ack, 5 << 4, 0x10, 1000, 0, 0)
+        for ack in range(1, 31)
+        for flow in (0, 1)
     ]
     server = lab4.server_address(version)
     with elfprobe(lab4, '-p', '0', '-d', server, cwd=tmp_path) as measuring, inside(lab4.client), socket.socket(
         FAMILY[version], socket.SOCK_RAW, TCP
     ) as raw:
-        for number in range(40):
-            raw.sendto(segments[number % 2], (server, 0))
+        for segment in segments:
+            raw.sendto(segment, (server, 0))
         wait_until(lambda: len(measuring.rows()) >= 30, 10, 'they have their rows')  # of those due
         assert measuring.stop() == 0
     assert measuring.counters['carrier_resent'] == measuring.counters['flow_stalled'] == 0

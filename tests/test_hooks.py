@@ -47,7 +47,7 @@ FREE_XDP = "elfprobe.XDP_WITHOUT_RESET = {'veth'}"  # as if native XDP cost noth
 # As where the kernel does not tell where it marks packets of MSG_ZEROCOPY.
 WITHOUT_BTF = """
 import dataclasses
-detect = lambda: dataclasses.replace(elfprobe.Platform.detect(), zerocopy=elfprobe.ZeroCopy())
+detect = lambda: dataclasses.replace(elfprobe.Platform.detect(), shared_info=elfprobe.SharedInfo())
 """
 
 

@@ -704,6 +704,7 @@ def test_clone_that_does_not_come_through(load: Load) -> None:
     programs = load(probeint=1000)
     for version in SERVER:
         programs.follow(SERVER[version], length=9)
+    programs.open_foreign_flow(frame(ip(4), segment()))
     packet = bytes(frame(ip(4), segment()))
     assert programs.run('elf_egress', packet) == (TC_ACT_UNSPEC, packet)
     assert programs.counters() == {'clone_lost': 1}
@@ -1775,9 +1776,11 @@ def test_most_probes_at_once(load: Load) -> None:
     """A hundredth of a second's worth; then one by one, as the rate allows."""
     programs, seconds = load(max_rate=1000), 0.1
     addresses = [f'198.51.100.{i}' for i in range(1, 101)]
-    packets = [bytes(frame(ip(4, dst=address), segment())) for address in addresses]
-    for address in addresses:
+    frames = [frame(ip(4, dst=address), segment()) for address in addresses]
+    packets = [bytes(one) for one in frames]
+    for address, one in zip(addresses, frames):
         programs.follow(address, length=33)
+        programs.open_foreign_flow(one)
     with programs.attached() as send:
         start, elapsed, lost = time.monotonic(), 0.0, 0.0
         for packet in itertools.cycle(packets):
@@ -1912,7 +1915,8 @@ def test_mutated_packets_leave_unchanged(load: Load, version: int, protocol: str
     """And nothing but what may carry a probe becomes one, which is then in flight."""
     programs = load(notrunc=notrunc, probeint=0, max_rate=10**6)
     chance = random.Random(f'{version} {protocol} {notrunc}')
-    sent = bytes(frame(altered(PROBES[protocol](version).payload, ttl=64)))
+    original = frame(altered(PROBES[protocol](version).payload, ttl=64))
+    sent = bytes(original)
     server = socket.inet_pton(socket.AF_INET if version == 4 else socket.AF_INET6, SERVER[version])
     dest = slice(30, 34) if version == 4 else slice(38, 54)
     probes, count = 0, MUTATIONS // 12 + 1
@@ -1924,6 +1928,7 @@ def test_mutated_packets_leave_unchanged(load: Load, version: int, protocol: str
                 programs.clear()
                 programs.follow(SERVER[version], length=9, last_responsive=9, farthest_reply=NEVER)
             packet = mutated(chance, sent)
+            programs.open_foreign_flow(original)
             try:
                 came = send(packet)
             except OSError:  # newer kernels run no program on what is shorter than its IP header

@@ -1,0 +1,185 @@
+"""Who could take a probe amiss, or pay for it: servers with SYN cookies, sockets that see time exceeded, firewalls
+that take a low TTL for an attack, network cards that stamp packets, and the first routers.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+
+from lab import Lab, kernel_counters, nft_table, wait_until
+from runs import FAMILY, TCP, VERSIONS, elfprobe, inside
+from test_harm import (
+    OPT_ID,
+    OPT_TSONLY,
+    PORT,
+    SO_TIMESTAMPING,
+    SOFTWARE,
+    TX_SOFTWARE,
+    exchange,
+    numbered,
+    send_echo_requests,
+    send_udp,
+    sysctls,
+    tcp_pair,
+    time_stamps,
+    udp_sockets,
+)
+
+pytestmark = pytest.mark.root
+
+TX_HARDWARE = 1  # linux/net_tstamp.h
+IP_RECVERR = {4: (socket.IPPROTO_IP, 11), 6: (socket.IPPROTO_IPV6, 25)}
+
+# A way back that seems five routers longer than the forward path: packets begin with a lower TTL.
+FARTHER_BACK = {
+    'net.ipv4.ip_default_ttl': 59,
+    'net.ipv6.conf.all.hop_limit': 59,
+    'net.ipv6.conf.eth0.hop_limit': 59,
+}
+
+
+@contextmanager
+def accepting(lab: Lab, version: int) -> Iterator[None]:
+    """A server that answers each connection's first bytes with as many, and then waits for its end."""
+    with inside(lab.server):
+        listener = socket.create_server((lab.server_address(version), PORT), family=FAMILY[version], backlog=1000)
+    listener.settimeout(0.1)
+    ended = threading.Event()
+
+    def serve() -> None:
+        while not ended.is_set():
+            try:
+                with listener.accept()[0] as connection:
+                    connection.settimeout(5)
+                    while True:
+                        data = connection.recv(2000)
+                        if not data:
+                            break
+                        connection.sendall(data)
+            except OSError:
+                continue
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        listener.close()
+
+
+# SYN cookies
+
+
+def connect_often(lab: Lab, version: int, count: int) -> list[str]:
+    """Short connections with one request each. Return their errors."""
+    errors = []
+    for number in range(count):
+        with inside(lab.client):
+            client = socket.socket(FAMILY[version])
+        with client:
+            client.settimeout(5)
+            try:
+                client.connect((lab.server_address(version), PORT))
+                time.sleep(0.001)  # until then only the handshake has said anything
+                client.sendall(numbered(number))
+                client.recv(2000)
+            except OSError as error:
+                errors.append(errno.errorcode.get(error.errno or 0, str(error)))
+    return errors
+
+
+@pytest.mark.parametrize('version', VERSIONS)
+@pytest.mark.parametrize('where', ['own', 'forwarded'])
+def test_syn_cookies(lab4: Lab, tmp_path: Path, where: str, version: int) -> None:
+    """No connection is reset by a probe that arrives before the server knows it, though the way back is longer."""
+    host = lab4.client if where == 'own' else lab4.routers[0]
+    with sysctls([lab4.server], {'net.ipv4.tcp_syncookies': 2, **FARTHER_BACK}), accepting(lab4, version), elfprobe(
+        lab4, '-i', host.devices[-1], '-p', '0', '-d', lab4.server_address(version), cwd=tmp_path, host=host
+    ) as run:
+        before = kernel_counters(lab4.client)
+        assert connect_often(lab4, version, 150) == []
+        counters = kernel_counters(lab4.client)
+        counters.subtract(before)
+        assert counters['TcpEstabResets'] == counters['TcpAttemptFails'] == 0
+        assert run.stop() == 0
+    assert run.counters['carrier_early'] > 100
+    assert run.counters['probes'] > 50
+
+
+# -I pass
+
+# Nothing that the server says arrives, so that all that the client sends stays outstanding.
+MUTE = f"""
+chain forward {{
+    type filter hook forward priority 0
+    tcp sport {PORT} drop
+}}
+"""
+
+
+@pytest.mark.parametrize('version', VERSIONS)
+@pytest.mark.parametrize('options', [[], ['-T']], ids=['truncated', 'whole'])
+def test_passed_answers_are_no_errors_of_tcp(lab4: Lab, tmp_path: Path, options: list[str], version: int) -> None:
+    """With much outstanding, neither SO_ERROR nor, with IP_RECVERR, send() tells of a time exceeded."""
+    errors = []
+    with elfprobe(
+        lab4, '-p', '0', '-I', 'pass', *options, lab4.server_address(version), cwd=tmp_path
+    ) as run, tcp_pair(lab4, version) as (client, server):
+        client.setsockopt(*IP_RECVERR[version], 1)
+        exchange(client, server, 20)
+        before = kernel_counters(lab4.client)
+        with nft_table(lab4.routers[3], MUTE):
+            rows = len(run.rows())
+            for _ in range(9):  # the congestion window allows 10
+                try:
+                    client.send(bytes(1000))
+                except OSError as error:
+                    errors.append(error.errno)
+            wait_until(lambda: len(run.rows()) >= rows + 9, 10, 'they have their rows')
+            errors += [client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)]
+        counters = kernel_counters(lab4.client)
+        counters.subtract(before)
+        assert run.stop() == 0
+    assert errors == [0]
+    assert all(row.is_answered for row in run.rows() if row.protocol == TCP)
+    if not options:  # TCP has seen the answers and found their numbers to be old
+        assert counters['TcpExtOutOfWindowIcmps'] >= 9
+
+
+# Time stamps
+
+
+@pytest.mark.parametrize('version', VERSIONS)
+def test_packets_that_a_card_stamps(lab4: Lab, tmp_path: Path, version: int) -> None:
+    """They carry no probe. Those that the kernel stamps do, and have as many time stamps as without."""
+    found = {}
+    for name, flags, options in (
+        ('without', TX_SOFTWARE, None),
+        ('beside', TX_SOFTWARE, []),
+        ('by the card', TX_SOFTWARE | TX_HARDWARE, []),
+    ):
+        with ExitStack() as stack:
+            run = None
+            if options is not None:
+                command = elfprobe(lab4, '-p', '0', '-d', lab4.server_address(version), cwd=tmp_path)
+                run = stack.enter_context(command)
+            send_echo_requests(lab4, version, 1)  # by which the path's length is known
+            sockets = stack.enter_context(udp_sockets(lab4, version))
+            sockets[0].setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPING, flags | SOFTWARE | OPT_ID | OPT_TSONLY)
+            send_udp(lab4, version, sockets, 100)
+            found[name] = list(time_stamps(sockets[0], version, 100))
+            if run:
+                assert run.stop() == 0
+                stamped = run.counters['carrier_stamped']
+                assert (stamped, run.counters['probes'] > 90) == ((0, True) if name == 'beside' else (100, False))
+    assert found['without'] == found['beside'] == found['by the card'] == list(range(100))
