@@ -243,8 +243,10 @@ def tap(host: Host, name: str = 'tap0') -> Iterator[int]:
                 f'link set {name} up',
                 f'address add 192.0.2.99/24 dev {name}',
                 f'address add 2001:db8::99/64 dev {name} nodad',
-                f'neigh add 192.0.2.80 lladdr 02:00:00:00:00:09 dev {name}',
-                f'neigh add 2001:db8::80 lladdr 02:00:00:00:00:09 dev {name}',
+                f'neigh add 192.0.2.1 lladdr 02:00:00:00:00:09 dev {name}',
+                f'neigh add 2001:db8::1 lladdr 02:00:00:00:00:09 dev {name}',
+                'route add 198.51.100.80 via 192.0.2.1',  # what is on-link gets no probe
+                'route add 2001:db8:1::80 via 2001:db8::1',
             ],
         )
         yield fd
@@ -267,8 +269,8 @@ PIECES = {  # at which bytes a packet is cut
 def test_answers_in_pieces(lab1: Lab, tmp_path: Path, version: int, cuts: list[int]) -> None:
     """At TC ingress only the linear part of a packet can be read at first."""
     dest, source, router = {
-        4: ('192.0.2.80', '192.0.2.99', '192.0.2.1'),
-        6: ('2001:db8::80', '2001:db8::99', '2001:db8::1'),
+        4: ('198.51.100.80', '192.0.2.99', '192.0.2.1'),
+        6: ('2001:db8:1::80', '2001:db8::99', '2001:db8::1'),
     }[version]
     with tap(lab1.client) as fd, elfprobe(
         lab1, '-i', 'tap0', '--ingress-hook', 'tc', '-p', '0', dest, cwd=tmp_path
