@@ -350,15 +350,16 @@ def test_zero_copy_stays_zero_copy(lab1: Lab, tmp_path: Path, options: list[str]
             [
                 'link set ifb0 up',
                 'address add 192.0.2.1/24 dev ifb0',
-                'neigh add 192.0.2.80 lladdr 02:00:00:00:00:09 dev ifb0',
+                'neigh add 192.0.2.2 lladdr 02:00:00:00:00:09 dev ifb0',
+                'route add 198.51.100.80 via 192.0.2.2',
             ],
         )
-        assert send_without_copy(lab1.client, '192.0.2.80', 20) == (20, 0)
+        assert send_without_copy(lab1.client, '198.51.100.80', 20) == (20, 0)
         change = '' if can_tell else WITHOUT_BTF
         via = *lab1.client.command(), *with_change(change)
-        arguments = ['-i', 'ifb0', '-p', '0', *options, '192.0.2.80']
+        arguments = ['-i', 'ifb0', '-p', '0', *options, '198.51.100.80']
         with elfprobe(lab1, *arguments, cwd=tmp_path, via=via) as measuring:
-            sent, copied = send_without_copy(lab1.client, '192.0.2.80', 20)
+            sent, copied = send_without_copy(lab1.client, '198.51.100.80', 20)
             assert measuring.stop() == 0
     assert sent == 20
     assert copied >= len(measuring.rows())
