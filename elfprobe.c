@@ -368,8 +368,7 @@ struct counters {
 struct tcp_progress {
 	__u64 since; /* last time when we saw progress; 0: nothing was outstanding then */
 	__u32 acked; /* first sequence number that was not acknowledged then */
-	__u16 stalled;
-	__u16 stalls; /* number of stalls so far */
+	__u32 stalled;
 };
 
 /* ---- Types of this file ------------------------------------------------------------------- */
@@ -879,6 +878,9 @@ struct path {
 	__u8 excluded;         /* no more probes: flows stalled under them, or clones were intercepted */
 	__u8 flows_only;       /* the destination is no target itself: probe only the flows of target processes */
 	__u8 arrival_reported; /* user space knows that probes reach the destination */
+	__u8 stalls;           /* number of stalls of flows; those at the same time are one */
+	__u8 in_stall;
+	__u64 stall_ended; /* when a flow moved after the last stall */
 	struct hop hops[MAX_HOPS + 1];
 };
 
@@ -1068,12 +1070,22 @@ static inline int is_exploration_due(const struct path *path)
 	       (path->distance.explore || path->pacing.seq % EXPLORE_EVERY == EXPLORE_EVERY - 1);
 }
 
+/* Only the hops before nr may still be proven. If the last of them does not answer by itself, hop nr was its proof:
+ * then none is. An underestimate is harmless. */
+static inline void limit_proven(struct path *path, __u32 nr)
+{
+	struct hop *last = hop_at(path, nr - 1);
+
+	if (path->distance.proven >= nr)
+		path->distance.proven = last && last->rtt && !last->unanswered ? nr - 1 : 0;
+}
+
 /* A hop turned out to be unresponsive. It backs off, and the hops before it are no longer proven to be routers by
  * it. It may have become the destination. */
 static inline void back_off(struct path *path, __u32 nr, struct hop *hop, __u64 now)
 {
-	if (nr <= path->distance.proven && !is_router(path, nr, hop))
-		path->distance.proven = nr - 1;
+	if (nr && !is_router(path, nr, hop))
+		limit_proven(path, nr);
 	if (nr == path->liveness.last_responsive)
 		path->liveness.last_responsive--;
 	hop->due = now + backoff_delay(path, nr, hop);
@@ -1205,6 +1217,7 @@ static inline void path_changed(struct distance *distance, __u64 now)
 	distance->proven = 0;
 	distance->symmetric = 0;
 	distance->guards_blocked = 0;
+	distance->fallbacks = 0;
 	distance->max_ttl_tried = 0;
 }
 
@@ -1347,8 +1360,8 @@ static inline void destination_reached(struct path *path, __u32 ttl, __u64 now)
 		if (last && last->rtt && !last->unanswered)
 			distance->is_confirmed = 1;
 	}
-	if (ttl && distance->proven >= ttl)
-		distance->proven = ttl - 1;
+	if (ttl)
+		limit_proven(path, ttl);
 	if (ttl && path->liveness.last_responsive >= ttl)
 		path->liveness.last_responsive = ttl - 1;
 }
@@ -2606,25 +2619,34 @@ static inline int is_stalled(const struct tcp_progress *progress, __u64 now)
 	__u64 *link_since;
 	int zero = 0;
 
-	if (!progress->since || now - progress->since <= STALL)
+	if (!progress->since || now <= progress->since + STALL)
 		return 0;
 	link_since = link_up_since.lookup(&zero);
 	return !link_since || (now > *link_since && now - *link_since > STALL);
 }
 
-/* Note that the flow progresses, unless what was outstanding at the last look still is. */
+/* Note that the flow progresses, unless what was outstanding at the last look still is. That ends a stall, of this
+ * flow or of others of the destination. */
 static inline void note_progress(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp,
-				 const struct bpf_tcp_sock *tp, struct tcp_progress *progress, __u64 now)
+				 const struct bpf_tcp_sock *tp, struct path *path, struct tcp_progress *progress,
+				 __u64 now)
 {
 	if (tp->packets_out && progress->acked == tp->snd_una && progress->since)
 		return;
 	if (progress->stalled)
 		report_flow(skb, pkt, tcp, FLOW_RESUMED);
+	if (path->in_stall && progress->acked != tp->snd_una) {
+		path->in_stall = 0;
+		path->stall_ended = now;
+	}
 	progress->stalled = 0;
 	progress->acked = tp->snd_una;
 	progress->since = tp->packets_out ? now : 0;
 }
 
+/* A flow stalls. Stalls are counted by destination, because a firewall that blocks one flow for good blocks the next
+ * one, too. A flow that last moved before the stall of another was over belongs to that stall: an outage is one stall
+ * for all. */
 static inline void note_stall(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp,
 			      struct path *path, struct tcp_progress *progress)
 {
@@ -2632,7 +2654,10 @@ static inline void note_stall(struct __sk_buff *skb, const struct packet *pkt, c
 		return;
 	progress->stalled = 1;
 	report_flow(skb, pkt, tcp, FLOW_STALLED);
-	if (++progress->stalls >= STALLS_MAX) {
+	if (path->in_stall || progress->since < path->stall_ended)
+		return;
+	path->in_stall = 1;
+	if (++path->stalls >= STALLS_MAX) {
 		path->excluded = 1;
 		report_flow(skb, pkt, tcp, DESTINATION_EXCLUDED);
 	}
@@ -2640,7 +2665,7 @@ static inline void note_stall(struct __sk_buff *skb, const struct packet *pkt, c
 
 /* A TCP flow whose socket is not on this machine: forwarded, of a container, or of a raw socket. */
 struct foreign_key {
-	struct in6_addr dest;
+	struct in6_addr source, dest;
 	__be16 sport, dport;
 };
 
@@ -2655,7 +2680,7 @@ BPF_TABLE("lru_hash", struct foreign_key, struct foreign_flow, foreign_flows, 16
 /* No sender has more outstanding before the first acknowledgement: windows of SYN packets are not scaled (RFC 7323).
  */
 #define FIRST_WINDOW_MAX 65535
-/* If the numbers differ by more since the last look, it is another connection with the same ports. */
+/* If both numbers differ by more since the last look, it is another connection with the same ports. */
 #define SAME_CONNECTION (1 << 24)
 
 /* Return 0 if the foreign TCP flow of the packet may be probed, else the reason. The peer knows the connection if it
@@ -2665,12 +2690,12 @@ static inline int check_foreign_flow(const struct packet *pkt, const struct tcph
 	__u32 seq = bpf_ntohl(tcp->seq), ack = bpf_ntohl(tcp->ack_seq);
 	__u32 next = seq + pkt->l4_len - (tcp->data_offset >> 4) * 4;
 	struct foreign_flow *flow, first = { seq, ack, next, ack, 0 };
-	struct foreign_key key = { pkt->daddr, tcp->source, tcp->dest };
+	struct foreign_key key = { pkt->saddr, pkt->daddr, tcp->source, tcp->dest };
 	int is_resent;
 
 	flow = foreign_flows.lookup(&key);
-	if (!flow || seq - flow->next_seq + SAME_CONNECTION > 2 * SAME_CONNECTION ||
-	    ack - flow->last_ack + SAME_CONNECTION > 2 * SAME_CONNECTION) {
+	if (!flow || (seq - flow->next_seq + SAME_CONNECTION > 2 * SAME_CONNECTION &&
+		      ack - flow->last_ack + SAME_CONNECTION > 2 * SAME_CONNECTION)) {
 		foreign_flows.update(&key, &first);
 		return REASON(carrier_early);
 	}
@@ -2717,7 +2742,7 @@ static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	progress = progress_of(skb, sk);
 	if (!progress)
 		return 0;
-	note_progress(skb, pkt, tcp, tp, progress, now);
+	note_progress(skb, pkt, tcp, tp, path, progress, now);
 	if (is_stalled(progress, now)) {
 		note_stall(skb, pkt, tcp, path, progress);
 		return REASON(flow_stalled);

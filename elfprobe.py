@@ -719,7 +719,8 @@ def require_machine(config: Config) -> None:
 
 C_FILE = os.path.join(HERE, "elfprobe.c")
 CACHE = "/var/cache/elfprobe"
-CACHE_FILES_MAX = 64  # of 100 to 200 KB
+CACHE_FILES_MAX = 64  # of 60 to 200 KB
+CACHE_FILE_MAX = 1 << 22  # bytes
 INSTRUCTION = 8  # bytes of struct bpf_insn
 LD_IMM64, MAP_FD = 0x18, 1  # linux/bpf.h: BPF_LD | BPF_DW | BPF_IMM, BPF_PSEUDO_MAP_FD
 BATCH = 4096  # entries of a map that are read at once
@@ -1090,7 +1091,9 @@ class ProgramCache:
             fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
             with open(fd, encoding="ascii") as file:
                 if not (self._is_ours(os.lstat(self._folder)) and self._is_ours(os.fstat(fd))):
-                    raise OSError(errno.EPERM, "others may write to it")
+                    raise OSError(errno.EPERM, "others may read or write it")
+                if os.fstat(fd).st_size > CACHE_FILE_MAX:
+                    raise OSError(errno.EFBIG, "too long")
                 found = json.load(file)
             os.utime(self._path)
             return {
@@ -1099,7 +1102,7 @@ class ProgramCache:
             }
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError, AttributeError) as err:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as err:
             log.debug("cache of programs '%s': %s", self._path, err)
             return {}
 
@@ -1109,7 +1112,7 @@ class ProgramCache:
         try:
             os.makedirs(self._folder, 0o700, exist_ok=True)
             if not self._is_ours(os.lstat(self._folder)):
-                raise OSError(errno.EPERM, "others may write to the folder")
+                raise OSError(errno.EPERM, "others may read or write the folder")
             with tempfile.NamedTemporaryFile("w", dir=self._folder, encoding="ascii", delete=False) as file:
                 try:
                     json.dump(content, file)
@@ -1156,7 +1159,10 @@ class Kernel:
         flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"] if with_warnings else ["-w"]
         kinds, lines = program_types(build), 40 if config.debug else 3
         text = program_text(config.hooks)
-        cache = ProgramCache(CACHE, text, flags, bcc.__version__, os.uname()) if config.cache else None
+        # What text includes is not part of the cache's key.
+        is_whole = "BCC_KERNEL_SOURCE" not in os.environ and not re.search(r"^\s*#\s*include\b", text, re.M)
+        use_cache = config.cache and is_whole
+        cache = ProgramCache(CACHE, text, flags, bcc.__version__, os.uname()) if use_cache else None
         programs = cache.read() if cache else {}
         if cache and programs:
             try:
@@ -2400,7 +2406,8 @@ RESULT_PERF_PAGES = 512  # of each CPU's perf buffer, if there is no ring
 FLOW_EVENT_TEXTS = {  # by enum of elfprobe.c
     1: "{flow}: nothing is acknowledged any more: no probes until it moves again",
     2: "{flow}: moves again, and is probed again",
-    3: "{flow}: stalled under probes again: destination excluded for the rest of this run",
+    3: "{flow}: stalled under probes again, this flow or another one: a firewall may take a low TTL for an attack: "
+       "destination excluded for the rest of this run; open connections anew",
     4: "{dest}: a filter in front of ours took the copy of a packet, or let it out whole: destination "
        "excluded for the rest of this run",
     5: "{dest}: a probe reached it and was answered: a router on the way raises the TTL, or the path is shorter "

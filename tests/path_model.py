@@ -115,6 +115,9 @@ class Path_(ctypes.Structure):
         ('excluded', ctypes.c_uint8),
         ('flows_only', ctypes.c_uint8),
         ('arrival_reported', ctypes.c_uint8),
+        ('stalls', ctypes.c_uint8),
+        ('in_stall', ctypes.c_uint8),
+        ('stall_ended', ctypes.c_uint64),
         ('hops', Hop * (MAX_HOPS + 1)),
     ]
 

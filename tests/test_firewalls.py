@@ -8,9 +8,9 @@ import errno
 import socket
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 import pytest
 
@@ -183,3 +183,141 @@ def test_packets_that_a_card_stamps(lab4: Lab, tmp_path: Path, version: int) -> 
                 stamped = run.counters['carrier_stamped']
                 assert (stamped, run.counters['probes'] > 90) == ((0, True) if name == 'beside' else (100, False))
     assert found['without'] == found['beside'] == found['by the card'] == list(range(100))
+
+
+# Firewalls that take a low TTL for an attack, at hop 2
+
+LOWEST = 6  # TTLs up to this are followed
+
+
+def low_ttl(version: int, ttl: int, comparison: str = '') -> str:
+    return f'ip ttl {comparison}{ttl}' if version == 4 else f'ip6 hoplimit {comparison}{ttl}'
+
+
+def lowering() -> str:
+    """All of a flow's packets get the lowest TTL that one of them had: ttl-evasion-protection of Cisco's ASA."""
+    ttls = range(1, LOWEST + 1)
+    sets = [f'set low{ttl} {{ type inet_service; flags dynamic; size 10000; }}' for ttl in ttls]
+    rules = [
+        f'{low_ttl(version, ttl)} meta l4proto {{ tcp, udp }} th dport {PORT} add @low{ttl} {{ th sport }}'
+        for version in VERSIONS
+        for ttl in ttls
+    ]
+    for version in VERSIONS:
+        field = 'ip ttl' if version == 4 else 'ip6 hoplimit'
+        rules += [
+            f'{field} > {ttl} meta l4proto {{ tcp, udp }} th dport {PORT} th sport @low{ttl} {field} set {ttl}'
+            for ttl in reversed(ttls)
+        ]
+    return '\n'.join([*sets, 'chain forward {', 'type filter hook forward priority 0', *rules, '}'])
+
+
+def blocking() -> str:
+    """The flow is blocked for good, in both directions."""
+    rules = [
+        f'{low_ttl(version, LOWEST, "< ")} meta l4proto {{ tcp, udp }} th dport {PORT} add @bad {{ th sport }}'
+        for version in VERSIONS
+    ]
+    rules += [f'meta l4proto {{ tcp, udp }} th {port} @bad drop' for port in ('sport', 'dport')]
+    sets = ['set bad { type inet_service; flags dynamic; size 10000; }']
+    return '\n'.join([*sets, 'chain forward {', 'type filter hook forward priority 0', *rules, '}'])
+
+
+@contextmanager
+def served(lab: Lab, version: int) -> Iterator[None]:
+    """A server in threads that answers what it gets."""
+    with inside(lab.server):
+        listener = socket.socket(FAMILY[version])
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((lab.server_address(version), PORT))
+    listener.settimeout(0.1)
+    ended = threading.Event()
+    threads = []
+
+    def serve(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            connection.settimeout(0.1)
+            while not ended.is_set():
+                with suppress(socket.timeout):
+                    if not connection.recv(2000):
+                        return
+                    connection.sendall(bytes(100))
+
+    def accept() -> None:
+        while not ended.is_set():
+            with suppress(socket.timeout):
+                threads.append(threading.Thread(target=serve, args=(listener.accept()[0],)))
+                threads[-1].start()
+
+    listener.listen(100)
+    threads.append(threading.Thread(target=accept))
+    threads[0].start()
+    try:
+        yield
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+        listener.close()
+
+
+GIVES_UP = 3.5  # s without anything, after which the application closes the connection and opens another
+
+
+class Application:
+    """Talks to the server, over one connection after the other. `step()` moves it on for a moment."""
+
+    def __init__(self, lab: Lab, version: int) -> None:
+        self._lab, self._version = lab, version
+        self._socket: socket.socket | None = None
+        self.lost = 0
+        self.received = 0  # by this connection
+
+    def step(self) -> None:
+        if self._socket is None:
+            with inside(self._lab.client):
+                self._socket = socket.socket(FAMILY[self._version])
+            self._socket.settimeout(GIVES_UP)
+            self._heard, self.received = time.monotonic(), 0
+            self._socket.connect((self._lab.server_address(self._version), PORT))
+            self._socket.settimeout(0.02)
+        with suppress(socket.timeout):
+            self._socket.send(bytes(500))
+        with suppress(socket.timeout):
+            self.received += len(self._socket.recv(65536))
+            self._heard = time.monotonic()
+        if time.monotonic() > self._heard + GIVES_UP:
+            self.lost += 1
+            self.close()
+
+    def close(self) -> None:
+        if self._socket:
+            self._socket.close()
+        self._socket = None
+
+
+@pytest.mark.parametrize(('firewall', 'version'), [(lowering, 4), (blocking, 6)])
+def test_firewall_costs_three_connections_at_most(
+    lab4: Lab, tmp_path: Path, firewall: Callable[[], str], version: int
+) -> None:
+    """Then the destination is excluded, and all goes on as without elfprobe."""
+    with ExitStack() as stack:
+        stack.enter_context(nft_table(lab4.routers[1], firewall()))
+        stack.enter_context(served(lab4, version))
+        run = stack.enter_context(elfprobe(lab4, '-d', lab4.server_address(version), cwd=tmp_path))
+        application = Application(lab4, version)
+        stack.callback(application.close)
+
+        def is_excluded() -> bool:
+            application.step()
+            return 'excluded for the rest of this run' in run.log
+
+        def goes_on() -> bool:
+            application.step()
+            return application.received > 20_000
+
+        wait_until(is_excluded, 60, 'the destination is excluded')
+        wait_until(goes_on, 20, 'the application goes on')
+        assert application.lost <= 3
+        assert run.stop() == 0
+    assert 'low TTL' in run.log

@@ -236,7 +236,7 @@ def test_gap_ends_an_outage(model: PathModel, gap: int, is_first: int, ended: in
 
 REACHED: dict[str, tuple[Fields, int, Fields]] = {
     'unknown': ({}, 4, dict(length=4)),
-    'shorter': (dict(length=9, last_responsive=8, proven=8), 4, dict(length=4, last_responsive=3, proven=3)),
+    'shorter': (dict(length=9, last_responsive=8, proven=8), 4, dict(length=4, last_responsive=3, proven=0)),
     'as long': (dict(length=4, explore=1, reply_distances=6), 4, dict(length=4, explore=0, reply_distances=6)),
     'longer than known': (dict(length=3), 4, dict(length=3)),
     'by a TTL of 0': (dict(length=3, last_responsive=2), 0, dict(length=3, last_responsive=2)),
@@ -314,9 +314,12 @@ def test_fallback_probes_are_counted_until_one_is_answered(model: PathModel) -> 
 
 
 def test_last_hop_that_stops_responding_is_no_longer_proven(model: PathModel) -> None:
-    path = new_path({4: dict(unanswered=1, since=1)}, length=5, proven=4, last_responsive=4, last_probed=3)
-    assert model.choose_hop(path, NOW, 0) == HOP_UNRESPONSIVE
-    assert fields(path, ('proven', 'last_responsive')) == dict(proven=3, last_responsive=3)
+    """Hop 3 stays proven if it has answered by itself; if not, hop 4 was the proof for all before it."""
+    for rtt, proven in (9, 3), (0, 0):
+        hops = {3: dict(rtt=rtt), 4: dict(unanswered=1, since=1)}
+        path = new_path(hops, length=5, proven=4, last_responsive=4, last_probed=3)
+        assert model.choose_hop(path, NOW, 0) == HOP_UNRESPONSIVE
+        assert fields(path, ('proven', 'last_responsive')) == dict(proven=proven, last_responsive=3)
 
 
 def test_probes_in_flight_to_a_hop_are_few() -> None:
@@ -356,7 +359,7 @@ MUTANTS = {  # what is broken in the model -> (text, its replacement)
     'the destination is a hop': ('? path->distance.length - 1 :', '? path->distance.length :'),
     'every hop is proven': ('if (nr <= distance->proven)', 'if (nr <= MAX_HOPS)'),
     'hops stay proven when the path changes': ('distance->proven = 0;', ';'),
-    'hops stay proven when they stop responding': ('path->distance.proven = nr - 1;', 'hop->unanswered = 1;'),
+    'hops stay proven when they stop responding': ('limit_proven(path, nr);', 'hop->unanswered = 1;'),
     'fallback probes are not counted': ('path->distance.fallbacks++;', 'hop = 0;'),
     'no exploration': ('path->pacing.seq % EXPLORE_EVERY == EXPLORE_EVERY - 1', '0'),
     'due for ever': (
