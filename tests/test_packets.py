@@ -1,6 +1,6 @@
 """Packets through the programs of elfprobe.c: declared, run, and compared with what must come of them.
 
-    CLIENT -- packet ---------> elf_egress: of interest? due? fit? --> clone --> elf_probe --> in_flight
+    CLIENT -- packet ---------> elf_egress: a target? due? fit?   --> clone --> elf_probe --> in_flight
     ROUTER -- time exceeded --> elf_ingress: of a probe in flight? --> dropped or passed, and a row
     SERVER -- anything -------> elf_ingress: passed, and the path's length learnt
 

@@ -67,11 +67,11 @@ def frame(source: str = CLIENT, dest: str = OTHER, layer: Packet = DATAGRAM) -> 
 # One packet, very often
 
 CASES: dict[str, tuple[str, bytes, Goal]] = {
-    'leaves, not of interest': ('egress', frame(), at_most(20)),
-    'leaves, of interest, no probe due, UDP': ('egress', frame(dest=SERVER), at_most(50)),
-    'leaves, of interest, no probe due, TCP': ('egress', frame(CLIENT, SERVER, SEGMENT), at_most(50)),
+    'leaves, no target': ('egress', frame(), at_most(20)),
+    'leaves, to a target, no probe due, UDP': ('egress', frame(dest=SERVER), at_most(50)),
+    'leaves, to a target, no probe due, TCP': ('egress', frame(CLIENT, SERVER, SEGMENT), at_most(50)),
     'arrives, not ICMP': ('ingress', frame(OTHER, CLIENT), at_most(15)),
-    'arrives, from a destination of interest': ('ingress', frame(SERVER, CLIENT), at_most(40)),
+    'arrives, from a target destination': ('ingress', frame(SERVER, CLIENT), at_most(40)),
 }
 
 
@@ -116,9 +116,9 @@ def by_table_size(quick: bool) -> Iterator[Figure]:
                 destinations.add(pack_address(socket.inet_ntoa(struct.pack('!I', address))))
             entered = size
             for name, measure in {
-                'leaves, not of interest': ('egress', unknown),
-                'leaves, of interest, no probe due': ('egress', known[:size]),
-                'arrives, from a destination of interest': ('ingress', known[:size]),
+                'leaves, no target': ('egress', unknown),
+                'leaves, to a target, no probe due': ('egress', known[:size]),
+                'arrives, from a target destination': ('ingress', known[:size]),
             }.items():
                 for in_cache in (True, False) if size == ALL else (True,):
                     took[name, size, in_cache] = cycle(programs, *measure, in_cache, rounds, chance)
@@ -221,7 +221,7 @@ def in_traffic(quick: bool) -> Iterator[Figure]:
 
 
 def by_owner_in_traffic(quick: bool) -> Iterator[Figure]:
-    """Packets of interest with no probe due, of sockets whose owner is noted: a test run has none such."""
+    """Packets of targets with no probe due, of sockets with an owner: a test run has none such."""
     rounds = 2 if quick else 3
     with traffic_lab() as (lab, ipr, device), run_statistics(), tempfile.TemporaryDirectory(
         prefix='elf-'
@@ -249,10 +249,10 @@ def by_owner_in_traffic(quick: bool) -> Iterator[Figure]:
                     )
                     mode = '-a' if by_owner else 'by address'
                     yield Figure(
-                        f'leaves, of interest, no probe due, {kind}, {mode}', elf - empty, 'ns', floor=empty
+                        f'leaves, to a target, no probe due, {kind}, {mode}', elf - empty, 'ns', floor=empty
                     )
                 if not programs.counters().get('probes'):
-                    raise CommandFailed('the traffic was not of interest')
+                    raise CommandFailed('the traffic had no target')
 
 
 @contextmanager
