@@ -6,6 +6,9 @@ client: eth0 --- r1 --- ... --- server, which takes IP out of IPv4 and plays rou
 
 from __future__ import annotations
 
+import json
+import os
+import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -14,8 +17,8 @@ from typing import Iterator
 
 import pytest
 
-from lab import Lab, batch, end, wait_for_line, wait_until
-from runs import Run, elfprobe
+from lab import Host, Lab, address, attach, batch, end, wait_for_line, wait_until
+from runs import Run, elfprobe, inside
 
 pytestmark = pytest.mark.root
 
@@ -196,3 +199,69 @@ def test_vlan_tags(lab4, tmp_path, tags):
         assert frame[12 + 4 * tags : 14 + 4 * tags] == b'\x08\x00'
         assert frame[14 + 4 * tags] == 0x45
     assert len(run.rows()) == len(seen.packets()) > 0
+
+
+PROBE, CARRIER = 14 + 20 + 8 + 2, 14 + 20 + 8 + 1000  # bytes of their frames
+
+
+def queue_counts(host: Host) -> dict[str, tuple[int, int]]:
+    """Frames and bytes that each queue of the device has sent."""
+    shown = json.loads(host.run('tc', '-s', '-j', 'qdisc', 'show', 'dev', host.device).stdout)
+    return {queue['parent']: (queue['packets'], queue['bytes']) for queue in shown if 'parent' in queue}
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason='needs two CPUs')
+@pytest.mark.parametrize('is_steered', [False, True], ids=['by hash', 'by CPU'])
+def test_queue_of_the_probe(make_lab, tmp_path, is_steered):
+    """A probe takes the queue of its flow. Only if the device has a queue for each CPU (XPS), and the process moves
+    to another one, then the socket keeps its queue for a while, and the probe has the new one's.
+
+    client: many, two queues --- r1 --- server
+    """
+    lab, usable = make_lab(routers=1), os.sched_getaffinity(0)
+    cpus = sorted(usable)[:2]
+    client, queues, dest = Host(lab.client.name, ('many',)), 'numtxqueues 2 numrxqueues 2', lab.server_address(4)
+    peer = f'peer many index 260 {queues} netns {lab.routers[0].name}'
+    batch(client.name, [f'link add many index 250 {queues} type veth {peer}', *attach('many', 250, 1)])
+    batch(lab.routers[0].name, attach('many', 250, 2))
+    batch(client.name, [f'route add {dest}/32 via {address(4, 250, 2)}'])
+    client.run('tc', 'qdisc', 'replace', 'dev', 'many', 'root', 'handle', '1:', 'mq')
+    for queue, cpu in enumerate(cpus):
+        mask = f'{(1 << cpu) if is_steered else 0:x}'
+        client.run('tee', f'/sys/class/net/many/queues/tx-{queue}/xps_cpus', input=mask)
+    with inside(lab.server):
+        receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with inside(lab.client):
+        sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+
+    def queues_taken(run):
+        """Send 100 packets and as many probes. Return the queue of most packets, and that of most probes."""
+        before, probes, packets = queue_counts(client), len(run.rows()), 0
+
+        def is_enough():
+            nonlocal packets
+            packets += sender.send(bytes(1000)) // 1000
+            return packets >= 100 and len(run.rows()) >= probes + 50
+
+        wait_until(is_enough, 20, '50 rows')
+        carriers, others = {}, {}
+        for name, (frames, size) in queue_counts(client).items():
+            frames, size = frames - before[name][0], size - before[name][1]
+            carriers[name] = (size - PROBE * frames) / (CARRIER - PROBE)
+            others[name] = frames - carriers[name]
+        return max(carriers, key=carriers.get), max(others, key=others.get)
+
+    with receiver, sender:
+        receiver.bind((dest, 7))
+        sender.connect((dest, 7))
+        try:
+            with elfprobe(lab, dest, cwd=tmp_path, host=client) as run:
+                os.sched_setaffinity(0, cpus[:1])
+                packets, probes = queues_taken(run)
+                assert packets == probes
+                os.sched_setaffinity(0, cpus[1:])
+                later = queues_taken(run)
+        finally:
+            os.sched_setaffinity(0, usable)
+    assert later[0] == packets
+    assert (later[1] == packets) == (not is_steered)
