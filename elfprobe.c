@@ -1217,7 +1217,6 @@ static inline void path_changed(struct distance *distance, __u64 now)
 	distance->proven = 0;
 	distance->symmetric = 0;
 	distance->guards_blocked = 0;
-	distance->fallbacks = 0;
 	distance->max_ttl_tried = 0;
 }
 

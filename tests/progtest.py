@@ -280,23 +280,25 @@ class Programs:
 
     def open_foreign_flow(self, frame: Any) -> None:
         """Have the TCP flow of a frame (scapy's) be one whose peer knows it, as none here has a socket."""
-        layer, dest = frame, None
+        layer, ip = frame, None
         while layer and hasattr(layer, 'payload') and layer.name != 'TCP':
-            dest = layer.dst if layer.name in ('IP', 'IPv6') else dest
+            ip = layer if layer.name in ('IP', 'IPv6') else ip
             layer = layer.payload
-        if not dest or not layer or layer.name != 'TCP':
+        if not ip or not layer or layer.name != 'TCP':
             return
         tcp = layer
         table = self.bpf['foreign_flows']
         key, numbers = table.Key(), (tcp.seq, (tcp.ack - 1) % 2**32, tcp.seq, tcp.ack)
         key.sport, key.dport = socket.htons(tcp.sport), socket.htons(tcp.dport)
-        ctypes.memmove(ctypes.addressof(key.dest), pack_address(dest), 16)
+        for field, address in ('source', ip.src), ('dest', ip.dst):
+            ctypes.memmove(ctypes.addressof(key) + getattr(type(key), field).offset, pack_address(address), 16)
         table[key] = table.Leaf(*numbers, 1)
 
-    def put_in_flight(self, flight: Flight) -> None:
-        self.putter(flight, flags=0)()
+    def put_in_flight(self, flight: Flight, cwnd: int = 0) -> None:
+        """cwnd: the congestion window, if the probe's socket is on this machine and TCP's."""
+        self.putter(flight, flags=0, cwnd=cwnd)()
 
-    def putter(self, flight: Flight, flags: int = BPF_NOEXIST) -> Callable[[], None]:
+    def putter(self, flight: Flight, flags: int = BPF_NOEXIST, cwnd: int = 0) -> Callable[[], None]:
         """A function that puts it in flight, often and fast; FileExistsError if it is already."""
         table = self.bpf['in_flight']
         key, probe = table.Key(), table.Leaf()
@@ -305,6 +307,7 @@ class Programs:
             if name != 'dest':
                 setattr(key if hasattr(key, name) else probe, name, value)
         ctypes.memmove(ctypes.addressof(key.dest), pack_address(flight.dest), 16)
+        probe.tcp.cwnd = cwnd
 
         def put() -> None:
             if bcc.lib.bpf_update_elem(table.map_fd, ctypes.byref(key), ctypes.byref(probe), flags):

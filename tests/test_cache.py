@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -99,9 +100,17 @@ FAULTS = [
 ]
 
 
+@pytest.fixture(scope='module')
+def filled(lab4, tmp_path_factory):
+    """A folder with the programs of one start."""
+    folder = tmp_path_factory.mktemp('filled')
+    start(lab4, folder)
+    return folder / 'elfprobe'
+
+
 @pytest.mark.parametrize('spoil', FAULTS)
-def test_what_is_wrong_in_the_cache_is_not_used(lab4, tmp_path, spoil):
-    start(lab4, tmp_path)
+def test_what_is_wrong_in_the_cache_is_not_used(lab4, filled, tmp_path, spoil):
+    shutil.copytree(filled, tmp_path / 'elfprobe')
     [kept] = (tmp_path / 'elfprobe').iterdir()
     spoil(kept)
     run = start(lab4, tmp_path)

@@ -390,7 +390,7 @@ def test_why_there_is_nothing(lab4, tmp_path, dest, traffic, says):
             lab4.client.run('ping', '-nqc5', '-i.01', to)
         if traffic == 'traceroute':
             lab4.client.run('traceroute', '-n', '-q1', to)
-    assert run.summary.probes == (traffic == 'ping')  # the first left before anything was known
+    assert run.summary.probes == 0
     assert says in run.log
 
 
@@ -542,7 +542,8 @@ def test_tcp_state_beside_each_probe(lab4, tmp_path, version):
     retrans = [int(row['retrans']) for row in sorted(tcp, key=lambda row: int(row['sendtime']))]
     assert retrans == sorted(retrans)
     assert (retrans[0], before[2]) == (0, 0) and last <= retrans[-1] <= after[2]
-    assert int(min(tcp, key=lambda row: int(row['sendtime']))['cwnd']) == before[1] == 10  # RFC 6928
+    first = int(min(tcp, key=lambda row: int(row['sendtime']))['cwnd'])  # when the peer has acknowledged data
+    assert before[1] == 10 <= first <= 20  # RFC 6928, and slow start for one round trip
     srtt = [int(row['srtt']) for row in tcp]
     assert min(before[0], after[0]) / 10 < statistics.median(srtt) < 10 * max(before[0], after[0])
     assert any(f', {retrans[-1]} segments retransmitted' in line for line in table_of(run.log, server))
