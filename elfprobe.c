@@ -410,8 +410,7 @@ struct scratch {
 	__s32 redirect_result;
 	struct probe_key key;
 	struct probe probe; /* elf_egress fills in pid, app and tcp */
-	__u32 has_tcp;      /* the packet's TCP socket is on this machine, */
-	__u32 acked;        /* and this is the first sequence number that is not acknowledged */
+	__u32 acked;        /* first sequence number that is not acknowledged, if probe.tcp has a window */
 	/* In elf_probe: */
 	struct udp_partial partial;
 	__u8 sum_buffer[SUM_CHUNK + 4];
@@ -671,22 +670,28 @@ static inline __u32 first_segment_len(const struct __sk_buff *skb, __u32 payload
 }
 #endif
 
-/* Does the packet hold memory of the application (MSG_ZEROCOPY, io_uring)? If we trim its clone, the kernel copies
- * the data and tells the application so, once for each probe (skb_zcopy_clear() in __pskb_pull_tail()). Many
- * applications stop using MSG_ZEROCOPY then. The context of a TC program is the struct sk_buff itself. struct
- * skb_shared_info is behind the packet's data. */
-static inline int is_zerocopy(struct __sk_buff *skb)
+/* Return a byte of struct skb_shared_info, 0 if we cannot read it. The context of a TC program is the struct sk_buff
+ * itself. struct skb_shared_info is behind the packet's data. */
+static inline __u8 read_shared_info(struct __sk_buff *skb, __u32 offset)
 {
 	__u64 head = 0;
 	__u32 end = 0;
-	__u8 flags = 0;
+	__u8 byte = 0;
 
 	if (!SKB_HEAD)
 		return 0;
 	probe_read_kernel(&head, sizeof(head), (void *)skb + SKB_HEAD);
 	probe_read_kernel(&end, sizeof(end), (void *)skb + SKB_END);
-	probe_read_kernel(&flags, sizeof(flags), (void *)(head + end + ZEROCOPY_FLAGS));
-	return flags & ZEROCOPY_FLAG;
+	probe_read_kernel(&byte, sizeof(byte), (void *)(head + end + offset));
+	return byte;
+}
+
+/* Does the packet hold memory of the application (MSG_ZEROCOPY, io_uring)? If we trim its clone, the kernel copies
+ * the data and tells the application so, once for each probe (skb_zcopy_clear() in __pskb_pull_tail()). Many
+ * applications stop using MSG_ZEROCOPY then. */
+static inline int is_zerocopy(struct __sk_buff *skb)
+{
+	return read_shared_info(skb, ZEROCOPY_FLAGS) & ZEROCOPY_FLAG;
 }
 
 /* include/net/dst.h, include/linux/skbuff.h, include/uapi/linux/route.h */
@@ -726,16 +731,7 @@ static inline int is_on_link(struct __sk_buff *skb, __u32 version)
 
 static inline int wants_card_stamp(struct __sk_buff *skb)
 {
-	__u64 head = 0;
-	__u32 end = 0;
-	__u8 flags = 0;
-
-	if (!SKB_HEAD)
-		return 0;
-	probe_read_kernel(&head, sizeof(head), (void *)skb + SKB_HEAD);
-	probe_read_kernel(&end, sizeof(end), (void *)skb + SKB_END);
-	probe_read_kernel(&flags, sizeof(flags), (void *)(head + end + TX_FLAGS));
-	return flags & SKBTX_HW_TSTAMP;
+	return read_shared_info(skb, TX_FLAGS) & SKBTX_HW_TSTAMP;
 }
 
 /* ---- Path model: pacing, distance, liveness, back-off --------------------------------------
@@ -1801,7 +1797,7 @@ static inline __u32 outer_len(const struct hdr_cursor *nh, __u32 off)
  * Symptom: elf_ingress sees headers that the tunnel device has already removed, on some devices with an Ethernet
  * header before them. Cause: XDP on tunnel devices before Linux 5.14. Can go: with FRAME_TUNNEL, when no older
  * kernel matters. The length goes through scratch so that the verifier follows one path (see
- * parse_ipv6_extensions()); that of Linux 7.3 gives up otherwise. */
+ * parse_ipv6_extensions()). The verifier of Linux 7.3 gives up otherwise. */
 static inline void skip_outer(struct hdr_cursor *nh)
 {
 	struct scratch *scratch = scratch_of_run();
@@ -2026,7 +2022,7 @@ static inline int rewrite_tcp(struct __sk_buff *skb, struct clone *clone, struct
 	partial = is_partial(clone, tcp->check);
 	scratch->probe.origseq = seq = bpf_ntohl(tcp->seq);
 	if (!clone->keep_payload) {
-		if (!INGRESS_DROP && scratch->has_tcp && (__s32)(seq - scratch->acked) > 0)
+		if (!INGRESS_DROP && scratch->probe.tcp.cwnd && (__s32)(seq - scratch->acked) > 0)
 			seq = scratch->acked;
 		tcp->seq = bpf_htonl(seq - TCP_SEQ_BACK + scratch->reservation.seq % TCP_SEQ_BACK);
 		tcp->flags = TCP_ACK;
@@ -2136,7 +2132,7 @@ static inline int l4_header_len(const struct hdr_cursor *nh, const struct packet
 }
 
 /* Return the payload length of a trimmed probe. UDP and ICMP need 2 bytes for their checksums. An echo request with
- * 2 bytes gets 4, so that its reply differs in length from that of the application's own. */
+ * 2 bytes gets 4, so that its reply is longer than the reply to the application's own request. */
 static inline __u32 trimmed_len(const struct packet *pkt, __u32 payload)
 {
 	if (pkt->protocol == IPPROTO_TCP)
@@ -2154,8 +2150,8 @@ static inline int keeps_payload(const struct packet *pkt, __u32 payload, __u32 f
 	return NOTRUNC && form == USUAL && (payload || pkt->protocol != IPPROTO_TCP);
 }
 
-/* Trim the clone. If it keeps the payload of a packet that is yet to be segmented, it keeps that of the first
- * segment. */
+/* Trim the clone. If it keeps the payload of a packet that is yet to be segmented, it keeps the first segment's
+ * payload. */
 static inline int trim_clone(struct __sk_buff *skb, struct clone *clone, struct scratch *scratch)
 {
 	struct hdr_cursor nh = { (void *)(long)skb->data, (void *)(long)skb->data_end };
@@ -2328,7 +2324,7 @@ static inline void report_process(struct process_event *event)
 }
 
 /* sched_process_exec, in the process. A target stays one, under its new name. Any other process may become one by a
- * name that only user space sees: that of its executable or its script. */
+ * name that only user space sees: the name of its executable or its script. */
 PROGRAM int elf_exec(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct process_event event = { .pid = bpf_get_current_pid_tgid() >> 32 };
@@ -2709,13 +2705,13 @@ static inline int check_foreign_flow(const struct packet *pkt, const struct tcph
 	return is_resent ? REASON(carrier_resent) : 0;
 }
 
-/* Return 0 if the TCP flow of the packet may be probed now, else the reason. Fill in its TCP state. No probe may
- * leave
+/* Return 0 if the flow of the packet may be probed now, else the reason. Fill in its TCP state. Flows of other
+ * protocols may always be probed. A TCP flow carries no probe
  * - before the peer has acknowledged or sent data. With SYN cookies it knows the connection only from the first
  *   packet behind the handshake. It answers a probe before that, whose number is older, with a reset.
- * - from retransmissions, because a firewall knows newer sequence numbers,
- * - while the flow is stalled, because some firewalls take a low TTL for an attack and block the flow. Flows of
- *   other protocols, and those whose socket is not on this machine, may always be probed. */
+ * - from retransmissions, because a firewall knows newer sequence numbers.
+ * - while it is stalled, because some firewalls take a low TTL for an attack and block the flow. We see no stall of a
+ *   flow whose socket is not on this machine. */
 static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh, const struct packet *pkt,
 			     struct path *path, struct scratch *scratch, __u64 now)
 {
@@ -2733,7 +2729,6 @@ static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	tp = bpf_tcp_sock(sk);
 	if (!tp)
 		return check_foreign_flow(pkt, tcp);
-	scratch->has_tcp = 1;
 	scratch->acked = tp->snd_una;
 	state->srtt = tp->srtt_us >> 3; /* the kernel stores eighths */
 	state->cwnd = tp->snd_cwnd;
@@ -2821,7 +2816,6 @@ static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	if (!scratch)
 		return NOT_SENT;
 	__builtin_memset(&scratch->probe.tcp, 0, sizeof(scratch->probe.tcp));
-	scratch->has_tcp = 0;
 	reason = check_flow(skb, nh, pkt, path, scratch, now);
 	if (reason)
 		return reason;
@@ -2981,8 +2975,8 @@ static inline int is_still_in_flight(struct probe_key *key)
 enum answer { NO_ANSWER, PASSED_ANSWER, DROPPED_ANSWER };
 #define ANSWER (INGRESS_DROP ? DROPPED_ANSWER : PASSED_ANSWER)
 
-/* Would the sender's TCP take this reply for its own (see TCP_SEQ_BACK)? It would if the number may be outstanding:
- * that of a probe with the packet's own number, or of a flow whose socket is not on this machine (no window). */
+/* Would the sender's TCP take this reply for its own (see TCP_SEQ_BACK)? It would if the number may be outstanding. It
+ * may be if the probe has the packet's own number, or if the flow's socket is not on this machine (no window). */
 static inline int harms_tcp(const struct probe_key *key, const struct probe *probe)
 {
 	return key->protocol == IPPROTO_TCP && (key->ident == probe->origseq || !probe->tcp.cwnd);

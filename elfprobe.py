@@ -617,7 +617,8 @@ class Platform:
         version = linux_version()
         has_links = hasattr(bcc.lib, "bpf_link_create")
         tick = round(time.clock_getres(CLOCK_MONOTONIC_COARSE) * 1e9)
-        reads_kernel = takes_program(CALLS_PROBE_READ_KERNEL)
+        can_read = takes_program(CALLS_PROBE_READ_KERNEL)
+        shared_info, routes = find_offsets() if can_read else (SharedInfo(), RouteOffsets())
         return cls(
             version=version,
             has_links=has_links,
@@ -630,8 +631,8 @@ class Platform:
             # (CONFIG_PREEMPT_RT_NEEDS_BH_LOCK). Older kernels with PREEMPT_RT are treated alike.
             is_preemptible="PREEMPT_RT" in os.uname().version,
             tick=tick if takes_program(CALLS_JIFFIES64) else 0,
-            shared_info=find_shared_info() if reads_kernel else SharedInfo(),
-            routes=find_routes() if reads_kernel else RouteOffsets(),
+            shared_info=shared_info,
+            routes=routes,
         )
 
 
@@ -642,34 +643,27 @@ def linux_version() -> tuple[int, int, int]:
     return first, second, third
 
 
-def kernel_offsets(*names: str) -> list[dict[bytes, int]]:
-    """Return struct_offsets() of structs of the kernel. Raises LookupError, also if BTF cannot be read."""
+def find_offsets() -> tuple[SharedInfo, RouteOffsets]:
+    """Return what the kernel's BTF says. Zeros stand for what it does not say, or if there is no BTF."""
+    shared_info, routes = SharedInfo(), RouteOffsets()
     new, old = "btf__load_vmlinux_btf", "libbpf_find_kernel_btf"  # the old name is from before libbpf 0.5
-    try:
-        with kernel_btf(new if hasattr(bcc.lib, new) else old) as btf:
-            return [struct_offsets(btf, name.encode()) for name in names]
-    except AttributeError as err:
-        raise LookupError("BCC's libbpf cannot read BTF") from err
+    with contextlib.suppress(AttributeError, LookupError), kernel_btf(new if hasattr(bcc.lib, new) else old) as btf:
+        skb = struct_offsets(btf, b"sk_buff")
+        with contextlib.suppress(LookupError):
+            shared_info = shared_info_offsets(skb, struct_offsets(btf, b"skb_shared_info"))
+        with contextlib.suppress(LookupError):  # before Linux 5.2
+            dst, route, route6 = (struct_offsets(btf, name) for name in (b"dst_entry", b"rtable", b"rt6_info"))
+            # _skb_refdst is in a union without a name, just behind the 48 bytes of cb.
+            routes = RouteOffsets(skb[b"cb"] + 48, dst[b"flags"], route[b"rt_gw_family"], route6[b"rt6i_flags"])
+    return shared_info, routes
 
 
-def find_shared_info() -> SharedInfo:
-    """Return what the kernel's BTF says: zeros if there is none."""
-    with contextlib.suppress(LookupError):
-        skb, shared = kernel_offsets("sk_buff", "skb_shared_info")
-        if b"flags" in shared:  # SKBFL_ZEROCOPY_ENABLE, since Linux 5.12
-            return SharedInfo(skb[b"head"], skb[b"end"], shared[b"flags"], 1, shared[b"tx_flags"])
-        flags = shared[b"tx_flags"]
-        return SharedInfo(skb[b"head"], skb[b"end"], flags, 8, flags)  # SKBTX_DEV_ZEROCOPY
-    return SharedInfo()
-
-
-def find_routes() -> RouteOffsets:
-    """Return what the kernel's BTF says: zeros if there is none, and before Linux 5.2."""
-    with contextlib.suppress(LookupError):
-        skb, dst, route, route6 = kernel_offsets("sk_buff", "dst_entry", "rtable", "rt6_info")
-        # _skb_refdst is in a union without a name, just behind the 48 bytes of cb.
-        return RouteOffsets(skb[b"cb"] + 48, dst[b"flags"], route[b"rt_gw_family"], route6[b"rt6i_flags"])
-    return RouteOffsets()
+def shared_info_offsets(skb: dict[bytes, int], shared: dict[bytes, int]) -> SharedInfo:
+    """Return the offsets from those of struct sk_buff and struct skb_shared_info. Raises LookupError."""
+    stamps = shared[b"tx_flags"]
+    if b"flags" in shared:  # SKBFL_ZEROCOPY_ENABLE, since Linux 5.12
+        return SharedInfo(skb[b"head"], skb[b"end"], shared[b"flags"], 1, stamps)
+    return SharedInfo(skb[b"head"], skb[b"end"], stamps, 8, stamps)  # SKBTX_DEV_ZEROCOPY
 
 
 def missing_capabilities(by_process: bool) -> list[str]:
@@ -721,7 +715,6 @@ C_FILE = os.path.join(HERE, "elfprobe.c")
 CACHE = "/var/cache/elfprobe"
 CACHE_FILES_MAX = 64  # of 60 to 200 KB
 CACHE_FILE_MAX = 1 << 22  # bytes
-INSTRUCTION = 8  # bytes of struct bpf_insn
 LD_IMM64, MAP_FD = 0x18, 1  # linux/bpf.h: BPF_LD | BPF_DW | BPF_IMM, BPF_PSEUDO_MAP_FD
 BATCH = 4096  # entries of a map that are read at once
 EVENT_PERF_PAGES = 64  # of each CPU's perf buffer, if there are no ring buffers
@@ -1062,12 +1055,12 @@ class Program(NamedTuple):
     @classmethod
     def extract(cls, code: bytes, names: dict[int, str]) -> Program:
         """Return a program from instructions that refer to maps by descriptor. names: descriptor -> name."""
-        found = enumerate(map(Instruction.from_buffer_copy, split(code, INSTRUCTION)))
+        found = enumerate(instructions(code))
         return cls(code, {at: names[one.imm] for at, one in found if one.code == LD_IMM64 and one.src == MAP_FD})
 
     def linked(self, descriptors: dict[str, int]) -> bytes:
         """Return the instructions, referring to these maps. descriptors: name -> descriptor."""
-        code = (Instruction * (len(self.code) // INSTRUCTION)).from_buffer_copy(self.code)
+        code = instructions(self.code)
         for at, name in self.maps.items():
             code[at].imm = descriptors[name]
         return bytes(code)
@@ -1140,9 +1133,9 @@ class ProgramCache:
         return kind and status.st_uid == os.geteuid() and not status.st_mode & 0o077
 
 
-def split(data: bytes, size: int) -> Iterator[bytes]:
-    """Yield the data in pieces of a size."""
-    return (data[at : at + size] for at in range(0, len(data), size))
+def instructions(code: bytes) -> ctypes.Array[Instruction]:
+    """Return a copy of a program's instructions."""
+    return (Instruction * (len(code) // ctypes.sizeof(Instruction))).from_buffer_copy(code)
 
 
 class Kernel:
@@ -1154,7 +1147,6 @@ class Kernel:
     def __init__(self, config: Config, build: Build, platform: Platform, with_warnings: bool = False) -> None:
         """Compile and load. Raises Failure."""
         self.platform = platform
-        self._has_ring_buffer = platform.has_ring_buffer
         flags = [f"-D{name}={value}" for name, value in build_flags(config, build, platform).items()]
         flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"] if with_warnings else ["-w"]
         kinds, lines = program_types(build), 40 if config.debug else 3
@@ -1213,8 +1205,13 @@ class Kernel:
         Up to so many lines of the verifier's log are part of the Failure.
         """
         try:
+            maps = {name: fd for fd, name in self._map_names().items()} if programs else {}
             for name, kind in kinds.items():
-                self._load_program(name, kind, lines, programs)
+                with self._refused(name, lines):
+                    if programs:
+                        self._load_code(name, kind, programs[name].linked(maps))
+                    else:
+                        self.bpf.load_func(name, kind)
         except BaseException:
             self.close()
             raise
@@ -1225,7 +1222,9 @@ class Kernel:
         if build.ingress_tc:
             tail_calls[tail_calls.Key(1)] = tail_calls.Leaf(self.program("elf_ingress"))
 
-    def _load_program(self, name: str, kind: int, lines: int, programs: dict[str, Program]) -> None:
+    @contextlib.contextmanager
+    def _refused(self, name: str, lines: int) -> Iterator[None]:
+        """Raise Failure if the program is not loaded, with so many lines of the verifier's log at most."""
         messages = [""]
 
         def failure(text: str) -> Failure:
@@ -1234,14 +1233,14 @@ class Kernel:
             return Failure(f"{kernel} does not take {name}: {text}", detail=detail)
 
         with bcc_errors(failure), captured_stderr(messages):
-            if not programs:
-                self.bpf.load_func(name, kind)
-                return
-            code = programs[name].linked({map_name: fd for fd, map_name in self._map_names().items()})
-            module, lib = self.bpf.module, bcc.lib
-            terms = lib.bpf_module_license(module), lib.bpf_module_kern_version(module)
-            fd = bpf_call("bcc_prog_load", kind, name.encode(), code, len(code), *terms, 0, None, 0)
-            self.bpf.funcs[name.encode()] = bcc.BPF.Function(self.bpf, name.encode(), fd)
+            yield
+
+    def _load_code(self, name: str, kind: int, code: bytes) -> None:
+        """Load instructions as BCC loads what it has compiled."""
+        module, lib = self.bpf.module, bcc.lib
+        terms = lib.bpf_module_license(module), lib.bpf_module_kern_version(module)
+        fd = bpf_call("bcc_prog_load", kind, name.encode(), code, len(code), *terms, 0, None, 0)
+        self.bpf.funcs[name.encode()] = bcc.BPF.Function(self.bpf, name.encode(), fd)
 
     def _programs(self, names: Iterable[str]) -> dict[str, Program]:
         """Return the programs of these names, as they were compiled."""
@@ -1386,21 +1385,21 @@ class Kernel:
             take(read(data, size))
             return 0
 
-        if self._has_ring_buffer:
+        if self.platform.has_ring_buffer:
             self.bpf[name].open_ring_buffer(receive)
         else:
             self.bpf[name].open_perf_buffer(receive, page_cnt=pages)
 
     def take_events(self) -> None:
         """Handle all events that are there."""
-        if self._has_ring_buffer:
+        if self.platform.has_ring_buffer:
             self.bpf.ring_buffer_consume()
         else:
             self.bpf.perf_buffer_poll(0)
 
     def wait_for_events(self, seconds: float) -> None:
         """Wait so long, or until enough events are there; handle some of them."""
-        if self._has_ring_buffer:
+        if self.platform.has_ring_buffer:
             self.bpf.ring_buffer_poll(int(1000 * seconds))
         else:
             self.bpf.perf_buffer_poll(int(1000 * seconds))
@@ -2013,7 +2012,7 @@ def open_cgroup_root() -> int:
 def covers_all_processes(cgroup: int) -> bool:
     """Return whether every process that can be seen belongs to a cgroup, given as a descriptor.
 
-    Only the root has no cgroup.events. A cgroup that has it is a container's, or that of a service with a
+    Only the root has no cgroup.events. A cgroup that has it belongs to a container, or to a service with a
     cgroup namespace; processes outside it have a path that begins with "/..".
     """
     try:
@@ -2098,7 +2097,7 @@ class SocketTagger:
         self._owner = kernel.layout("owner")
 
     def tag(self, pid: int, process: CStruct) -> bool:
-        """Make a process (a struct process) the owner of its sockets, except those that a target owns already.
+        """Make a process (a struct process) the owner of its sockets. Sockets of other targets keep their owner.
 
         Return False if its sockets cannot be had, or the process has ended.
         """
@@ -2228,7 +2227,7 @@ class ProcessFollower:
         stack.callback(os.close, link)
 
     def _adopt_running(self) -> None:
-        """Adopt the target processes that run already, and those that they forked before they were adopted.
+        """Adopt the target processes that run already, and the children that they had forked by then.
 
         elf_fork enters the other children. Their parents may have closed sockets by now that they have.
         """

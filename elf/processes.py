@@ -53,7 +53,7 @@ def process_names(process: Process) -> set[str]:
 
 
 def is_interpreter(program: str) -> bool:
-    """Return whether an executable's name is that of an interpreter, with or without a version."""
+    """Return whether an executable has the name of an interpreter, with or without a version."""
     return program.rstrip("0123456789.") in INTERPRETERS
 
 
