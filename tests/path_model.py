@@ -1,7 +1,7 @@
 """The path model of elfprobe.c, compiled for the host: no kernel, no root.
 
 model = PathModel(interval_ns=10_000_000)
-path = model.new_path()
+path = new_path()
 ttl = model.choose_hop(path, now, ticks)
 """
 

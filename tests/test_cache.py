@@ -18,11 +18,15 @@ USED = 'programs that an earlier run compiled are loaded'
 pytestmark = pytest.mark.root
 
 
-def start(lab: Lab, folder: Path, *options: str) -> Run:
-    """Run elfprobe until it has rows, with `folder` in the place of /var/cache. The routers answer a ping."""
+def with_cache(lab: Lab, folder: Path) -> list[str]:
+    """Return the command that enters the client's namespace, with `folder` in the place of /var/cache."""
     mount = f'mount --bind {folder} /var/cache && exec "$@"'
-    via = [*lab.client.command(), 'unshare', '--mount', 'sh', '-c', mount, 'sh']
-    with elfprobe(lab, '-d', *options, lab.server_address(4), cwd=folder, via=via) as run:
+    return [*lab.client.command(), 'unshare', '--mount', 'sh', '-c', mount, 'sh']
+
+
+def start(lab: Lab, folder: Path, *options: str) -> Run:
+    """Run elfprobe until it has rows. The routers answer a ping."""
+    with elfprobe(lab, '-d', *options, lab.server_address(4), cwd=folder, via=with_cache(lab, folder)) as run:
         with lab.client.popen('ping', '-i.01', lab.server_address(4), stdout=-3) as ping:
             wait_until(lambda: len(run.rows()) > 40, 20, 'rows')
             ping.kill()
@@ -123,8 +127,7 @@ def test_messages_are_those_of_a_run_without_a_cache(lab4, tmp_path):
     hooks.write_text('static inline int elf_v4_icmp_beforesend(struct __sk_buff *ctx) { return *(int *)8; }\n')
     said = []
     for options in [], [], ['--no-cache']:
-        mount = f'mount --bind {tmp_path} /var/cache && exec "$@"'
-        via = [*lab4.client.command(), 'unshare', '--mount', 'sh', '-c', mount, 'sh']
+        via = with_cache(lab4, tmp_path)
         with pytest.raises(Exception) as raised, elfprobe(
             lab4, '-H', str(hooks), *options, lab4.server_address(4), cwd=tmp_path, via=via
         ):

@@ -47,33 +47,40 @@ FARTHER_BACK = {
 
 
 @contextmanager
-def accepting(lab: Lab, version: int) -> Iterator[None]:
-    """A server that answers each connection's first bytes with as many, and then waits for its end."""
+def served(lab: Lab, version: int) -> Iterator[None]:
+    """A server in threads that answers what it gets."""
     with inside(lab.server):
-        listener = socket.create_server((lab.server_address(version), PORT), family=FAMILY[version], backlog=1000)
+        listener = socket.socket(FAMILY[version])
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((lab.server_address(version), PORT))
     listener.settimeout(0.1)
     ended = threading.Event()
+    threads = []
 
-    def serve() -> None:
+    def serve(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            connection.settimeout(0.1)
+            while not ended.is_set():
+                with suppress(socket.timeout):
+                    if not connection.recv(2000):
+                        return
+                    connection.sendall(bytes(100))
+
+    def accept() -> None:
         while not ended.is_set():
-            try:
-                with listener.accept()[0] as connection:
-                    connection.settimeout(5)
-                    while True:
-                        data = connection.recv(2000)
-                        if not data:
-                            break
-                        connection.sendall(data)
-            except OSError:
-                continue
+            with suppress(socket.timeout):
+                threads.append(threading.Thread(target=serve, args=(listener.accept()[0],)))
+                threads[-1].start()
 
-    thread = threading.Thread(target=serve)
-    thread.start()
+    listener.listen(100)
+    threads.append(threading.Thread(target=accept))
+    threads[0].start()
     try:
         yield
     finally:
         ended.set()
-        thread.join()
+        for thread in threads:
+            thread.join()
         listener.close()
 
 
@@ -103,7 +110,7 @@ def connect_often(lab: Lab, version: int, count: int) -> list[str]:
 def test_syn_cookies(lab4: Lab, tmp_path: Path, where: str, version: int) -> None:
     """No connection is reset by a probe that arrives before the server knows it, though the way back is longer."""
     host = lab4.client if where == 'own' else lab4.routers[0]
-    with sysctls([lab4.server], {'net.ipv4.tcp_syncookies': 2, **FARTHER_BACK}), accepting(lab4, version), elfprobe(
+    with sysctls([lab4.server], {'net.ipv4.tcp_syncookies': 2, **FARTHER_BACK}), served(lab4, version), elfprobe(
         lab4, '-i', host.devices[-1], '-p', '0', '-d', lab4.server_address(version), cwd=tmp_path, host=host
     ) as run:
         before = kernel_counters(lab4.client)
@@ -221,44 +228,6 @@ def blocking() -> str:
     rules += [f'meta l4proto {{ tcp, udp }} th {port} @bad drop' for port in ('sport', 'dport')]
     sets = ['set bad { type inet_service; flags dynamic; size 10000; }']
     return '\n'.join([*sets, 'chain forward {', 'type filter hook forward priority 0', *rules, '}'])
-
-
-@contextmanager
-def served(lab: Lab, version: int) -> Iterator[None]:
-    """A server in threads that answers what it gets."""
-    with inside(lab.server):
-        listener = socket.socket(FAMILY[version])
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((lab.server_address(version), PORT))
-    listener.settimeout(0.1)
-    ended = threading.Event()
-    threads = []
-
-    def serve(connection: socket.socket) -> None:
-        with connection, suppress(OSError):
-            connection.settimeout(0.1)
-            while not ended.is_set():
-                with suppress(socket.timeout):
-                    if not connection.recv(2000):
-                        return
-                    connection.sendall(bytes(100))
-
-    def accept() -> None:
-        while not ended.is_set():
-            with suppress(socket.timeout):
-                threads.append(threading.Thread(target=serve, args=(listener.accept()[0],)))
-                threads[-1].start()
-
-    listener.listen(100)
-    threads.append(threading.Thread(target=accept))
-    threads[0].start()
-    try:
-        yield
-    finally:
-        ended.set()
-        for thread in threads:
-            thread.join()
-        listener.close()
 
 
 GIVES_UP = 3.5  # s without anything, after which the application closes the connection and opens another

@@ -2,8 +2,8 @@
 
 A ratio ("on / off") divides what was measured with a mode by what was measured without, just before, after or
 between. The figure is the median of all ratios. The interval beside it contains the median of ever more with 95
-% confidence (order statistics; it takes six). The floor of a ratio is that of empty programs at TC ingress and
-TC egress.
+% confidence (order statistics; it takes six). The floor of a ratio is the ratio for empty programs at TC ingress
+and TC egress.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Scene(NamedTuple):
     programs: Programs
     folder: Path
 
-    def program(self, source: str) -> Path:
-        """Return the path of a program's copy that has the name APP."""
-        path = self.folder / APP
+    def program(self, source: Path, name: str) -> Path:
+        """Return the path of a program's copy that has this name."""
+        path = self.folder / name
         if not path.exists():
             shutil.copy(source, path)
         return path

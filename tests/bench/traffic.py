@@ -20,7 +20,7 @@ import struct
 import sys
 import termios
 import time
-from typing import Callable, Dict, List, Union
+from typing import Callable, Dict, List
 
 ECHO, DISCARD, CHARGEN = 7, 9, 19
 SO_RCVTIMEO = struct.pack('@ll', 5, 0)  # s, us
@@ -73,16 +73,22 @@ def unacknowledged(clients: List[socket.socket]) -> int:
     return sum(struct.unpack('i', fcntl.ioctl(client, SIOCOUTQ, bytes(4)))[0] for client in clients)
 
 
-def upload(clients: List[socket.socket], end: float) -> int:
-    """Send, and wait until all is acknowledged; the caller's clock runs meanwhile."""
-    sent = 0
+def transfer(clients: List[socket.socket], when: int, act: Callable[[socket.socket], int], end: float) -> int:
+    """Act on each connection when it is ready, until the end. Return the sum of what act() returns, bytes."""
+    done = 0
     with selectors.DefaultSelector() as ready:
         for client in clients:
             client.setblocking(False)
-            ready.register(client, selectors.EVENT_WRITE)
+            ready.register(client, when)
         while time.perf_counter() < end:
             for key, _ in ready.select(0.1):
-                sent += key.fileobj.send(NOTHING)  # type: ignore[union-attr]
+                done += act(key.fileobj)  # type: ignore[arg-type]
+    return done
+
+
+def upload(clients: List[socket.socket], end: float) -> int:
+    """Send, and wait until all is acknowledged; the caller's clock runs meanwhile."""
+    sent = transfer(clients, selectors.EVENT_WRITE, lambda client: client.send(NOTHING), end)
     while unacknowledged(clients):
         time.sleep(0.0001)
     return sent
@@ -90,15 +96,8 @@ def upload(clients: List[socket.socket], end: float) -> int:
 
 def download(clients: List[socket.socket], end: float) -> int:
     """Receive. Between turns, nobody reads, and so the server stops when the buffers are full."""
-    got, buffer = 0, bytearray(CHUNK)
-    with selectors.DefaultSelector() as ready:
-        for client in clients:
-            client.setblocking(False)
-            ready.register(client, selectors.EVENT_READ)
-        while time.perf_counter() < end:
-            for key, _ in ready.select(0.1):
-                got += key.fileobj.recv_into(buffer)  # type: ignore[union-attr]
-    return got
+    buffer = bytearray(CHUNK)
+    return transfer(clients, selectors.EVENT_READ, lambda client: client.recv_into(buffer), end)
 
 
 def turns(kind: str, address: str) -> Callable[[float], int]:
@@ -127,8 +126,6 @@ def make_traffic(kind: str, address: str) -> None:
 
 
 # The server
-
-Socket = Union[socket.socket, int]
 
 
 def serve(address: str) -> None:

@@ -6,8 +6,8 @@
 A machine drifts by more than elfprobe costs, within seconds. So the two labs make the same traffic in turns of
 a fraction of a second, and each ratio ("on / off") divides one turn by the turn beside it. The figure is the
 median of all; the interval beside it contains the median with 95 % confidence (order statistics). "nothing"
-attaches nothing and shows how exact the method is. The floor is that of empty programs at TC ingress and TC
-egress.
+attaches nothing and shows how exact the method is. The floor is the ratio for empty programs at TC ingress and
+TC egress.
 
 The ends run on a processor each, and so everything else competes with them: elfprobe, and the routers, which
 answer 400 probes a second here. "a probe a second" (-p 1000) shows what is left without that.
@@ -15,7 +15,6 @@ answer 400 probes a second here. "a probe a second" (-p 1000) shows what is left
 
 from __future__ import annotations
 
-import shutil
 import sys
 import tempfile
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -118,9 +117,7 @@ def clients(at: Twins, kind: str) -> Iterator[tuple[Turn, Turn]]:
     with ExitStack() as stack:
         made = []
         for lab, name in zip(at.labs, (APP, 'beside')):
-            program = at.scene.folder / name
-            if not program.exists():
-                shutil.copy(Path(sys.executable).resolve(), program)
+            program = at.scene.program(Path(sys.executable).resolve(), name)
             process = lab.client.popen(
                 str(program), '-I', '-S', str(TRAFFIC), kind, lab.server_address(4), stdin=-1, stdout=-1
             )
