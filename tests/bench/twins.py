@@ -4,10 +4,11 @@
     client - r1 - r2 - r3 - r4 - server     nothing
 
 A machine drifts by more than elfprobe costs, within seconds. So the two labs make the same traffic in turns of
-a fraction of a second, and each ratio ("on / off") divides one turn by the turn beside it. The figure is the
-median of all; the interval beside it contains the median with 95 % confidence (order statistics). "nothing"
-attaches nothing and shows how exact the method is. The floor is the ratio for empty programs at TC ingress and
-TC egress.
+a fraction of a second, and a ratio ("on / off") divides one turn by the turn beside it. One lab may be faster
+than the other, by a fifth. So elfprobe changes sides after each round, and the figure is the median of the
+geometric means of a ratio on one side and one on the other. The interval beside it contains the median with
+95 % confidence (order statistics). "nothing" attaches nothing and shows how exact the method is. The floor is
+the ratio for empty programs at TC ingress and TC egress.
 
 The ends run on a processor each, and so everything else competes with them: elfprobe, and the routers, which
 answer 400 probes a second here. "a probe a second" (-p 1000) shows what is left without that.
@@ -15,15 +16,16 @@ answer 400 probes a second here. "a probe a second" (-p 1000) shows what is left
 
 from __future__ import annotations
 
+import statistics
 import sys
 import tempfile
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Iterator, NamedTuple
+from typing import Any, Callable, Iterator, Tuple
 
-from compare import APP, EMPTY_XDP, Comparison, Scene
+from compare import APP, EMPTY_XDP, Comparison, Modes, Scene
 from figures import Figure
 from lab import Lab, kernel_counters, wait_until
 from loaded import load
@@ -47,15 +49,7 @@ TRANSACTIONS = {
 }
 
 
-class Twins(NamedTuple):
-    """The lab with elfprobe and the lab without."""
-
-    scene: Scene
-    beside: Lab
-
-    @property
-    def labs(self) -> tuple[Lab, Lab]:
-        return self.scene.lab, self.beside
+Twins = Tuple[Scene, Scene]
 
 
 @contextmanager
@@ -63,11 +57,11 @@ def twins(routers: int) -> Iterator[Twins]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='elf-')))
         programs = stack.enter_context(load(ingress_tc=False))
-        on, off = (stack.enter_context(Lab(routers)) for _ in range(2))
-        for lab in (on, off):
+        left, right = (stack.enter_context(Lab(routers)) for _ in range(2))
+        for lab in (left, right):
             lab.server.popen(sys.executable, '-I', '-S', str(TRAFFIC), 'serve', lab.server_address(4))
             wait_until(lambda lab=lab: lab.server.listens(ECHO), 10, 'the server listens')  # type: ignore[misc]
-        yield Twins(Scene(on, programs, folder), off)
+        yield Scene(left, programs, folder), Scene(right, programs, folder)
 
 
 def throughput(quick: bool) -> Iterator[Figure]:
@@ -86,38 +80,42 @@ def transactions(quick: bool) -> Iterator[Figure]:
 
 
 def compared(at: Twins, what: str, kind: str, divisor: float, unit: str, quick: bool) -> Iterator[Figure]:
-    rounds, turns, seconds = (1, 6, 0.1) if quick else (3, 12, 0.2)
-    address, folder = at.scene.lab.server_address(4), at.scene.folder
-    modes: dict[str, Callable[[], ContextManager[Any]]] = {
-        NOTHING: nullcontext,
-        **at.scene.modes(),
-        RARELY: partial(elfprobe, at.scene.lab, '-p', '1000', address, cwd=folder),
-    }
-    if not kind.startswith('download'):
-        del modes[EMPTY_XDP]
-    comparison, resent = Comparison(), dict.fromkeys(modes, 0)
-    for number, mode in product(range(rounds), modes):
-        with modes[mode](), clients(at, kind) as (on, off):
-            before = segments_resent(at.scene.lab)
+    rounds, turns, seconds = (2, 6, 0.1) if quick else (4, 12, 0.2)
+    names = [mode for mode in modes_of(at[0]) if mode != EMPTY_XDP or kind.startswith('download')]
+    comparison, resent = Comparison(), dict.fromkeys(names, 0)
+    measured: dict[str, list[list[tuple[float, float]]]] = {mode: [] for mode in names}  # by round
+    for number, mode in product(range(rounds), names):
+        scene, beside = at if number % 2 else reversed(at)
+        with modes_of(scene)[mode](), clients(scene, beside, kind) as (on, off):
+            before = segments_resent(scene.lab)
+            measured[mode].append([])
             for turn in range(turns):
                 first, second = (on, off) if turn % 2 else (off, on)
                 done = {first: first(seconds), second: second(seconds)}
-                if number or turn:  # the first turn of all fills caches
-                    comparison.add(what, mode, done[on] / divisor, done[off] / divisor)
-            resent[mode] += segments_resent(at.scene.lab) - before
+                measured[mode][-1].append((done[on] / divisor, done[off] / divisor))
+            resent[mode] += segments_resent(scene.lab) - before
+    for mode, by_round in measured.items():
+        for left, right in zip(by_round[::2], by_round[1::2]):
+            for on_and_off in zip(left, right):
+                comparison.add(what, mode, *map(statistics.geometric_mean, zip(*on_and_off)))
     yield from comparison.figures(what, unit, lambda mode: f'{resent[mode]} resent' if resent.get(mode) else '')
+
+
+def modes_of(scene: Scene) -> Modes:
+    rarely = partial(elfprobe, scene.lab, '-p', '1000', scene.lab.server_address(4), cwd=scene.folder)
+    return {NOTHING: nullcontext, **scene.modes(), RARELY: rarely}
 
 
 Turn = Callable[[float], float]
 
 
 @contextmanager
-def clients(at: Twins, kind: str) -> Iterator[tuple[Turn, Turn]]:
+def clients(scene: Scene, beside: Scene, kind: str) -> Iterator[tuple[Turn, Turn]]:
     """The two clients; only the one beside elfprobe has the name that -a looks for."""
     with ExitStack() as stack:
         made = []
-        for lab, name in zip(at.labs, (APP, 'beside')):
-            program = at.scene.program(Path(sys.executable).resolve(), name)
+        for lab, name in ((scene.lab, APP), (beside.lab, 'beside')):
+            program = scene.program(Path(sys.executable).resolve(), name)
             process = lab.client.popen(
                 str(program), '-I', '-S', str(TRAFFIC), kind, lab.server_address(4), stdin=-1, stdout=-1
             )
