@@ -17,9 +17,9 @@
  *
  * elf_egress only reads. If a program writes to packets directly, the kernel adds a prologue that un-clones every
  * packet before the first instruction (bpf_unclone_prologue() in net/core/filter.c). In elf_probe only probes pay for
- * that. In elf_egress the application would. This is why there are two programs.
+ * that. In elf_egress the application would pay. This is why there are two programs.
  *
- * Addresses are IPv6; IPv4 addresses are v4-mapped (RFC 4291, 2.5.5.2), so that both families take the same code. A
+ * Addresses are IPv6; IPv4 addresses are v4-mapped (RFC 4291, 2.5.5.2), so that both families share one path. A
  * __be* variable holds network byte order, all others host order. elfprobe.py compiles this file with BCC, replaces
  * the #include by elfhooks.c or the user's hooks, and takes the layout of each struct in a map from BCC.
  *
@@ -28,8 +28,8 @@
  *   carrier       the application packet from which a probe is cloned; it leaves unchanged
  *   target        a process or a destination that the user wants to be probed
  *   hop           a TTL value, from 1, and the router at which a probe with that TTL expires
- *   proven        of a hop: a time exceeded proves that a router is at this TTL, or farther, on the path as it is now
- *   guarded probe a probe that may arrive, because its hop is not proven: broken, so that every host discards it
+ * proven        a hop is proven if a time exceeded shows that the present path has a router at its TTL, or farther
+ * guarded probe a probe to a hop that is not proven: it may arrive, so it is made such that every host discards it
  *   responder     source of the ICMP error that answers a probe
  *   quoted packet the start of the probe, as an ICMP error contains it
  *   in flight     sent, recorded, and not answered yet; whoever removes a probe from the map in_flight owns it
@@ -45,16 +45,16 @@
 #define FRAME_IP 1
 #define FRAME_TUNNEL 2
 #ifndef FRAME
-#error "FRAME: packets on the device begin with 0: Ethernet's header, 1: IP's, 2: IP's, a tunnel's may be in front"
+#error "FRAME: packets begin with an Ethernet header (0), an IP header (1), or an IP header, perhaps a tunnel's (2)"
 #endif
 #ifndef TUNNEL
-#error "TUNNEL: 0, or 4 or 41: the flows are inside IPv4 packets of this protocol"
+#error "TUNNEL: 4 or 41 if the flows are inside IPv4 packets of this protocol, else 0"
 #endif
 #ifndef NOTRUNC
 #error "NOTRUNC: 0 trims probes to their headers, 1 keeps the payload"
 #endif
 #ifndef RATE_GLOBAL
-#error "RATE_GLOBAL: INTERVAL_NS is between 0: two probes to the same hop, 1: two probes to the same destination"
+#error "RATE_GLOBAL: INTERVAL_NS separates two probes to the same hop (0) or to the same destination (1)"
 #endif
 #ifndef INTERVAL_NS
 #error "INTERVAL_NS: minimum time between two probes, ns; 0 makes every packet carry one"
@@ -69,13 +69,13 @@
 #error "INGRESS_TC: 1 compiles elf_ingress for TC ingress, 0 for XDP"
 #endif
 #ifndef TCX
-#error "TCX: TC programs are attached by 1: tcx links (since Linux 6.6), 0: filters of a clsact qdisc"
+#error "TCX: 1 if TC programs are attached by tcx links (since Linux 6.6), 0 if as filters of a clsact qdisc"
 #endif
 #ifndef SKB_HEAD
 #error "SKB_HEAD, SKB_END: offsets of head and end in struct sk_buff; 0 if unknown"
 #endif
 #ifndef ZEROCOPY_FLAGS
-#error "ZEROCOPY_FLAGS, ZEROCOPY_FLAG: offset of the byte in struct skb_shared_info that marks user memory; its bit"
+#error "ZEROCOPY_FLAGS, ZEROCOPY_FLAG: byte (offset in struct skb_shared_info) and bit in it that mark user memory"
 #endif
 #ifndef SKB_DST
 #error "SKB_DST, DST_FLAGS: offsets of _skb_refdst in struct sk_buff, of flags in struct dst_entry; 0 if unknown"
@@ -96,7 +96,7 @@
 #error "BY_APP: 1 if target processes are chosen by name, so that each new process must be checked"
 #endif
 #ifndef FLOW_DESTINATIONS_MAX
-#error "FLOW_DESTINATIONS_MAX: maximum number of destinations of target processes; the least recently used one goes"
+#error "FLOW_DESTINATIONS_MAX: maximum number of destinations of target processes; the least recently used goes"
 #endif
 #ifndef IN_FLIGHT_MAX
 #error "IN_FLIGHT_MAX: maximum number of probes that wait for their reply"
@@ -114,7 +114,7 @@
 #error "RESULTS_PAGES: size of the ring buffer for results, pages, a power of two"
 #endif
 #ifndef WAKE_EVERY
-#error "WAKE_EVERY: user space is woken after this number of results of a CPU, if it has not looked before"
+#error "WAKE_EVERY: number of results after which a CPU wakes user space, which also looks by itself"
 #endif
 
 /* ---- Protocol headers (no kernel header is needed to compile this file) ------------------- */
@@ -168,8 +168,8 @@
 #define NET_XMIT_CN 2
 #define SOCK_STREAM 1
 
-/* Structs and fields have the kernel's names. Only bit fields are one field here (version_ihl, version_class_label,
- * data_offset), because their order depends on the byte order. */
+/* Structs and fields have the kernel's names. But bit fields are joined into one field (version_ihl,
+ * version_class_label, data_offset), because their order depends on the byte order. */
 struct ethhdr {
 	__u8 h_dest[6], h_source[6];
 	__be16 h_proto;
@@ -204,7 +204,7 @@ struct ipv6_rt_hdr {
 };
 
 struct gre_base_hdr {
-	__be16 flags; /* and version, 0 */
+	__be16 flags; /* and the version, which is 0 */
 	__be16 protocol;
 };
 
@@ -230,15 +230,15 @@ struct icmphdr {
 
 /* ---- Types shared with user space --------------------------------------------------------- */
 
-/* A hop has its TTL as its number, from 1. We do not probe packets with a TTL up to MAX_HOPS, because they belong to
- * somebody's traceroute: so its replies are never taken for replies to probes. */
+/* Farthest hop that we probe. A packet with a TTL up to this belongs to somebody's traceroute and carries no probe.
+ * So we never take a reply to a traceroute for a reply to a probe. */
 #define MAX_HOPS 32
 
 #define EXTENSION_MAX 252 /* maximum number of bytes that we keep of an ICMP extension (RFC 4884) */
 
 /* Identifies a probe in the packet that an ICMP error quotes. Contains only fields that every router quotes (RFC
- * 792: IP header and 8 bytes) and that nothing on the forward path changes. SCTP cannot have a key: the 8 bytes are
- * the same in all packets of an association but for the checksum, a CRC32c, which no helper computes. */
+ * 792: IP header and 8 bytes) and that nothing on the forward path changes. SCTP cannot have a key: of the 8 bytes,
+ * only the checksum differs between packets of an association. It is a CRC32c, which no helper computes. */
 struct probe_key {
 	struct in6_addr dest;
 	__be16 sport, dport; /* ICMP: echo identifier, 0 */
@@ -264,9 +264,9 @@ struct probe {
 	__u32 pid; /* of the socket's owner; 0: not known */
 	__u16 outipid;
 	__u8 outttl;
-	__u8 payload_len; /* bytes behind the headers of a trimmed probe; 0 if the probe keeps the packet's payload */
+	__u8 payload_len; /* payload bytes of a trimmed UDP or ICMP probe; else 0 */
 	struct app_name app;
-	__u16 compensation; /* trimmed UDP: payload word that the checksum was made with, in network byte order; else 0 */
+	__u16 compensation; /* trimmed UDP: payload word that makes the checksum right, in network order; else 0 */
 	__u8 outtos;        /* DSCP and ECN */
 	__u8 form;          /* enum probe_form */
 	struct tcp_state tcp; /* of the socket that sent the packet */
@@ -278,7 +278,7 @@ struct reply {
 	__u32 recvcpu;
 	__u16 inipid;
 	__u8 recvttl;
-	__u8 intos; /* of the quoted packet */
+	__u8 intos; /* DSCP and ECN of the quoted packet */
 };
 
 struct result {
@@ -296,7 +296,7 @@ struct extended_result {
 	__u8 extension[EXTENSION_MAX];
 };
 
-/* Status of a process. Most processes have no entry in the map, and so are no targets. */
+/* Status of a process. A process without an entry in the map is no target; most have none. */
 enum { UNDECIDED = 1, TARGET = 2 }; /* UNDECIDED: user space has to check the process */
 
 struct process {
@@ -321,7 +321,7 @@ struct process_event {
 	__u32 status; /* 0: its first thread has ended */
 };
 
-/* The start of a struct task_struct. User space finds the offset of the PID by the PID that it knows. */
+/* The start of a struct task_struct. User space looks for a PID that it knows in it, to find the PID's offset. */
 struct task_sample {
 	__u32 parent; /* PID of the process whose next child is copied; 0: none */
 	__u8 task[8192];
@@ -335,17 +335,17 @@ struct flow_event {
 	__u32 kind;
 };
 
-/* Every way in which a carrier or a probe can end has a counter. "Due": a target's packet could have carried a
- * probe at that time. */
+/* Each reason why a packet carries no probe, and each end of a probe, has a counter. "Due": a probe was due when a
+ * packet of a target left. */
 struct counters {
 	__u64 probes;          /* sent, and in flight from then on */
 	__u64 replies;         /* time exceeded that answers a probe */
 	__u64 results_lost;    /* replies for which the result ring had no room */
 	__u64 send_failed;     /* probes dropped behind us: by a filter, the queue, the device */
-	__u64 clone_lost;      /* clones that did not reach us: no memory, or a filter before us ended them */
+	__u64 clone_lost;      /* clones that did not reach us: no memory, or a filter before ours ended them */
 	__u64 build_failed;    /* clones that could not be trimmed or parsed */
 	__u64 hook_dropped;    /* probes dropped by the hook's verdict */
-	__u64 key_busy;        /* probes that have the key of one in flight */
+	__u64 key_busy;        /* probes whose key another probe in flight has */
 	__u64 in_flight_full;  /* probes for which the map in_flight had no room, or could not be locked */
 	__u64 over_max_rate;   /* due, but over the budget */
 	__u64 carrier_low_ttl; /* due, but the packet belongs to somebody's traceroute */
@@ -376,8 +376,8 @@ struct tcp_progress {
 #define UDP_HEAD_LEN 32 /* payload bytes that distinguish UDP packets with partial checksums */
 #define SUM_CHUNK 512   /* maximum length for bpf_csum_diff() */
 
-/* Functions that decide about a probe return 0 if all is well, or the reason why there is no probe: REASON() of a
- * counter. This one is not counted, or was counted already. */
+/* Functions that decide about a probe return 0, or the reason why there is none: REASON() of a counter. NOT_SENT is
+ * a reason that has no counter, or was counted already. */
 #define NOT_SENT (-1)
 
 /* The right to send one probe. */
@@ -390,23 +390,23 @@ struct reservation {
 	__u64 due;  /* the hop's next due time, as the reservation set it */
 };
 
-/* Identifies a quoted UDP packet whose checksum no device has completed: such checksums are equal for all packets
- * of a flow that have the same length. */
+/* Identifies a quoted UDP packet whose partial checksum no device has completed. Packets of a flow that have the
+ * same length have the same partial checksum; the first bytes of the payload tell them apart. */
 struct udp_partial {
 	struct probe_key key; /* ident: length << 16 | partial checksum */
 	__u8 head[UDP_HEAD_LEN];
 };
 
-/* What the next packet in elf_egress is, 0: an application packet. */
+/* What the next packet in elf_egress is. 0: an application packet. */
 enum { CLONE = 1, PROBE = 2 };
 
 /* What a program run needs outside its stack. */
 struct scratch {
-	/* Between elf_egress and the run for its clone, elf_probe: */
+	/* Shared by elf_egress and the run for its clone, elf_probe: */
 	struct reservation reservation;
 	__u32 expected;   /* CLONE or PROBE: the next packet is ours */
 	__u32 recorded;   /* the probe is in flight, under this key */
-	__u32 redirected; /* elf_probe sent the probe again, in place of the clone, with this result: */
+	__u32 redirected; /* elf_probe redirected the probe once more and dropped the clone; the result: */
 	__s32 redirect_result;
 	struct probe_key key;
 	struct probe probe; /* elf_egress fills in pid, app and tcp */
@@ -432,19 +432,19 @@ struct scratch {
 #define bpf_ntohl(wire) ((__u32)(wire))
 #endif
 
-/* Helpers by number, because some versions of BCC do not declare them, or declare others by that name. */
+/* Helpers by number, because some versions of BCC do not declare them, or give their names to other helpers. */
 static __u64 (*jiffies64)(void) = (void *)118;
 static long (*probe_read_kernel)(void *to, __u32 size, const void *from) = (void *)113;
 
-/* Jiffies are coarse, but 30 ns cheaper than bpf_ktime_get_ns(). Without them (before Linux 5.6) time stands still.
- */
+/* Return the time in jiffies: coarse, but 30 ns cheaper than bpf_ktime_get_ns(). Always 0 before Linux 5.6. */
 static inline __u64 ticks_now(void)
 {
 	return TICK_NS ? jiffies64() : 0;
 }
 
-/* Entry points of programs. With MAPS_ONLY, user space has kept the instructions from an earlier run, and needs only
- * the maps and their types. Functions that nobody calls cost no compilation. Without any other, BCC makes no BTF. */
+/* PROGRAM marks an entry point. With MAPS_ONLY, user space has kept the instructions from an earlier run, and needs
+ * only the maps and their types: unused static functions are not compiled. BCC makes BTF only if there is a
+ * program, so elf_nothing() is one. */
 #ifdef MAPS_ONLY
 #define PROGRAM static inline
 int elf_nothing(void *ctx)
@@ -457,28 +457,28 @@ int elf_nothing(void *ctx)
 
 #define READ_ONCE(x) (*(volatile typeof(x) *)&(x))
 
-/* Advance a pointer to element nr of an array. Callers check nr against max; this checks it again.
- * Symptom: "math between map_value pointer and register with unbounded min value", or "invalid access to map value".
- * Cause: verifiers before Linux 5.10 lose the bounds of a register that is copied or spilled. They accept only the
- * register that was compared, multiplied and added as it is, which no compiler promises.
- * Can go: when test_all_builds passes on the oldest kernel with "pointer += nr" in its place. */
+/* Advance a pointer to element nr of an array. Callers check nr against max; this checks it again. Symptom: "math
+ * between map_value pointer and register with unbounded min value", or "invalid access to map value". Cause:
+ * verifiers before Linux 5.10 lose the bounds of a register that is copied or spilled. They accept it only if the
+ * same register is compared, multiplied and added, which no compiler promises. Can go: when test_all_builds passes
+ * on the oldest kernel with "pointer += nr" in its place. */
 #define ADVANCE(pointer, nr, max) \
 	asm volatile("if %1 <= %2 goto +1\n\t%1 = 0\n\t%1 *= %3\n\t%0 += %1" \
 		     : "+r"(pointer), "+r"(nr) \
 		     : "i"(max), "i"(sizeof(*(pointer))))
 
 /* Verdict for a packet that we end on purpose. clsact counts TC_ACT_SHOT as a drop, but not TC_ACT_STOLEN. tcx
- * knows only TC_ACT_SHOT and takes other verdicts for TC_ACT_UNSPEC (tcx_action_code() in include/net/tcx.h). */
+ * does not know TC_ACT_STOLEN and takes it for TC_ACT_UNSPEC (tcx_action_code() in include/net/tcx.h). */
 #define TC_ACT_CONSUMED (TCX ? TC_ACT_SHOT : TC_ACT_STOLEN)
 
 BPF_PROG_ARRAY(programs, 2); /* 0: elf_probe; with INGRESS_TC 1: elf_ingress */
 
 /* elf_ingress runs at XDP or at TC ingress. Both contexts have data, data_end, data_meta and ingress_ifindex.
- * elf_ingress and most hooks need no more, so that the same text compiles for both.
+ * elf_ingress and most hooks need no more, so the same source compiles for both.
  *
  * At TC ingress a program can read only the linear part of a packet. pull_and_rerun() makes the linear part len
- * bytes long, if the packet is that long, and runs elf_ingress again. Returns 1 if the caller must return, because
- * its pointers are no longer valid. */
+ * bytes long, if the packet is that long, and runs elf_ingress again. If it returns 1, the caller must return,
+ * because the caller's pointers are no longer valid. */
 #if INGRESS_TC
 #define xdp_md __sk_buff
 #define VERDICT_PASS TC_ACT_UNSPEC
@@ -534,12 +534,12 @@ static inline void count_reason(__u64 reason)
 #define COUNT(field) count_reason(REASON(field))
 
 /* Scratch is per CPU: no other run on this CPU begins before ours ends, except those for our own clone. With
- * PREEMPT_RT another run can preempt ours, so scratch is per task instead. A new task's is a copy of the CPU's,
- * which is never written then. The runs for a packet and its clone belong to the same task. */
+ * PREEMPT_RT another run can preempt ours, so scratch is per task instead: the runs for a packet and its clone
+ * belong to the same task. A task's scratch begins as a copy of cpu_scratch, which no run writes then. */
 BPF_PERCPU_ARRAY(cpu_scratch, struct scratch, 1);
 
 #if PREEMPTIBLE
-/* A task that is preempted in a run loses its scratch after so many other tasks have had runs. */
+/* A task that is preempted in a run loses its scratch once so many other tasks have had runs. */
 #define TASKS_MAX 8192
 BPF_TABLE("lru_hash", __u64, struct scratch, task_scratch, TASKS_MAX);
 BPF_PERCPU_ARRAY(tasks_expecting, __u32, 1); /* number of tasks that expect a clone or a probe, mostly 0 */
@@ -600,14 +600,13 @@ static inline struct scratch *scratch_expecting(void)
 	return scratch && scratch->expected ? scratch : 0;
 }
 
-/* Results and events for user space, and progress_of(), which returns the progress of the TCP flow of a packet, or
- * 0 without memory for it.
+/* submit_result() and submit_flow_event() return a negative number if there is no room. User space looks for
+ * results from time to time. submit_result() wakes it after WAKE_EVERY results, before the ring is full.
  *
- * submit_result() and submit_flow_event() return a negative number if there is no room. User space looks for
- * results from time to time; submit_result() wakes it when so many have come that this may be too late.
+ * progress_of() returns the progress of the packet's TCP flow, or 0 if there is no memory for it.
  *
- * first_segment_len() returns the payload length of the first segment that the device makes of a packet. Linux
- * before 5.7 does not tell programs gso_size. */
+ * first_segment_len() returns the payload length of the first segment that the device makes of a packet. Before
+ * Linux 5.7, programs cannot read gso_size. */
 #if OLD_MAPS
 BPF_PERF_OUTPUT(results);
 BPF_PERF_OUTPUT(flow_events);
@@ -725,8 +724,8 @@ static inline int is_on_link(struct __sk_buff *skb, __u32 version)
 	       !(route_flags & RTF_GATEWAY);
 }
 
-/* Does the packet ask the network card for a time stamp? Its clone would ask, too. Some cards have room for one (igb,
- * igc), so that the packet would get none. Time stamps that the kernel takes need the socket, which clones lack. */
+/* Does the packet ask the network card for a time stamp? Its clone would ask, too. Some cards take one at a time
+ * (igb, igc), so the packet would get none. The kernel's own time stamps need a socket, which clones lack. */
 #define SKBTX_HW_TSTAMP 1
 
 static inline int wants_card_stamp(struct __sk_buff *skb)
@@ -758,34 +757,35 @@ static inline int wants_card_stamp(struct __sk_buff *skb)
  *                                           proven < TTL
  *
  * Wrappers in the section after the maps call these functions under the lock. Some fields are used without it:
- * - note_packet() writes liveness.last_received. If two CPUs write it at the same time, it is wrong by a tick. It is
- *   compared with a second.
- * - elf_egress reads pacing.next_due and next_due_tick. choose_hop() checks next_due again. After an outdated
- *   next_due_tick the probe leaves with the next packet.
+ * - note_packet() writes liveness.last_received. If two CPUs write it at the same time, it is wrong by a tick.
+ *   It is compared with a second.
+ * - elf_egress reads pacing.next_due and next_due_tick. choose_hop() checks next_due again. If next_due_tick is
+ *   outdated, the probe leaves with the next packet.
  * - elf_egress sets excluded, which is never cleared. flows_only is written before the entry is in a map.
- * - elf_egress puts off next_due while the destination is on-link. Every packet checks that again.
+ * - elf_egress postpones next_due while the destination is on-link. If that is lost, the next packet repeats it.
+ * - elf_egress counts stalls. If two flows stall on two CPUs at the same time, they may count as two.
  * - elf_ingress sets arrival_reported. If two CPUs do so at the same time, the log has the line twice. */
 
-/* What a probe looks like. Only a probe to a proven hop has the usual form, as NOTRUNC says. Any other may arrive. */
+/* What a probe looks like. Only a probe to a proven hop has the usual form (see NOTRUNC). Any other may arrive. */
 enum probe_form {
 	USUAL,
-	GUARDED,  /* the receiver discards it: no NAT translates it either, and a stateful firewall may drop it */
+	GUARDED,  /* every receiver discards it; a NAT does not translate it, and a stateful firewall may drop it */
 	FALLBACK, /* a NAT translates it, and the application of the receiver cannot tell it from its own packets */
 };
 
-/* Two kinds of hop back off. For a hop that is certainly a router, each level is twice as long as the one before,
- * from one interval (1 ms at least). For a hop that may be the destination, it is eight times as long. The shifts are
- * the logarithms of these factors. */
+/* Two kinds of hop back off. For a hop that is certainly a router, the first level is one interval (1 ms at least)
+ * and each further one is twice as long as the one before. For a hop that may be the destination, it is eight times
+ * as long. The shifts are the logarithms of these factors. */
 #define BACKOFF_ROUTER_SHIFT 1
 #define BACKOFF_ROUTER_MAX (10 * NSEC_PER_SEC)
 #define BACKOFF_BEYOND_SHIFT 3
 #define BACKOFF_BEYOND_MAX (256 * NSEC_PER_SEC)
 #define BACKOFF_ANSWERED (200 * NSEC_PER_MSEC) /* first level of such a hop, if it has answered before */
-#define BACKOFF_NEVER_ANSWERED NSEC_PER_SEC    /* and if it has not */
-/* Every back-off has reached its maximum by then. It also keeps the shifts inside 64 bits. */
+#define BACKOFF_NEVER_ANSWERED NSEC_PER_SEC    /* first level if it has not */
+/* At this level every back-off has reached its maximum. The limit also keeps the shifts inside 64 bits. */
 #define BACKOFF_LEVEL_MAX 16
 #define BEYOND_LEVEL_MAX 4       /* 0.2 s * 8^4 is more than the maximum */
-#define FALSE_ALARMS_PER_LEVEL 4 /* for so many false alarms one more level is as short as the first */
+#define FALSE_ALARMS_PER_LEVEL 4 /* so many false alarms make one more level as short as the first */
 #define FALSE_ALARMS_MAX 12
 /* Number of consecutive unanswered probes up to which a router counts as responsive. */
 #define ROUTER_LOSSES_MAX 8
@@ -793,26 +793,26 @@ enum probe_form {
 #define TOGETHER NSEC_PER_SEC
 #define TOGETHER_TICKS (TOGETHER / (TICK_NS + !TICK_NS))
 
-/* While the distance is unknown: time to wait for a hop before the next one is tried. It grows four times for each
- * unresponsive hop before. */
+/* While the distance is unknown: time to wait for a hop before the next one is tried. Each unresponsive hop before
+ * makes it four times as long. */
 #define STEP_WAIT (500 * NSEC_PER_MSEC)
-#define STEP_WAIT_MIN (20 * NSEC_PER_MSEC) /* when a hop before has told its round-trip time */
+#define STEP_WAIT_MIN (20 * NSEC_PER_MSEC) /* added to four round-trip times of the farthest hop that answers */
 #define STEP_SHIFT_MAX 8
 /* Number of consecutive packets that must say so, before we believe that the path has become longer. */
 #define LONGER_AFTER 16
-/* One probe out of so many goes one hop beyond the believed length of the path. */
+/* One probe out of so many goes one hop beyond the believed last router. */
 #define EXPLORE_EVERY 20000
-/* Minimum time between two explorations because of the last router's replies. */
+/* Minimum time between two explorations that replies of the last router cause. */
 #define EXPLORE_AGAIN (10 * NSEC_PER_SEC)
 
-/* Maximum number of fallback probes that no router answered: so many datagrams may arrive twice. */
+/* Maximum number of fallback probes without a router's reply: so many datagrams may arrive twice. */
 #define FALLBACKS_MAX 3
 /* Without an interval, at most so many probes to a hop are in flight. All may arrive if the path becomes shorter. */
 #define HOP_IN_FLIGHT 8
 
 /* Time between two probes to a responsive hop. */
 #define HOP_INTERVAL (RATE_GLOBAL ? 0 : INTERVAL_NS)
-/* The same as a unit of waiting, because INTERVAL_NS may be 0. */
+/* Unit of waiting: the interval, but 1 ms at least, because INTERVAL_NS may be 0. */
 #define PATIENCE (INTERVAL_NS > NSEC_PER_MSEC ? INTERVAL_NS : NSEC_PER_MSEC)
 
 enum backoff_state {
@@ -823,7 +823,7 @@ enum backoff_state {
 struct backoff {
 	__u8 level;        /* number of back-offs since the last reply */
 	__u8 state;        /* bits of enum backoff_state */
-	__u8 false_alarms; /* how often the hop answered after its first back-offs, as where packets are lost */
+	__u8 false_alarms; /* how often the hop answered after a first back-off: packets were lost, no more */
 };
 
 struct hop {
@@ -839,18 +839,18 @@ struct pacing {
 	__u64 next_due_tick; /* nor before this tick; the only field that packets read between two probes */
 	__u64 last_sent;     /* when the last probe left */
 	__u32 seq;           /* of the next probe */
-	__u8 last_probed;    /* the hop */
+	__u8 last_probed;    /* hop of the last probe */
 };
 
 struct distance {
 	__u64 changed_at;      /* when the path changed: replies to older probes are about the old path */
-	__u64 reply_distances; /* bits: distances that replies of the last router had, since length has this value */
+	__u64 reply_distances; /* bits: distances from which the last router replied, since length has this value */
 	__u64 last_explored;   /* last exploration because of such a reply; 0: never */
 	__u8 length;           /* TTL that reaches the destination; 0: unknown */
 	__u8 reverse;          /* length of the reverse path, by the TTL of the destination's packets */
 	__u8 longer_packets;   /* number of consecutive packets that say that the path is longer */
 	__u8 max_ttl_tried;    /* farthest hop to probe for now: hops before it are proven, or do not respond */
-	__u8 explore;          /* send one probe one hop beyond */
+	__u8 explore;          /* send one probe one hop beyond the last router */
 	__u8 is_confirmed;     /* a probe has reached the destination */
 	__u8 proven;           /* farthest proven hop; those before it are proven, too; 0: none */
 	__u8 symmetric;        /* farthest proven hop, if its reply came from the same distance; else 0 */
@@ -860,9 +860,9 @@ struct distance {
 
 struct liveness {
 	__u64 last_received;  /* tick of the destination's last packet */
-	__u64 outage_start;   /* of the last outage: last sign of life before, */
-	__u64 outage_end;     /* and first one after it */
-	__u64 farthest_reply; /* when last_responsive answered last */
+	__u64 outage_start;   /* last sign of life before the last outage */
+	__u64 outage_end;     /* first sign of life after it */
+	__u64 farthest_reply; /* time of the last reply of last_responsive */
 	__u64 routers_proven; /* when a hop answered behind unresponsive ones, which proves that these are routers */
 	__u8 last_responsive; /* farthest hop that answers; 0: none */
 };
@@ -874,9 +874,9 @@ struct path {
 	__u8 excluded;         /* no more probes: flows stalled under them, or clones were intercepted */
 	__u8 flows_only;       /* the destination is no target itself: probe only the flows of target processes */
 	__u8 arrival_reported; /* user space knows that probes reach the destination */
-	__u8 stalls;           /* number of stalls of flows; those at the same time are one */
+	__u8 stalls;           /* number of stalls; flows that stall at the same time count as one */
 	__u8 in_stall;
-	__u64 stall_ended; /* when a flow moved after the last stall */
+	__u64 stall_ended; /* when a flow progressed after the last stall */
 	struct hop hops[MAX_HOPS + 1];
 };
 
@@ -908,8 +908,8 @@ static inline int is_router(const struct path *path, __u32 nr, const struct hop 
 	       path->liveness.farthest_reply > hop->since;
 }
 
-/* Return how long a reply of a hop that may be the destination is waited for, ns. A hop that never answered is
- * compared with the farthest one that answers. */
+/* Return how long to wait for the reply of a hop that may be the destination, ns. For a hop that never answered,
+ * the round-trip time of the farthest hop that answers counts. */
 static inline __u64 reply_wait(struct path *path, const struct hop *hop)
 {
 	struct hop *last;
@@ -939,9 +939,9 @@ static inline __u32 short_levels(const struct backoff *backoff)
 	return backoff->false_alarms / FALSE_ALARMS_PER_LEVEL;
 }
 
-/* Return how long an unresponsive hop backs off, ns. A router does because each probe costs it and us something. A
- * hop that may be the destination does because probes must not reach that: the longer, the farther it is behind
- * what answers. */
+/* Return how long an unresponsive hop backs off, ns. A router backs off because each probe costs it and us
+ * something. A hop that may be the destination backs off because probes must not reach the destination. Its
+ * back-off is longer if it is farther behind the last hop that answers. */
 static inline __u64 backoff_delay(const struct path *path, __u32 nr, const struct hop *hop)
 {
 	__u32 beyond, level = hop->backoff.level, last = path->liveness.last_responsive;
@@ -956,8 +956,8 @@ static inline __u64 backoff_delay(const struct path *path, __u32 nr, const struc
 	return min64(first << BACKOFF_BEYOND_SHIFT * min64(level + beyond, BEYOND_LEVEL_MAX), BACKOFF_BEYOND_MAX);
 }
 
-/* May the hop be probed before its back-off is over? It may, once, if an outage has ended that began together with
- * its own, or if a hop far behind it has answered, so that it is certainly a router. */
+/* May the hop be probed before its back-off is over? It may, once, if it stopped responding with an outage that has
+ * ended, or if a hop behind it has answered, so that it is certainly a router. */
 static inline int may_retry_early(const struct path *path, __u32 nr, const struct hop *hop)
 {
 	const struct liveness *liveness = &path->liveness;
@@ -981,12 +981,12 @@ static inline enum probe_form probe_form(const struct path *path, __u32 nr, cons
 	    (!hop->backoff.level && !distance->guards_blocked) ||
 	    ticks - path->liveness.last_received > TOGETHER_TICKS) /* an outage is not the guarded probes' fault */
 		return GUARDED;
-	/* The destination's own packets must say that it is clearly farther away. */
+	/* The TTL of the destination's own packets must show that it is clearly farther away. */
 	return nr + (nr != distance->symmetric + 1U) < distance->reverse ? FALLBACK : GUARDED;
 }
 
 /* Return how long to wait for a hop that is not proven, before the next one is tried. While the length is unknown,
- * it is the longer, the more unresponsive hops are before it. */
+ * each unresponsive hop before makes the wait longer. */
 static inline __u64 step_wait(struct path *path, __u32 nr, const struct hop *hop)
 {
 	__u32 last = path->liveness.last_responsive;
@@ -1018,14 +1018,14 @@ static inline __u32 farthest_hop(struct path *path, __u64 now)
 	return min64(tried, limit);
 }
 
-/* No probe before this time. Rounds down to ticks, so that no probe is late. */
+/* Allow no probe before this time. Round down to ticks, so that no probe is late. */
 static inline void set_next_due(struct pacing *pacing, __u64 due, __u64 now, __u64 ticks)
 {
 	pacing->next_due = due;
 	pacing->next_due_tick = TICK_NS && due > now ? ticks + (due - now) / (TICK_NS + !TICK_NS) : 0;
 }
 
-/* A hop has become due at this time, perhaps earlier than the path was. */
+/* A hop is now due at this time. If that is earlier than the path's due time, the path is due then, too. */
 static inline void set_due_earlier(struct pacing *pacing, __u64 due)
 {
 	if (RATE_GLOBAL)
@@ -1036,8 +1036,8 @@ static inline void set_due_earlier(struct pacing *pacing, __u64 due)
 	}
 }
 
-/* Return the hop after the last probed one that is due, and make it the last probed. Return 0 if none is, and when
- * the first will be. */
+/* Return the hop after the last probed one that is due, and make it the last probed. If none is due, return 0 and
+ * set earliest to the first due time. */
 static inline struct hop *next_due_hop(struct path *path, __u32 farthest, __u64 now, __u64 *earliest)
 {
 	struct pacing *pacing = &path->pacing;
@@ -1048,7 +1048,7 @@ static inline struct hop *next_due_hop(struct path *path, __u32 farthest, __u64 
 	for (i = 0; i < MAX_HOPS; i++) {
 		if (i < farthest) {
 			pacing->last_probed = pacing->last_probed < farthest ? pacing->last_probed + 1 : 1;
-			nr = READ_ONCE(pacing->last_probed); /* else the verifier follows each hop's number apart */
+			nr = READ_ONCE(pacing->last_probed); /* else the verifier follows a path for each number */
 			hop = hop_at(path, nr);
 			if (!hop)
 				return 0;
@@ -1066,8 +1066,8 @@ static inline int is_exploration_due(const struct path *path)
 	       (path->distance.explore || path->pacing.seq % EXPLORE_EVERY == EXPLORE_EVERY - 1);
 }
 
-/* Only the hops before nr may still be proven. If the last of them does not answer by itself, hop nr was its proof:
- * then none is. An underestimate is harmless. */
+/* Only the hops before nr may still be proven. If the last of them does not answer itself, only hop nr proved it:
+ * then no hop is proven. An underestimate is harmless. */
 static inline void limit_proven(struct path *path, __u32 nr)
 {
 	struct hop *last = hop_at(path, nr - 1);
@@ -1076,8 +1076,8 @@ static inline void limit_proven(struct path *path, __u32 nr)
 		path->distance.proven = last && last->rtt && !last->unanswered ? nr - 1 : 0;
 }
 
-/* A hop turned out to be unresponsive. It backs off, and the hops before it are no longer proven to be routers by
- * it. It may have become the destination. */
+/* A hop turned out to be unresponsive: it backs off. Unless it is certainly a router, it may have become the
+ * destination: then it does not prove the hops before it any longer. */
 static inline void back_off(struct path *path, __u32 nr, struct hop *hop, __u64 now)
 {
 	if (nr && !is_router(path, nr, hop))
@@ -1127,7 +1127,7 @@ static inline int choose_hop(struct path *path, __u64 now, __u64 ticks)
 	return nr;
 }
 
-/* The chosen hop cannot be probed now, because all paths together are over their budget. It is the next one again. */
+/* The chosen hop cannot be probed now, because all paths together are over their budget. Choose it next time. */
 static inline void probe_postponed(struct path *path, __u32 nr)
 {
 	path->pacing.last_probed = nr - 1;
@@ -1161,7 +1161,7 @@ static inline __u64 probe_reserved(struct path *path, __u32 nr, __u64 now, __u64
 	return hop->due;
 }
 
-/* The reserved probe left. Intervals begin at that time, unless a reply has changed the hop's due time meanwhile. */
+/* The reserved probe left. Intervals begin at its departure, unless a reply has changed the hop's due time. */
 static inline void probe_sent(struct path *path, __u32 nr, enum probe_form form, __u64 reserved, __u64 due,
 			      __u64 sendtime)
 {
@@ -1188,8 +1188,8 @@ static inline void probe_cancelled(struct path *path, __u32 nr, __u64 reserved)
 	hop->due = min64(hop->due, reserved + HOP_INTERVAL);
 }
 
-/* Return the length of the path of a packet that arrived with this TTL, as the TTL that would reach its sender. It
- * left with one of the usual values. */
+/* Return the length of the path of a packet that arrived with this TTL, as the TTL that would reach its sender. The
+ * packet probably left with one of the usual values. */
 static inline __u32 ttl_distance(__u32 ttl)
 {
 	__u32 initial = ttl <= 32 ? 32 : ttl <= 64 ? 64 : ttl <= 128 ? 128 : 255;
@@ -1284,8 +1284,8 @@ static inline void note_alive(struct path *path, __u32 nr, struct hop *hop, __u6
 }
 
 /* The last router answered from this distance. It should be one hop nearer than the destination. If not, the
- * forward path may be longer than the reverse path: explore, once for each distance that it has, and not often, in
- * case the reverse path changes all the time. */
+ * forward path may be longer than the reverse path: explore. Do so once for each distance, and not within
+ * EXPLORE_AGAIN, in case the reverse path changes all the time. */
 static inline void last_router_replied(struct distance *distance, __u32 seen, __u64 now)
 {
 	__u64 bit = 1ULL << (seen & 63);
@@ -1300,7 +1300,7 @@ static inline void last_router_replied(struct distance *distance, __u32 seen, __
 	distance->reply_distances |= bit;
 }
 
-/* A router answered a probe of this form: it proves this hop, and those before it. */
+/* A router answered a probe of this form: this proves its hop, and those before it. */
 static inline void note_proof(struct distance *distance, __u32 nr, enum probe_form form, __u32 seen)
 {
 	if (form == FALLBACK)
@@ -1315,7 +1315,7 @@ static inline void note_proof(struct distance *distance, __u32 nr, enum probe_fo
 		distance->max_ttl_tried = nr + 1;
 }
 
-/* The hop where a probe expired answered. The reply came from this distance. */
+/* A probe expired at the hop, which replied. The reply came from this distance. */
 static inline void hop_replied(struct path *path, __u32 nr, enum probe_form form, __u64 sendtime, __u32 seen,
 			       __u64 now)
 {
@@ -1379,7 +1379,7 @@ struct schedule {
 	__u64 budget;              /* over all paths: theoretical arrival time of the next probe (GCRA) */
 };
 
-/* What user space gets from no map, or from a map whose layout BCC does not tell. Never written. */
+/* User space reads the layout of these structs here, because BCC tells it of no other map. Never written. */
 struct layouts {
 	struct extended_result result;
 	struct flow_event flow_event;
@@ -1389,18 +1389,18 @@ struct layouts {
 
 BPF_ARRAY(layouts, struct layouts, 1);
 
-/* Target destinations. BCC's macro for a hash that allocates memory only for its entries. */
+/* Target destinations. With BPF_F_NO_PREALLOC a hash has memory only for the entries that exist. */
 BPF_F_TABLE("hash", struct in6_addr, struct path, paths, DESTINATIONS_MAX, BPF_F_NO_PREALLOC);
 /* Destinations of the flows of target processes. */
 BPF_TABLE("lru_hash", struct in6_addr, struct path, flow_paths, FLOW_DESTINATIONS_MAX);
 BPF_ARRAY(new_path, struct path, 1); /* the first value of an entry in flow_paths: all 0, but for flows_only */
 BPF_ARRAY(address_filter, struct filter_line, FILTER_LINES);
 BPF_HASH(in_flight, struct probe_key, struct probe, IN_FLIGHT_MAX);
-/* The ident under which the probe is in in_flight. */
+/* Finds the ident under which the probe is in in_flight. */
 BPF_TABLE("lru_hash", struct udp_partial, __u32, partial_checksums, IN_FLIGHT_MAX);
 BPF_ARRAY(schedules, struct schedule, 1);
 BPF_ARRAY(alive_until, __u64, 1);   /* the lease: no probe after this time */
-BPF_ARRAY(link_up_since, __u64, 1); /* when the device got its carrier; in the future while it has none */
+BPF_ARRAY(link_up_since, __u64, 1); /* when the device's link came up; in the future while it is down */
 
 /* Return the slot of an address in the filter. User space does the same: filter_slot() in elfprobe.py. */
 static inline __u8 *filter_slot(const struct in6_addr *a)
@@ -1412,7 +1412,7 @@ static inline __u8 *filter_slot(const struct in6_addr *a)
 	return line ? &line->slots[(hash >> 12) % FILTER_LINE_SIZE] : 0;
 }
 
-/* Return the path to a destination that is a target, or that a target's flow has; 0 for all others. */
+/* Return the path to a target destination, or to the destination of a target process's flow; else 0. */
 static inline struct path *lookup_path(struct in6_addr *dest, const __u8 *slot)
 {
 	struct path *path = 0;
@@ -1431,7 +1431,7 @@ static inline struct path *path_to(struct in6_addr *dest)
 	return slot && *slot ? lookup_path(dest, slot) : 0;
 }
 
-/* Return the path to the destination of a target's flow, made now. */
+/* Add and return the path to the destination of a target process's flow. */
 static inline struct path *add_flow_path(struct in6_addr *dest, __u8 *slot)
 {
 	struct path *path;
@@ -1441,15 +1441,15 @@ static inline struct path *add_flow_path(struct in6_addr *dest, __u8 *slot)
 	if (!path)
 		return 0;
 	path->flows_only = 1;   /* before the insert, because packets of other processes find the entry at once */
-	*slot |= IN_FLOW_PATHS; /* no race with user space: it has written all its slots before packets come */
+	*slot |= IN_FLOW_PATHS; /* no race with user space: it writes its slots before sockets have owners */
 	flow_paths.insert(dest, path); /* fails if another CPU was faster */
 	return flow_paths.lookup(dest);
 }
 
 /* ---- Path model: its events, under the lock ----------------------------------------------- */
 
-/* The overall budget allows a burst of BUDGET_BURST. The rate is lower by that, and by the time between a
- * reservation and the departure of its probe, so that no second ever holds more than MAX_RATE probes. */
+/* The overall budget allows a burst of BUDGET_BURST. So the rate is lower than MAX_RATE: a second, the burst, and
+ * the time between a reservation and the departure of its probe (1 ms) together hold MAX_RATE probes at most. */
 #define BUDGET_BURST (NSEC_PER_SEC / 100)
 #define BUDGET_COST ((NSEC_PER_SEC + BUDGET_BURST + NSEC_PER_MSEC) / MAX_RATE + 1)
 
@@ -1569,7 +1569,7 @@ static inline __u16 csum_fold(__u64 sum)
 	return sum;
 }
 
-/* Return the checksum after a 16-bit field under it has changed (RFC 1624). */
+/* Return the checksum after a 16-bit field that it covers has changed (RFC 1624). */
 static inline __u16 csum_replace(__u16 check, __u16 from, __u16 to)
 {
 	return ~csum_fold((__u64)(__u16)~check + (__u16)~from + to);
@@ -1599,7 +1599,7 @@ static inline __u32 csum_chunk(struct __sk_buff *skb, __u8 *buffer, __u32 off, _
 	return bpf_csum_diff(0, 0, (__be32 *)buffer, words, sum);
 }
 
-/* Return the sum of len bytes of the packet. Of longer packets than jumbo frames, the rest is left out. */
+/* Return the sum of len bytes of the packet. Bytes beyond SUM_MAX, the length of a jumbo frame, may be left out. */
 #define SUM_MAX 9216
 
 static inline __u32 csum_skb(struct __sk_buff *skb, __u8 *buffer, __u32 off, __u32 len)
@@ -1630,7 +1630,7 @@ enum { FIRST_FRAGMENT = 1, LATER_FRAGMENT = 2 };
 
 /* Both parsers reject multicast and broadcast, because no ICMP error answers them (RFC 1122, 3.2.2; RFC 4443, 2.4).
  */
-#define IPV4_MULTICAST 0xe0000000 /* and what is above, up to broadcast */
+#define IPV4_MULTICAST 0xe0000000 /* and all addresses above, up to broadcast */
 #define IPV6_MULTICAST 0xff
 
 struct packet {
@@ -1638,11 +1638,11 @@ struct packet {
 	__u32 version;
 	__u32 ip_off; /* bytes before the IP header */
 	__u32 ip_len; /* bytes of the IP header, with the extension headers of IPv6 */
-	__u32 l4_len; /* bytes behind the IP header, as the header tells; in a quoted packet it may be anything */
+	__u32 l4_len; /* bytes behind the IP header, by its length field, which may be wrong in a quoted packet */
 	__u32 protocol;
 	__u32 fragment;     /* 0: not a fragment */
 	__u32 encapsulated; /* the packet is inside another IPv4 packet */
-	__u32 outer_off;    /* bytes before the header of that one */
+	__u32 outer_off;    /* bytes before that packet's header */
 	__u32 ttl;
 	__u8 tos;
 	__u16 ip_id; /* IPv6: low 16 bits of the flow label */
@@ -1812,9 +1812,9 @@ static inline void skip_outer(struct hdr_cursor *nh)
 	nh->pos += READ_ONCE(scratch->parsed_len) & IPV6_EXTENSIONS_MASK;
 }
 
-/* Move the cursor behind the Ethernet header and the VLAN tags. Return the protocol, 0 if the packet is too short
- * or sent to a multicast or broadcast address of Ethernet: its IP address may be a broadcast that only hosts there
- * know. */
+/* Move the cursor behind the Ethernet header and the VLAN tags. Return the protocol. Return 0 if the packet is too
+ * short, or if its Ethernet destination is multicast or broadcast: then its IP destination may be a broadcast
+ * address that only hosts of that network know. */
 static inline __be16 parse_ethhdr(struct hdr_cursor *nh, struct packet *pkt)
 {
 	struct ethhdr *eth = nh->pos;
@@ -1841,8 +1841,7 @@ static inline __be16 parse_ethhdr(struct hdr_cursor *nh, struct packet *pkt)
 	return proto;
 }
 
-/* Parse a frame up to the end of the IP header, where it leaves the cursor. Return -1 if the packet is not complete
- * or no IP packet. */
+/* Parse a frame, and leave the cursor behind the IP header. Return -1 if it is incomplete or no IP packet. */
 static inline int parse_frame(struct hdr_cursor *nh, struct packet *pkt)
 {
 	__u8 *first = nh->pos;
@@ -1872,8 +1871,8 @@ static inline int is_icmp(const struct packet *pkt)
 
 enum icmp_kind { OTHER_ICMP, ECHO_REQUEST, ECHO_REPLY, DEST_UNREACHABLE, TIME_EXCEEDED };
 
-/* Return what an ICMP or ICMPv6 message is. A time exceeded with code 1 is another: it tells that fragments did not
- * become a packet. */
+/* Return the kind of an ICMP or ICMPv6 message. A time exceeded with code 1 is OTHER_ICMP: it says that fragments
+ * were not reassembled in time. */
 static inline enum icmp_kind icmp_kind(const struct packet *pkt, const struct icmphdr *icmp)
 {
 	__u32 v4 = pkt->version == 4, type = icmp->type;
@@ -1911,7 +1910,7 @@ static inline int parse_probe_key(const struct hdr_cursor *nh, const struct pack
 	return 0;
 }
 
-/* The length of a guarded UDP probe is too large by this. */
+/* The length field of a guarded UDP probe is too large by this. */
 #define UDP_EXCESS 0x4000
 
 /* Copy the first bytes of a UDP payload, with zeros behind its end. Return -1 if the packet is cut before. */
@@ -1968,13 +1967,13 @@ static inline int hook_beforesend(struct __sk_buff *skb, __u32 version, __u32 pr
  * A reply finds its probe by the 8 quoted bytes behind the IP header. Each protocol says what identifies a probe
  * there. Ports, addresses, flow label, DSCP and the ICMP checksum stay as they are: routers choose the path by them.
  *
- * A guarded probe is one that every receiver discards without an answer, if it arrives. Its checksum is wrong by
- * GUARD_ERROR. For UDP this is not enough: nobody completes, or checks, the partial checksum of a packet that stays
- * on the machine (veth). So its length is more than the packet has, too. A guarded TCP probe is trimmed even with
- * NOTRUNC, and is what a trimmed TCP probe always is: an old ACK.
+ * If a guarded probe arrives, every receiver discards it without an answer. With UDP and ICMP its checksum is wrong
+ * by GUARD_ERROR. For UDP this is not enough: nobody completes, or checks, the partial checksum of a packet that
+ * stays on the machine (veth). So the length field says more than the packet has, too. A guarded TCP probe is an
+ * old ACK, like every trimmed TCP probe: it is trimmed even with NOTRUNC.
  *
- * A checksum that is left to the device (CHECKSUM_PARTIAL) is the sum of the pseudo header in memory. A complete
- * checksum has the same value once in 65535 packets. That probe gets a wrong checksum, which routers do not check. */
+ * In memory, a partial checksum (CHECKSUM_PARTIAL) is the sum of the pseudo header. A complete checksum has the
+ * same value once in 65535 packets. That probe gets a wrong checksum, which routers do not check. */
 
 #define GUARD_ERROR 1
 
@@ -2001,7 +2000,7 @@ static inline int is_partial(const struct clone *clone, __u16 check)
  *
  * The sender's TCP takes an ICMP error for its own if the quoted number is outstanding (tcp_v4_err() in the kernel):
  * it becomes the socket's SO_ERROR. If replies pass to the stack, the numbers are therefore below everything that is
- * outstanding. Where that is not possible, the reply is dropped nevertheless. */
+ * outstanding. Where that is not possible, elf_ingress drops the reply nevertheless (harms_tcp()). */
 #define TCP_SEQ_BACK 2048
 
 static inline int tcp_may_carry(const struct hdr_cursor *l4)
@@ -2036,8 +2035,8 @@ static inline int rewrite_tcp(struct __sk_buff *skb, struct clone *clone, struct
 }
 
 /* UDP: ports, length and checksum. A trimmed probe has a checksum of our choice, and 2 bytes of payload that make
- * it right. If no device completes a partial checksum, as on veth, routers quote the partial one. So both must find
- * the probe.
+ * it right. If no device completes a partial checksum, as on veth, routers quote the partial one. So a reply must
+ * find its probe by either checksum.
  *
  * CHECKSUM_STEP is the distance between the checksums of consecutive probes. It is coprime to 65535, so that every
  * value is used before one repeats. It is large, so that a checksum that a NAT shifts by a constant does not match
@@ -2140,9 +2139,9 @@ static inline __u32 trimmed_len(const struct packet *pkt, __u32 payload)
 	return is_icmp(pkt) && payload == 2 ? 4 : 2;
 }
 
-/* Does the probe keep the payload of the packet? With NOTRUNC it does if its hop is proven. A TCP packet without
- * payload gets a sequence number of our own even then. A UDP application may receive a fallback probe as one more of
- * its packets. An echo request needs no such likeness: we drop the reply, which we can tell by its length. */
+/* Does the probe keep the payload of the packet? With NOTRUNC it does if its hop is proven; but a TCP packet
+ * without payload gets a sequence number of our own even then. A fallback probe of UDP does, because an application
+ * that receives it must not see a difference. A fallback echo request does not, because we drop its reply. */
 static inline int keeps_payload(const struct packet *pkt, __u32 payload, __u32 form)
 {
 	if (form == FALLBACK)
@@ -2150,8 +2149,7 @@ static inline int keeps_payload(const struct packet *pkt, __u32 payload, __u32 f
 	return NOTRUNC && form == USUAL && (payload || pkt->protocol != IPPROTO_TCP);
 }
 
-/* Trim the clone. If it keeps the payload of a packet that is yet to be segmented, it keeps the first segment's
- * payload. */
+/* Trim the clone. A probe that keeps the payload gets the first segment's if the packet is yet to be segmented. */
 static inline int trim_clone(struct __sk_buff *skb, struct clone *clone, struct scratch *scratch)
 {
 	struct hdr_cursor nh = { (void *)(long)skb->data, (void *)(long)skb->data_end };
@@ -2184,12 +2182,12 @@ static inline void set_tot_len(struct iphdr *ip, __u32 len)
 	ip->check = check;
 }
 
-/* Set TTL and lengths, those of the outer header, too. */
+/* Set the TTL, and the lengths in the IP header and in the outer one. */
 static inline int rewrite_ip(struct __sk_buff *skb, const struct clone *clone, __u8 ttl)
 {
 	struct ipv6hdr *ip6 = clone->pkt.ip;
 	struct iphdr *ip = clone->pkt.ip, *outer;
-	__u16 ttl_and_protocol; /* checksums count in 16 bits */
+	__u16 ttl_and_protocol; /* one word for the checksum */
 
 	if (TUNNEL && clone->pkt.encapsulated) {
 		outer = (void *)(long)skb->data + clone->pkt.outer_off;
@@ -2262,8 +2260,8 @@ BPF_ARRAY(task_sample, struct task_sample, 1);
 BPF_ARRAY(task_pid_offset, __u32, 1); /* of pid in struct task_struct, with tgid behind it; user space finds it */
 BPF_RINGBUF_OUTPUT(process_events, 64);
 
-/* Declared by hand, because BCC's macro for socket storage does not set BPF_F_CLONE, by which accepted sockets
- * inherit. */
+/* Declared by hand, because BCC's macro for socket storage does not set BPF_F_CLONE. With it, accepted sockets
+ * inherit the owner of their listener. */
 struct sockets_table_t {
 	int key;
 	struct owner leaf;
@@ -2307,7 +2305,7 @@ static inline __u32 status_by_name(const struct app_name *app)
 	return *is_whole ? TARGET : UNDECIDED;
 }
 
-/* Enter the process. It replaces a former process with the same PID. */
+/* Enter the process into the map. It replaces a former process with the same PID. */
 static inline void enter_process(struct process_event *event, const struct app_name *app)
 {
 	struct process process = { .status = event->status, .app = *app };
@@ -2383,8 +2381,8 @@ PROGRAM int elf_fork(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* sched_process_exit, in every thread. Other threads may outlive the first one, or have become it by an exec. So
- * user space removes the process, when all its threads have ended. */
+/* sched_process_exit, in every thread. Report the end of the first one. Other threads may outlive it, or may have
+ * taken its place by an exec. So user space removes the process when all its threads have ended. */
 PROGRAM int elf_exit(struct bpf_raw_tracepoint_args *ctx)
 {
 	__u64 ids = bpf_get_current_pid_tgid();
@@ -2560,7 +2558,7 @@ static inline int pass_ours(struct __sk_buff *skb, struct scratch *scratch)
 /* After so many stalls under probes the destination is excluded for the rest of the run. */
 #define STALLS_MAX 2
 
-/* May a copy of this packet be sent with a low TTL? At the cursor: what follows the IP header. */
+/* May a copy of this packet be sent with a low TTL? The cursor is behind the IP header. */
 static inline int may_carry(const struct hdr_cursor *nh, const struct packet *pkt)
 {
 	if (pkt->fragment || l4_header_len(nh, pkt) < 0)
@@ -2591,7 +2589,7 @@ static inline int check_carrier(struct __sk_buff *skb, const struct hdr_cursor *
 	return lease && now <= *lease ? 0 : REASON(lease_expired);
 }
 
-/* Report an event of the packet's flow. Without its TCP header, of its destination. */
+/* Report an event of the packet's flow. If tcp is 0, it is an event of the destination. */
 static inline void report_flow(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp,
 			       __u32 kind)
 {
@@ -2607,8 +2605,8 @@ static inline void report_flow(struct __sk_buff *skb, const struct packet *pkt, 
 		COUNT(events_lost);
 }
 
-/* Has nothing of the flow been acknowledged for STALL, while the device had its carrier? A lost carrier is no sign
- * of a firewall: cables are pulled, and some drivers take the link down for seconds when XDP is attached. */
+/* Has nothing of the flow been acknowledged for STALL, while the device's link was up? A lost link is no sign of a
+ * firewall: cables are pulled, and some drivers take the link down for seconds when XDP is attached. */
 static inline int is_stalled(const struct tcp_progress *progress, __u64 now)
 {
 	__u64 *link_since;
@@ -2620,8 +2618,8 @@ static inline int is_stalled(const struct tcp_progress *progress, __u64 now)
 	return !link_since || (now > *link_since && now - *link_since > STALL);
 }
 
-/* Note that the flow progresses, unless what was outstanding at the last look still is. That ends a stall, of this
- * flow or of others of the destination. */
+/* Note that the flow progresses, unless the data that was outstanding before still is. Progress ends a stall of
+ * this flow and of other flows to the destination. */
 static inline void note_progress(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp,
 				 const struct bpf_tcp_sock *tp, struct path *path, struct tcp_progress *progress,
 				 __u64 now)
@@ -2639,9 +2637,9 @@ static inline void note_progress(struct __sk_buff *skb, const struct packet *pkt
 	progress->since = tp->packets_out ? now : 0;
 }
 
-/* A flow stalls. Stalls are counted by destination, because a firewall that blocks one flow for good blocks the next
- * one, too. A flow that last moved before the stall of another was over belongs to that stall: an outage is one stall
- * for all. */
+/* A flow stalls. Stalls are counted by destination, because a firewall that blocks one flow for good blocks the
+ * next one, too. If a flow last progressed before another flow's stall was over, it belongs to that stall: an
+ * outage is one stall for all flows. */
 static inline void note_stall(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp,
 			      struct path *path, struct tcp_progress *progress)
 {
@@ -2666,7 +2664,7 @@ struct foreign_key {
 
 struct foreign_flow {
 	__u32 first_seq, first_ack; /* of the first packet that we saw */
-	__u32 next_seq, last_ack;   /* what follows the last one; its acknowledgement */
+	__u32 next_seq, last_ack;   /* the number behind the last packet; its acknowledgement */
 	__u32 is_open;              /* the peer knows the connection */
 };
 
@@ -2675,7 +2673,7 @@ BPF_TABLE("lru_hash", struct foreign_key, struct foreign_flow, foreign_flows, 16
 /* No sender has more outstanding before the first acknowledgement: windows of SYN packets are not scaled (RFC 7323).
  */
 #define FIRST_WINDOW_MAX 65535
-/* If both numbers differ by more since the last look, it is another connection with the same ports. */
+/* If both numbers differ from the last packet's by more, it is another connection with the same ports. */
 #define SAME_CONNECTION (1 << 24)
 
 /* Return 0 if the foreign TCP flow of the packet may be probed, else the reason. The peer knows the connection if it
@@ -2708,7 +2706,7 @@ static inline int check_foreign_flow(const struct packet *pkt, const struct tcph
 /* Return 0 if the flow of the packet may be probed now, else the reason. Fill in its TCP state. Flows of other
  * protocols may always be probed. A TCP flow carries no probe
  * - before the peer has acknowledged or sent data. With SYN cookies it knows the connection only from the first
- *   packet behind the handshake. It answers a probe before that, whose number is older, with a reset.
+ *   packet behind the handshake. A probe before that has an older number, and the peer answers it with a reset.
  * - from retransmissions, because a firewall knows newer sequence numbers.
  * - while it is stalled, because some firewalls take a low TTL for an attack and block the flow. We see no stall of a
  *   flow whose socket is not on this machine. */
@@ -2785,9 +2783,9 @@ static inline int is_private(const struct in6_addr *a)
 	return v4 >> 24 == 10 || v4 >> 20 == 0xac1 || v4 >> 16 == 0xc0a8 || (v4 & 0xffc00000) == 0x64400000;
 }
 
-/* May the packet carry a fallback probe? A router must translate the packet, which the addresses prove: then no hop
- * behind that router ever gets a guarded probe. If a fallback probe arrives after all, a UDP application receives one
- * more copy of its packet, and we drop the reply to an echo request. FALLBACKS_MAX limits both. */
+/* May the packet carry a fallback probe? Only if its addresses prove that a router translates it: then no hop
+ * behind that router ever gets a guarded probe. If a fallback probe arrives after all, a UDP application receives
+ * one more copy of its packet, and we drop the reply to an echo request. FALLBACKS_MAX limits both. */
 static inline int can_fall_back(const struct packet *pkt)
 {
 	return (pkt->protocol == IPPROTO_UDP || (INGRESS_DROP && is_icmp(pkt))) && is_private(&pkt->saddr) &&
@@ -2797,8 +2795,7 @@ static inline int can_fall_back(const struct packet *pkt)
 /* Time between two checks whether a destination is still on-link. */
 #define ON_LINK_WAIT NSEC_PER_SEC
 
-/* Send a probe with this packet, which is due for one. Return 0, or a reason, or a negative number if there is none
- * to count. */
+/* A probe is due: send it with this packet. Return 0, the reason why it did not leave, or NOT_SENT. */
 static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh, const struct packet *pkt,
 			     struct path *path, const struct owner *owner, __u64 now)
 {
@@ -2878,13 +2875,13 @@ PROGRAM int elf_egress(struct __sk_buff *skb)
 #define EXTENSION_VERSION 2
 #define QUOTE_LEN_MIN 128 /* of a quoted packet with an extension behind it (RFC 4884) */
 
-/* Length that tells what a packet is: Ethernet, two VLAN tags, IPv6, and 8 bytes. */
+/* Number of bytes that show what a packet is: Ethernet, two VLAN tags, IPv6, and 8 bytes. */
 #define HEADERS_LEN 70
 /* Length of the longest ICMP error that we read: headers, the longest quoted packet of RFC 4884 (255 words of 8
  * bytes), and the extension. */
 #define ICMP_ERROR_LEN 2560
 
-/* Return the probe in flight that the quoted packet at the cursor is, and its key. */
+/* Return the probe in flight whose first bytes are at the cursor, and its key; 0 for none. */
 static inline struct probe *find_probe(struct hdr_cursor *nh, const struct packet *quote, struct probe_key *key)
 {
 	struct udp_partial partial = {};
@@ -2906,7 +2903,7 @@ static inline struct probe *find_probe(struct hdr_cursor *nh, const struct packe
 	return in_flight.lookup(key);
 }
 
-/* Parse the quoted packet at the cursor. Return the probe in flight that it is, and its key; 0 for none. */
+/* Parse the quoted packet at the cursor. Return the probe in flight that it quotes, and its key; 0 for none. */
 static inline struct probe *match_quote(struct hdr_cursor *nh, const struct packet *outer, struct packet *quote,
 					struct probe_key *key)
 {
@@ -2922,7 +2919,7 @@ static inline struct probe *match_quote(struct hdr_cursor *nh, const struct pack
 		return probe;
 	compensation = nh->pos + sizeof(struct udphdr);
 	if ((void *)(compensation + 1) <= nh->end && *compensation && *compensation != probe->compensation)
-		return 0; /* another packet, with a checksum that was changed on the way; 0 may be padding (RFC 4884) */
+		return 0; /* another packet, whose checksum was changed on the way; 0 may be padding (RFC 4884) */
 	return probe;
 }
 
@@ -2952,7 +2949,7 @@ static inline __u32 read_extension(const struct hdr_cursor *nh, const struct pac
 	return i * sizeof(*from);
 }
 
-/* A probe reached the destination, which answered it. The first time, user space tells the user. */
+/* A probe reached the destination, which answered it. User space tells the user of the first one. */
 static inline void receive_arrival(struct xdp_md *ctx, struct path *path, const struct in6_addr *dest, __u32 ttl)
 {
 	struct flow_event event = { .kind = PROBE_ARRIVED };
@@ -2971,12 +2968,12 @@ static inline int is_still_in_flight(struct probe_key *key)
 	return in_flight.delete(key) == 0;
 }
 
-/* Whether a packet answers a probe, and what becomes of it then. */
+/* Does a packet answer a probe, and is it passed or dropped then? */
 enum answer { NO_ANSWER, PASSED_ANSWER, DROPPED_ANSWER };
 #define ANSWER (INGRESS_DROP ? DROPPED_ANSWER : PASSED_ANSWER)
 
-/* Would the sender's TCP take this reply for its own (see TCP_SEQ_BACK)? It would if the number may be outstanding. It
- * may be if the probe has the packet's own number, or if the flow's socket is not on this machine (no window). */
+/* Would the sender's TCP take this reply for its own (see TCP_SEQ_BACK)? It may, if the probe has the packet's own
+ * number, or if we cannot know what is outstanding: no window, so the flow's socket is not on this machine. */
 static inline int harms_tcp(const struct probe_key *key, const struct probe *probe)
 {
 	return key->protocol == IPPROTO_TCP && (key->ident == probe->origseq || !probe->tcp.cwnd);
@@ -3011,7 +3008,7 @@ static inline enum answer receive_error(struct xdp_md *ctx, struct hdr_cursor *n
 	}
 	result->probe = *probe;
 	if (!is_still_in_flight(&result->key))
-		return NO_ANSWER; /* another CPU was faster, or user space, for which the probe is too old */
+		return NO_ANSWER; /* another CPU was faster, or user space has removed the probe as too old */
 	result->reply.recvtime = now;
 	result->reply.responder = outer->saddr;
 	result->reply.recvcpu = bpf_get_smp_processor_id();
