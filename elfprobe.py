@@ -18,7 +18,7 @@ the programs, tells them what the targets are, and writes their results to FILEB
 
 The sections below behave like modules. Each has its constants at its head:
 
-    command line    Config: each option stands once
+    command line    Config: each option is one field
     C functions     of libbpf, which BCC's library exports, of BCC's library itself, and of the C library
     platform        Platform.detect(): what this kernel, this BCC and this process can do
     kernel          Kernel: elfprobe.c compiled and loaded, its maps, counters, lease and events
@@ -27,7 +27,7 @@ The sections below behave like modules. Each has its constants at its head:
     results         rows of probes that have ended; events of flows; the hooks' maps
     run             one measurement, and the entry point
 
-Only "C functions" and "kernel" call BCC or use ctypes, and "platform" looks whether a function is there.
+Only "C functions" and "kernel" call BCC or use ctypes. "platform" only checks whether functions exist.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ VERSION = "0.1.0"
 HERE = os.path.dirname(os.path.realpath(__file__))
 UNANSWERED_AFTER = 5.0  # s that a probe may be outstanding
 
-# Types of libraries that have none.
+# Names for types of libraries that declare none.
 Netlink = Any  # pyroute2.IPRoute
 CStruct = Any  # a ctypes structure that BCC makes of a C struct
 
@@ -113,11 +113,11 @@ log = logging.getLogger("elfprobe")
 
 
 class Unsupported(Failure):
-    """This machine lacks something for one of several ways to do a thing. The caller takes another way."""
+    """This machine lacks what one of several ways to do a thing needs. The caller tries the next way."""
 
 
 class Every:
-    """A timer: calls an action each so many seconds, the first time at once or after the first interval."""
+    """A timer: calls an action at intervals (s), the first time at once or after one interval."""
 
     def __init__(self, seconds: float, action: Callable[[], object], at_once: bool = False) -> None:
         self._seconds = seconds
@@ -162,15 +162,15 @@ what the summary shows, for each destination and hop (TTL, or hop limit):
   probes, answered   how many probes were sent with that TTL, and what share was answered
   min ... max        time to that router and back, ms; what a hop adds is the difference to the one before
   jitter             mean difference of one latency to the next, ms
-  responder          who answered, with a share each where there are several
-  TCP                round trip (srtt) as the kernel's TCP has it, and segments it sent again
+  responder          who answered; if there are several, with the share of each
+  TCP                round-trip time by the kernel's TCP (srtt), and segments that it retransmitted
 
 files:
   FILEBASE.csv       a row for each probe: docs/columns.md explains the columns
   FILEBASE.log       the log (-l, -q)
   FILEBASE.MAP.json  each BPF map that the hooks file (-H) defines, after the run
 
-exit status: 0 after a run, 2 for wrong usage, 1 for everything else, with a line that says what it is
+exit status: 0 after a run, 2 for wrong usage, 1 for every other error; one line says what is wrong
 """
 
 
@@ -215,7 +215,7 @@ class Config:
     )  # fmt: skip
     apps: tuple[str, ...] = argument(
         "-a", "--app", default=(), action="append", type=not_empty, metavar="APP",
-        help="probe the flows of processes of this name, and of their children: the process's name, its "
+        help="probe the flows of processes of this name, and of their children; the name is the process's, its "
         "executable's, or its script's; may be given again",
     )  # fmt: skip
     pids: tuple[int, ...] = argument(
@@ -229,8 +229,8 @@ class Config:
     )  # fmt: skip
     rate_global: bool = argument(
         "-r", "--ratetype", default=False, type=is_rate_global, metavar="{g,global,h,perhop}",
-        help="what -p spaces out: global, all probes to a destination; perhop, those to each "
-        "hop of a destination (default: perhop)",
+        help="what -p spaces out: global, any two probes to a destination; perhop, two probes to the "
+        "same hop of a destination (default: perhop)",
     )  # fmt: skip
     notrunc: bool = argument(
         "-T", "--notrunc", default=False, action="store_true",
@@ -290,7 +290,7 @@ class Config:
 
     @property
     def by_process(self) -> bool:
-        """Whether the flows of processes are targets."""
+        """Return whether the flows of processes are targets."""
         return bool(self.apps or self.pids)
 
 
@@ -369,7 +369,7 @@ def bpf_call(name: str, *args: Any) -> int:
 
 @contextlib.contextmanager
 def captured_stderr(captured: list[str]) -> Iterator[None]:
-    """Append to the list what C libraries write to file descriptor 2 meanwhile. Raises Failure."""
+    """Append to the list what C libraries write to file descriptor 2 inside the block. Raises Failure."""
     try:
         file = tempfile.TemporaryFile()  # noqa: SIM115
     except OSError as err:
@@ -435,13 +435,13 @@ class LinkInfo(ctypes.Structure):
 
 
 class LinkOptions(ctypes.Structure):
-    """The beginning of libbpf's struct bpf_link_create_opts. Its first field is the size of what is given."""
+    """The beginning of libbpf's struct bpf_link_create_opts. sz is the size of the fields that are given."""
 
     _fields_ = [("sz", ctypes.c_size_t), ("flags", ctypes.c_uint32), ("unused", ctypes.c_uint32)]
 
 
 def program_info(fd: int) -> ProgInfo:
-    """Return what the kernel tells of a loaded program. Raises OSError."""
+    """Return the kernel's information about a loaded program. Raises OSError."""
     info = ProgInfo()
     bpf_call("bpf_obj_get_info", fd, ctypes.byref(info), ctypes.byref(ctypes.c_uint32(ctypes.sizeof(info))))
     return info
@@ -508,7 +508,7 @@ class BtfMember(ctypes.Structure):
 
 @contextlib.contextmanager
 def kernel_btf(load: str) -> Iterator[ctypes.c_void_p]:
-    """Yield a handle of the kernel's type information, from the libbpf function of this name.
+    """Yield a handle of the kernel's type information (BTF). load is the name of the libbpf function to call.
 
     Raises LookupError if the kernel has none.
     """
@@ -578,10 +578,10 @@ class RouteOffsets(NamedTuple):
 
 
 class SharedInfo(NamedTuple):
-    """Where the kernel marks a packet that holds memory of user space (MSG_ZEROCOPY), or that is to be stamped.
+    """Where the kernel marks a packet that holds memory of user space (MSG_ZEROCOPY), or needs a time stamp.
 
-    head and end are offsets in struct sk_buff, flags and tx_flags in struct skb_shared_info, each of a byte. flag
-    is the bit in flags for MSG_ZEROCOPY. All are 0 if the kernel does not tell them.
+    head and end are offsets in struct sk_buff. flags and tx_flags are offsets of bytes in struct
+    skb_shared_info. flag is the bit in flags for MSG_ZEROCOPY. All are 0 if the kernel does not tell them.
     """
 
     head: int = 0
@@ -595,18 +595,18 @@ class SharedInfo(NamedTuple):
 class Platform:
     """What the kernel and BCC can do. The defaults are those of the oldest ones: BCC 0.12, Linux 5.4.
 
-    Each field is for a fallback. If a field is always true on the oldest system that is to be supported, the
-    field and its fallback can go.
+    Each field decides about a fallback. If a field is true on every system that we support, the field and its
+    fallback can go.
     """
 
     version: tuple[int, int, int] = (0, 0, 0)  # of the kernel
-    has_links: bool = False  # BCC exports libbpf's bpf_link_create(). The kernel may know no link of a kind
-    has_tcx: bool = False  # may have tcx links (Linux 6.6). Whether it has them, only attaching tells
-    has_ring_buffer: bool = False  # BCC 0.16 and Linux 5.8. Those without have no socket storage at TC, either
-    has_batches: bool = False  # BCC 0.19 reads maps in batches. So does Linux 5.6, which only reading tells
+    has_links: bool = False  # BCC exports libbpf's bpf_link_create(). The kernel may still lack a kind of link
+    has_tcx: bool = False  # may have tcx links (Linux 6.6). Only attaching shows whether it has them
+    has_ring_buffer: bool = False  # BCC 0.16 and Linux 5.8. Older ones have no socket storage at TC, either
+    has_batches: bool = False  # BCC 0.19 reads maps in batches. Only reading shows whether Linux does (5.6)
     has_run_time_stats: bool = False  # BCC exports bpf_enable_stats(), Linux 5.8
     has_malloc_trim: bool = False  # the C library is glibc
-    is_preemptible: bool = False  # another program may interrupt a program on its CPU
+    is_preemptible: bool = False  # another program run may preempt a program run on its CPU
     tick: int = 0  # ns between two values of bpf_jiffies64() (Linux 5.6); 0: programs cannot call it
     shared_info: SharedInfo = SharedInfo()
     routes: RouteOffsets = RouteOffsets()
@@ -627,7 +627,7 @@ class Platform:
             has_batches=hasattr(bcc.lib, "bpf_lookup_batch"),
             has_run_time_stats=hasattr(bcc.lib, "bpf_enable_stats"),
             has_malloc_trim=hasattr(LIBC, "malloc_trim"),
-            # With PREEMPT_RT, disabling softirqs takes no lock any more from Linux 6.18 on
+            # Since Linux 6.18, PREEMPT_RT disables softirqs without a lock, so that runs can preempt each other
             # (CONFIG_PREEMPT_RT_NEEDS_BH_LOCK). Older kernels with PREEMPT_RT are treated alike.
             is_preemptible="PREEMPT_RT" in os.uname().version,
             tick=tick if takes_program(CALLS_JIFFIES64) else 0,
@@ -644,7 +644,7 @@ def linux_version() -> tuple[int, int, int]:
 
 
 def find_offsets() -> tuple[SharedInfo, RouteOffsets]:
-    """Return what the kernel's BTF says. Zeros stand for what it does not say, or if there is no BTF."""
+    """Return offsets from the kernel's BTF. Those that it does not have, or all without BTF, are 0."""
     shared_info, routes = SharedInfo(), RouteOffsets()
     new, old = "btf__load_vmlinux_btf", "libbpf_find_kernel_btf"  # the old name is from before libbpf 0.5
     with contextlib.suppress(AttributeError, LookupError), kernel_btf(new if hasattr(bcc.lib, new) else old) as btf:
@@ -659,7 +659,7 @@ def find_offsets() -> tuple[SharedInfo, RouteOffsets]:
 
 
 def shared_info_offsets(skb: dict[bytes, int], shared: dict[bytes, int]) -> SharedInfo:
-    """Return the offsets from those of struct sk_buff and struct skb_shared_info. Raises LookupError."""
+    """Return the SharedInfo for these offsets in struct sk_buff and struct skb_shared_info. Raises LookupError."""
     stamps = shared[b"tx_flags"]
     if b"flags" in shared:  # SKBFL_ZEROCOPY_ENABLE, since Linux 5.12
         return SharedInfo(skb[b"head"], skb[b"end"], shared[b"flags"], 1, stamps)
@@ -669,7 +669,7 @@ def shared_info_offsets(skb: dict[bytes, int], shared: dict[bytes, int]) -> Shar
 def missing_capabilities(by_process: bool) -> list[str]:
     """Return the names of the capabilities that a run needs and this process has not.
 
-    A capability that includes another one does in its place.
+    Instead of a needed capability, the process may have one that includes it.
     """
     needed = {
         "cap_net_admin": (Capability.NET_ADMIN,),
@@ -824,7 +824,7 @@ def power_of_two(least: float) -> int:
 
 @contextlib.contextmanager
 def kernel_headers() -> Iterator[None]:
-    """Point BCC to a folder with the little that it needs of the kernel's headers, so that none need be installed.
+    """Give BCC a folder with the few kernel headers that it needs, so that none need be installed.
 
     If the user names a folder in BCC_KERNEL_SOURCE, BCC uses that one.
     """
@@ -858,7 +858,7 @@ def kernel_headers() -> Iterator[None]:
 
 
 def read_source(path: str, what: str) -> str:
-    """Return the text of a source file. Raises Failure, with the words for what it is."""
+    """Return the text of a source file. Raises Failure, in which what names the file's kind."""
     try:
         with open(path, encoding="utf-8") as file:
             return file.read()
@@ -901,8 +901,8 @@ def bcc_errors(failure: Callable[[str], Failure]) -> Iterator[None]:
 def struct_format(structure: Any) -> tuple[str, list[str]]:
     """Return the struct module's format for a ctypes Structure, and the names of the values in it.
 
-    BCC makes the Structure of a C struct. Nested structs are flattened. An array, alone in a struct or not, is
-    one value: its bytes. Fields named unused or __pad are left out.
+    BCC makes the Structure of a C struct. Nested structs are flattened. An array, or a struct with one field,
+    is one value: its bytes. Fields named unused or __pad are left out.
     """
     formats, names, end = ["="], [], 0
     for name, kind, *_ in structure._fields_:
@@ -938,7 +938,7 @@ def plain(value: Any) -> Any:
 
 
 class Layout:
-    """A struct of elfprobe.c, as BCC tells it."""
+    """The layout of a struct of elfprobe.c, which BCC tells."""
 
     def __init__(self, structure: Any) -> None:
         self._structure = structure
@@ -949,7 +949,7 @@ class Layout:
         return Layout(dict(self._structure._fields_)[name])
 
     def new(self, **fields: Any) -> CStruct:
-        """Return a new struct. What is not given is 0."""
+        """Return a new struct. Fields that are not given are 0."""
         return self._structure(**fields)
 
     def read(self, data: bytes) -> CStruct:
@@ -958,7 +958,7 @@ class Layout:
 
 
 class Map:
-    """A BPF map. A key is a number or the bytes of a C struct. A value is what BCC makes of the C type."""
+    """A BPF map. A key is a number or the bytes of a C struct. A value is BCC's ctypes object for the C type."""
 
     def __init__(self, table: Any, has_batches: bool) -> None:
         self._table = table
@@ -966,7 +966,7 @@ class Map:
 
     @property
     def max_entries(self) -> int:
-        """How many entries have room."""
+        """Return how many entries the map has room for."""
         room: int = self._table.max_entries
         return room
 
@@ -974,7 +974,7 @@ class Map:
         return self._table.Key(key) if isinstance(key, int) else self._table.Key.from_buffer_copy(key)
 
     def new(self, **fields: Any) -> CStruct:
-        """Return a new value for an entry. What is not given is 0."""
+        """Return a new value for an entry. Fields that are not given are 0."""
         return self._table.Leaf(**fields)
 
     def get(self, key: Key) -> Any:
@@ -1006,7 +1006,7 @@ class Map:
         size, value_size = ctypes.sizeof(self._table.Key), ctypes.sizeof(self._table.Leaf)
         keys = ctypes.create_string_buffer(BATCH * size)
         values = ctypes.create_string_buffer(BATCH * value_size)
-        place = (ctypes.c_uint32 * (size // 4 + 1))()  # the kernel's: a number, for a trie a key
+        place = (ctypes.c_uint32 * (size // 4 + 1))()  # the kernel's position: a number, in a trie a key
         after = None
         is_over = not self._has_batches
         error = errno.ENOTSUP
@@ -1016,7 +1016,7 @@ class Map:
                 bpf_call("bpf_lookup_batch", self._table.map_fd, after, place, keys, values, ctypes.byref(count))
             except OSError as err:
                 is_over, error = True, err.errno or 0
-                if error != errno.ENOENT:  # which says that this batch is the last one
+                if error != errno.ENOENT:  # ENOENT: this batch is the last one
                     break
             after = place
             for (key,), (value,) in zip(
@@ -1034,7 +1034,7 @@ class Map:
         """
         table, kinds = self._table, bcc.table
         if isinstance(table, (kinds.RingBuf, kinds.PerfEventArray, kinds.ProgArray)):
-            raise Failure("it is of a type that nothing can be read from")
+            raise Failure("maps of its type cannot be read")
         with bcc_errors(Failure):
             if isinstance(table, kinds.QueueStack):
                 yield from ({"value": plain(value)} for value in table.values())
@@ -1069,8 +1069,8 @@ class Program(NamedTuple):
 class ProgramCache:
     """Programs that an earlier run has compiled from the same text, in files that only root can write.
 
-    Compiling takes most of the time of a start. What decides about the instructions is part of a file's name, so
-    a file is never out of date. Whatever is wrong with the cache, elfprobe compiles as if there were none.
+    Compiling takes most of the time of a start. A file's name is a hash of everything that decides about the
+    instructions, so a file is never out of date. If anything is wrong with the cache, elfprobe compiles.
     """
 
     def __init__(self, folder: str, *inputs: object) -> None:
@@ -1100,7 +1100,7 @@ class ProgramCache:
             return {}
 
     def write(self, programs: dict[str, Program]) -> None:
-        """Keep the programs, and the files that were used last."""
+        """Write the programs to their file. Keep only the CACHE_FILES_MAX files that were used last."""
         content = {name: (base64.b64encode(one.code).decode(), one.maps) for name, one in programs.items()}
         try:
             os.makedirs(self._folder, 0o700, exist_ok=True)
@@ -1122,7 +1122,7 @@ class ProgramCache:
             log.debug("cache of programs '%s': %s", self._path, err)
 
     def forget(self) -> None:
-        """Remove the programs, which turned out to be of no use."""
+        """Remove the programs, because they could not be loaded."""
         with contextlib.suppress(OSError):
             os.unlink(self._path)
 
@@ -1151,7 +1151,7 @@ class Kernel:
         flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"] if with_warnings else ["-w"]
         kinds, lines = program_types(build), 40 if config.debug else 3
         text = program_text(config.hooks)
-        # What text includes is not part of the cache's key.
+        # Files that the text includes are not part of the cache's key, so a text with an #include is not cached.
         is_whole = "BCC_KERNEL_SOURCE" not in os.environ and not re.search(r"^\s*#\s*include\b", text, re.M)
         use_cache = config.cache and is_whole
         cache = ProgramCache(CACHE, text, flags, bcc.__version__, os.uname()) if use_cache else None
@@ -1181,7 +1181,7 @@ class Kernel:
         self._sockets = bcc.lib.bpf_table_fd(self.bpf.module, b"sockets") if build.by_owner else -1
 
     def _compile(self, hooks: str, text: str, flags: list[str]) -> Any:
-        """Return BCC's object."""
+        """Return BCC's object for the text, compiled. Raises Failure."""
         messages = [""]
 
         def failure(_: str) -> Failure:
@@ -1200,9 +1200,9 @@ class Kernel:
         return bpf
 
     def _load(self, build: Build, kinds: dict[str, int], lines: int, programs: dict[str, Program]) -> None:
-        """Load the programs: these, or what was compiled. Close everything if one cannot be loaded.
+        """Load these programs, or if there are none those just compiled. If one fails, close everything.
 
-        Up to so many lines of the verifier's log are part of the Failure.
+        Raises Failure, with so many lines of the verifier's log at most.
         """
         try:
             maps = {name: fd for fd, name in self._map_names().items()} if programs else {}
@@ -1236,7 +1236,7 @@ class Kernel:
             yield
 
     def _load_code(self, name: str, kind: int, code: bytes) -> None:
-        """Load instructions as BCC loads what it has compiled."""
+        """Load instructions in the way in which BCC loads those that it has compiled."""
         module, lib = self.bpf.module, bcc.lib
         terms = lib.bpf_module_license(module), lib.bpf_module_kern_version(module)
         fd = bpf_call("bcc_prog_load", kind, name.encode(), code, len(code), *terms, 0, None, 0)
@@ -1286,7 +1286,7 @@ class Kernel:
         """Return how many events of processes user space has not received.
 
         Linux 7.2 skips a program at a tracepoint while another run of it is preempted on that CPU (seen with
-        execs and exits; up to 6.18 none is preempted). Or the ring buffer had no room.
+        execs and exits; up to 6.18 none is preempted). Others are lost when the ring buffer has no room.
         """
         skipped = sum(int(program_info(self.program(name)).recursion_misses) for name in TRACEPOINTS)
         return skipped + self.counters()["events_lost"]
@@ -1295,7 +1295,7 @@ class Kernel:
     def run_time_stats(self) -> Iterator[bool]:
         """Make the kernel measure how long all BPF programs take. Yield whether it does.
 
-        That costs some 20 ns for each run of a program. It ends when nobody asks for it any more.
+        That costs some 20 ns for each run of a program. The kernel stops when nobody asks for it any more.
         """
         with contextlib.ExitStack() as stack:
             is_on = False
@@ -1322,7 +1322,7 @@ class Kernel:
         return self._maps[name]
 
     def layout(self, name: str) -> Layout:
-        """Return the layout of a field of struct layouts in elfprobe.c: structs that no map holds."""
+        """Return the layout of a struct of elfprobe.c that no map holds: a field of struct layouts."""
         return Layout(self.bpf["layouts"].Leaf).member(name)
 
     def counters(self) -> dict[str, int]:
@@ -1339,7 +1339,7 @@ class Kernel:
         self.renew_lease(0)
 
     def set_link_up_since(self, when: int) -> None:
-        """Tell since when the device has had its carrier (CLOCK_MONOTONIC, ns); in the future: it has none."""
+        """Set the time when the device's link came up (CLOCK_MONOTONIC, ns). A future time says that it is down."""
         self.map("link_up_since").put(0, when)
 
     def take_expired(self, sent_before: int) -> list[tuple[Any, ...]]:
@@ -1375,7 +1375,7 @@ class Kernel:
     # Events
 
     def on_event(self, name: str, take: Callable[[bytes], object], pages: int = EVENT_PERF_PAGES) -> None:
-        """Call a function with each event of a ring buffer, while somebody takes or waits for events.
+        """Call a function with each event of a ring buffer, inside take_events() and wait_for_events().
 
         Without ring buffers it is a perf buffer with so many pages for each CPU. Padding may follow its events.
         """
@@ -1398,7 +1398,7 @@ class Kernel:
             self.bpf.perf_buffer_poll(0)
 
     def wait_for_events(self, seconds: float) -> None:
-        """Wait so long, or until enough events are there; handle some of them."""
+        """Wait at most so long for enough events, and handle some of them."""
         if self.platform.has_ring_buffer:
             self.bpf.ring_buffer_poll(int(1000 * seconds))
         else:
@@ -1413,7 +1413,7 @@ IP_LINKS = {
     512: "ppp", 519: "rawip", ARPHRD_TUNNEL: "ipip", 769: "ip6tnl", ARPHRD_SIT: "sit", 778: "gre",
     823: "ip6gre", 0xFFFE: "none",
 }  # fmt: skip
-# Tunnel devices -> the choices of -e that can occur inside; inside the others anything can.
+# Tunnel devices -> the choices of -e that can occur inside. Inside other devices all can.
 CARRIED = {
     ARPHRD_TUNNEL: ("ipinip",), 769: (), ARPHRD_SIT: ("ipinip", "ip6inip"), 778: (), 823: (),
 }  # fmt: skip
@@ -1432,8 +1432,8 @@ ETH_P_ALL = 0x0003
 FILTER_NAME = "elfprobe"
 FILTER_NAME_QDISC_OURS = "elfprobe+clsact"
 OFFLOADS_WITHOUT_XDP = "rx-lro", "rx-gro-hw"  # generic XDP switches these off, and never on again
-# Drivers that take a native XDP program without a reset of their queues, and give up no offload for it. Found
-# by reading: efx_xdp_setup_prog() of sfc just sets a pointer. i40e, ice, ixgbe, igb, igc, mlx5, bnxt, ena
+# Drivers that take a native XDP program without a reset of their queues, and give up no offload for it. Found in
+# the kernel's source: efx_xdp_setup_prog() of sfc just sets a pointer. i40e, ice, ixgbe, igb, igc, mlx5, bnxt, ena
 # and others set up their queues anew; some take the link down.
 XDP_WITHOUT_RESET = frozenset({"sfc"})
 XDP_COSTS = {
@@ -1643,7 +1643,7 @@ def switch_on_offloads(_ipr: Netlink, device: Device, offloads: list[str]) -> No
 
 
 class XdpAttachment(Attachment):
-    """A program at XDP. A BPF link holds it, so that it goes when this process ends, however that comes.
+    """A program at XDP. A BPF link holds it, so that it goes when this process ends, however it ends.
 
     Linux before 5.9 has no links for XDP, BCC before 0.14 none at all. There the program stays until it is
     detached.
@@ -1701,8 +1701,10 @@ class XdpAttachment(Attachment):
 
 
 class TcxAttachment(Attachment):
-    """A program at TC. A tcx link (Linux 6.6) holds it, so that it goes when this process ends, however that
-    comes. It runs after the tcx programs that are there already, and before all filters of clsact."""
+    """A program at TC. A tcx link (Linux 6.6) holds it, so that it goes when this process ends, however it ends.
+
+    It runs after the tcx programs that are there already, and before all filters of clsact.
+    """
 
     what = "TC program"
 
@@ -1753,9 +1755,9 @@ def has_clsact(ipr: Netlink, device: Device) -> bool:
 def tc_delete(ipr: Netlink, command: str, message: int, kind: str, device: Device, **which: int) -> None:
     """Delete a qdisc or a filter. message is the netlink message type of the command.
 
-    pyroute2 before 0.6 sends a deletion with a flag that kernels refuse (EOPNOTSUPP). It sends the raw message
-    type with the right flags. pyroute2 0.9 takes no raw message types, but its commands work. With pyroute2
-    0.6 as the oldest version, the second attempt can go.
+    pyroute2 before 0.6 sends "del" with a flag that kernels refuse (EOPNOTSUPP), but a raw message type with the
+    right flags. pyroute2 0.9 takes no raw message types, but its commands work. With pyroute2 0.6 as the oldest
+    version, the second attempt can go.
     """
     try:
         ipr.tc(command, kind, device.ifindex, **which)
@@ -1766,7 +1768,7 @@ def tc_delete(ipr: Netlink, command: str, message: int, kind: str, device: Devic
 
 
 def remove_clsact(ipr: Netlink, device: Device) -> None:
-    """Remove the clsact qdisc that we added, unless somebody has come to use it."""
+    """Remove the clsact qdisc that we added, unless somebody else uses it by now."""
     in_use = tc_filters(ipr, device, CLSACT_EGRESS) or tc_filters(ipr, device, CLSACT_INGRESS)
     if has_clsact(ipr, device) and not in_use:
         tc_delete(ipr, "del", RTM_DELQDISC, "clsact", device)
@@ -1786,8 +1788,10 @@ def remove_filter(ipr: Netlink, device: Device, ours: TcFilter, parent: int) -> 
 
 
 class ClsactAttachment(Attachment):
-    """A program at TC, as a filter of the clsact qdisc with the first free priority. If this adds the qdisc,
-    it also removes it."""
+    """A program at TC, as a filter of the clsact qdisc with the first free priority.
+
+    If attach() adds the qdisc, detach() removes it.
+    """
 
     what = "filter"
 
@@ -1805,7 +1809,7 @@ class ClsactAttachment(Attachment):
             if name == FILTER_NAME_QDISC_OURS:
                 stack.callback(self._quietly, remove_clsact)
             self._add_filter(name)
-            stack.pop_all()  # from here on the filter tells whose the qdisc is
+            stack.pop_all()  # from here on the filter's name says whether the qdisc is ours
 
     def _add_clsact(self) -> None:
         try:
@@ -1813,8 +1817,8 @@ class ClsactAttachment(Attachment):
         except pyroute2.NetlinkError as err:
             if err.code == errno.EEXIST:
                 raise interface_failure(
-                    f"'{self._device.name}' has an ingress qdisc, beside which there can be no clsact; "
-                    "filters work with clsact's ingress as with it"
+                    f"'{self._device.name}' has an ingress qdisc, which excludes clsact: replace it by clsact, "
+                    "where its filters work as well"
                 ) from err
             raise Failure(f"'{self._device.name}' takes no clsact qdisc: {err}") from err
 
@@ -1848,7 +1852,7 @@ def remove_leftovers(ipr: Netlink, device: Device) -> None:
     if found and program_name(found.prog_id) == "elf_ingress":
         remove_xdp(ipr, device, found.prog_id)
         log.warning("an XDP program that a killed elfprobe left on %s is removed", device.name)
-    for parent in CLSACT_EGRESS, CLSACT_INGRESS:  # the filter that was attached first tells whose the qdisc is
+    for parent in CLSACT_EGRESS, CLSACT_INGRESS:  # the filter whose name tells of the qdisc is last
         for stale in tc_filters(ipr, device, parent):
             if stale.name.startswith(FILTER_NAME):
                 remove_filter(ipr, device, stale, parent)
@@ -1909,7 +1913,7 @@ def attachments(ipr: Netlink, device: Device, kernel: Kernel, hook: Hook, tcx: b
 UNDECIDED, TARGET = 1, 2  # status of a process, as in elfprobe.c
 IN_PATHS = 1  # in a slot of the address filter, as in elfprobe.c
 REMOVED_MAX = 1 << 16  # former target destinations whose sequence numbers are kept
-SCAN_EVERY = 1.0  # s between two looks at the processes
+SCAN_EVERY = 1.0  # s between two scans of the processes
 RESCAN_CPU_SHARE = 0.05  # of a core, at most, to look for processes whose events were missed
 FORKS_SAMPLED, FORKS_SAMPLED_MAX = 3, 30  # to find where a task has its PID; of 30 forks, 27 may be missed
 LINGER = 30.0  # s that a destination stays a target after its last connection ended (polling only)
@@ -1933,7 +1937,7 @@ class Destinations:
         self._filter = kernel.map("address_filter")
         self._line_size = len(self._filter.new().slots)
         self._lines: dict[int, CStruct] = {}  # lines of the filter that are not empty
-        self._removed: dict[bytes, tuple[int, int]] = {}  # what holds for the whole run: seq, excluded
+        self._removed: dict[bytes, tuple[int, int]] = {}  # seq and excluded, which hold for the whole run
         self._is_full = False
 
     def add(self, packed: bytes, path: CStruct = None) -> bool:
@@ -1973,7 +1977,7 @@ class Destinations:
         self._is_full = False
 
     def one_hop_away(self) -> list[str]:
-        """Return the destinations with no router between, those of processes' flows included."""
+        """Return the destinations with no router before them, those of processes' flows included."""
         paths = itertools.chain(self._paths.items(), self._flow_paths.items())
         return [address_text(key) for key, path in paths if path.distance.length == 1]
 
@@ -2038,7 +2042,7 @@ def find_task_pid_offset(kernel: Kernel) -> None:
     for _ in range(FORKS_SAMPLED_MAX):
         samples.put(0, samples.new(parent=os.getpid()))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of threads: the child does nothing that could meet a lock
+            warnings.simplefilter("ignore")  # about a fork with threads: the child takes no lock
             child = os.fork()
         if child == 0:
             os._exit(0)
@@ -2090,7 +2094,7 @@ def duplicated_sockets(pid: int) -> Iterator[socket.socket]:
 
 
 class SocketTagger:
-    """Stores the owner of sockets that were open before the kernel could note it."""
+    """Stores the owner with sockets that were open before elf_sock_create could do so."""
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
@@ -2099,7 +2103,7 @@ class SocketTagger:
     def tag(self, pid: int, process: CStruct) -> bool:
         """Make a process (a struct process) the owner of its sockets. Sockets of other targets keep their owner.
 
-        Return False if its sockets cannot be had, or the process has ended.
+        Return False if its sockets cannot be duplicated, or the process has ended.
         """
         owner = self._owner.new(process=process.id, status=process.status, pid=pid)
         owner.app.text = process.app.text
@@ -2118,18 +2122,18 @@ class SocketTagger:
 class ProcessTable:
     """The kernel's table of processes that are targets, or about which user space has yet to decide.
 
-    A process has an ID beside its PID: it tells processes apart that have the same PID one after the other.
+    A process has an ID beside its PID. The ID tells processes apart that have the same PID one after the other.
     """
 
     def __init__(self, kernel: Kernel) -> None:
         self._processes = kernel.map("processes")
 
     def get(self, pid: int) -> CStruct:
-        """Return the entry of whichever process has this PID, None if there is none."""
+        """Return the entry of the process that has this PID now, None if there is none."""
         return self._processes.get(pid)
 
     def entry(self, process_id: int, pid: int) -> CStruct:
-        """Return the entry of this very process, None if there is none."""
+        """Return the entry of the process with this ID and PID, None if there is none."""
         entry = self.get(pid)
         return entry if entry is not None and entry.id == process_id else None
 
@@ -2141,7 +2145,7 @@ class ProcessTable:
         return entry
 
     def forget(self, process_id: int, pid: int) -> None:
-        """Remove this very process's entry, if there is one."""
+        """Remove the entry of the process with this ID and PID, if there is one."""
         if self.entry(process_id, pid):
             self._processes.remove(pid)
 
@@ -2163,8 +2167,8 @@ class ProcessTable:
 class ProcessFollower:
     """Follows the target processes, exactly and from their first packet.
 
-    The kernel notes for each socket the process that makes it, and follows target processes by their exec, fork
-    and exit. This class adds what only user space sees of a process as it starts: executable and script.
+    The programs of elfprobe.c store the creating process with each socket, and follow exec, fork and exit of
+    target processes. This class adds what only user space sees when a process starts: executable and script.
     """
 
     def __init__(self, kernel: Kernel, apps: Iterable[str], pids: Iterable[int]) -> None:
@@ -2174,16 +2178,16 @@ class ProcessFollower:
         self._processes = ProcessTable(kernel)
         self._tagger = SocketTagger(kernel)
         self._events: queue.SimpleQueue[CStruct] = queue.SimpleQueue()  # struct process_event; None: the end
-        # IDs and PIDs of processes: adopted since the last look, adopted before, with an ended first thread.
+        # IDs and PIDs of processes: adopted since the last check; adopted before it; whose first thread has ended.
         self._adopted: list[tuple[int, int]] = []
         self._adopted_before: list[tuple[int, int]] = []
         self._ending: set[tuple[int, int]] = set()
-        self._made_up_for = 0  # missed events
+        self._made_up_for = 0  # number of missed events for which all processes were scanned
         self._next_rescan = 0.0  # CLOCK_MONOTONIC, s
 
     @contextlib.contextmanager
     def followed(self) -> Iterator[None]:
-        """Follow the processes while a with-block runs, which must take or wait for the kernel's events.
+        """Follow the processes inside the block, which must take or wait for the kernel's events.
 
         Raises Unsupported.
         """
@@ -2206,7 +2210,7 @@ class ProcessFollower:
             yield
 
     def _enter_names(self) -> None:
-        """Tell the kernel the names of -a, each with whether it is the whole name."""
+        """Write the names of -a to the kernel's table, each with whether that is certainly the whole name."""
         table = self._kernel.map("apps")
         for app in self._apps:
             table.put(comm_bytes(app), len(os.fsencode(app)) < TASK_COMM_LEN - 1)
@@ -2227,9 +2231,9 @@ class ProcessFollower:
         stack.callback(os.close, link)
 
     def _adopt_running(self) -> None:
-        """Adopt the target processes that run already, and the children that they had forked by then.
+        """Adopt the target processes that run already, and the children that they have forked so far.
 
-        elf_fork enters the other children. Their parents may have closed sockets by now that they have.
+        elf_fork enters later children. Tag their sockets, too: a child may have some that its parent has closed.
         """
         adopted: set[int] = set()
         while True:
@@ -2246,7 +2250,7 @@ class ProcessFollower:
                 self._tagger.tag(pid, entry)
 
     def _adopt(self, pid: int, process_id: int, name: str) -> None:
-        """Make a process a target, with the sockets that it has."""
+        """Make a process a target, and the owner of its sockets."""
         entry = self._processes.add_target(process_id, pid, name)
         if self._tagger.tag(pid, entry):
             self._adopted.append((process_id, pid))
@@ -2268,7 +2272,7 @@ class ProcessFollower:
                 self._ending.add((event.id, event.pid))
 
     def _check(self) -> None:
-        """Do what has to be done again and again."""
+        """Tag sockets again, make up for missed events, and forget processes that have ended."""
         self._tag_again()
         missed = self._kernel.missed_events()
         if missed != self._made_up_for and time.monotonic() >= self._next_rescan:
@@ -2282,7 +2286,7 @@ class ProcessFollower:
     def _tag_again(self) -> None:
         """Tag the sockets of each process once more, a second or more after it was adopted.
 
-        A socket may have been in the making then: past the program that notes it, and without a descriptor yet.
+        When it was adopted, a socket may have been past elf_sock_create, but without a descriptor yet.
         """
         due, self._adopted_before, self._adopted = self._adopted_before, self._adopted, []
         for process_id, pid in due:
@@ -2291,7 +2295,7 @@ class ProcessFollower:
                 self._tagger.tag(pid, entry)
 
     def _rescan(self) -> float:
-        """Make up for missed events: look at all processes.
+        """Make up for missed events: scan all processes.
 
         Return the earliest time for the next rescan (CLOCK_MONOTONIC, s), so that scanning stays below
         RESCAN_CPU_SHARE of a core. Adopting does not count: it is done once for each process.
@@ -2306,7 +2310,7 @@ class ProcessFollower:
         return earliest
 
     def _decide(self, process_id: int, pid: int, status: int) -> None:
-        """Make a process a target, or forget it. status is what the kernel thought of it."""
+        """Make a process a target, or forget it. status is its status in the kernel's event."""
         try:
             process = look_at_process(pid)
         except OSError:  # it has ended
@@ -2315,7 +2319,7 @@ class ProcessFollower:
         entry = self._processes.get(pid)
         if entry is not None and entry.id != process_id:  # it has ended, or is another program by now
             return
-        if entry is None:  # removed with the entry of the program before, or this is another process
+        if entry is None:  # it went with the entry of the program before the exec, or this is another process
             status = UNDECIDED
         parent = self._processes.get(process.ppid)
         inherits = parent is not None and parent.status == TARGET  # the parent became a target after the fork
@@ -2360,7 +2364,7 @@ class ConnectionPoller:
         now = time.monotonic()
         running = list(running_processes())
         known: Iterable[int] = self._pids
-        if self._chosen is not None:  # not another process with the PID, but children whose parent has ended
+        if self._chosen is not None:  # leave out new processes with an old PID, keep children of ended parents
             known = [process.pid for process in running if (process.pid, process.started) in self._chosen]
         chosen = choose_processes(running, self._apps, known)
         self._chosen = {(process.pid, process.started) for process in running if process.pid in chosen}
@@ -2405,7 +2409,7 @@ RESULT_PERF_PAGES = 512  # of each CPU's perf buffer, if there is no ring
 FLOW_EVENT_TEXTS = {  # by enum of elfprobe.c
     1: "{flow}: nothing is acknowledged any more: no probes until it moves again",
     2: "{flow}: moves again, and is probed again",
-    3: "{flow}: stalled under probes again, this flow or another one: a firewall may take a low TTL for an attack: "
+    3: "{flow}: stalled, after another stall under probes to {dest}: a firewall may take a low TTL for an attack: "
        "destination excluded for the rest of this run; open connections anew",
     4: "{dest}: a filter in front of ours took the copy of a packet, or let it out whole: destination "
        "excluded for the rest of this run",
@@ -2415,7 +2419,7 @@ FLOW_EVENT_TEXTS = {  # by enum of elfprobe.c
 
 
 class Results:
-    """The probes that ended, from the kernel's maps to rows of text, the summary and the findings."""
+    """Turns ended probes from the kernel's maps into rows of text, the summary and the findings."""
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
@@ -2423,7 +2427,7 @@ class Results:
         self.summary = Summary(ReverseDns().with_name)
         self.replies = 0
         self.unanswered = 0
-        self.malformed = 0  # extensions that routers put behind their quotes
+        self.malformed = 0  # number of replies with a malformed extension
         extended = kernel.layout("result")  # a struct result, then an extension
         result = extended.member("result")
         self._result = struct.Struct(result.format)
@@ -2494,7 +2498,7 @@ def log_flow_events(kernel: Kernel) -> None:
 
 
 def save_maps(kernel: Kernel, filebase: str, stop: Stop) -> None:
-    """Write each map of the hooks file to FILEBASE.MAP.json: its entries, with a value for each CPU if it has that.
+    """Write the entries of each map of the hooks file to FILEBASE.MAP.json, per-CPU maps with a value for each CPU.
 
     Write no more once a stop is asked for again. A map that cannot be read is logged. Raises Failure if a file
     cannot be written.
@@ -2531,25 +2535,25 @@ def map_lines(kernel: Kernel, name: str, is_stopped: Callable[[], bool]) -> list
 
 # ---- Run: one measurement, and the entry point -------------------------------------------------------
 
-LEASE = 2.0  # s after its last renewal for which the kernel makes probes
+LEASE = 2.0  # s after a renewal for which the programs send probes
 RENEW_EVERY = 0.5  # s
-DRAIN_EVERY = 0.25  # s between two looks at the result ring, at most
+DRAIN_EVERY = 0.25  # s between two reads of the result ring, at most
 STRAY_REPLIES = 0.5  # s to wait for replies after the last probe
-CHECK_EVERY = 5.0  # s between two looks whether our programs are still attached
+CHECK_EVERY = 5.0  # s between two checks that our programs are still attached
 REPORT_EVERY = 10.0  # s between two lines with the counters (-d)
 DRAW_EVERY = 1.0  # s between two tables on a terminal
-RESET_FOR = 10.0  # s after XDP was attached in which the network driver is suspected if the carrier is lost
+RESET_FOR = 10.0  # s after attaching XDP for which the network driver is suspected if the link goes down
 
 
 def monotonic_epoch() -> str:
-    """Return when CLOCK_MONOTONIC, the clock of the rows, was 0: UTC (ISO 8601), by the clocks of now."""
+    """Return when CLOCK_MONOTONIC, the clock of the rows, was 0, by today's clocks: UTC (ISO 8601)."""
     nanoseconds = time.time_ns() - time.monotonic_ns()
     seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(nanoseconds // 10**9))
     return f"{seconds}.{nanoseconds % 10**9 // 1000:06}Z"
 
 
 class Stop:
-    """How often a signal has asked for the end. It has no lock: a handler runs in the midst of anything."""
+    """Counts signals that ask for the end. It has no lock: a signal handler interrupts any code, any lock's too."""
 
     def __init__(self) -> None:
         self.asked = 0
@@ -2571,7 +2575,7 @@ class Attached:
 
 
 class Measurement:
-    """From "probing on" to the summary. CLOCK_MONOTONIC is time.monotonic()."""
+    """The part of a run from "probing on" to the summary. CLOCK_MONOTONIC is time.monotonic()."""
 
     def __init__(
         self, config: Config, attached: Attached, results: Results, csv: OutputFile, console: Console | None
@@ -2611,7 +2615,7 @@ class Measurement:
             while time.monotonic() < self._ended_at + STRAY_REPLIES:
                 self._take()
                 time.sleep(STRAY_REPLIES / 10)
-        finally:  # even if nothing can be written: the rows are counted all the same
+        finally:  # even if nothing can be written, because the rows must be counted
             self._write(self._results.take() + self._results.expire(1 << 63) + self._results.take())
 
     def _write(self, rows: str) -> None:
@@ -2625,7 +2629,7 @@ class Measurement:
     def _expire(self) -> None:
         """Write the rows of probes that have been outstanding for too long."""
         count = self._kernel.counters()
-        # To ask the map itself whether it is empty takes a look into each of its buckets.
+        # The counters are cheaper than the map: to see that it is empty, the kernel looks into each bucket.
         if count["probes"] != count["replies"] + self._results.unanswered:
             self._write(self._results.expire(int((time.monotonic() - UNANSWERED_AFTER) * 1e9)))
 
@@ -2787,7 +2791,7 @@ class ElfProbe:
                 raise Failure(str(reason)) from reason
 
     def _load(self, build: Build) -> tuple[Kernel, str]:
-        """Return the programs, loaded, and why they do not know the owner of a packet's socket; empty: they do."""
+        """Return the loaded programs, and why they do not know the owner of a packet's socket; empty: they do."""
         if not self._config.by_process:
             refused = "nobody asks for it"
         elif not self._platform.has_ring_buffer:
@@ -2804,7 +2808,7 @@ class ElfProbe:
         return Kernel(self._config, build, self._platform), refused
 
     def _follow_processes(self, stack: contextlib.ExitStack, attached: Attached, poller: ConnectionPoller) -> None:
-        """Follow the target processes until the stack unwinds, in the best way that there is."""
+        """Follow the target processes until the stack unwinds: exactly, or if that is unsupported, by polling."""
         if not self._config.by_process:
             return
         try:
@@ -2866,7 +2870,7 @@ def main(argv: list[str], detect: Callable[[], Platform] = Platform.detect) -> i
             ElfProbe(config, platform, stop, console if config.live else None, file_log).run()
         finally:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.SIG_IGN)  # everything is undone: the exit status stands
+                signal.signal(number, signal.SIG_IGN)  # all is detached; a signal must not change the exit status
     except Exception as err:
         if debug:
             console.say(traceback.format_exc().rstrip())
