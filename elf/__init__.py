@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What elfprobe.py and elfplot.py know of results, and what elfprobe.py needs neither BCC nor root for.
+"""What elfprobe.py and elfplot.py share about results, and the parts of elfprobe.py that need no BCC and no root.
 
 Nothing here imports elfprobe.py or BCC, and nothing needs root. Each module imports only from those below it:
 

@@ -18,7 +18,7 @@ from elf.usage import Failure, printable
 
 V4_MAPPED = bytes(10) + b"\xff\xff"
 PROTOCOLS = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6"}
-RESOLVER_THREADS = 4  # so many names are asked for at once
+RESOLVER_THREADS = 4  # host names that are looked up at a time
 NAMES_MAX = 10000  # host names that are kept
 
 
@@ -45,7 +45,7 @@ def flow_text(dest: str, sport: int, dport: int, protocol: int) -> str:
 
 
 def why_unreachable(packed: bytes) -> str:
-    """Return why no router ever answers for this destination; empty: one may. Private addresses may have one."""
+    """Return why no router can ever answer for this destination; empty if one can, as for private addresses."""
     address = ipaddress.ip_address(address_text(packed))
     if address.is_multicast or packed.startswith(V4_MAPPED) and packed[12] >= 240:
         return "no router answers for multicast, broadcast and reserved addresses"
@@ -55,7 +55,7 @@ def why_unreachable(packed: bytes) -> str:
 
 
 def resolve(name: str) -> set[bytes]:
-    """Return all addresses of a name, or the address that the text is. Raises Failure."""
+    """Return all addresses of a name, which may itself be an address. Raises Failure."""
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as err:
@@ -65,7 +65,7 @@ def resolve(name: str) -> set[bytes]:
 
 
 def read_address_file(path: str) -> list[tuple[str, str]]:
-    """Return the names in an @FILE, each with its line as text for an error message.
+    """Return the names in an @FILE, each with its line number and file for an error message.
 
     Empty lines, and what follows a #, are left out. Raises Failure.
     """
@@ -83,7 +83,7 @@ def read_address_file(path: str) -> list[tuple[str, str]]:
 def resolve_all(arguments: Iterable[str], most: int) -> dict[bytes, str]:
     """Return the packed addresses of all address arguments, each with the user's name for it.
 
-    Raises Failure, also if there are more than so many.
+    Raises Failure, also if there are more than most.
     """
     found: dict[bytes, str] = {}
     for argument in arguments:
@@ -103,7 +103,7 @@ def resolve_all(arguments: Iterable[str], most: int) -> dict[bytes, str]:
 
 
 class ReverseDns:
-    """Host names of addresses. Threads ask for them in the background: no caller ever waits."""
+    """Host names of addresses. Threads look them up in the background, so no caller waits."""
 
     def __init__(self) -> None:
         self._names: dict[str, str] = {}

@@ -17,11 +17,11 @@ LINES_MAX = 10000  # that may wait while the console accepts no data
 PATIENCE = 1.0  # s to wait at the end for a console that accepts no data
 CLEAR_BELOW = "\x1b[J"  # ECMA-48: ED
 UP_TO_START = "\x1b[{}F"  # ECMA-48: CPL
-SIZE = 80, 24  # columns and lines of a terminal that does not say
+SIZE = 80, 24  # columns and lines of a terminal that does not tell its size
 
 
 def open_standard_streams() -> None:
-    """Give closed standard streams a file, or else the next file that is opened would take their place."""
+    """Open /dev/null for closed standard streams, because the next opened file would take their place."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
@@ -30,7 +30,7 @@ def open_standard_streams() -> None:
 
 
 class LogFormat(logging.Formatter):
-    """A log line: the time and the message. A name with line breaks in it does not make it two."""
+    """Formats a log line: time and message. Line breaks in names are escaped, so it stays one line."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s.%(msecs)03d %(message)s", "%H:%M:%S")
@@ -76,7 +76,7 @@ class Console(logging.Handler):
         """
         if not self.is_terminal or not self._texts.empty():
             return
-        with contextlib.suppress(OSError):  # the terminal has no foreground job
+        with contextlib.suppress(OSError):  # if the terminal has no foreground job
             if os.tcgetpgrp(self._fd) != os.getpgrp():
                 return
         columns, lines = self._size()
@@ -105,7 +105,7 @@ class Console(logging.Handler):
             self._thread.join(PATIENCE)
 
     def _write(self) -> None:
-        """Write what is in the queue: a str below the lines so far, a list as the new live table."""
+        """Write the texts of the queue: a str is a log line, a list is the new live table."""
         table: list[str] = []
         for text in iter(self._texts.get, None):
             columns = self._size()[0] if table else 1  # a window made narrower wraps the table's lines

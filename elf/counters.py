@@ -15,21 +15,21 @@ LOST_PROBES = {  # why a probe was not made, or its reply not written
                   "does not send copies to",
     "build_failed": "copies could not be trimmed",
     "key_busy": "identifier collision with a probe in flight",
-    "in_flight_full": "no room to wait for more answers",
+    "in_flight_full": "no room for more probes in flight",
     "over_max_rate": "more than --max-rate",
 }  # fmt: skip
 UNFIT_PACKETS = {  # why a target's packet carried no probe
     "carrier_low_ttl": "TTL of 32 or less, as traceroute's",
     "carrier_unfit": "SYN, FIN, RST, fragments, other protocols",
     "carrier_resent": "retransmissions and keep-alives",
-    "carrier_zerocopy": "sent with MSG_ZEROCOPY, of which the kernel would tell that it was copied",
-    "carrier_stamped": "the network card is to stamp the packet's time, and might stamp the copy's instead",
+    "carrier_zerocopy": "sent with MSG_ZEROCOPY, and the kernel would tell the application that it was copied",
+    "carrier_stamped": "they ask the network card for a time stamp, which their copies might get instead",
     "carrier_early": "the peer has not confirmed the TCP connection yet",
     "on_link": "the destination is on this link, with no router before it",
     "hop_unresponsive": "the next hop stopped responding and is backing off",
     "flow_stalled": "nothing was acknowledged any more",
     "lease_expired": "elfprobe was stopped or starved",
-    "hook_dropped": "the hook's verdict",
+    "hook_dropped": "a hook returned a negative number",
 }
 NEAR_SHOWN = 5  # destinations one hop away that are named
 

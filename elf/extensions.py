@@ -15,7 +15,7 @@ MPLS_LABEL_STACK = 1, 1  # class and type (RFC 4950)
 INTERFACE_INFORMATION = 2  # class (RFC 5837); the type is a bit field
 INTERFACE_ROLES = ("incoming", "sub-ip", "outgoing", "next-hop")  # by the type's two highest bits
 WITH_IFINDEX, WITH_ADDRESS, WITH_NAME, WITH_MTU = 8, 4, 2, 1  # bits of the type
-ADDRESS_FAMILIES = {1: (socket.AF_INET, 4), 2: (socket.AF_INET6, 16)}  # IANA's number: ours, bytes
+ADDRESS_FAMILIES = {1: (socket.AF_INET, 4), 2: (socket.AF_INET6, 16)}  # IANA's number -> ours, bytes of an address
 
 
 class MalformedExtension(ValueError):
@@ -39,7 +39,7 @@ def extension_texts(data: bytes, is_cut: bool = False) -> tuple[str, str]:
 
 
 def parse(data: bytes, is_cut: bool) -> tuple[str, str]:
-    """Return what extension_texts() does. Where data ends too early, other exceptions are raised, too."""
+    """Return what extension_texts() returns. If data ends too early, other exceptions may be raised, too."""
     version, checksum = data[0] >> 4, struct.unpack_from("!H", data, 2)[0]
     if version != VERSION:
         raise MalformedExtension("not version 2")

@@ -21,9 +21,9 @@ LOCK_TRIES, LOCK_EVERY = 500, 0.01  # to lock the folder of the CSV; s between t
 
 @contextlib.contextmanager
 def no_other_in_folder_of(path: str) -> Iterator[None]:
-    """Keep other runs from choosing names and renaming files in a folder meanwhile.
+    """Keep other runs from choosing names and renaming files in the path's folder, inside the block.
 
-    If the folder cannot be locked, or another run (a stopped one, say) keeps it for seconds, go on without.
+    If the folder cannot be locked, or another run (a stopped one, say) keeps it locked for seconds, go on without.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
@@ -38,7 +38,7 @@ def no_other_in_folder_of(path: str) -> Iterator[None]:
 
 
 def next_free_name(path: str) -> str:
-    """Return the path with the lowest number before its extension that no file has."""
+    """Return the path with a number before its extension: the lowest one that no file has."""
     base, extension = os.path.splitext(path)
     number = 1
     while os.path.lexists(f"{base}.{number}{extension}"):
@@ -50,7 +50,7 @@ class OutputFile:
     """A new file that the user who called sudo owns. It has a temporary name until publish()."""
 
     def __init__(self, path: str) -> None:
-        """Raises Failure."""
+        """Create the file. Raises Failure."""
         self.path = path
         self.lines_lost = 0  # that could not be written
         self._temporary = os.path.join(os.path.dirname(path), f".elfprobe-{secrets.token_hex(8)}")
@@ -71,7 +71,7 @@ class OutputFile:
     def publish(self) -> str:
         """Give the file its name. Return the new name of the file that had it, empty if none had. Raises Failure.
 
-        Until here nothing that exists is touched, so a start that fails has nothing to undo.
+        Before this call no existing file is touched, so a start that fails has nothing to undo.
         """
         renamed = ""
         with self._errors(), no_other_in_folder_of(self.path):
@@ -103,7 +103,7 @@ class OutputFile:
             raise Failure(f"cannot write '{self.path}': {err.strerror}") from err
 
     def close(self) -> None:
-        """Close the file. Without a name it is removed."""
+        """Close the file. Remove it if it is not published."""
         if self._temporary:
             with contextlib.suppress(OSError):
                 os.unlink(self._temporary)

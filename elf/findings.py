@@ -12,8 +12,8 @@ from typing import Iterator
 from elf.paths import Destination, Hop, Outage
 from elf.rows import Record
 
-ENOUGH_PROBES = 20  # from which on a hop's share of answers means something
-UNANSWERED_MIN, UNANSWERED_SHARE_MIN = 3, 0.005  # fewer unanswered probes are not worth a word
+ENOUGH_PROBES = 20  # to a hop, from which on its share of answers counts
+UNANSWERED_MIN, UNANSWERED_SHARE_MIN = 3, 0.005  # fewer unanswered probes are not reported
 TCP_AGREES_FROM = 1 / 10
 OFTEN = 1 / 4  # changes per answer from which on a hop alternates
 REWRITES_MAX = 1000  # findings that PathRewrites keeps
@@ -79,7 +79,7 @@ class TooFewBehind(Unanswered):
 
 @dataclasses.dataclass(frozen=True)
 class UnansweredWithTcp(Unanswered):
-    """TCP's retransmissions are the only hint, where probes rode on TCP."""
+    """Only TCP's retransmissions hint at the reason, if probes rode on TCP."""
 
     retransmitted: int | None  # segments; None: no probe rode on TCP
     tcp_agrees: bool  # TCP loses about as large a share of its segments: see tcp_on_loss()
@@ -103,7 +103,7 @@ class NoneBehind(UnansweredWithTcp):
 
 @dataclasses.dataclass(frozen=True)
 class Loss(UnansweredWithTcp):
-    """Probes that pass the hop are unanswered as often."""
+    """Probes to the hops behind it are unanswered as often."""
 
     def text(self) -> str:
         but = self._tcp() or ", unless all of them limit their answers"
@@ -140,7 +140,7 @@ class PathRewrite(Finding):
 
 
 def findings_on(destination: Destination) -> Iterator[Finding]:
-    """Yield what there is to say of a destination: outages, unanswered probes, changes of responders."""
+    """Yield the findings on a destination: outages, unanswered probes, changes of responders."""
     outages = destination.outages()
     answering = {number: hop for number, hop in sorted(destination.hops.items()) if hop.latency.count}
     for number in answering:
@@ -167,8 +167,8 @@ def unanswered(
 ) -> Iterator[Unanswered]:
     """Yield where probes are unanswered and why, as far as hops behind and TCP tell.
 
-    A hop with an outage is skipped: its unanswered probes are explained. Loss at a hop shows at the hops
-    behind it as well, so these are only named where they are clearly worse.
+    A hop with an outage is skipped: the outage explains its unanswered probes. Loss at a hop also shows at the
+    hops behind it, so these are named only if they are clearly worse.
     """
     lossy: Hop | None = None
     for number, hop in hops.items():
@@ -190,14 +190,16 @@ def unanswered(
 
 
 def tcp_on_loss(destination: Destination, share: float) -> tuple[int | None, bool]:
-    """Return the segments that TCP retransmitted (None without TCP), and whether they agree with such a share
-    of loss: at least TCP_AGREES_FROM of it, since unanswered probes include those whose answer was lost."""
+    """Return how many segments TCP retransmitted (None without TCP), and whether that agrees with a share of loss.
+
+    It agrees from TCP_AGREES_FROM of the share on: unanswered probes include those whose answer was lost.
+    """
     probes, retransmitted = destination.srtt.count, destination.retransmitted
     return (retransmitted if probes else None), retransmitted >= share * probes * TCP_AGREES_FROM
 
 
 class PathRewrites:
-    """Where on the path headers change, as quoted packets show it: the nearest hop that quotes the change."""
+    """Collects the header changes that quoted packets show, each with the nearest hop that quotes it."""
 
     def __init__(self) -> None:
         self._nearest: dict[tuple[str, str], PathRewrite] = {}  # by destination and change

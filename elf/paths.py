@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What is known of a path: for each hop latencies, responders and outages, and how TCP fares."""
+"""What is known of a path: latencies, responders and outages of each hop, and TCP's own figures."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import NamedTuple
 from elf.histogram import LatencyHistogram
 
 SIGNIFICANT = 3  # standard errors by which two shares must differ
-OUTAGE_MIN = 3  # s: a shorter time without answers is no outage; other hops must answer in more seconds
+OUTAGE_MIN = 3  # s: an outage is longer, and another hop answers in more seconds of it
 OUTAGES_MAX = 5  # of a hop, that are kept
 
 
 class Outage(NamedTuple):
-    """A hop that had answered did not for a while, although another did: the next one in front or behind."""
+    """A time in which a hop stopped answering, but the next hop that answers, in front or behind, did not."""
 
     begin: int  # s, CLOCK_MONOTONIC
     seconds: int
@@ -41,7 +41,7 @@ class Hop:
         self.outages: list[Outage] = []  # those that are over
         self.active_seconds = 0  # seconds in which at least one probe left that was answered
         self.last_second = 0  # the last of them
-        self._neighbours_active = 0, 0  # active_seconds of the hops in front and behind, at that time
+        self._neighbours_active = 0, 0  # active_seconds of the hops in front and behind, in last_second
 
     @property
     def probes(self) -> int:
@@ -109,7 +109,7 @@ class Destination:
         return self.hops.get(front), self.hops.get(behind)
 
     def outages(self) -> dict[int, list[Outage]]:
-        """Return the outages by hop, with those that last."""
+        """Return the outages by hop, including those that still last."""
         now = self.last_sent // 10**9
         found = {}
         for number, hop in self.hops.items():

@@ -9,8 +9,8 @@ import re
 from typing import Iterable, Iterator, NamedTuple
 
 TASK_COMM_LEN = 16  # linux/sched.h: of a command name, the final zero included
-# An interpreter runs a script that its command line names. Interpreter, without its version -> a pattern of
-# options that have code behind them in the place of a script, and options that have a value behind them.
+# An interpreter runs a script that its command line names. Interpreter, without its version -> a pattern of the
+# options that code follows instead of a script, and the options that a value follows.
 SHELL = (r"-\w*c", ("-o", "-O", "+o", "+O", "--rcfile", "--init-file"))
 NODE = (r"-pe?|-e|--eval|--print", ("-r", "--require", "--import", "--loader"))
 INTERPRETERS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -28,7 +28,7 @@ INTERPRETERS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 class Process(NamedTuple):
-    """What tells whether a process is a target."""
+    """What decides whether a process is a target."""
 
     pid: int
     ppid: int
@@ -92,13 +92,13 @@ def choose_processes(processes: Iterable[Process], apps: Iterable[str], pids: It
 def look_at_process(pid: int) -> Process:
     """Return a process, read from /proc. Raises OSError if it has ended.
 
-    psutil would not do: many processes may start each second, and psutil remembers what a process was before it
-    became another program.
+    psutil is too slow, because many processes may start each second. It also remembers the program that a
+    process ran before an exec.
     """
     with open(f"/proc/{pid}/comm", "rb") as file:
         name = os.fsdecode(file.read().rstrip(b"\n"))
     try:
-        exe = re.sub(r" \(deleted\)$", "", os.readlink(f"/proc/{pid}/exe"))  # there may be a newer one
+        exe = re.sub(r" \(deleted\)$", "", os.readlink(f"/proc/{pid}/exe"))  # a newer file may have replaced it
     except OSError:  # a kernel thread, a zombie, or somebody else's
         exe = ""
     words: tuple[str, ...] = ()

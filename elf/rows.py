@@ -2,9 +2,9 @@
 """The rows of elf.csv: COLUMNS is the one table from which all else follows.
 
     HEADER              the first line of the file
-    row_function()      what makes a row, and the summary's record, of a probe that has ended
+    row_function()      returns a function that makes a row and a Record of a probe that has ended
     read_csv()          reads a file (needs pandas)
-    records_in()        makes the same records of a file's rows
+    records_in()        makes the same Records of a file's rows
 
 To add a column, append it to COLUMNS. If the summary is to know it, give Record below a field
 of the same name; if elfplot.py is to draw it, add it to READ.
@@ -68,13 +68,13 @@ NAMES = tuple(column.name for column in COLUMNS)
 HEADER = ",".join(NAMES) + "\n"
 
 # What read_csv() needs to know of the columns.
-ALWAYS_THERE = 15  # columns that every version has written, never with an empty number
+ALWAYS_THERE = 15  # number of columns that every version writes; numbers in them are never empty
 TEXTS = "dest", "responder", "app"  # all others are numbers
 READ = (
     "latency", "sendtime", "dest", "responder", "outttl", "sport", "dport", "protocol",
     "app", "srtt", "cwnd", "retrans",
 )  # fmt: skip
-LEAST = {"latency": -1}  # of the other numbers it is 0
+LEAST = {"latency": -1}  # the lowest valid value; 0 for other numbers
 LIMITS = {  # by type
     "int64": 1 << 62,  # ns; the sum of two fits
     "float64": 1 << 32,  # these fields have 32 bits
@@ -122,8 +122,8 @@ IN_EXPRESSIONS = {"address_text": address_text, "app_text": app_text, "csv_field
 def row_function(fields: Sequence[str]) -> Callable[..., tuple[str, Record]]:
     """Return a function that makes a row and a Record of the values of these fields, given as one tuple.
 
-    mpls and ifinfo, the texts of a reply's extension, are its optional second and third argument. Without
-    "recvtime" among the fields the probes are unanswered. The function is compiled from COLUMNS, as
+    mpls and ifinfo, the texts of a reply's extension, are its optional second and third argument. If
+    "recvtime" is not a field, the probes are unanswered. The function is compiled from COLUMNS, as
     collections.namedtuple does it: a loop over the columns takes several times as long for each row.
     """
     is_answered = "recvtime" in fields
@@ -152,7 +152,7 @@ def row_function(fields: Sequence[str]) -> Callable[..., tuple[str, Record]]:
 
 
 def dtype(name: str) -> str:
-    """Return pandas' type for a column. Where a number may be unknown it is a float, since no int is NaN."""
+    """Return pandas' type for a column. A number that may be unknown is a float, because no int is NaN."""
     if name in TEXTS:
         return "category"
     return "int64" if name in NAMES[:ALWAYS_THERE] else "float64"

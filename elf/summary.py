@@ -46,8 +46,8 @@ class Flow:
 class Summary:
     """All probes that have ended, by destination and hop.
 
-    label returns how an address is printed. It is called with each address as soon as that is known, so that
-    a label which takes time to find (a host name) is there when the first table is made.
+    label returns the text for an address. It is called as soon as an address is seen, so that a label that takes
+    time to find (a host name) is there when the first table is made.
     """
 
     def __init__(self, label: Callable[[str], str] = str) -> None:
@@ -60,7 +60,7 @@ class Summary:
 
     def note(self, probe: Record) -> None:
         """Add a probe that has ended."""
-        # All at once: each attribute of a NamedTuple takes as long as a look-up in a dict.
+        # Unpack all at once: each attribute of a NamedTuple takes as long as a look-up in a dict.
         (
             dest, sport, dport, protocol, number, sendtime, latency, responder, srtt, cwnd, retrans, _, _, _,
         ) = probe  # fmt: skip
@@ -98,7 +98,7 @@ class Summary:
             destination.srtt.add(srtt * 1000)
 
     def _note_responder(self, hop: Hop, flow: Flow, probe: Record) -> None:
-        """Note that another responder answers than the one before in this flow, or the first one."""
+        """Note the responder of a flow at a hop, if it is the first one or another one than before."""
         number = probe.outttl
         before = flow.responders.get(number)
         self._label(probe.responder)
@@ -142,8 +142,8 @@ class Summary:
     def _new_flow(self, key: FlowKey, retrans: int) -> Flow:
         """Return a new flow, in place of the oldest ones if there are too many.
 
-        A new flow's first retransmissions count. Once flows have been forgotten, this may be one of them,
-        whose retransmissions so far have been counted.
+        The retransmissions of a new flow count from 0. Once flows have been forgotten, this may be one of
+        them: then its retransmissions so far have been counted already.
         """
         if len(self._flows) >= FLOWS_MAX:
             self._flows_are_forgotten = True
