@@ -13,9 +13,9 @@ hop  probes answered      min   median      95%      99%      max   jitter  resp
 picture: elf.png
 page: elf.html
 
-elf.png shows latency over time with a colour for each hop, beside it each hop's spread over the whole time,
-and below, where there are any, unanswered probes, and the flows' own round-trip time and retransmissions.
-elf.html is one page that needs no other file: the table, and the picture, which tells more under the pointer.
+elf.png shows latency over time, with a colour for each hop. Beside it is each hop's spread over the whole time.
+Below, if there are any, are unanswered probes, and the flows' own round-trip time and retransmissions. elf.html
+is one page that needs no other file: the table, and the picture, which shows figures under the pointer.
 Both lie beside the CSV unless -o says otherwise. With elf.log beside elf.csv, times are UTC.
 """
 
@@ -42,7 +42,7 @@ from elf.rows import read_csv, records_in
 from elf.summary import TABLES_MAX, Summary
 from elf.usage import Failure, Parser, not_empty, printable
 
-logging.getLogger("matplotlib").setLevel(logging.ERROR)  # or it talks of its cache directory
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # otherwise it warns about its cache directory
 MISSING: dict[str, str] = {}  # module -> Debian's name of the package that has it
 try:
     import numpy as np
@@ -58,14 +58,14 @@ except ImportError:
     MISSING["matplotlib"] = "python3-matplotlib"
 
 CLOCK_LINE = re.compile(r"CLOCK_MONOTONIC 0 is (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?)Z")
-CLOCK_SLACK = 60.0  # s by which the CSV may seem to be written before its last rows, or after them
+CLOCK_SLACK = 60.0  # s between the CSV's modification time and its last row
 COPY_SLACK = 600.0  # s that may lie between copying the CSV and the log
 
-SECTIONS_MAX, CHOSEN_MAX = 4, 16  # destinations drawn: by themselves, with --dest
+SECTIONS_MAX, CHOSEN_MAX = 4, 16  # destinations in a picture, at most: without and with --dest
 RESPONDERS_MAX = 3  # of a hop that get a line of their own
 BINS_MAX = 300
 POINTS_MAX = 2000  # of a line that are drawn
-LOG_FROM = 10.0  # slowest to fastest answer from which the axis is logarithmic
+LOG_FROM = 10.0  # ratio of slowest to fastest answer from which on the axis is logarithmic
 SECOND = 10**9  # ns
 STEPS = [m * 10**e for e in range(3, 10) for m in (1, 2, 5)] + [
     s * SECOND for s in (10, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400, 21600, 43200, 86400)
@@ -76,10 +76,10 @@ WIDTH, LEFT, TIME, GAP, HOPS, LIST = 12.4, 0.85, 6.7, 0.12, 1.75, 2.7  # inches
 LINE, STYLES = 0.155, ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)))
 FLOW_COLOUR, RETRANS_COLOUR = "#222222", "#009e73"
 READING = (
-    "Lines are medians, bands the middle half of each bin; dots are single probes, of many a sample and each "
-    "bin's slowest. Beside them the whole time: median, middle half, 5th to 95th percentile.",
-    "Probes without answer are in the strip below: grey where all were answered, coloured where not, the "
-    "stronger the more of them. White: not probed.",
+    "Lines are medians, bands the middle half of each bin. Dots are single probes: of many, a sample and each "
+    "bin's slowest. On the right, of the whole time: median, middle half, 5th to 95th percentile.",
+    "The strip below shows unanswered probes: grey if all of a bin were answered, coloured if not, the stronger "
+    "the more were not. White: not probed.",
 )
 RC = {"font.family": "DejaVu Sans", "font.size": 8, "axes.linewidth": 0.6, "axes.edgecolor": "#888888",
       "xtick.color": "#444444", "ytick.color": "#444444", "axes.axisbelow": True}  # fmt: skip
@@ -89,7 +89,7 @@ RC = {"font.family": "DejaVu Sans", "font.size": 8, "axes.linewidth": 0.6, "axes
 
 
 def address(text: str) -> str:
-    """An argparse type: an address as rows have it."""
+    """Return an address as rows have it: an argparse type."""
     try:
         return str(ipaddress.ip_address(text))
     except ValueError:
@@ -97,7 +97,7 @@ def address(text: str) -> str:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """Raises Failure (status 2) for what cannot be meant."""
+    """Return the arguments. Raises Failure (status 2) for wrong usage."""
     parser = Parser(
         prog="elfplot.py",
         usage="python3 elfplot.py [-h] [-o FILEBASE] [--html] [--dest ADDRESS] CSV",
@@ -107,8 +107,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("csv", type=not_empty, metavar="CSV", help="file of elfprobe.py, which may still be writing it")
     add("-o", "--filebase", type=not_empty, metavar="FILEBASE",
-        help="draw FILEBASE.png and FILEBASE.html (default: those beside the CSV, of its name; "
-        "existing ones are overwritten)")  # fmt: skip
+        help="draw FILEBASE.png and FILEBASE.html (default: the CSV's name without .csv); "
+        "existing files are overwritten")  # fmt: skip
     add("--html", action="store_true", help="make the page, too: table and picture in one file")
     add("--dest", action="append", default=[], type=address, metavar="ADDRESS",
         help=f"only this destination; may be given again (default: the busiest {TABLES_MAX} in the table, "
@@ -128,8 +128,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def utc_of_zero(csv: str, rows: pd.DataFrame) -> tuple[int | None, str]:
-    """Nanoseconds from 1970 to CLOCK_MONOTONIC 0 as the log beside the CSV has it, or None where there is
-    no such log or it is another run's; and what is to be said about that."""
+    """Return the ns from 1970 to CLOCK_MONOTONIC 0 by the log beside the CSV, and a note for the user.
+
+    The ns are None if there is no such log, or if it is another run's.
+    """
     path = os.path.splitext(csv)[0] + ".log"
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -160,7 +162,7 @@ def summary_of(rows: pd.DataFrame) -> list[str]:
 
 
 def busiest(rows: pd.DataFrame, column: str = "dest") -> list[str]:
-    """What stands in the column, the most frequent first."""
+    """Return the values of a column, the most frequent first."""
     counts = {str(name): count for name, count in rows[column].value_counts().items() if count}
     return sorted(counts, key=lambda name: (-counts[name], name))
 
@@ -170,11 +172,11 @@ def busiest(rows: pd.DataFrame, column: str = "dest") -> list[str]:
 
 @dataclasses.dataclass
 class Line:
-    """The answers of one responder at one hop (of several, if they are many). Latencies in ms."""
+    """The answers of one responder at a hop, or of all further ones if there are many. Latencies in ms."""
 
     hop: int
     responder: str
-    rank: int  # among the hop's
+    rank: int  # among the hop's responders
     spread: list[float]  # percentiles 5, 25, 50, 75, 95 of all
     bins: pd.DataFrame  # by number of the bin: t (s, mean), low, median, high (quartiles), max, count
     points: pd.DataFrame  # t (s), ms
@@ -202,18 +204,18 @@ class Section:
 
 
 def round_up(ns: float) -> int:
-    """The next of STEPS, or of whole days."""
+    """Return the lowest of STEPS, or of whole days, that is not below."""
     return next((step for step in STEPS if step >= ns), -int(-ns // (86400 * SECOND)) * 86400 * SECOND)
 
 
 def bin_width(span: int, probes: float) -> int:
-    """ns of a bin: several of a hop's probes are in it, or, where there are but few, each is in its own."""
+    """Return the ns of a bin: it has several of a hop's probes, or, if there are few, one of them."""
     bins = BINS_MAX if probes <= 40 else min(max(probes / 8, 40), BINS_MAX)
     return round_up((span or SECOND) / bins)
 
 
 def binned(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Line.bins of each group, from t and ms."""
+    """Return Line.bins of each group, computed from t and ms."""
     groups = rows.groupby(by)
     bins = groups.ms.quantile([0.25, 0.5, 0.75]).unstack()
     bins.columns = ["low", "median", "high"]
@@ -221,7 +223,7 @@ def binned(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 def make_section(dest: str, rows: pd.DataFrame) -> Section:
-    """From a destination's rows, with t (s)."""
+    """Return the section of a destination. rows are its rows, with t (s)."""
     first, last = int(rows.sendtime.iloc[0]), int(rows.sendtime.iloc[-1])
     per_hop = rows.outttl.value_counts()
     width = bin_width(last - first, float(per_hop.median()))
@@ -278,8 +280,10 @@ def make_lines(answered: pd.DataFrame) -> list[Line]:
 
 
 def flow_figures(rows: pd.DataFrame, bins: int) -> tuple[pd.DataFrame | None, Any]:
-    """The flows' round-trip times as the sockets have them, and what was retransmitted in each bin: the
-    column counts since the flow began."""
+    """Return the sockets' own round-trip times, and the segments retransmitted in each bin.
+
+    The column retrans counts from the flow's beginning, so each row adds its difference to the one before.
+    """
     more = rows.groupby(["protocol", "sport", "dport"]).retrans.diff().clip(lower=0).fillna(0)
     known = rows[rows.srtt.notna()]
     srtt = None if known.empty else binned(known.assign(ms=known.srtt / 1e3), ["bin"])
@@ -290,7 +294,7 @@ def flow_figures(rows: pd.DataFrame, bins: int) -> tuple[pd.DataFrame | None, An
 
 
 class TimeScale:
-    """The x axis: seconds since the first probe, named so, or as UTC where that is known."""
+    """The x axis, in seconds since the first probe. Its labels are UTC if that is known."""
 
     def __init__(self, span: float, utc: int | None) -> None:
         """span in s; utc: ns from 1970 to the first probe."""
@@ -332,7 +336,7 @@ class TimeScale:
 
 @dataclasses.dataclass
 class Panels:
-    """Where a section is drawn."""
+    """The axes in which a section is drawn."""
 
     time: Any
     hops: Any
@@ -354,13 +358,13 @@ def width_text(ns: int) -> str:
 
 
 def plain(text: str, most: int = 130) -> str:
-    """For matplotlib, which takes what is between dollar signs for mathematics. No longer than fits."""
+    """Return the text, cut to what fits, for matplotlib, to which dollar signs would mean mathematics."""
     text = printable(text)
     return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
 
 
 def colours_of(section: Section) -> dict[int, Any]:
-    """By hop; their lightness rises with it, whatever colours a reader tells apart."""
+    """Return the colours by hop. Lightness rises with the hop, for readers who cannot tell colours apart."""
     return {hop: plasma(0.82 * i / max(len(section.hops) - 1, 1)) for i, hop in enumerate(section.hops)}
 
 
@@ -376,7 +380,7 @@ class Picture:
 
 
 def draw(rows: pd.DataFrame, dests: list[str], zero: int | None, heading: str, notes: list[str]) -> Picture:
-    """Of some destinations of the rows. zero: ns from 1970 to CLOCK_MONOTONIC 0."""
+    """Draw these destinations of the rows. zero: ns from 1970 to CLOCK_MONOTONIC 0."""
     rows = rows[rows.dest.isin(dests)]
     first = 0 if rows.empty else int(rows.sendtime.iloc[0])
     rows = rows.assign(t=(rows.sendtime - first) / SECOND)
@@ -389,7 +393,7 @@ def draw(rows: pd.DataFrame, dests: list[str], zero: int | None, heading: str, n
 def draw_figure(
     sections: list[Section], scale: TimeScale, heading: str, notes: list[str]
 ) -> tuple[Any, list[Panels]]:
-    matplotlib.rcdefaults()  # not as the user has it: places and colours belong together
+    matplotlib.rcdefaults()  # not the user's settings: places and colours here depend on each other
     matplotlib.rcParams.update(RC)
     heights = [section_height(section, len(sections) == 1) for section in sections]
     total = 0.9 + sum(map(sum, heights)) + 0.85 * len(sections) + 0.2 * len(notes)
@@ -414,7 +418,7 @@ def draw_figure(
 
 
 def section_height(section: Section, alone: bool) -> tuple[float, float, float]:
-    """Inches of the panels: latencies, unanswered probes, flow. The list of hops is beside all three."""
+    """Return the heights (inches) of the panels latencies, unanswered, flow. The list of hops is beside them."""
     lost = 0.08 + 0.115 * int(section.unanswered.any(axis=1).sum()) if section.unanswered.any() else 0.0
     flow = 0.0 if section.srtt is None else 0.86 if lost else 1.0
     listed = LINE * (len(section.lines) + len(unresponsive_hops(section)) + 2)
@@ -442,7 +446,7 @@ def draw_section(
         panels.lost = place(LEFT, TIME, y + 0.04, lost - 0.04)
         draw_lost(panels.lost, section, colours)
     if flow:
-        gap = 0.06 if lost else 0.2  # the hops' numbers are there
+        gap = 0.06 if lost else 0.2  # without the strip, the numbers of the hops panel need the room
         panels.flow = place(LEFT, TIME, y + lost + gap, flow - gap)
         draw_flow(panels.flow, section)
     ticks = scale.ticks()
@@ -461,7 +465,7 @@ def unresponsive_hops(section: Section) -> list[int]:
 
 
 def scale_latency(axes: Any, section: Section) -> None:
-    """The y axis of latencies in ms: logarithmic where they lie far apart."""
+    """Set up the y axis of latencies (ms): logarithmic if they lie far apart."""
     if section.slowest > section.fastest * LOG_FROM:
         axes.set_yscale("log")
         low, high = section.fastest / 1.25, section.slowest * 1.25
@@ -475,7 +479,7 @@ def scale_latency(axes: Any, section: Section) -> None:
 
 
 def with_gaps(bins: pd.DataFrame) -> pd.DataFrame:
-    """With a row of nothing where there was no answer for several bins, so that no line leads across."""
+    """Return the bins, with a row of NaN where several bins have no answer, so that no line leads across."""
     apart = np.diff(bins.index, prepend=bins.index[0])
     wide = np.flatnonzero(apart > max(3, 5 * np.median(apart)))
     return pd.DataFrame({name: np.insert(bins[name].to_numpy(float), wide, np.nan) for name in bins})
@@ -499,7 +503,7 @@ def draw_latency(axes: Any, section: Section, colours: dict[int, Any]) -> None:
 
 
 def draw_spread(axes: Any, section: Section, colours: dict[int, Any]) -> None:
-    """A mark for each hop: median, middle half, and 5th to 95th percentile of the whole time."""
+    """Draw a mark for each line: median, middle half, and 5th to 95th percentile of the whole time."""
     if section.lines:
         scale_latency(axes, section)
     else:
@@ -527,7 +531,7 @@ def draw_spread(axes: Any, section: Section, colours: dict[int, Any]) -> None:
 
 
 def draw_list(axes: Any, section: Section, colours: dict[int, Any]) -> None:
-    """Hops and who answers there, in the lines' colours."""
+    """List the hops and who answers there, in the lines' colours."""
     axes.axis("off")
     height = axes.get_position().height * axes.figure.get_size_inches()[1]
     axes.set_xlim(0, LIST)
@@ -544,8 +548,10 @@ def draw_list(axes: Any, section: Section, colours: dict[int, Any]) -> None:
 
 
 def draw_lost(axes: Any, section: Section, colours: dict[int, Any]) -> None:
-    """A row for each hop that left probes unanswered: grey where it was asked, coloured where it did not
-    answer, the stronger the more of a bin's probes were lost."""
+    """Draw a row for each hop with unanswered probes: grey for bins in which all were answered, else coloured.
+
+    The colour is the stronger, the more of a bin's probes are unanswered.
+    """
     rows = np.flatnonzero(section.unanswered.any(axis=1))
     probes, unanswered = section.probes[rows], section.unanswered[rows]
     image = np.ones((*probes.shape, 4))
@@ -565,7 +571,7 @@ def draw_lost(axes: Any, section: Section, colours: dict[int, Any]) -> None:
 
 
 def draw_flow(axes: Any, section: Section) -> None:
-    """What the sockets themselves took for the round-trip time, and what they sent again."""
+    """Draw the sockets' own round-trip time, and their retransmissions."""
     assert section.srtt is not None
     bins = with_gaps(section.srtt)
     axes.fill_between(bins.t, bins.low, bins.high, color=FLOW_COLOUR, alpha=0.15, linewidth=0)
@@ -593,8 +599,10 @@ def draw_flow(axes: Any, section: Section) -> None:
 
 
 def hover_data(picture: Picture) -> dict[str, Any]:
-    """What elf.html tells under the pointer: panels as parts of the picture (left, top, width, height),
-    times in s, latencies in ms."""
+    """Return the figures that elf.html shows under the pointer: times in s, latencies in ms.
+
+    Panels are given as fractions of the picture: left, top, width, height.
+    """
 
     def box(axes: Any) -> list[float] | None:
         if axes is None:
@@ -726,8 +734,10 @@ PAGE = """<!DOCTYPE html>
 
 
 def page(heading: str, table: list[str], png: bytes, data: dict[str, Any]) -> str:
-    """One file; the browser is told to load nothing, and to run nothing but SCRIPT. What comes from the
-    CSV is text in it."""
+    """Return the page. It tells the browser to load nothing, and to run nothing but SCRIPT.
+
+    Whatever comes from the CSV is escaped, so that it is only text.
+    """
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -742,7 +752,7 @@ def page(heading: str, table: list[str], png: bytes, data: dict[str, Any]) -> st
 
 
 def choose(rows: pd.DataFrame, chosen: list[str]) -> tuple[list[str], list[str]]:
-    """Destinations to draw, and what is to be said of the others. Raises Failure."""
+    """Return the destinations to draw, and a note about the others. Raises Failure."""
     there = busiest(rows)
     for dest in chosen:
         if dest not in there:
@@ -768,14 +778,14 @@ def say(lines: list[str]) -> None:
     try:
         print(*lines, sep="\n", flush=True)
     except OSError as err:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at exit
-        if isinstance(err, BrokenPipeError):  # head has seen enough: that is no reason not to draw
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python would write again at exit
+        if isinstance(err, BrokenPipeError):  # the reader (head, say) has seen enough; draw all the same
             return
         raise Failure(f"cannot write the table: {err.strerror}") from err
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises Failure."""
+    """Print the table, and make the picture and the page. Raises Failure."""
     rows = read_csv(args.csv)
     chosen, notes = choose(rows, args.dest)
     zero, note = utc_of_zero(args.csv, rows)
@@ -788,7 +798,7 @@ def run(args: argparse.Namespace) -> None:
     picture = draw(rows, chosen, zero, heading, notes)
     png = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # that no font has
+        warnings.filterwarnings("ignore", "Glyph")  # characters that no font has
         picture.figure.savefig(png, format="png")
     write(args.filebase + ".png", png.getvalue())
     say([f"picture: {printable(args.filebase)}.png"])
@@ -799,7 +809,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0, 2 for wrong usage, 1 for all else that went wrong."""
+    """Return the exit status: 0, 2 for wrong usage, 1 for every other error."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be more than it can encode
     try:
