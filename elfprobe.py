@@ -2546,14 +2546,14 @@ RESET_FOR = 10.0  # s after attaching XDP for which the network driver is suspec
 
 
 def monotonic_epoch() -> str:
-    """Return when CLOCK_MONOTONIC, the clock of the rows, was 0, by today's clocks: UTC (ISO 8601)."""
+    """Return when CLOCK_MONOTONIC, the clock of the rows, was 0, by the clocks as they are now: UTC (ISO 8601)."""
     nanoseconds = time.time_ns() - time.monotonic_ns()
     seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(nanoseconds // 10**9))
     return f"{seconds}.{nanoseconds % 10**9 // 1000:06}Z"
 
 
 class Stop:
-    """Counts signals that ask for the end. It has no lock: a signal handler interrupts any code, any lock's too."""
+    """Counts signals that ask for the end. It has no lock, because a handler may interrupt the lock's holder."""
 
     def __init__(self) -> None:
         self.asked = 0
