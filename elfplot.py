@@ -38,6 +38,7 @@ import warnings
 from typing import Any
 
 from elf.addresses import PROTOCOLS
+from elf.console import print_lines
 from elf.rows import read_csv, records_in
 from elf.summary import TABLES_MAX, Summary
 from elf.usage import Failure, Parser, not_empty, printable
@@ -775,13 +776,10 @@ def write(path: str, content: bytes) -> None:
 
 
 def say(lines: list[str]) -> None:
-    try:
-        print(*lines, sep="\n", flush=True)
-    except OSError as err:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python would write again at exit
-        if isinstance(err, BrokenPipeError):  # the reader (head, say) has seen enough; draw all the same
-            return
-        raise Failure(f"cannot write the table: {err.strerror}") from err
+    """Raises Failure."""
+    unwritten = print_lines(lines)
+    if unwritten:
+        raise Failure(f"cannot write the table: {unwritten}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -810,8 +808,6 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Return the exit status: 0, 2 for wrong usage, 1 for every other error."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be more than it can encode
     try:
         args = parse_arguments(argv)
         if MISSING:

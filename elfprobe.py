@@ -70,7 +70,7 @@ if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the packages are loaded
 
 from elf.addresses import ReverseDns, address_text, flow_text, pack_address, resolve_all, why_unreachable
-from elf.console import Console, LogFormat, open_standard_streams
+from elf.console import Console, LogFormat, open_standard_streams, output_columns, print_lines
 from elf.counters import accounting, troubles, why_no_probes
 from elf.extensions import MalformedExtension, extension_texts
 from elf.files import FileLog, OutputFile, output_files
@@ -170,7 +170,8 @@ files:
   FILEBASE.log       the log (-l, -q)
   FILEBASE.MAP.json  each BPF map that the hooks file (-H) defines, after the run
 
-exit status: 0 after a run, 2 for wrong usage, 1 for every other error; one line says what is wrong
+exit status: 0 after a run, 3 after a run in which no probe was sent, 2 for wrong usage, 1 for every other error;
+one line says what is wrong
 """
 
 
@@ -259,7 +260,8 @@ class Config:
         "-l", "--logfile", default=False, action="store_true", help="also log to FILEBASE.log"
     )  # fmt: skip
     quiet: bool = argument(
-        "-q", "--quiet", default=False, action="store_true", help="no log on the console (implies -l)"
+        "-q", "--quiet", default=False, action="store_true",
+        help="nothing on the console: log and tables go to FILEBASE.log (-l)",
     )  # fmt: skip
     debug: bool = argument(
         "-d", "--debug", default=False, action="store_true",
@@ -2542,6 +2544,7 @@ STRAY_REPLIES = 0.5  # s to wait for replies after the last probe
 CHECK_EVERY = 5.0  # s between two checks that our programs are still attached
 REPORT_EVERY = 10.0  # s between two lines with the counters (-d)
 DRAW_EVERY = 1.0  # s between two tables on a terminal
+NO_PROBES = 3  # exit status
 RESET_FOR = 10.0  # s after attaching XDP for which the network driver is suspected if the link goes down
 
 
@@ -2557,10 +2560,13 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = 0
+        self.ends_output = False  # everything is done but writing to standard output, which may wait for a reader
 
     def ask(self, *_: object) -> None:
         """Ask for the end. This is a signal handler."""
         self.asked += 1
+        if self.ends_output:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 @dataclasses.dataclass
@@ -2587,6 +2593,8 @@ class Measurement:
         self._results = results
         self._csv = csv
         self._console = console
+        self.probes = 0  # of the whole run, once it has ended
+        self.output: list[str] = []  # lines for standard output, once the run has ended
         self._link = LinkState.UP
         self._begun_at = self._ended_at = time.monotonic()
         self._lease_until = math.inf  # until the first renewal
@@ -2679,12 +2687,11 @@ class Measurement:
         return [f"{self._attached.device.name}: {ended}", *busiest]
 
     def summarise(self, destinations: Destinations, stop: Stop) -> None:
-        """Log the tables, the accounting and the findings, and save the hooks' maps."""
+        """Log the accounting, the findings and the tables, and save the hooks' maps."""
         if self._console:
             self._console.clear()
         results, count = self._results, self._kernel.counters()
-        for line in results.summary.tables():
-            log.info("%s", line, extra={"bare": True})
+        self.probes = count["probes"]
         log.info("%d probes, %d replies, %d unanswered", count["probes"], results.replies, results.unanswered)
         if self._csv.lines_lost:
             log.warning("%d rows of them could not be written to %s", self._csv.lines_lost, self._csv.path)
@@ -2701,6 +2708,10 @@ class Measurement:
             for name, runs, took in self._kernel.run_times():
                 share = took / (seconds * 1e9)
                 log.info("%s ran %d times, %.0f ns each: %.2f%% of a core", name, runs, took / runs, 100 * share)
+        for line in results.summary.tables():
+            log.info("%s", line, extra={"bare": True})
+        if not self._config.quiet:
+            self.output = results.summary.tables(columns=output_columns())
         save_maps(self._kernel, self._config.filebase, stop)
 
 
@@ -2716,6 +2727,17 @@ class ElfProbe:
         self._stop = stop
         self._console = console
         self._file_log = file_log
+        self._measurement: Measurement | None = None
+
+    @property
+    def status(self) -> int:
+        """The exit status of a run without an error."""
+        return NO_PROBES if self._measurement and not self._measurement.probes else 0
+
+    @property
+    def output(self) -> list[str]:
+        """The lines for standard output. Empty before the end of a run."""
+        return self._measurement.output if self._measurement else []
 
     def run(self) -> None:
         """Check, load, attach, follow processes, create the files, measure, detach, summarise. Raises Failure."""
@@ -2748,7 +2770,7 @@ class ElfProbe:
                     log.info("CPU time of the programs is not known: that needs Linux 5.8, new BCC, sys_admin")
                 csv = stack.enter_context(output_files(config.filebase, self._file_log))
                 self._announce(attached, csv)
-                measurement = Measurement(config, attached, results, csv, self._console)
+                measurement = self._measurement = Measurement(config, attached, results, csv, self._console)
                 stack.callback(measurement.summarise, destinations, self._stop)  # when all is detached
                 try:
                     measurement.measure(self._stop)
@@ -2851,11 +2873,10 @@ def set_up_logging(config: Config, console: Console) -> FileLog | None:
 
 
 def main(argv: list[str], detect: Callable[[], Platform] = Platform.detect) -> int:
-    """Return the exit status: 0 after a run, 2 for wrong usage, 1 for everything else that went wrong."""
+    """Return the exit status: 0 after a run, 3 if it sent no probe, 2 for wrong usage, 1 for every other error."""
     open_standard_streams()
     debug = "-d" in argv or "--debug" in argv
     console = Console()
-    status = 0
     try:
         config = parse_arguments(argv)
         require_machine(config)
@@ -2866,11 +2887,16 @@ def main(argv: list[str], detect: Callable[[], Platform] = Platform.detect) -> i
                 signal.signal(number, stop.ask)
         platform = detect()
         log.debug("%s", platform)
+        run = ElfProbe(config, platform, stop, console if config.live else None, file_log)
         try:
-            ElfProbe(config, platform, stop, console if config.live else None, file_log).run()
+            run.run()
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.SIG_IGN)  # all is detached; a signal must not change the exit status
+            stop.ends_output = True  # all is detached; a signal must not change the exit status
+            console.flush()  # the table comes below the log
+            unwritten = print_lines(run.output)
+        status = run.status
+        if unwritten:
+            raise Failure(f"cannot write the results: {unwritten}")
     except Exception as err:
         if debug:
             console.say(traceback.format_exc().rstrip())
@@ -2878,7 +2904,7 @@ def main(argv: list[str], detect: Callable[[], Platform] = Platform.detect) -> i
         hint = "" if debug or isinstance(err, Failure) else f" ({type(err).__name__}; -d shows where)"
         console.say(f"elfprobe.py: {message}{hint}")
         status = err.status if isinstance(err, Failure) else 1
-    console.end()
+    console.flush()
     return status
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The console: log lines, and a live table below them on a terminal."""
+"""The console: log lines and a live table on standard error, the results on standard output."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import logging
 import os
 import queue
 import select
+import sys
 import threading
-from typing import Callable
+from typing import Callable, Iterable
 
 from elf.usage import printable
 
@@ -29,6 +30,45 @@ def open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
 
 
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of the data, also where another process has made the open file non-blocking. Raises OSError."""
+    while data:
+        try:
+            data = data[os.write(fd, data) :]
+        except BlockingIOError:
+            select.select((), (fd,), ())
+
+
+def output_columns() -> int | None:
+    """Return how many columns a line on standard output may have, None if that is no terminal."""
+    if not os.isatty(1):
+        return None
+    return terminal_size(1)[0]
+
+
+def print_lines(lines: Iterable[str]) -> str:
+    """Write lines to standard output. Return what went wrong; empty: nothing.
+
+    A reader that has seen enough (head) is no error.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        for line in lines:
+            write_all(1, (printable(line) + "\n").encode(encoding, "backslashreplace"))
+    except OSError as err:
+        return "" if isinstance(err, BrokenPipeError) else err.strerror or str(err)
+    return ""
+
+
+def terminal_size(fd: int) -> tuple[int, int]:
+    """Return a terminal's columns and lines."""
+    try:
+        columns, lines = os.get_terminal_size(fd)
+    except OSError:
+        columns = lines = 0
+    return columns or SIZE[0], lines or SIZE[1]
+
+
 class LogFormat(logging.Formatter):
     """Formats a log line: time and message. Line breaks in names are escaped, so it stays one line."""
 
@@ -36,7 +76,7 @@ class LogFormat(logging.Formatter):
         super().__init__("%(asctime)s.%(msecs)03d %(message)s", "%H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """Return the line. Lines of a table are logged with extra={"bare": True} and have no time."""
+        """Return the line. Lines of the results are logged with extra={"bare": True} and have no time."""
         return printable(record.message if hasattr(record, "bare") else super().formatMessage(record))
 
 
@@ -51,13 +91,14 @@ class Console(logging.Handler):
         super().__init__()
         self._fd = os.dup(2)  # descriptor 2 itself is redirected while compiler messages are captured
         self.is_terminal = os.isatty(self._fd) and os.environ.get("TERM") not in (None, "", "dumb")
-        self._texts: queue.Queue[str | list[str] | None] = queue.Queue(LINES_MAX)  # None: the end
+        self._texts: queue.Queue[str | list[str] | threading.Event] = queue.Queue(LINES_MAX)
         self._dropped = 0  # lines
         self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.say(self.format(record))
+        if not hasattr(record, "bare"):  # results are for standard output
+            self.say(self.format(record))
 
     def say(self, text: str) -> None:
         """Write a line, or several, as soon as the console accepts data. Never waits."""
@@ -79,36 +120,33 @@ class Console(logging.Handler):
         with contextlib.suppress(OSError):  # if the terminal has no foreground job
             if os.tcgetpgrp(self._fd) != os.getpgrp():
                 return
-        columns, lines = self._size()
+        columns, lines = terminal_size(self._fd)
         self._texts.put([printable(line)[: columns - 1] for line in table(max(lines - 2, 1), columns - 1)])
-
-    def _size(self) -> tuple[int, int]:
-        """Return the terminal's columns and lines."""
-        try:
-            columns, lines = os.get_terminal_size(self._fd)
-        except OSError:
-            columns = lines = 0
-        return columns or SIZE[0], lines or SIZE[1]
 
     def clear(self) -> None:
         """Remove the live table."""
         with contextlib.suppress(queue.Full):
             self._texts.put_nowait([])
 
-    def end(self) -> None:
+    def flush(self) -> None:
         """Wait until everything is written, or until the console has accepted nothing for PATIENCE."""
+        written = threading.Event()
         with contextlib.suppress(queue.Full):
-            self._texts.put(None, timeout=PATIENCE)
+            self._texts.put(written, timeout=PATIENCE)
         waiting = -1
-        while self._thread.is_alive() and waiting != self._texts.qsize():
+        while not written.is_set() and waiting != self._texts.qsize():
             waiting = self._texts.qsize()
-            self._thread.join(PATIENCE)
+            written.wait(PATIENCE)
 
     def _write(self) -> None:
-        """Write the texts of the queue: a str is a log line, a list is the new live table."""
+        """Write the texts of the queue: a str is a log line, a list is the new live table. Set its events."""
         table: list[str] = []
-        for text in iter(self._texts.get, None):
-            columns = self._size()[0] if table else 1  # a window made narrower wraps the table's lines
+        while True:
+            text = self._texts.get()
+            if isinstance(text, threading.Event):
+                text.set()
+                continue
+            columns = terminal_size(self._fd)[0] if table else 1  # a window made narrower wraps the table's lines
             height = sum(max(-(-len(line) // columns), 1) for line in table)
             clear = UP_TO_START.format(height) + CLEAR_BELOW if table else ""
             if isinstance(text, list):
@@ -117,9 +155,4 @@ class Console(logging.Handler):
                 lines = [text, *table]
             data = (clear + "".join(f"{line}\n" for line in lines)).encode(errors="backslashreplace")
             with contextlib.suppress(OSError):  # the console is gone
-                while data:
-                    try:
-                        data = data[os.write(self._fd, data) :]
-                    except BlockingIOError:  # another process has made the open file non-blocking
-                        select.select((), (self._fd,), ())
-        os.close(self._fd)
+                write_all(self._fd, data)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import textwrap
 from typing import Callable, Iterator, Tuple
 
 from elf.addresses import flow_text
@@ -25,6 +26,8 @@ RESPONDERS_SHOWN = 4  # of a hop
 HEADS = dict(zip(Stats._fields, ("min", "median", "95%", "99%", "max", "jitter")))
 WIDE_ONLY = "percentile99", "jitter"  # columns that a narrow table does not have
 WIDE = 100  # columns of a terminal
+WIDTH_MIN = 20  # columns; a narrower terminal breaks the lines itself
+CONTINUED = 4  # columns by which the rest of a broken line is indented
 
 log = logging.getLogger(__name__)
 
@@ -152,10 +155,13 @@ class Summary:
         flow = self._flows[key] = Flow(retrans if self._flows_are_forgotten else 0)
         return flow
 
-    def tables(self, most: int = TABLES_MAX) -> list[str]:
-        """Return the lines of a table, with findings, for each of the destinations with most probes."""
+    def tables(self, most: int = TABLES_MAX, columns: int | None = None) -> list[str]:
+        """Return the lines of a table, with findings, for each of the destinations with most probes.
+
+        With columns, no line is longer than that.
+        """
         ordered = sorted(self._destinations.items(), key=lambda item: -item[1].probes)
-        lines = [line for item in ordered[:most] for line in self._table(*item)]
+        lines = [line for item in ordered[:most] for line in self._table(*item, columns)]
         if len(ordered) > most:
             lines.append(f"{len(ordered) - most} more destinations, with fewer probes each")
         if self._probes_left_out:
@@ -172,29 +178,32 @@ class Summary:
         ):
             destination.recent_probes /= 2
             if len(lines) < room:
-                lines += self._table(dest, destination, columns < WIDE)
+                lines += self._table(dest, destination, columns)
         return lines[:room]
 
-    def _table(self, dest: str, destination: Destination, is_narrow: bool = False) -> Iterator[str]:
+    def _table(self, dest: str, destination: Destination, columns: int | None) -> Iterator[str]:
+        is_narrow = columns is not None and columns < WIDE
         names = [name for name in Stats._fields if not (is_narrow and name in WIDE_ONLY)]
         answering = [number for number, hop in destination.hops.items() if hop.latency.count]
         heads = " ".join(f"{HEADS[name]:>8}" for name in names)
         yield ""
-        yield f"{self._label(dest)}: {destination.probes} probes, latency in ms"
+        yield from fitting(f"{self._label(dest)}: {destination.probes} probes, latency in ms", columns)
         yield f"hop  probes answered {heads}  responder"
         for number, hop in sorted(destination.hops.items()):
             share = f"{number:3} {hop.probes:7} {hop.latency.count / hop.probes:8.1%}"
             if hop.latency.count:
-                yield from self._responders(hop, f"{share} {stats_text(hop.latency, names)}  ")
+                for line in self._responders(hop, f"{share} {stats_text(hop.latency, names)}  "):
+                    yield from fitting(line, columns)
             else:
                 last = " (or the destination)" if number > max(answering, default=0) else ""
                 yield f"{share}  unresponsive{last}"
         if destination.srtt.count:
             resent = f"{destination.retransmitted} segments retransmitted since its flows began"
             srtt = stats_text(destination.srtt, names)
-            yield f"TCP {'':16} {srtt}  round trip by the kernel (srtt), {resent}"
+            line = f"TCP {'':16} {srtt}  round trip by the kernel (srtt), {resent}"
+            yield from fitting(line, columns)
         for finding in findings_on(destination):
-            yield finding.text()
+            yield from fitting(finding.text(), columns)
 
     def _responders(self, hop: Hop, start: str) -> Iterator[str]:
         """Yield the lines of a hop that answers: one for each responder, behind the start or below it."""
@@ -206,6 +215,14 @@ class Summary:
             yield f"{'':{len(start)}}{self._label(other)} {count / hop.latency.count:.0%}"
         if len(others) > len(shown):
             yield f"{'':{len(start)}}and {len(others) - len(shown)} more"
+
+
+def fitting(line: str, columns: int | None) -> list[str]:
+    """Return the line, or several if it is longer than so many columns, the further ones indented."""
+    if columns is None or len(line) <= columns:
+        return [line]
+    indent = " " * CONTINUED
+    return textwrap.wrap(line, max(columns, WIDTH_MIN), subsequent_indent=indent, break_on_hyphens=False)
 
 
 def stats_text(latencies: LatencyHistogram, names: list[str]) -> str:

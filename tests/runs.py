@@ -231,7 +231,8 @@ def elfprobe(
     """elfprobe, on the first device of the client or another host, from the moment it is attached.
 
     `via` is the command that enters the namespace (default: ip netns exec). At exit it is stopped, if
-    it still runs; CommandFailed when it then exits other than 0, or when it has never been attached.
+    it still runs; CommandFailed when it then exits other than 0 (3 if it has sent no probe), or when it has
+    never been attached.
     """
     host = host or lab.client
     with tempfile.TemporaryFile() as stderr:
@@ -250,7 +251,7 @@ def elfprobe(
             if 'probing on' not in run.log:
                 raise CommandFailed(f'elfprobe: exit status {process.returncode}\n{run.log}')
             yield run
-            if run.is_running and run.stop():
+            if run.is_running and run.stop() != (0 if run.summary.probes else 3):
                 raise CommandFailed(f'elfprobe: exit status {process.returncode}\n{run.log}')
             if 'add up' in run.log:
                 raise CommandFailed(f'probes are not accounted for:\n{run.log}')

@@ -215,7 +215,7 @@ for number in range(int(sys.argv[1])):
 print('said', flush=True)
 for line in sys.stdin:
     console.say(line.strip())
-console.end()
+console.flush()
 """
 
 COMMAND = sys.executable, str(ELFPROBE)
@@ -975,7 +975,7 @@ def test_copies_that_a_filter_of_others_ends(make_lab, tmp_path, where, command)
         with elfprobe(lab, '-p0', '-d', *servers, cwd=tmp_path, via=via) as measuring:
             for server in servers:
                 lab.client.run('ping', '-nqi.005', f'-c{PINGS}', server)
-            assert measuring.stop() == 0
+            assert measuring.stop() == 3
     assert measuring.rows() == []
     copies = {'dropping': 0, 'letting out': 1}[where]
     assert len(arrived.packets()) == 2 * (PINGS + copies)
@@ -1368,6 +1368,38 @@ def test_console_is_not_read(busy, tmp_path, kind):
         assert attached(busy.client) == before
 
 
+@root
+def test_reader_of_the_results_who_has_seen_enough(busy, tmp_path):
+    """The results are all that is on standard output, and the files are whole."""
+    shell = 'bash', '-c', '"$@" 2>log | head -n 3; exit "${PIPESTATUS[0]}"', 'bash'
+    command = [*shell, *COMMAND, '-i', 'eth0', '--duration', '1', busy.server_address(4)]
+    shown = busy.client.run(*command, cwd=tmp_path).stdout.splitlines()
+    assert len(shown) == 3 and 'latency in ms' in shown[1]
+    with open(tmp_path / 'log', 'rb') as log:
+        ended = Run(subprocess.Popen(['true'], text=True), tmp_path, log)
+        check_end(ended)
+        assert 'latency in ms' not in ended.log
+
+
+@root
+def test_results_are_not_read(busy, tmp_path):
+    """A second signal gives them up. Until then the device is free for others already."""
+    before = attached(busy.client)
+    arguments = *COMMAND, '-i', 'eth0', '-l', busy.server_address(4)
+    with undone(busy.client), unread_console('pipe') as pipe, logging_elfprobe(
+        busy.client, *arguments, cwd=tmp_path, stdout=pipe
+    ) as measuring:
+        has_rows(measuring)
+        measuring.process.terminate()
+        wait_until(lambda: 'unanswered' in measuring.log, 10, 'its end')
+        wait_until(lambda: attached(busy.client) == before, 10, 'nothing is attached')
+        with elfprobe(busy, busy.server_address(4), '-f', 'other', cwd=tmp_path) as other:
+            wait_until(lambda: other.rows('other'), 10, 'rows')
+        assert measuring.is_running
+        assert measuring.stop() == 0
+        check_end(measuring)
+
+
 def test_refusal_is_not_read():
     with unread_console('pipe') as console:
         assert run(*COMMAND, check=False, stderr=console).returncode == 2
@@ -1405,8 +1437,8 @@ def test_lines_left_out_on_the_console_are_counted():
 def test_log_is_full(busy, tmp_path):
     """But the disk takes rows: the log has gone over its limit, by the names of many processes."""
     before = attached(busy.client)
-    # The console is a file here, and must not have the limit.
-    limited = 'bash', '-c', f'exec prlimit --fsize={LOG_LIMIT} "$@" 2> >(cat >&2)', 'bash'
+    # Standard output and error are a file here, and must not have the limit.
+    limited = 'bash', '-c', f'exec prlimit --fsize={LOG_LIMIT} "$@" > >(cat) 2> >(cat >&2)', 'bash'
     crowd = 'for i in $(seq 80); do sleep 60 & done; wait'
     with ExitStack() as stack:
         stack.enter_context(undone(busy.client))

@@ -128,9 +128,9 @@ def lines_of(axes: Any) -> dict[str, Any]:
     ],
     ids=lambda value: ' '.join(value)[:30],
 )
-def test_wrong_usage(arguments: list[str], named: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage(arguments: list[str], named: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert elfplot.main(arguments) == 2
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert not out and err.startswith('elfplot.py: ') and err.count('\n') == 1
     assert not [text for text in named if text not in err]
 
@@ -158,20 +158,20 @@ BAD_FILES = {  # content: what the message must name
 
 
 @pytest.mark.parametrize('content', BAD_FILES, ids=range(len(BAD_FILES)))
-def test_bad_file(content: str, csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_file(content: str, csv: Path, capfd: pytest.CaptureFixture[str]) -> None:
     csv.write_text(content)
     assert elfplot.main([str(csv)]) == 1
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert not out and err.startswith('elfplot.py: ') and err.count('\n') == 1
     assert not [text for text in (str(csv), *BAD_FILES[content]) if text not in err]
     assert list(csv.parent.iterdir()) == [csv]
 
 
-def test_files_that_cannot_be_read_or_written(csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_cannot_be_read_or_written(csv: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert elfplot.main([str(csv)]) == elfplot.main([str(csv.parent)]) == 1
     csv.write_text(GOOD)
     assert elfplot.main(['-o', str(csv.parent / 'no' / 'x'), str(csv)]) == 1
-    missing, directory, unwritable = capsys.readouterr().err.splitlines()
+    missing, directory, unwritable = capfd.readouterr().err.splitlines()
     assert str(csv) in missing and 'No such file' in missing
     assert str(csv.parent) in directory and 'Is a directory' in directory
     assert '-o/--filebase' in unwritable and 'no/x.png' in unwritable and 'No such file' in unwritable
@@ -225,10 +225,10 @@ def test_without_elfprobe_and_bcc(csv: Path, tmp_path: Path) -> None:
     assert csv.with_suffix('.png').exists()
 
 
-def test_missing_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_packages(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(elfplot, 'MISSING', {'pandas': 'python3-pandas', 'matplotlib': 'python3-matplotlib'})
     assert elfplot.main(['a.csv']) == 1
-    assert capsys.readouterr().err.endswith('apt install python3-pandas python3-matplotlib\n')
+    assert capfd.readouterr().err.endswith('apt install python3-pandas python3-matplotlib\n')
 
 
 def test_reader_of_the_table_who_has_seen_enough(csv: Path) -> None:
@@ -242,7 +242,7 @@ def test_reader_of_the_table_who_has_seen_enough(csv: Path) -> None:
 
 
 def test_names_of_what_is_written(
-    csv: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    csv: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     csv.write_text(GOOD)
     monkeypatch.chdir(csv.parent.parent)
@@ -252,7 +252,7 @@ def test_names_of_what_is_written(
     assert elfplot.main(['--html', '-o', 'elsewhere', str(csv)]) == elfplot.main([str(csv)]) == 0
     assert {'elsewhere.png', 'elsewhere.html'} <= {path.name for path in Path().iterdir()}
     assert csv.with_suffix('.png').read_bytes().startswith(b'\x89PNG') and csv.read_text() == GOOD
-    assert 'picture: elsewhere.png\npage: elsewhere.html\n' in capsys.readouterr().out
+    assert 'picture: elsewhere.png\npage: elsewhere.html\n' in capfd.readouterr().out
 
 
 # Rows
@@ -289,7 +289,7 @@ def test_names_that_are_like_missing_values(csv: Path) -> None:
 # The table
 
 
-def test_table(csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table(csv: Path, capfd: pytest.CaptureFixture[str]) -> None:
     rows = [row(i, 1, 1 + i % 2) for i in range(100)] + [row(i, 2, None) for i in range(3)]
     rows += [row(i, 3, i + 1, responder=f'10.0.3.{i % 5 + 1}') for i in range(101)] + [row(5, 3, None)]
     rows += [row(0, 9, 5, dest='2001:db8::1', responder='2001:db8::9')]
@@ -298,7 +298,7 @@ def test_table(csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = Summary()
     for one in rows:
         summary.note(Record(*(one[name] for name in Record._fields[:8])))
-    *lines, picture, end = capsys.readouterr().out.split('\n')
+    *lines, picture, end = capfd.readouterr().out.split('\n')
     assert lines == [*summary.tables()[1:], '']
     assert [line.split()[:5] for line in lines[2:5]] == [
         ['1', '100', '100.0%', '1.000', '1.000'],
@@ -508,23 +508,23 @@ def many_destinations(count: int) -> list[dict[str, Any]]:
     ]
 
 
-def test_busiest_destinations(csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_busiest_destinations(csv: Path, capfd: pytest.CaptureFixture[str]) -> None:
     csv.write_text(text_of(many_destinations(30)))
     status, page = page_of(str(csv))
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     assert status == 0 and out.count('\nhop ') == 30
     assert '26 destinations with fewer probes: 10.9.0.5, 10.9.0.6, 10.9.0.7, 10.9.0.8 ...\n' in out
     assert len(data_of(page)['sections']) == 4
 
 
-def test_chosen_destinations(csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chosen_destinations(csv: Path, capfd: pytest.CaptureFixture[str]) -> None:
     csv.write_text(text_of(many_destinations(9) + [row(0, 1, 1, dest='2001:db8::1')]))
     status, page = page_of('--dest', '10.9.0.7', '--dest=2001:DB8:0::1', str(csv))
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     assert status == 0 and re.findall(r'^(\S+): \d+ probes', out, re.M) == ['10.9.0.7', '2001:db8::1']
     assert [probes_in(section) for section in data_of(page)['sections']] == [93, 1]
     assert elfplot.main(['--dest', '10.9.9.9', str(csv)]) == 1
-    assert capsys.readouterr().err == (
+    assert capfd.readouterr().err == (
         'elfplot.py: argument --dest: no probe went to 10.9.9.9, but to 10.9.0.1, 10.9.0.2, 10.9.0.3, '
         '10.9.0.4, 10.9.0.5 and 5 others\n'
     )
@@ -634,11 +634,11 @@ def probes_in(section: Any) -> int:
 
 
 @pytest.mark.sample
-def test_page(csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_page(csv: Path, capfd: pytest.CaptureFixture[str]) -> None:
     csv.write_text(text_of(regular() + [row(1.0005, 2, None, srtt=2500, retrans=0)]))
     _, page = page_of(str(csv))
     tags = Tags(page)
-    assert tags.table and tags.table in capsys.readouterr().out
+    assert tags.table and tags.table in capfd.readouterr().out
     images = [attributes['src'] for tag, attributes in tags.tags if tag == 'img']
     assert len(images) == 1
     assert base64.b64decode(str(images[0]).split(',')[1]) == csv.with_suffix('.png').read_bytes()

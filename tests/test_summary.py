@@ -360,7 +360,7 @@ def test_summary_says_what_the_rows_say(lab4, tmp_path):
         wait_until(lambda: len(run.rows()) > 600, 20, 'rows')
         assert run.stop() == 0
     lab4.client.end_processes()
-    assert run.log.rstrip().splitlines()[-1].endswith('0 unanswered')
+    assert re.search(r' 0 unanswered\n\n', run.log)  # the tables are below the log
     assert table_of(run.log, both(lab4)[0]) == table_of((tmp_path / 'elf.log').read_text(), both(lab4)[0])
     for version, dest in zip(VERSIONS, both(lab4)):
         found = figures_of(run.log, dest)
@@ -390,6 +390,7 @@ def test_why_there_is_nothing(lab4, tmp_path, dest, traffic, says):
             lab4.client.run('ping', '-nqc5', '-i.01', to)
         if traffic == 'traceroute':
             lab4.client.run('traceroute', '-n', '-q1', to)
+        assert run.stop() == 3
     assert run.summary.probes == 0
     assert says in run.log
 
@@ -661,8 +662,11 @@ def screen(written: str) -> list[str]:
 @root
 @pytest.mark.parametrize('columns', [80, 120])
 def test_table_on_a_terminal(lab4, tmp_path, columns):
-    """Redrawn in place, fitting, with names; log lines stand above it; in the end only the log is left."""
-    names = ''.join(f'{lab4.hop(version, hop)} r{hop}.example\n' for version in VERSIONS for hop in HOPS)
+    """Redrawn in place, fitting, with names; log lines stand above it; in the end log and final tables are left,
+    which fit as well, and leave out nothing but columns."""
+    names = ''.join(
+        f'{lab4.hop(version, hop)} r{hop}.{"long-" * 3}example\n' for version in VERSIONS for hop in HOPS
+    )
     with hosts_file(lab4.client, names), on_a_terminal(lab4.client, 30, columns, *both(lab4), cwd=tmp_path) as (
         process,
         written,
@@ -674,7 +678,11 @@ def test_table_on_a_terminal(lab4, tmp_path, columns):
 
         wait_until(lambda: 'probing on' in written(), 20, 'it is attached')
         pings(lab4, '-i.01')
-        wait_until(lambda: len(tables()) > 2 and '  10.0.4.2 r4.example' in tables()[-1], 20, 'names')
+        wait_until(
+            lambda: len(tables()) > 2 and re.search(r' r4\.long-.*\n.* r4\.long-', tables()[-1], re.DOTALL),
+            20,
+            'names',
+        )
         process.terminate()
         wait_until(lambda: process.poll() is not None, 20, 'its end')
         assert process.returncode == 0
@@ -685,10 +693,12 @@ def test_table_on_a_terminal(lab4, tmp_path, columns):
         assert len(lines) < 30 and max(map(len, lines)) < columns
         assert lines[0].startswith('eth0: ')
         assert (' 99% ' in table) == (columns == 120)
-    assert sum('latency in ms' in line for line in final) == 2  # of the summary
     assert not any(line.startswith('eth0: ') for line in final)
-    assert final[-2].endswith(' unanswered') and final[-1] == ''
-    assert sum('r4.example' in line for line in final) == 2
+    [end_of_log] = [number for number, line in enumerate(final) if line.endswith(' unanswered')]
+    results = final[end_of_log + 1 :]
+    assert sum('latency in ms' in line for line in final) == sum('latency in ms' in line for line in results) == 2
+    assert max(map(len, results)) <= columns and (' 99% ' in ' '.join(results)) == (columns == 120)
+    assert sum('r4.long-long-long-example' in line for line in results) == 2
 
 
 @root
