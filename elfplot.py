@@ -156,7 +156,7 @@ def utc_of_zero(csv: str, rows: pd.DataFrame) -> tuple[int | None, str]:
 def summary_of(rows: pd.DataFrame) -> list[str]:
     """Return the summary that elfprobe.py makes of these rows: the lines of a table for each destination, and
     an empty line at the end."""
-    summary = Summary(printable)
+    summary = Summary()
     for probe in records_in(rows):
         summary.note(probe)
     return [*summary.tables()[1:], ""]

@@ -284,6 +284,9 @@ class Config:
         "--no-live", default=True, action="store_false",
         help="no table on the terminal while it runs, only log lines",
     )  # fmt: skip
+    numeric: bool = argument(
+        "-n", "--numeric", default=False, action="store_true", help="look up no host names of addresses"
+    )  # fmt: skip
     cache: bool = argument(
         "--no-cache", default=True, action="store_false",
         help="compile the programs, and do not keep them for the next start",
@@ -2423,10 +2426,10 @@ FLOW_EVENT_TEXTS = {  # by enum of elfprobe.c
 class Results:
     """Turns ended probes from the kernel's maps into rows of text, the summary and the findings."""
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, summary: Summary) -> None:
         self._kernel = kernel
         self.rewrites = PathRewrites()
-        self.summary = Summary(ReverseDns().with_name)
+        self.summary = summary
         self.replies = 0
         self.unanswered = 0
         self.malformed = 0  # number of replies with a malformed extension
@@ -2757,7 +2760,8 @@ class ElfProbe:
                 log.info("ended before anything was attached or written")
                 return
             with active:
-                results = Results(attached.kernel)
+                summary = Summary() if config.numeric else Summary(ReverseDns().name_of)
+                results = Results(attached.kernel, summary)
                 log_flow_events(attached.kernel)
                 destinations = Destinations(attached.kernel)
                 for packed in fixed:

@@ -120,10 +120,6 @@ class ReverseDns:
                 threading.Thread(target=self._resolve, daemon=True).start()
         return self._names.get(address, "")
 
-    def with_name(self, address: str) -> str:
-        """Return the address, followed by its name if that is known."""
-        return f"{address} {self.name_of(address)}".rstrip()
-
     def _resolve(self) -> None:
         while True:
             address = self._requests.get()

@@ -93,7 +93,8 @@ class Destination:
     def __init__(self) -> None:
         self.hops: dict[int, Hop] = {}
         self.srtt = LatencyHistogram()
-        self.retransmitted = 0  # segments, by the probed flows since they began
+        self.retransmitted = 0  # segments, by each probed flow since its first probe
+        self.retransmitted_before = 0  # by flows that had begun before that
         self.recent_probes = 0.0  # halved with each drawing of the live table
         self.last_sent = 0  # when the newest probe left, ns
 

@@ -102,12 +102,19 @@ class Record(NamedTuple):
     outtos: int | None = None
     intos: int | None = None
     translated: int = 0
+    app: str = ""  # as in the CSV: text_of_field() tells the name
+    pid: int | None = None
 
 
 def csv_field(text: str) -> str:
     """Return the text as a field of the CSV: control characters replaced, quoted where necessary."""
     text = "".join(character if character.isprintable() else "?" for character in text)
     return '"' + text.replace('"', '""') + '"' if '"' in text or "," in text else text
+
+
+def text_of_field(field: str) -> str:
+    """Return the text that csv_field() has made a field of."""
+    return field[1:-1].replace('""', '"') if field.startswith('"') else field
 
 
 @functools.lru_cache(maxsize=65536)
@@ -208,6 +215,8 @@ def records_in(rows: pd.DataFrame) -> Iterator[Record]:
         values = rows[name]
         if name == "responder":
             values = values.astype(object).where(rows.latency >= 0, "").fillna("")
+        elif name == "app":
+            values = values.astype(object).fillna("")
         elif dtype(name) == "float64":
             numbers = values.fillna(0).astype("int64").to_numpy(object)
             numbers[values.isna()] = None

@@ -14,10 +14,13 @@ from elf.findings import findings_on
 from elf.histogram import LatencyHistogram, Stats
 from elf.paths import Destination, Hop
 from elf.rows import Record
+from elf.usage import printable
 
 HOPS_MAX = 8192  # of all destinations together
 FLOWS_MAX = 32768  # that are remembered
+FLOW_HOPS_MAX = 131072  # of all of them together
 RESPONDERS_MAX = 64  # of a hop
+NEVER = 1 << 63  # ns, above every latency
 REUSE_AFTER = 10**9  # ns without a probe, after which a lower retransmission count is a new connection's
 CHANGES_LOGGED = 10  # changes of a hop's responder; further ones are only counted
 
@@ -34,38 +37,68 @@ log = logging.getLogger(__name__)
 FlowKey = Tuple[str, int, int, int]  # destination, ports, protocol: the first fields of Record
 
 
+class FlowHop:
+    """The probes of a flow to a hop that have ended, and who answers there."""
+
+    __slots__ = ("answered", "unanswered", "total", "minimum", "maximum", "responder", "since")
+
+    def __init__(self) -> None:
+        self.answered = self.unanswered = 0
+        self.total = 0  # sum of the latencies, ns
+        self.minimum, self.maximum = NEVER, 0  # ns
+        self.responder = ""
+        self.since = 0  # when the first probe left that this responder answered, ns
+
+
 class Flow:
-    """What the newest probes of a flow showed."""
+    """What the probes of a flow showed."""
 
-    __slots__ = ("retrans", "last_sent", "responders", "since")
+    __slots__ = ("app", "pid", "hops", "retrans", "last_sent")
 
-    def __init__(self, retrans: int) -> None:
+    def __init__(self, app: str, pid: int | None, retrans: int) -> None:
+        self.app = app
+        self.pid = pid
+        self.hops: dict[int, FlowHop] = {}
         self.retrans = retrans  # segments, the highest count so far
         self.last_sent = 0  # when the newest probe with a retransmission count left, ns
-        self.responders: dict[int, str] = {}  # by hop
-        self.since: dict[int, int] = {}  # hop -> when the first probe left that this responder answered, ns
 
 
 class Summary:
-    """All probes that have ended, by destination and hop.
+    """All probes that have ended, by destination and hop, and by flow and hop.
 
-    label returns the text for an address. It is called as soon as an address is seen, so that a label that takes
-    time to find (a host name) is there when the first table is made.
+    name_of returns the host name of an address, empty if it has none. It is called as soon as an address is seen, so
+    that a name that takes time to find is there when the first table is made.
     """
 
-    def __init__(self, label: Callable[[str], str] = str) -> None:
-        self._label = label
+    def __init__(self, name_of: Callable[[str], str] = lambda _: "") -> None:
+        self.name_of = name_of
         self._destinations: dict[str, Destination] = {}
         self._flows: dict[FlowKey, Flow] = {}
         self._flows_are_forgotten = False  # some of them
         self._hops = 0
+        self._flow_hops = 0
         self._probes_left_out = 0
+
+    def _label(self, address: str) -> str:
+        """Return the address, followed by its name if that is known."""
+        return printable(f"{address} {self.name_of(address)}".rstrip())
+
+    def destinations(self) -> list[tuple[str, Destination]]:
+        """Return the destinations, those with most probes first."""
+        return sorted(self._destinations.items(), key=lambda item: -item[1].probes)
+
+    def flows(self) -> dict[str, list[tuple[FlowKey, Flow]]]:
+        """Return the flows that are remembered, by destination."""
+        found: dict[str, list[tuple[FlowKey, Flow]]] = {}
+        for item in self._flows.items():
+            found.setdefault(item[0][0], []).append(item)
+        return found
 
     def note(self, probe: Record) -> None:
         """Add a probe that has ended."""
         # Unpack all at once: each attribute of a NamedTuple takes as long as a look-up in a dict.
         (
-            dest, sport, dport, protocol, number, sendtime, latency, responder, srtt, cwnd, retrans, _, _, _,
+            dest, sport, dport, protocol, number, sendtime, latency, responder, srtt, cwnd, retrans, _, _, _, _, _,
         ) = probe  # fmt: skip
         destination = self._destinations.get(dest) or self._new_destination(dest)
         hop = destination.hops.get(number) or self._new_hop(destination, number)
@@ -73,20 +106,28 @@ class Summary:
         if sendtime > destination.last_sent:
             destination.last_sent = sendtime
         key = dest, sport, dport, protocol
-        flow = self._flows.get(key) or self._new_flow(key, retrans or 0)
+        flow = self._flows.get(key) or self._new_flow(key, destination, probe)
+        of_flow = flow.hops.get(number) or self._new_flow_hop(flow, number)
         if cwnd is not None:
             self._note_tcp(destination, flow, sendtime, srtt, retrans or 0)
         if not responder:
             hop.unanswered += 1
+            of_flow.unanswered += 1
             return
         hop.latency.add(latency)
+        of_flow.answered += 1
+        of_flow.total += latency
+        if latency < of_flow.minimum:
+            of_flow.minimum = latency
+        if latency > of_flow.maximum:
+            of_flow.maximum = latency
         second = sendtime // 10**9
         if second > hop.last_second:
             hop.note_second(second, *destination.neighbours(number))
         if responder in hop.responders or len(hop.responders) < RESPONDERS_MAX:
             hop.responders[responder] += 1
-        if flow.responders.get(number) != responder:
-            self._note_responder(hop, flow, probe)
+        if of_flow.responder != responder:
+            self._note_responder(hop, of_flow, probe)
 
     def _note_tcp(
         self, destination: Destination, flow: Flow, sendtime: int, srtt: int | None, retrans: int
@@ -100,17 +141,15 @@ class Summary:
         if srtt is not None:
             destination.srtt.add(srtt * 1000)
 
-    def _note_responder(self, hop: Hop, flow: Flow, probe: Record) -> None:
+    def _note_responder(self, hop: Hop, of_flow: FlowHop, probe: Record) -> None:
         """Note the responder of a flow at a hop, if it is the first one or another one than before."""
-        number = probe.outttl
-        before = flow.responders.get(number)
-        self._label(probe.responder)
-        if before is not None:
-            if probe.sendtime < flow.since[number]:
+        self.name_of(probe.responder)
+        if of_flow.responder:
+            if probe.sendtime < of_flow.since:
                 return  # a late answer, from before the change
-            self._log_change(hop, probe, before)
-        flow.responders[number] = probe.responder
-        flow.since[number] = probe.sendtime
+            self._log_change(hop, probe, of_flow.responder)
+        of_flow.responder = probe.responder
+        of_flow.since = probe.sendtime
 
     def _log_change(self, hop: Hop, probe: Record, before: str) -> None:
         hop.changes += 1
@@ -122,7 +161,7 @@ class Summary:
         log.info("%s: hop %d is now %s, no longer %s%s", flow, probe.outttl, now, before, more)
 
     def _new_destination(self, dest: str) -> Destination:
-        self._label(dest)
+        self.name_of(dest)
         destination = self._destinations[dest] = Destination()
         return destination
 
@@ -142,25 +181,33 @@ class Summary:
                 self._hops -= len(destination.hops)
                 del self._destinations[dest]
 
-    def _new_flow(self, key: FlowKey, retrans: int) -> Flow:
+    def _new_flow(self, key: FlowKey, destination: Destination, probe: Record) -> Flow:
         """Return a new flow, in place of the oldest ones if there are too many.
 
-        The retransmissions of a new flow count from 0. Once flows have been forgotten, this may be one of
-        them: then its retransmissions so far have been counted already.
+        What it retransmitted before its first probe counts apart. Once flows have been forgotten, this may be one
+        of them: then its retransmissions so far have been counted already.
         """
-        if len(self._flows) >= FLOWS_MAX:
+        if len(self._flows) >= FLOWS_MAX or self._flow_hops >= FLOW_HOPS_MAX:
             self._flows_are_forgotten = True
-            for oldest in list(itertools.islice(self._flows, FLOWS_MAX // 4)):
-                del self._flows[oldest]
-        flow = self._flows[key] = Flow(retrans if self._flows_are_forgotten else 0)
+            for oldest in list(itertools.islice(self._flows, len(self._flows) // 4 + 1)):
+                self._flow_hops -= len(self._flows.pop(oldest).hops)
+        retrans = probe.retrans or 0
+        if not self._flows_are_forgotten:
+            destination.retransmitted_before += retrans
+        flow = self._flows[key] = Flow(probe.app, probe.pid, retrans)
         return flow
+
+    def _new_flow_hop(self, flow: Flow, number: int) -> FlowHop:
+        self._flow_hops += 1
+        of_flow = flow.hops[number] = FlowHop()
+        return of_flow
 
     def tables(self, most: int = TABLES_MAX, columns: int | None = None) -> list[str]:
         """Return the lines of a table, with findings, for each of the destinations with most probes.
 
         With columns, no line is longer than that.
         """
-        ordered = sorted(self._destinations.items(), key=lambda item: -item[1].probes)
+        ordered = self.destinations()
         lines = [line for item in ordered[:most] for line in self._table(*item, columns)]
         if len(ordered) > most:
             lines.append(f"{len(ordered) - most} more destinations, with fewer probes each")
@@ -198,9 +245,9 @@ class Summary:
                 last = " (or the destination)" if number > max(answering, default=0) else ""
                 yield f"{share}  unresponsive{last}"
         if destination.srtt.count:
-            resent = f"{destination.retransmitted} segments retransmitted since its flows began"
+            resent = f"+{destination.retransmitted}, {destination.retransmitted_before} before"
             srtt = stats_text(destination.srtt, names)
-            line = f"TCP {'':16} {srtt}  round trip by the kernel (srtt), {resent}"
+            line = f"TCP {'':16} {srtt}  round trip by the kernel (srtt); segments retransmitted: {resent}"
             yield from fitting(line, columns)
         for finding in findings_on(destination):
             yield from fitting(finding.text(), columns)

@@ -101,6 +101,8 @@ GOOD = {  # arguments in addition to -i none0 and an address: what they change
     '-q': {'quiet': True, 'logfile': True},
     '--quiet': {'quiet': True, 'logfile': True},
     '--duration 2.5': {'duration': 2.5},
+    '-n': {'numeric': True},
+    '--numeric': {'numeric': True},
     '--max-rate 1': {'max_rate': 1},
     '--max-rate 1000000': {'max_rate': 1000000},
     '-dlT -Ipass -p5': {'debug': True, 'logfile': True, 'notrunc': True, 'ingress': 'pass', 'probeint': 5},
@@ -122,6 +124,7 @@ DEFAULTS = dict(
     quiet=False,
     duration=None,
     max_rate=50000,
+    numeric=False,
 )
 
 
@@ -716,6 +719,8 @@ RECORD = dict(
     retrans=0,
     outtos=72,
     intos=0,
+    app='tool',
+    pid=77,
 )
 
 
