@@ -16,7 +16,7 @@ page: elf.html
 elf.png shows latency over time, with a colour for each hop. Beside it is each hop's spread over the whole time.
 Below, if there are any, are unanswered probes, and the flows' own round-trip time and retransmissions. elf.html
 is one page that needs no other file: the table, and the picture, which shows figures under the pointer.
-Both lie beside the CSV unless -o says otherwise. With elf.log beside elf.csv, times are UTC.
+Both lie beside the CSV unless -o says otherwise. With elf.json beside elf.csv, times are UTC.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ import os
 import re
 import sys
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 from elf.addresses import PROTOCOLS
+from elf.clock import Mapping, utc_ns, zero_at
 from elf.console import print_lines
-from elf.rows import read_csv, records_in
+from elf.rows import joined, read_csv, records_in
 from elf.summary import TABLES_MAX, Summary
 from elf.usage import Failure, Parser, not_empty, printable
 
@@ -59,6 +60,7 @@ except ImportError:
     MISSING["matplotlib"] = "python3-matplotlib"
 
 CLOCK_LINE = re.compile(r"CLOCK_MONOTONIC 0 is (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?)Z")
+RUN_SLACK = 5 * 10**9  # ns by which a row may seem to be outside the run: a clock that moves is noticed later
 CLOCK_SLACK = 60.0  # s between the CSV's modification time and its last row
 COPY_SLACK = 600.0  # s that may lie between copying the CSV and the log
 
@@ -128,10 +130,72 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 # ---- The time of day ------------------------------------------------------------------------------------
 
 
+class Run(NamedTuple):
+    """What FILEBASE.json says of the rows of FILEBASE.csv."""
+
+    started: int  # ns from 1970
+    ended: int | None  # None: it may go on
+    mappings: list[Mapping]
+    files: list[str]
+
+    def has(self, rows: pd.DataFrame) -> bool:
+        """Return whether the rows are of this run. CLOCK_MONOTONIC alone does not tell: each boot begins it anew."""
+        times = [int(rows.sendtime.iloc[i]) for i in (0, -1)] if len(rows) else []
+        return all(
+            self.started - RUN_SLACK <= at + zero_at(self.mappings, at) <= (self.ended or 1 << 63) + RUN_SLACK
+            for at in times
+        )
+
+
+def read_run(csv: str) -> Run | None:
+    """Return what the JSON beside the CSV says, None if there is none, or none of this format."""
+    try:
+        with open(os.path.splitext(csv)[0] + ".json", encoding="utf-8") as file:
+            found = json.load(file)
+        zeros = [Mapping(int(each["since"]), utc_ns(each["utc"])) for each in found["monotonic_zeros"]]
+        ended = found["ended"] and utc_ns(found["ended"])
+        return Run(utc_ns(found["started"]), ended, zeros, list(map(str, found["files"]))) if zeros else None
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
+
+
+def read_rows(csv: str) -> tuple[pd.DataFrame, list[Mapping], list[str]]:
+    """Return the rows of a run by the name of its first CSV, how their clock maps to UTC, and notes for the user.
+
+    The mappings are empty if they are not known. Raises Failure.
+    """
+    rows, run = read_csv(csv), read_run(csv)
+    if run is None:
+        zero, note = utc_of_zero(csv, rows)
+        return rows, [] if zero is None else [Mapping(0, zero)], [note] if note else []
+    if not run.has(rows):
+        return rows, [], [f"'{os.path.splitext(csv)[0]}.json' is of another run: times are not UTC"]
+    parts, notes = [rows], []
+    for name in run.files[1:] if run.files[:1] == [os.path.basename(csv)] else ():
+        path = os.path.join(os.path.dirname(csv), os.path.basename(name))
+        part = read_csv(path) if os.path.exists(path) else None
+        if part is None or not run.has(part):
+            notes.append(f"'{path}' is missing" if part is None else f"'{path}' is of another run, and left out")
+        else:
+            parts.append(part)
+    return joined(parts), run.mappings, notes
+
+
+def in_utc(rows: pd.DataFrame, mappings: list[Mapping]) -> pd.DataFrame:
+    """Return the rows with times that all count from the first mapping's zero, also behind a later mapping."""
+    if len(mappings) < 2:
+        return rows
+    shift = np.zeros(len(rows), "int64")
+    for mapping in mappings:
+        shift[(rows.sendtime >= mapping.since).to_numpy()] = mapping.zero - mappings[0].zero
+    moved = rows.assign(sendtime=rows.sendtime + shift)
+    return moved.sort_values("sendtime", kind="mergesort").reset_index(drop=True)
+
+
 def utc_of_zero(csv: str, rows: pd.DataFrame) -> tuple[int | None, str]:
     """Return the ns from 1970 to CLOCK_MONOTONIC 0 by the log beside the CSV, and a note for the user.
 
-    The ns are None if there is no such log, or if it is another run's.
+    Versions without FILEBASE.json need it. The ns are None if there is no such log, or if it is another run's.
     """
     path = os.path.splitext(csv)[0] + ".log"
     try:
@@ -784,16 +848,16 @@ def say(lines: list[str]) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the table, and make the picture and the page. Raises Failure."""
-    rows = read_csv(args.csv)
+    rows, mappings, said = read_rows(args.csv)
     chosen, notes = choose(rows, args.dest)
-    zero, note = utc_of_zero(args.csv, rows)
+    zero = mappings[0].zero if mappings else None
     if args.dest:
         rows = rows[rows.dest.isin(chosen)]
-    notes += [note] if note else []
+    notes += said
     table = summary_of(rows) if len(rows) else ["no probes yet", ""]
     say(table + notes)
     heading = os.path.basename(args.csv)
-    picture = draw(rows, chosen, zero, heading, notes)
+    picture = draw(in_utc(rows, mappings), chosen, zero, heading, notes)
     png = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # characters that no font has

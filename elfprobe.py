@@ -51,6 +51,7 @@ import os
 import queue
 import re
 import secrets
+import shlex
 import signal
 import socket
 import stat
@@ -70,19 +71,22 @@ if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the packages are loaded
 
 from elf.addresses import ReverseDns, address_text, flow_text, pack_address, resolve_all, why_unreachable
+from elf.clock import Clock, utc_text
 from elf.console import Console, LogFormat, open_standard_streams, output_columns, print_lines
 from elf.counters import accounting, troubles, why_no_probes
 from elf.extensions import MalformedExtension, extension_texts
-from elf.files import FileLog, OutputFile, output_files
+from elf.files import FileLog, OutputFile, ReplacedFile, output_files
 from elf.findings import PathRewrites
 from elf.processes import (
     TASK_COMM_LEN,
+    ProcessLog,
     choose_processes,
     look_at_process,
     process_ids,
     process_names,
     running_processes,
 )
+from elf.report import Report
 from elf.rows import row_function
 from elf.summary import Summary
 from elf.usage import Failure, Parser, not_empty, package_version, positive_seconds, printable, whole_number
@@ -167,6 +171,7 @@ what the summary shows, for each destination and hop (TTL, or hop limit):
 
 files:
   FILEBASE.csv       a row for each probe: docs/columns.md explains the columns
+  FILEBASE.json      all that the tables say, and more: docs/report.md explains the keys
   FILEBASE.log       the log (-l, -q)
   FILEBASE.MAP.json  each BPF map that the hooks file (-H) defines, after the run
 
@@ -280,6 +285,10 @@ class Config:
         type=whole_number(1, 10**6, "a whole number of probes per second"),
         help="most probes per second over all destinations together (default: %(default)s)",
     )  # fmt: skip
+    json: bool = argument(
+        "--json", default=False, action="store_true",
+        help="at the end print the content of FILEBASE.json in place of the tables",
+    )  # fmt: skip
     live: bool = argument(
         "--no-live", default=True, action="store_false",
         help="no table on the terminal while it runs, only log lines",
@@ -291,6 +300,7 @@ class Config:
         "--no-cache", default=True, action="store_false",
         help="compile the programs, and do not keep them for the next start",
     )  # fmt: skip
+    command: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # no option: the arguments as given
     salt: int = 0  # no option: 16 random bits, so that nobody can guess the probes' identifiers
 
     @property
@@ -322,7 +332,7 @@ def parse_arguments(argv: list[str]) -> Config:
     """Return the configuration. Raises Failure (status 2) for wrong usage."""
     given: dict[str, Any] = vars(argument_parser().parse_intermixed_args(argv))
     lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    config = Config(**{**given, **lists, "salt": secrets.randbits(16)})
+    config = Config(**{**given, **lists, "command": tuple(argv), "salt": secrets.randbits(16)})
     if not (config.addresses or config.by_process):
         raise Failure("nothing to probe: give an address, -a APP or -P PID", 2)
     if config.quiet:
@@ -2176,10 +2186,11 @@ class ProcessFollower:
     target processes. This class adds what only user space sees when a process starts: executable and script.
     """
 
-    def __init__(self, kernel: Kernel, apps: Iterable[str], pids: Iterable[int]) -> None:
+    def __init__(self, kernel: Kernel, apps: Iterable[str], pids: Iterable[int], seen: ProcessLog) -> None:
         self._kernel = kernel
         self._apps = frozenset(app.lower() for app in apps)
         self._pids = tuple(pids)
+        self._seen = seen
         self._processes = ProcessTable(kernel)
         self._tagger = SocketTagger(kernel)
         self._events: queue.SimpleQueue[CStruct] = queue.SimpleQueue()  # struct process_event; None: the end
@@ -2259,6 +2270,7 @@ class ProcessFollower:
         entry = self._processes.add_target(process_id, pid, name)
         if self._tagger.tag(pid, entry):
             self._adopted.append((process_id, pid))
+        self._seen.began(pid, name)
         log.info("tracing %s (pid %d)", name, pid)
 
     def _follow(self) -> None:
@@ -2287,6 +2299,7 @@ class ProcessFollower:
             if not os.path.exists(f"/proc/{pid}") or not self._processes.entry(process_id, pid):
                 self._ending.remove((process_id, pid))
                 self._processes.forget(process_id, pid)
+                self._seen.ended(pid)
 
     def _tag_again(self) -> None:
         """Tag the sockets of each process once more, a second or more after it was adopted.
@@ -2354,9 +2367,15 @@ class ConnectionPoller:
     """
 
     def __init__(
-        self, destinations: Destinations, fixed: Iterable[bytes], apps: Iterable[str], pids: Iterable[int]
+        self,
+        destinations: Destinations,
+        fixed: Iterable[bytes],
+        apps: Iterable[str],
+        pids: Iterable[int],
+        seen: ProcessLog,
     ) -> None:
         """fixed are the destinations that the user names. They are always targets."""
+        self._seen = seen
         self._destinations = destinations
         self._fixed = frozenset(fixed)
         self._apps = tuple(apps)
@@ -2372,6 +2391,10 @@ class ConnectionPoller:
         if self._chosen is not None:  # leave out new processes with an old PID, keep children of ended parents
             known = [process.pid for process in running if (process.pid, process.started) in self._chosen]
         chosen = choose_processes(running, self._apps, known)
+        for pid in {pid for pid, _ in self._chosen or ()} - chosen.keys():
+            self._seen.ended(pid)
+        for pid, name in chosen.items():
+            self._seen.met(pid, name)
         self._chosen = {(process.pid, process.started) for process in running if process.pid in chosen}
         for packed, owner in connected_addresses(chosen).items():
             if packed in self._fixed:
@@ -2544,6 +2567,9 @@ LEASE = 2.0  # s after a renewal for which the programs send probes
 RENEW_EVERY = 0.5  # s
 DRAIN_EVERY = 0.25  # s between two reads of the result ring, at most
 STRAY_REPLIES = 0.5  # s to wait for replies after the last probe
+CLOCK_EVERY = 1.0  # s between two checks that CLOCK_MONOTONIC still maps to UTC as before
+JSON_EVERY = 10.0  # s between two versions of FILEBASE.json
+JSON_SLICE = 0.05  # s to write at it before results are read again: the ring holds RING_HOLDS at the highest rate
 CHECK_EVERY = 5.0  # s between two checks that our programs are still attached
 REPORT_EVERY = 10.0  # s between two lines with the counters (-d)
 DRAW_EVERY = 1.0  # s between two tables on a terminal
@@ -2551,11 +2577,33 @@ NO_PROBES = 3  # exit status
 RESET_FOR = 10.0  # s after attaching XDP for which the network driver is suspected if the link goes down
 
 
-def monotonic_epoch() -> str:
-    """Return when CLOCK_MONOTONIC, the clock of the rows, was 0, by the clocks as they are now: UTC (ISO 8601)."""
-    nanoseconds = time.time_ns() - time.monotonic_ns()
-    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(nanoseconds // 10**9))
-    return f"{seconds}.{nanoseconds % 10**9 // 1000:06}Z"
+def facts(config: Config, attached: Attached) -> dict[str, Any]:
+    """Return what stays the same in FILEBASE.json."""
+    return {
+        "elfprobe": VERSION,
+        "command": config.command,
+        "host": os.uname().nodename,
+        "kernel": os.uname().release,
+        "bcc": bcc.__version__,
+        "interfaces": [attached.interface()],
+    }
+
+
+def heading_lines(ipr: Netlink, device: Device, config: Config, clock: Clock) -> list[str]:
+    """Return the first lines of the log: when, what, where, and how CLOCK_MONOTONIC maps to UTC."""
+    found = (message for message in ipr.get_addr() if message["index"] == device.ifindex)
+    addresses = [f"{message.get_attr('IFA_ADDRESS')}/{message['prefixlen']}" for message in found]
+    return [
+        f"{time.strftime('%Y-%m-%d %H:%M:%S %z (%Z)')}: elfprobe.py {shlex.join(config.command)}",
+        f"elfprobe {VERSION}, {os.uname().nodename}, Linux {os.uname().release}, BCC {bcc.__version__}",
+        f"{device.name} ({device.driver or 'no driver known'}): {', '.join(addresses) or 'no address'}",
+        f"CLOCK_MONOTONIC 0 is {utc_text(clock.mappings[0].zero)}",
+    ]
+
+
+def log_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        log.info("%s", line)
 
 
 class Stop:
@@ -2582,19 +2630,36 @@ class Attached:
     attachments: list[Attachment]
     why_no_owners: str  # why the programs do not know the owner of a packet's socket; empty: they do
 
+    def interface(self) -> dict[str, str]:
+        """Return the device as FILEBASE.json names it."""
+        modes = {"xdp": "native", "generic": "generic"}
+        tc = "tcx" if any(isinstance(each, TcxAttachment) for each in self.attachments) else "clsact"
+        hook = "xdp" if self.hook.name in modes else "tc"
+        return {"name": self.device.name, "hook": hook, "mode": modes.get(self.hook.name, tc)}
+
 
 class Measurement:
     """The part of a run from "probing on" to the summary. CLOCK_MONOTONIC is time.monotonic()."""
 
     def __init__(
-        self, config: Config, attached: Attached, results: Results, csv: OutputFile, console: Console | None
+        self,
+        config: Config,
+        attached: Attached,
+        results: Results,
+        files: tuple[OutputFile, ReplacedFile],
+        report: Report,
+        clock: Clock,
+        console: Console | None,
     ) -> None:
-        """console is where the live table is drawn; None: nowhere."""
+        """files are the CSV and FILEBASE.json. console is where the live table is drawn; None: nowhere."""
         self._config = config
         self._attached = attached
         self._kernel = attached.kernel
         self._results = results
-        self._csv = csv
+        self._csv, self._json = files
+        self.json_problem = ""  # why FILEBASE.json could not be written at last; empty: it was
+        self._report = report
+        self._clock = clock
         self._console = console
         self.probes = 0  # of the whole run, once it has ended
         self.output: list[str] = []  # lines for standard output, once the run has ended
@@ -2606,7 +2671,10 @@ class Measurement:
             Every(RENEW_EVERY, self._renew_lease, at_once=True),
             Every(RENEW_EVERY, self._expire, at_once=True),
             Every(CHECK_EVERY, self._check_attachments),
-            Every(REPORT_EVERY, self._report),
+            Every(REPORT_EVERY, self._log_counters),
+            Every(CLOCK_EVERY, self._check_clock),
+            Every(JSON_EVERY, self._begin_json),
+            Every(0, self._go_on_with_json),
             Every(0, self._take),
             Every(DRAW_EVERY, self._draw),
         )
@@ -2676,8 +2744,37 @@ class Measurement:
             if not attachment.is_attached():
                 raise Failure(f"somebody has removed our {attachment.what} from '{self._attached.device.name}'")
 
-    def _report(self) -> None:
+    def _log_counters(self) -> None:
         log.debug("counters: %s", self._kernel.counters())
+
+    def _check_clock(self) -> None:
+        moved = self._clock.check()
+        if moved:
+            zero = utc_text(self._clock.mappings[-1].zero)
+            log.warning("%s: CLOCK_MONOTONIC 0 is %s from now on", moved, zero)
+
+    def _pieces(self, counters: dict[str, int], has_ended: bool = False) -> Iterator[str]:
+        return self._report.pieces(counters, [os.path.basename(self._csv.path)], has_ended)
+
+    @contextlib.contextmanager
+    def _json_errors(self) -> Iterator[None]:
+        """Log why FILEBASE.json cannot be written, once: its former content stays, and the run goes on."""
+        try:
+            yield
+        except Failure as failure:
+            if str(failure) != self.json_problem:
+                log.warning("%s", failure)
+            self.json_problem = str(failure)
+        else:
+            self.json_problem = ""
+
+    def _begin_json(self) -> None:
+        with self._json_errors():
+            self._json.begin(self._pieces(self._kernel.counters()))
+
+    def _go_on_with_json(self) -> None:
+        with self._json_errors():
+            self._json.go_on(JSON_SLICE)
 
     def _draw(self) -> None:
         if self._console:
@@ -2711,9 +2808,15 @@ class Measurement:
             for name, runs, took in self._kernel.run_times():
                 share = took / (seconds * 1e9)
                 log.info("%s ran %d times, %.0f ns each: %.2f%% of a core", name, runs, took / runs, 100 * share)
+        self._clock.check()
+        pieces = list(self._pieces(count, has_ended=True))
+        with self._json_errors():
+            self._json.finish(pieces)
         for line in results.summary.tables():
             log.info("%s", line, extra={"bare": True})
-        if not self._config.quiet:
+        if self._config.json:
+            self.output = "".join(pieces).splitlines()
+        elif not self._config.quiet:
             self.output = results.summary.tables(columns=output_columns())
         save_maps(self._kernel, self._config.filebase, stop)
 
@@ -2736,6 +2839,11 @@ class ElfProbe:
     def status(self) -> int:
         """The exit status of a run without an error."""
         return NO_PROBES if self._measurement and not self._measurement.probes else 0
+
+    @property
+    def problem(self) -> str:
+        """What went wrong with FILEBASE.json at last; empty: nothing."""
+        return self._measurement.json_problem if self._measurement else ""
 
     @property
     def output(self) -> list[str]:
@@ -2761,20 +2869,28 @@ class ElfProbe:
                 return
             with active:
                 summary = Summary() if config.numeric else Summary(ReverseDns().name_of)
-                results = Results(attached.kernel, summary)
+                results, clock, processes = Results(attached.kernel, summary), Clock(), ProcessLog()
+                heading = heading_lines(ipr, device, config, clock)
                 log_flow_events(attached.kernel)
                 destinations = Destinations(attached.kernel)
                 for packed in fixed:
                     destinations.add(packed)
-                self._follow_processes(
-                    active, attached, ConnectionPoller(destinations, fixed, config.apps, config.pids)
-                )
+                if config.by_process:  # lines about processes follow
+                    log_lines(heading)
+                poller = ConnectionPoller(destinations, fixed, config.apps, config.pids, processes)
+                self._follow_processes(active, attached, poller, processes)
                 active.callback(attached.kernel.end_lease)
                 if config.debug and not active.enter_context(attached.kernel.run_time_stats()):
                     log.info("CPU time of the programs is not known: that needs Linux 5.8, new BCC, sys_admin")
-                csv = stack.enter_context(output_files(config.filebase, self._file_log))
-                self._announce(attached, csv)
-                measurement = self._measurement = Measurement(config, attached, results, csv, self._console)
+                report = Report(facts(config, attached), clock, summary, results.rewrites, processes)
+                first = report.pieces(attached.kernel.counters(), [], has_ended=False)
+                files = stack.enter_context(output_files(config.filebase, self._file_log, first))
+                if not config.by_process:
+                    log_lines(heading)
+                self._announce(attached, files[0])
+                self._measurement = measurement = Measurement(
+                    config, attached, results, files, report, clock, self._console
+                )
                 stack.callback(measurement.summarise, destinations, self._stop)  # when all is detached
                 try:
                     measurement.measure(self._stop)
@@ -2833,7 +2949,9 @@ class ElfProbe:
                 refused = str(failure).splitlines()[0]
         return Kernel(self._config, build, self._platform), refused
 
-    def _follow_processes(self, stack: contextlib.ExitStack, attached: Attached, poller: ConnectionPoller) -> None:
+    def _follow_processes(
+        self, stack: contextlib.ExitStack, attached: Attached, poller: ConnectionPoller, processes: ProcessLog
+    ) -> None:
         """Follow the target processes until the stack unwinds: exactly, or if that is unsupported, by polling."""
         if not self._config.by_process:
             return
@@ -2841,7 +2959,7 @@ class ElfProbe:
             if attached.why_no_owners:
                 what = "programs that note who owns a socket (Linux 5.10 and BCC 0.16)"
                 raise Unsupported(f"{what}: {attached.why_no_owners}")
-            follower = ProcessFollower(attached.kernel, self._config.apps, self._config.pids)
+            follower = ProcessFollower(attached.kernel, self._config.apps, self._config.pids, processes)
             stack.enter_context(follower.followed())
         except Unsupported as err:
             log.warning(
@@ -2852,7 +2970,6 @@ class ElfProbe:
             stack.enter_context(poller.followed())
 
     def _announce(self, attached: Attached, csv: OutputFile) -> None:
-        log.info("CLOCK_MONOTONIC 0 is %s", monotonic_epoch())
         fate = "dropped" if self._config.ingress == "drop" else "passed"
         log.info(
             "probing on %s, answers read at %s, then %s; rows go to %s",
@@ -2899,8 +3016,8 @@ def main(argv: list[str], detect: Callable[[], Platform] = Platform.detect) -> i
             console.flush()  # the table comes below the log
             unwritten = print_lines(run.output)
         status = run.status
-        if unwritten:
-            raise Failure(f"cannot write the results: {unwritten}")
+        if unwritten or run.problem:
+            raise Failure(run.problem or f"cannot write the results: {unwritten}")
     except Exception as err:
         if debug:
             console.say(traceback.format_exc().rstrip())

@@ -3,12 +3,14 @@
 
 Nothing here imports elfprobe.py or BCC, and nothing needs root. Each module imports only from those below it:
 
-    summary                 all probes, by destination and hop; the tables
+    report                  FILEBASE.json
+    summary                 all probes, by destination, flow and hop; the tables
     findings                what the figures say of a path
-    files                   the CSV and the log of a run
+    files                   CSV, log and report as files
     paths        rows       destinations and hops; the columns of elf.csv
     histogram    counters   statistics of latencies; counters of elfprobe.c in words
+    clock                   how CLOCK_MONOTONIC maps to UTC
     addresses    processes  addresses, their names, flows; which processes are targets
-    console      extensions log and live table; what routers append to the packet that they quote
+    console      extensions log, live table, standard output; what routers append to the packet that they quote
     usage                   errors and arguments
 """

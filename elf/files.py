@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The files of a run: the CSV and the log. They replace no other file, and appear when they are complete."""
+"""The files of a run: CSV, log and report. They replace no file of others, and appear when they are complete."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import logging
 import os
 import secrets
 import time
-from typing import Iterator
+from typing import Iterable, Iterator
 
 from elf.rows import HEADER
 from elf.usage import Failure
@@ -20,7 +20,7 @@ LOCK_TRIES, LOCK_EVERY = 500, 0.01  # to lock the folder of the CSV; s between t
 
 
 @contextlib.contextmanager
-def no_other_in_folder_of(path: str) -> Iterator[None]:
+def no_other_in_folder_of(path: str, tries: int = LOCK_TRIES) -> Iterator[None]:
     """Keep other runs from choosing names and renaming files in the path's folder, inside the block.
 
     If the folder cannot be locked, or another run (a stopped one, say) keeps it locked for seconds, go on without.
@@ -29,7 +29,7 @@ def no_other_in_folder_of(path: str) -> Iterator[None]:
         with contextlib.suppress(OSError):
             folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             stack.callback(os.close, folder)
-            for _ in range(LOCK_TRIES):
+            for _ in range(tries):
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
@@ -78,15 +78,35 @@ class OutputFile:
             if os.path.lexists(self.path):
                 renamed = next_free_name(self.path)
                 os.rename(self.path, renamed)
-            try:
-                os.link(self._temporary, self.path)  # unlike os.rename(), never replaces a file
-                os.unlink(self._temporary)
-            except FileExistsError:
-                raise
-            except OSError:  # a file system without hard links
-                os.rename(self._temporary, self.path)
-            self._temporary = ""
+            self._take_name()
         return renamed
+
+    def _take_name(self) -> None:
+        """Give the file its name, which must be free."""
+        try:
+            os.link(self._temporary, self.path)  # unlike os.rename(), never replaces a file
+            os.unlink(self._temporary)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            os.rename(self._temporary, self.path)
+        self._temporary = ""
+
+    def replace(self, former: OutputFile) -> None:
+        """Take the place of the file's former version. Raises Failure.
+
+        If somebody has given its name to another file, that one stays, and this one gets the next free name.
+        """
+        self.path = former.path
+        with self._errors(), no_other_in_folder_of(self.path, tries=1):
+            if not os.path.lexists(self.path):
+                self._take_name()
+            elif os.path.samestat(os.fstat(former.fd), os.lstat(self.path)):
+                os.rename(self._temporary, self.path)
+                self._temporary = ""
+            else:
+                self.path = next_free_name(self.path)
+                self._take_name()
 
     def write_lines(self, lines: str) -> None:
         """Append whole lines. If the disk takes only a part, the last, broken line is removed. Raises Failure."""
@@ -108,6 +128,83 @@ class OutputFile:
             with contextlib.suppress(OSError):
                 os.unlink(self._temporary)
         os.close(self.fd)
+
+
+class ReplacedFile:
+    """A file whose content is replaced as a whole, so that whoever reads it finds a whole one."""
+
+    def __init__(self, path: str, pieces: Iterable[str]) -> None:
+        """Write the first content, under a temporary name until publish(). Raises Failure."""
+        self._file = written(path, pieces)
+        self._next: OutputFile | None = None
+        self._pieces: Iterator[str] = iter(())
+
+    @property
+    def path(self) -> str:
+        return self._file.path
+
+    def publish(self) -> str:
+        """As OutputFile.publish()."""
+        return self._file.publish()
+
+    def begin(self, pieces: Iterator[str]) -> None:
+        """Begin to replace the content, unless that is still going on. Raises Failure."""
+        if not self._next:
+            self._next, self._pieces = OutputFile(self.path), pieces
+
+    def go_on(self, seconds: float) -> None:
+        """Write for so long. When everything is written, it replaces the former content. Raises Failure."""
+        if not self._next:
+            return
+        try:
+            until, text, is_whole = time.monotonic() + seconds, [], True
+            for piece in self._pieces:
+                text.append(piece)
+                if time.monotonic() > until:
+                    is_whole = False
+                    break
+            self._next.write_lines("".join(text))
+            if is_whole:
+                self._replace()
+        except BaseException:
+            self._drop()
+            raise
+
+    def finish(self, pieces: Iterable[str]) -> None:
+        """Replace the content for the last time. Raises Failure."""
+        self._drop()
+        self._next = written(self.path, pieces)
+        self._replace()
+
+    def _replace(self) -> None:
+        assert self._next
+        before = self.path
+        self._next.replace(self._file)
+        self._file.close()
+        self._file, self._next = self._next, None
+        if self.path != before:
+            log.warning("another file is %s now, so that of this run is %s", before, self.path)
+
+    def _drop(self) -> None:
+        if self._next:
+            self._next.close()
+            self._next = None
+
+    def close(self) -> None:
+        """Close the file, and remove what is not complete."""
+        self._drop()
+        self._file.close()
+
+
+def written(path: str, pieces: Iterable[str]) -> OutputFile:
+    """Return a new file with this content. Raises Failure."""
+    file = OutputFile(path)
+    try:
+        file.write_lines("".join(pieces))
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 class FileLog(logging.Handler):
@@ -134,16 +231,21 @@ class FileLog(logging.Handler):
 
 
 @contextlib.contextmanager
-def output_files(filebase: str, file_log: FileLog | None) -> Iterator[OutputFile]:
-    """Create the log, with the lines so far, and the CSV, with its header. Yield the CSV. Raises Failure.
+def output_files(
+    filebase: str, file_log: FileLog | None, report: Iterable[str]
+) -> Iterator[tuple[OutputFile, ReplacedFile]]:
+    """Create the log with the lines so far, the CSV with its header, and the report. Raises Failure.
 
-    Both get their names when both are complete. Until then, files of earlier runs keep theirs.
+    Yield the CSV and the report. All get their names when all are complete. Until then, files of earlier runs
+    keep theirs.
     """
     with contextlib.ExitStack() as stack:
         csv = OutputFile(filebase + ".csv")
         stack.callback(csv.close)
         csv.write_lines(HEADER)
-        files = [csv]
+        json = ReplacedFile(filebase + ".json", report)
+        stack.callback(json.close)
+        files: list[OutputFile | ReplacedFile] = [csv, json]
         if file_log:
             file = OutputFile(filebase + ".log")
             stack.callback(file.close)
@@ -155,4 +257,4 @@ def output_files(filebase: str, file_log: FileLog | None) -> Iterator[OutputFile
         for path, name in renamed:
             if name:
                 log.info("the %s that was there is now %s", path, name)
-        yield csv
+        yield csv, json

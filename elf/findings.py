@@ -7,7 +7,7 @@ findings_on() looks at a destination; PathRewrites collects what routers change 
 from __future__ import annotations
 
 import dataclasses
-from typing import Iterator
+from typing import Any, ClassVar, Iterator
 
 from elf.paths import Destination, Hop, Outage
 from elf.rows import Record
@@ -23,18 +23,35 @@ REWRITES_MAX = 1000  # findings that PathRewrites keeps
 class Finding:
     """What was found at a hop."""
 
+    kind: ClassVar[str]  # its name in FILEBASE.json
     hop: int
 
     def text(self) -> str:
         """Return the sentence for the user."""
         raise NotImplementedError
 
+    def figures(self) -> dict[str, Any]:
+        """Return what the sentence says, by name."""
+        fields = (field.name for field in dataclasses.fields(self))
+        return {name: getattr(self, name) for name in fields if name not in ("hop", "dest")}
+
+    def span(self) -> tuple[int, int] | None:
+        """Return from when until when it was so (CLOCK_MONOTONIC, ns), None for the whole run."""
+        return None
+
 
 @dataclasses.dataclass(frozen=True)
 class HopOutage(Finding):
     """The hop did not answer for a while."""
 
+    kind = "outage"
     outage: Outage
+
+    def figures(self) -> dict[str, Any]:
+        return {"seconds": self.outage.seconds, "ends_path": self.outage.ends_path}
+
+    def span(self) -> tuple[int, int]:
+        return self.outage.begin * 10**9, (self.outage.begin + self.outage.seconds) * 10**9
 
     def text(self) -> str:
         when = f"for {self.outage.seconds} s from {self.outage.begin} s on (CLOCK_MONOTONIC)"
@@ -57,6 +74,7 @@ class Unanswered(Finding):
 class RateLimit(Unanswered):
     """The hop limits the rate of its answers: clearly more probes are answered by a hop behind it."""
 
+    kind = "rate_limit"
     behind: int  # the hop with most answers
     answered_behind: float  # its share
 
@@ -71,6 +89,7 @@ class RateLimit(Unanswered):
 class TooFewBehind(Unanswered):
     """The hop behind with most answers has so few probes that the reason cannot be told."""
 
+    kind = "too_few_behind"
     behind: int
 
     def text(self) -> str:
@@ -97,6 +116,8 @@ class UnansweredWithTcp(Unanswered):
 class NoneBehind(UnansweredWithTcp):
     """No hop behind answers enough probes, so nothing tells loss from a limit."""
 
+    kind = "none_behind"
+
     def text(self) -> str:
         return f"{self._start()}: no hop behind it tells whether it loses packets{self._tcp()}"
 
@@ -104,6 +125,8 @@ class NoneBehind(UnansweredWithTcp):
 @dataclasses.dataclass(frozen=True)
 class Loss(UnansweredWithTcp):
     """Probes to the hops behind it are unanswered as often."""
+
+    kind = "loss"
 
     def text(self) -> str:
         but = self._tcp() or ", unless all of them limit their answers"
@@ -117,6 +140,7 @@ class Loss(UnansweredWithTcp):
 class ResponderChanges(Finding):
     """Within a flow, another router answered than before."""
 
+    kind = "responder_changes"
     changes: int
     responders: int
     alternates: bool
@@ -131,6 +155,7 @@ class ResponderChanges(Finding):
 class PathRewrite(Finding):
     """A router in front of the hop changed the packets' headers."""
 
+    kind = "rewrite"
     dest: str
     responder: str  # who answered at the hop
     what: str

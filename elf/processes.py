@@ -6,8 +6,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from typing import Iterable, Iterator, NamedTuple
+import time
+from typing import Any, Iterable, Iterator, NamedTuple
 
+PROCESSES_MAX = 4096  # that ProcessLog keeps
 TASK_COMM_LEN = 16  # linux/sched.h: of a command name, the final zero included
 # An interpreter runs a script that its command line names. Interpreter, without its version -> a pattern of the
 # options that code follows instead of a script, and the options that a value follows.
@@ -111,6 +113,49 @@ def look_at_process(pid: int) -> Process:
     with open(f"/proc/{pid}/stat", "rb") as file:
         fields = file.read().rpartition(b")")[2].split()  # the third field and those behind it, see proc(5)
     return Process(pid, int(fields[1]), name, exe, words, int(fields[19]))
+
+
+def comm(name: str) -> str:
+    """Return what the kernel keeps of a process name."""
+    return name[: TASK_COMM_LEN - 1]
+
+
+class ProcessLog:
+    """The target processes of a run, as FILEBASE.json lists them. Times are ns from 1970, None if not known."""
+
+    def __init__(self) -> None:
+        self._seen: list[dict[str, Any]] = []
+        self._newest: dict[int, dict[str, Any]] = {}  # by PID
+
+    def began(self, pid: int, name: str) -> None:
+        """Note a process that is, or has become, a target."""
+        parent = started = None
+        with contextlib.suppress(OSError):
+            process = look_at_process(pid)
+            if comm(process.name) == comm(name):  # another process may have the PID by now
+                parent = process.ppid
+                ticks = process.started * 10**9 // os.sysconf("SC_CLK_TCK")  # CLOCK_BOOTTIME, ns
+                started = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME) + ticks
+        self._newest[pid] = dict(pid=pid, name=name, parent=parent, started=started, ended=None)
+        self._seen.append(self._newest[pid])
+        if len(self._seen) > PROCESSES_MAX:
+            oldest = self._seen.pop(0)
+            if self._newest.get(oldest["pid"]) is oldest:
+                del self._newest[oldest["pid"]]
+
+    def met(self, pid: int, name: str) -> None:
+        """Note a process that a row names, unless it has been noted."""
+        if pid not in self._newest:
+            self.began(pid, name)
+
+    def ended(self, pid: int) -> None:
+        """Note that the process has ended."""
+        if pid in self._newest:
+            self._newest[pid]["ended"] = time.time_ns()
+
+    def all(self) -> list[dict[str, Any]]:
+        """Return the newest PROCESSES_MAX processes: pid, name, parent, started, ended."""
+        return list(self._seen)
 
 
 def process_ids() -> list[int]:

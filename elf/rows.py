@@ -3,7 +3,7 @@
 
     HEADER              the first line of the file
     row_function()      returns a function that makes a row and a Record of a probe that has ended
-    read_csv()          reads a file (needs pandas)
+    read_csv()          reads a file (needs pandas); joined() makes one of several
     records_in()        makes the same Records of a file's rows
 
 To add a column, append it to COLUMNS. If the summary is to know it, give Record below a field
@@ -203,6 +203,22 @@ def read_csv(path: str) -> pd.DataFrame:
             bad, line = values[are_bad].iloc[0], are_bad.idxmax() + 2
             raise Failure(f"'{path}' is not as elfprobe.py writes it: {name} is {bad} in line {line}")
     rows["line"] = rows.index
+    return rows.sort_values("sendtime", kind="mergesort").reset_index(drop=True)
+
+
+def joined(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Return the rows of several files, which read_csv() has read, as those of one file."""
+    import pandas as pd
+
+    if len(parts) == 1:
+        return parts[0]
+    before = 0
+    for rows in parts:
+        rows["line"] += before
+        before += len(rows)
+    rows = pd.concat(parts, ignore_index=True)
+    for name in TEXTS:
+        rows[name] = rows[name].astype("category")
     return rows.sort_values("sendtime", kind="mergesort").reset_index(drop=True)
 
 

@@ -101,6 +101,7 @@ GOOD = {  # arguments in addition to -i none0 and an address: what they change
     '-q': {'quiet': True, 'logfile': True},
     '--quiet': {'quiet': True, 'logfile': True},
     '--duration 2.5': {'duration': 2.5},
+    '--json': {'json': True},
     '-n': {'numeric': True},
     '--numeric': {'numeric': True},
     '--max-rate 1': {'max_rate': 1},
@@ -125,6 +126,7 @@ DEFAULTS = dict(
     duration=None,
     max_rate=50000,
     numeric=False,
+    json=False,
 )
 
 

@@ -52,7 +52,7 @@ SILENT_AFTER = 3 * SECOND  # from a kill to the last probe
 NOBODY = 65534
 PINGS = 20
 SMALL_MTU = 1300
-LOG_LIMIT = 2011  # bytes; lines about processes do not fill it exactly
+LOG_LIMIT = 4011  # bytes
 
 # Attaches somebody else's program: to XDP, native or generic, or to TC egress, where it drops mark 9, or has
 # the last word on packets without a socket: to drop them, but for ARP's, or to let them out.
@@ -296,11 +296,13 @@ def whole_rows(path: Path) -> list[Row]:
 
 
 def check_end(ended: Run) -> None:
-    """An orderly end has as many rows as its summary says."""
+    """An orderly end has as many rows as its summary and its report say."""
     assert 'Traceback' not in ended.log
     rows = whole_rows(ended.cwd / 'elf.csv')
     answered = sum(row.is_answered for row in rows)
     assert ended.summary == Summary(len(rows), answered, len(rows) - answered)
+    report = json.loads((ended.cwd / 'elf.json').read_text())
+    assert report['ended'] and sum(destination['probes'] for destination in report['destinations']) == len(rows)
 
 
 def check_refused(ended: subprocess.CompletedProcess[str], status: int, words: Sequence[str]) -> str:
@@ -424,6 +426,8 @@ def test_help_names_each_option():
         '-q, --quiet',
         '--duration',
         '--max-rate',
+        '-n, --numeric',
+        '--json',
         '--ingress-hook',
         '--version',
         'address',
@@ -1173,6 +1177,7 @@ def test_nothing_is_left_of_a_start_that_fails(lab4, tmp_path, stage, fault):
         ('Measurement.measure', 'RuntimeError', 1),
         ('Measurement.summarise', 'Failure', 1),
         ('Results.expire', 'RuntimeError', 1),
+        ('ReplacedFile.finish', 'Failure', 1),
     ],
 )
 def test_interface_is_clean_after_a_fault_at_work(busy, tmp_path, stage, fault, status):
@@ -1192,6 +1197,9 @@ def test_interface_is_clean_after_a_fault_at_work(busy, tmp_path, stage, fault, 
         assert ended.returncode == status, ended.stderr
         assert attached(busy.client) == before
     whole_rows(tmp_path / 'elf.csv')
+    assert bool(json.loads((tmp_path / 'elf.json').read_text())['ended']) == (
+        stage in ('Measurement.measure', 'Results.expire')
+    )
 
 
 @root
@@ -1435,35 +1443,21 @@ def test_lines_left_out_on_the_console_are_counted():
 
 @root
 def test_log_is_full(busy, tmp_path):
-    """But the disk takes rows: the log has gone over its limit, by the names of many processes."""
+    """But the disk takes rows: the log of -d goes over its limit."""
     before = attached(busy.client)
     # Standard output and error are a file here, and must not have the limit.
     limited = 'bash', '-c', f'exec prlimit --fsize={LOG_LIMIT} "$@" > >(cat) 2> >(cat >&2)', 'bash'
-    crowd = 'for i in $(seq 80); do sleep 60 & done; wait'
-    with ExitStack() as stack:
-        stack.enter_context(undone(busy.client))
-        shell = busy.client.popen('sh', '-c', crowd)
-        stack.callback(end, shell)
-        count = 'pgrep', '-c', '-P', str(shell.pid)
-        wait_until(lambda: run(*count, check=False).stdout == '80\n', 10, 'the crowd is there')
-        with elfprobe(
-            busy,
-            '-rg',
-            '-p250',
-            '-l',
-            '-P',
-            str(shell.pid),
-            busy.server_address(4),
-            cwd=tmp_path,
-            via=busy.client.command(*limited),
-        ) as measuring:
+    via = *busy.client.command(*limited), *with_change('elfprobe.REPORT_EVERY = 0.05')
+    with undone(busy.client):
+        with elfprobe(busy, '-rg', '-p250', '-dl', busy.server_address(4), cwd=tmp_path, via=via) as measuring:
             has_rows(measuring, 3)
+            wait_until(lambda: len(measuring.log) > LOG_LIMIT, 5, 'a long log')
             assert measuring.stop() == 0
-            wait_until(lambda: 'unanswered' in measuring.log, 5, 'cat has written everything')
+            wait_until(lambda: 'latency in ms' in measuring.log, 5, 'cat has written everything')
         assert attached(busy.client) == before
     check_end(measuring)
     log = (tmp_path / 'elf.log').read_text()
-    assert LOG_LIMIT - 100 < len(log) <= LOG_LIMIT < len(measuring.log)
+    assert 'probing on' in log and len(log) <= LOG_LIMIT < len(measuring.log)
     said = iter(measuring.log.splitlines(True))
     assert all(line in said for line in log.splitlines(True))  # whole ones, in order
 
@@ -1519,7 +1513,7 @@ def test_existing_files_are_renamed_and_new_ones_are_the_users(busy, tmp_path):
     after = files(tmp_path)
     moved = {'elf.2.csv': 'elf.csv', 'elf.1.csv': 'elf.1.csv', 'elf.1.log': 'elf.log', 'precious': 'precious'}
     assert {name: after.pop(name) for name in moved} == {name: before[old] for name, old in moved.items()}
-    assert sorted(after) == ['elf.csv', 'elf.log']
+    assert sorted(after) == ['elf.csv', 'elf.json', 'elf.log']
     assert after['elf.log'][1] == measuring.log
     for new, old in ('elf.2.csv', 'elf.csv'), ('elf.1.log', 'elf.log'):
         assert re.search(rf'\b{old}\b.*\b{new}\b', measuring.log)
