@@ -139,7 +139,7 @@ class Run(NamedTuple):
     files: list[str]
 
     def has(self, rows: pd.DataFrame) -> bool:
-        """Return whether the rows are of this run. CLOCK_MONOTONIC alone does not tell: each boot begins it anew."""
+        """Return whether the rows are of this run. CLOCK_MONOTONIC does not tell: it begins with each boot."""
         times = [int(rows.sendtime.iloc[i]) for i in (0, -1)] if len(rows) else []
         return all(
             self.started - RUN_SLACK <= at + zero_at(self.mappings, at) <= (self.ended or 1 << 63) + RUN_SLACK

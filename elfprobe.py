@@ -75,7 +75,7 @@ from elf.clock import Clock, utc_text
 from elf.console import Console, LogFormat, open_standard_streams, output_columns, print_lines
 from elf.counters import accounting, troubles, why_no_probes
 from elf.extensions import MalformedExtension, extension_texts
-from elf.files import FileLog, OutputFile, ReplacedFile, output_files
+from elf.files import DiskUse, FileLog, OutputFile, ReplacedFile, RowFiles, output_files
 from elf.findings import PathRewrites
 from elf.processes import (
     TASK_COMM_LEN,
@@ -260,6 +260,10 @@ class Config:
     filebase: str = argument(
         "-f", "--filebase", default="elf", type=not_empty,
         help="base name of FILEBASE.csv and FILEBASE.log (default: %(default)s)",
+    )  # fmt: skip
+    rotate: int | None = argument(
+        "--rotate", default=None, metavar="MIB", type=whole_number(1, 10**6, "a whole number of MiB"),
+        help="begin a new CSV when this one has so many MiB: FILEBASE.2.csv, FILEBASE.3.csv and so on",
     )  # fmt: skip
     logfile: bool = argument(
         "-l", "--logfile", default=False, action="store_true", help="also log to FILEBASE.log"
@@ -2568,6 +2572,7 @@ RENEW_EVERY = 0.5  # s
 DRAIN_EVERY = 0.25  # s between two reads of the result ring, at most
 STRAY_REPLIES = 0.5  # s to wait for replies after the last probe
 CLOCK_EVERY = 1.0  # s between two checks that CLOCK_MONOTONIC still maps to UTC as before
+DISK_EVERY = 3.0  # s between two checks of how much the rows take
 JSON_EVERY = 10.0  # s between two versions of FILEBASE.json
 JSON_SLICE = 0.05  # s to write at it before results are read again: the ring holds RING_HOLDS at the highest rate
 CHECK_EVERY = 5.0  # s between two checks that our programs are still attached
@@ -2591,8 +2596,11 @@ def facts(config: Config, attached: Attached) -> dict[str, Any]:
 
 def heading_lines(ipr: Netlink, device: Device, config: Config, clock: Clock) -> list[str]:
     """Return the first lines of the log: when, what, where, and how CLOCK_MONOTONIC maps to UTC."""
-    found = (message for message in ipr.get_addr() if message["index"] == device.ifindex)
-    addresses = [f"{message.get_attr('IFA_ADDRESS')}/{message['prefixlen']}" for message in found]
+    addresses = [
+        f"{message.get_attr('IFA_LOCAL') or message.get_attr('IFA_ADDRESS')}/{message['prefixlen']}"
+        for message in ipr.get_addr()
+        if message["index"] == device.ifindex
+    ]
     return [
         f"{time.strftime('%Y-%m-%d %H:%M:%S %z (%Z)')}: elfprobe.py {shlex.join(config.command)}",
         f"elfprobe {VERSION}, {os.uname().nodename}, Linux {os.uname().release}, BCC {bcc.__version__}",
@@ -2646,7 +2654,7 @@ class Measurement:
         config: Config,
         attached: Attached,
         results: Results,
-        files: tuple[OutputFile, ReplacedFile],
+        files: tuple[RowFiles, ReplacedFile],
         report: Report,
         clock: Clock,
         console: Console | None,
@@ -2657,6 +2665,7 @@ class Measurement:
         self._kernel = attached.kernel
         self._results = results
         self._csv, self._json = files
+        self._disk = DiskUse(self._csv.path)
         self.json_problem = ""  # why FILEBASE.json could not be written at last; empty: it was
         self._report = report
         self._clock = clock
@@ -2673,6 +2682,7 @@ class Measurement:
             Every(CHECK_EVERY, self._check_attachments),
             Every(REPORT_EVERY, self._log_counters),
             Every(CLOCK_EVERY, self._check_clock),
+            Every(DISK_EVERY, self._check_disk),
             Every(JSON_EVERY, self._begin_json),
             Every(0, self._go_on_with_json),
             Every(0, self._take),
@@ -2753,8 +2763,14 @@ class Measurement:
             zero = utc_text(self._clock.mappings[-1].zero)
             log.warning("%s: CLOCK_MONOTONIC 0 is %s from now on", moved, zero)
 
+    def _check_disk(self) -> None:
+        results = self._results
+        said = self._disk.look(self._csv.written, results.replies + results.unanswered, results.summary.hops)
+        if said:
+            log.info("%s", said)
+
     def _pieces(self, counters: dict[str, int], has_ended: bool = False) -> Iterator[str]:
-        return self._report.pieces(counters, [os.path.basename(self._csv.path)], has_ended)
+        return self._report.pieces(counters, [os.path.basename(path) for path in self._csv.paths], has_ended)
 
     @contextlib.contextmanager
     def _json_errors(self) -> Iterator[None]:
@@ -2884,7 +2900,9 @@ class ElfProbe:
                     log.info("CPU time of the programs is not known: that needs Linux 5.8, new BCC, sys_admin")
                 report = Report(facts(config, attached), clock, summary, results.rewrites, processes)
                 first = report.pieces(attached.kernel.counters(), [], has_ended=False)
-                files = stack.enter_context(output_files(config.filebase, self._file_log, first))
+                files = stack.enter_context(
+                    output_files(config.filebase, self._file_log, first, config.rotate and config.rotate << 20)
+                )
                 if not config.by_process:
                     log_lines(heading)
                 self._announce(attached, files[0])
@@ -2969,7 +2987,7 @@ class ElfProbe:
             )  # fmt: skip
             stack.enter_context(poller.followed())
 
-    def _announce(self, attached: Attached, csv: OutputFile) -> None:
+    def _announce(self, attached: Attached, csv: RowFiles) -> None:
         fate = "dropped" if self._config.ingress == "drop" else "passed"
         log.info(
             "probing on %s, answers read at %s, then %s; rows go to %s",

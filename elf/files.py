@@ -46,6 +46,10 @@ def next_free_name(path: str) -> str:
     return f"{base}.{number}{extension}"
 
 
+def encoded(lines: str) -> bytes:
+    return lines.encode(errors="backslashreplace")
+
+
 class OutputFile:
     """A new file that the user who called sudo owns. It has a temporary name until publish()."""
 
@@ -68,13 +72,13 @@ class OutputFile:
         except OSError as err:
             raise Failure(f"argument -f/--filebase: cannot write '{self.path}': {err.strerror}") from err
 
-    def publish(self) -> str:
+    def publish(self, tries: int = LOCK_TRIES) -> str:
         """Give the file its name. Return the new name of the file that had it, empty if none had. Raises Failure.
 
         Before this call no existing file is touched, so a start that fails has nothing to undo.
         """
         renamed = ""
-        with self._errors(), no_other_in_folder_of(self.path):
+        with self._errors(), no_other_in_folder_of(self.path, tries):
             if os.path.lexists(self.path):
                 renamed = next_free_name(self.path)
                 os.rename(self.path, renamed)
@@ -110,7 +114,10 @@ class OutputFile:
 
     def write_lines(self, lines: str) -> None:
         """Append whole lines. If the disk takes only a part, the last, broken line is removed. Raises Failure."""
-        data = lines.encode(errors="backslashreplace")
+        self.write_data(encoded(lines))
+
+    def write_data(self, data: bytes) -> None:
+        """Do as write_lines()."""
         start = os.fstat(self.fd).st_size
         try:
             written = os.write(self.fd, data)
@@ -128,6 +135,135 @@ class OutputFile:
             with contextlib.suppress(OSError):
                 os.unlink(self._temporary)
         os.close(self.fd)
+
+
+class RowFiles:
+    """FILEBASE.csv, and, if each may have only so many bytes, FILEBASE.2.csv and so on, each with a header."""
+
+    def __init__(self, filebase: str, limit: int | None = None) -> None:
+        """Begin the first file, under a temporary name until publish(). Raises Failure."""
+        self._filebase = filebase
+        self._limit = limit or 1 << 63
+        self.paths: list[str] = []
+        self.written = 0  # bytes of rows
+        self._lost = 0  # rows that could not be written, but for those of the newest file
+        self._file = self._begin()
+
+    @property
+    def path(self) -> str:
+        """The name of the newest file."""
+        return self._file.path
+
+    def publish(self) -> str:
+        """As OutputFile.publish()."""
+        return self._file.publish()
+
+    def _begin(self) -> OutputFile:
+        number = len(self.paths) + 1
+        file = OutputFile(f"{self._filebase}.{number}.csv" if self.paths else f"{self._filebase}.csv")
+        try:
+            file.write_lines(HEADER)
+            if self.paths:
+                log_renamed(file.path, file.publish(tries=1))
+        except BaseException:
+            file.close()
+            raise
+        self.paths.append(file.path)
+        self._size = len(HEADER)
+        return file
+
+    @property
+    def lines_lost(self) -> int:
+        """How many rows could not be written."""
+        return self._lost + self._file.lines_lost
+
+    def write_lines(self, rows: str) -> None:
+        """Append whole rows. Raises Failure."""
+        data = encoded(rows)
+        while data:
+            end = 0
+            try:
+                end = self._make_room(data)
+                self._file.write_data(data[:end])
+            except Failure:
+                self._lost += data.count(b"\n", end)
+                raise
+            self._size += end
+            self.written += end
+            data = data[end:]
+
+    def _make_room(self, data: bytes) -> int:
+        """Return how much of the data, whole rows, goes to this file, or to a new one if this is full."""
+        if self._size + len(data) <= self._limit:
+            return len(data)
+        end = data.rfind(b"\n", 0, max(self._limit - self._size, 0)) + 1
+        if end:
+            return end
+        new = self._begin()
+        self._file.close()
+        self._lost += self._file.lines_lost
+        self._file = new
+        log.info("%s is full: rows go to %s from now on", self.paths[-2], new.path)
+        return data.index(b"\n") + 1
+
+    def close(self) -> None:
+        """Close the newest file."""
+        self._file.close()
+
+
+class DiskUse:
+    """What the rows of a run take, and whether the disk has room for them."""
+
+    def __init__(self, path: str) -> None:
+        self._folder = os.path.dirname(path) or "."
+        self._before = time.monotonic(), 0, 0, 0  # time, bytes, rows, hops at the last look
+        self._is_told = False
+        self._is_short = False
+
+    def look(self, written: int, rows: int, hops: int) -> str:
+        """Return what is to be said now; empty: nothing. written: bytes so far.
+
+        The estimate is made once: when no hop has been found since the last look, so that the rate, which may
+        grow with each hop, is known.
+        """
+        now = time.monotonic()
+        then, bytes_before, rows_before, hops_before = self._before
+        self._before = now, written, rows, hops
+        rate = (written - bytes_before) / (now - then)  # bytes per second
+        if not rate or hops != hops_before:
+            return ""
+        try:
+            status = os.statvfs(self._folder)
+        except OSError:  # removed meanwhile
+            return ""
+        free = status.f_bavail * status.f_frsize
+        is_short, before = free < rate * 3600, self._is_short
+        self._is_short = is_short or before and free < 2 * rate * 3600
+        if is_short and not before:
+            self._is_told = True
+            left = f"only {size_text(free)} are free, which is enough for {free / rate / 60:.0f} minutes"
+            return f"the disk will soon be full: {left} at {size_text(86400 * rate)} a day"
+        if self._is_told:
+            return ""
+        self._is_told = True
+        per_second = (rows - rows_before) / (now - then)
+        what = f"{per_second:.0f} probes/s to {hops} hops"
+        return f"rows take {size_text(86400 * rate)} a day at this rate ({what}), and {size_text(free)} are free"
+
+
+def size_text(size: float) -> str:
+    """Return a number of bytes as text."""
+    for unit in ("kB", "MB", "GB"):
+        size /= 1000
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+    return f"{size / 1000:.3g} TB"
+
+
+def log_renamed(path: str, name: str) -> None:
+    """Log what has become of a file that had a path before."""
+    if name:
+        log.info("the %s that was there is now %s", path, name)
 
 
 class ReplacedFile:
@@ -232,20 +368,19 @@ class FileLog(logging.Handler):
 
 @contextlib.contextmanager
 def output_files(
-    filebase: str, file_log: FileLog | None, report: Iterable[str]
-) -> Iterator[tuple[OutputFile, ReplacedFile]]:
+    filebase: str, file_log: FileLog | None, report: Iterable[str], limit: int | None
+) -> Iterator[tuple[RowFiles, ReplacedFile]]:
     """Create the log with the lines so far, the CSV with its header, and the report. Raises Failure.
 
     Yield the CSV and the report. All get their names when all are complete. Until then, files of earlier runs
-    keep theirs.
+    keep theirs. limit: bytes of a CSV.
     """
     with contextlib.ExitStack() as stack:
-        csv = OutputFile(filebase + ".csv")
+        csv = RowFiles(filebase, limit)
         stack.callback(csv.close)
-        csv.write_lines(HEADER)
         json = ReplacedFile(filebase + ".json", report)
         stack.callback(json.close)
-        files: list[OutputFile | ReplacedFile] = [csv, json]
+        files: list[OutputFile | RowFiles | ReplacedFile] = [csv, json]
         if file_log:
             file = OutputFile(filebase + ".log")
             stack.callback(file.close)
@@ -255,6 +390,5 @@ def output_files(
             stack.callback(logging.getLogger().removeHandler, file_log)
         renamed = [(file.path, file.publish()) for file in reversed(files)]
         for path, name in renamed:
-            if name:
-                log.info("the %s that was there is now %s", path, name)
+            log_renamed(path, name)
         yield csv, json

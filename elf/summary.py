@@ -18,7 +18,7 @@ from elf.usage import printable
 
 HOPS_MAX = 8192  # of all destinations together
 FLOWS_MAX = 32768  # that are remembered
-FLOW_HOPS_MAX = 131072  # of all of them together
+FLOW_HOPS_MAX = 65536  # of all of them together
 RESPONDERS_MAX = 64  # of a hop
 NEVER = 1 << 63  # ns, above every latency
 REUSE_AFTER = 10**9  # ns without a probe, after which a lower retransmission count is a new connection's
@@ -66,8 +66,8 @@ class Flow:
 class Summary:
     """All probes that have ended, by destination and hop, and by flow and hop.
 
-    name_of returns the host name of an address, empty if it has none. It is called as soon as an address is seen, so
-    that a name that takes time to find is there when the first table is made.
+    name_of returns the host name of an address, empty if it has none. It is called as soon as an address is
+    seen, so that a name that takes time to find is there when the first table is made.
     """
 
     def __init__(self, name_of: Callable[[str], str] = lambda _: "") -> None:
@@ -75,7 +75,7 @@ class Summary:
         self._destinations: dict[str, Destination] = {}
         self._flows: dict[FlowKey, Flow] = {}
         self._flows_are_forgotten = False  # some of them
-        self._hops = 0
+        self.hops = 0  # of all destinations together
         self._flow_hops = 0
         self._probes_left_out = 0
 
@@ -166,9 +166,9 @@ class Summary:
         return destination
 
     def _new_hop(self, destination: Destination, number: int) -> Hop:
-        if self._hops >= HOPS_MAX:
+        if self.hops >= HOPS_MAX:
             self._make_room(destination)
-        self._hops += 1
+        self.hops += 1
         hop = destination.hops[number] = Hop()
         return hop
 
@@ -178,7 +178,7 @@ class Summary:
         for dest, destination in ordered[: len(ordered) // 4 + 1]:
             if destination is not newest:
                 self._probes_left_out += destination.probes
-                self._hops -= len(destination.hops)
+                self.hops -= len(destination.hops)
                 del self._destinations[dest]
 
     def _new_flow(self, key: FlowKey, destination: Destination, probe: Record) -> Flow:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Sequence
 
 import pytest
@@ -28,7 +29,7 @@ from elf import addresses, files, processes
 from elf.addresses import address_text, pack_address
 from elf.console import LogFormat
 from elf.extensions import MalformedExtension, extension_texts, ones_complement_sum
-from elf.files import OutputFile
+from elf.files import DiskUse, OutputFile, RowFiles
 from elf.processes import Process
 from elf.rows import HEADER, Record, app_text, row_function
 from elf.usage import Failure
@@ -102,6 +103,8 @@ GOOD = {  # arguments in addition to -i none0 and an address: what they change
     '--quiet': {'quiet': True, 'logfile': True},
     '--duration 2.5': {'duration': 2.5},
     '--json': {'json': True},
+    '--rotate 1': {'rotate': 1},
+    '--rotate 1000000': {'rotate': 1000000},
     '-n': {'numeric': True},
     '--numeric': {'numeric': True},
     '--max-rate 1': {'max_rate': 1},
@@ -127,6 +130,7 @@ DEFAULTS = dict(
     max_rate=50000,
     numeric=False,
     json=False,
+    rotate=None,
 )
 
 
@@ -186,6 +190,8 @@ BAD: list[tuple[list[str], Sequence[str]]] = [  # arguments; what the message mu
     (['--max-rate', '0'], ['--max-rate', "'0'", RATE]),
     (['--max-rate', '1000001'], ['--max-rate', "'1000001'", RATE]),
     (['--max-rate', 'all'], ['--max-rate', "'all'", RATE]),
+    (['--rotate', '0'], ['--rotate', "'0'", 'MiB, 1 to 1000000']),
+    (['--rotate', '1.5'], ['--rotate', "'1.5'", 'MiB, 1 to 1000000']),
     (['--unknown'], ['--unknown']),
     (['--debu'], ['--debu']),
     (['-l=yes'], ['-l']),
@@ -993,6 +999,58 @@ def test_only_whole_lines_where_the_disk_is_full(writes: list[str], kept: list[s
     assert (done.returncode, done.stderr) == (0, '')
     assert contents(tmp_path) == {'elf.csv': ''.join(line + '\n' for line in kept)}
     assert ('cannot write' in done.stdout) == (len(''.join(writes)) > 1000)
+
+
+@pytest.mark.parametrize('at_once', [1, 7, 1000])
+def test_rows_in_several_files(at_once: int, tmp_path: Path) -> None:
+    """Each has a header and whole rows, is as full as can be, and replaces nothing."""
+    for name in 'elf.csv', 'elf.2.csv', 'elf.7.csv':
+        (tmp_path / name).write_text(name)
+    limit = len(HEADER) + 100
+    rows = [f'{number},{"x" * (number % 9)}\n' for number in range(1000)] + ['y' * 200 + '\n', 'last\n']
+    csv = RowFiles(str(tmp_path / 'elf'), limit)
+    csv.publish()
+    for at in range(0, len(rows), at_once):
+        csv.write_lines(''.join(rows[at : at + at_once]))
+    csv.close()
+    names = ['elf.csv', *(f'elf.{number}.csv' for number in range(2, len(csv.paths) + 1))]
+    assert csv.paths == [str(tmp_path / name) for name in names] and len(names) > 10
+    texts = [(tmp_path / name).read_text() for name in names]
+    assert all(text.startswith(HEADER) and text.endswith('\n') for text in texts)
+    assert ''.join(text[len(HEADER) :] for text in texts) == ''.join(rows)
+    assert [len(text) for text in texts if len(text) > limit] == [len(HEADER) + 201]
+    assert all(len(text) > limit - 15 for text in texts[:-3])
+    assert csv.written == len(''.join(rows)) and csv.lines_lost == 0
+    others = {'elf.1.csv': 'elf.csv', 'elf.2.1.csv': 'elf.2.csv', 'elf.7.1.csv': 'elf.7.csv'}
+    assert {name: contents(tmp_path)[name] for name in others} == others
+
+
+def test_rows_without_a_next_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    csv = RowFiles(str(tmp_path / 'elf'), len(HEADER) + 10)
+    csv.publish()
+    monkeypatch.setattr(OutputFile, 'publish', lambda *_, **__: (_ for _ in ()).throw(Failure('no')))
+    for _ in range(2):
+        with pytest.raises(Failure):
+            csv.write_lines('row 1\nrow 2\nrow 3\n')
+    csv.close()
+    assert contents(tmp_path) == {'elf.csv': HEADER + 'row 1\n'} and csv.lines_lost == 5
+
+
+def test_what_rows_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told once the number of hops is known. That the disk is short is told whenever it becomes so."""
+    now, free = 1000.0, 10**12
+    monkeypatch.setattr(files.time, 'monotonic', lambda: now)
+    monkeypatch.setattr(files.os, 'statvfs', lambda _: SimpleNamespace(f_bavail=free // 4096, f_frsize=4096))
+    use, said = DiskUse(str(tmp_path / 'elf.csv')), []
+    looks = [(0, 0, 12), (400, 3, 12), (400, 4, 12), (400, 4, 12), (0, 4, 12), (400, 4, 8), (400, 4, 8)]
+    written = rows = 0
+    for per_second, hops, exponent in [*looks, (400, 4, 12), (400, 4, 8)]:
+        now, free = now + 2, 10**exponent
+        rows, written = rows + 2 * per_second, written + 200 * per_second
+        said.append(use.look(written, rows, hops))
+    what = 'rows take 3.46 GB a day at this rate (400 probes/s to 4 hops), and 1 TB are free'
+    short = 'the disk will soon be full: only 100 MB are free, which is enough for 42 minutes at 3.46 GB a day'
+    assert said == ['', '', '', what, '', short, '', '', short]
 
 
 @pytest.mark.root

@@ -499,6 +499,140 @@ def test_utc_in_picture_and_page(csv: Path) -> None:
     assert '21:23:22' in [label.get_text() for label in picture.panels[0].time.get_xticklabels()]
 
 
+REPORT = {
+    'started': '2026-11-06T21:23:15.000000Z',
+    'ended': '2026-11-06T21:24:00.000000Z',
+    'monotonic_zeros': [{'since': 0, 'utc': '2026-11-06T20:00:00.000000Z'}],
+    'files': ['run 5.csv'],
+}
+
+
+@pytest.mark.parametrize(
+    'changes, mappings, noted',
+    [
+        ({}, 1, False),
+        ({'ended': None}, 1, False),
+        ({'files': ['elf.csv']}, 1, False),  # both have been renamed
+        ({'ended': '2026-11-06T21:23:20.000000Z'}, 0, True),  # of another run
+        ({'started': '2026-11-06T21:24:20.000000Z', 'ended': None}, 0, True),
+        ({'monotonic_zeros': []}, 0, True),  # as if there were none: the log's is of another run
+        ({'monotonic_zeros': [{'utc': 'soon'}]}, 0, True),
+        ({'files': 3}, 0, True),
+    ],
+)
+def test_utc_by_the_report(changes: dict[str, Any], mappings: int, noted: bool, csv: Path) -> None:
+    """Whenever the files were written, and whatever an old log says."""
+    zero_of(csv, LOG.replace('20:00:00', '19:00:00'), 9000, -5000)
+    os.utime(csv.with_suffix('.log'), (0, 0))
+    csv.with_suffix('.json').write_text(json.dumps({**REPORT, **changes}))
+    _, found, notes = elfplot.read_rows(str(csv))
+    assert [mapping.zero for mapping in found] == [EPOCH] * mappings
+    assert bool(notes) == noted
+
+
+def test_clock_that_was_set(csv: Path) -> None:
+    """Rows before and behind the step are where they belong, for those who look at the picture."""
+    csv.write_text(text_of(row(at, 1, 1) for at in range(10)))
+    zeros = [
+        {'since': since, 'utc': f'2026-11-06T{utc}Z'}
+        for since, utc in ((0, '20:00:00'), (START + 5 * S, '20:10:00'), (START + 7 * S, '19:59:58'))
+    ]
+    csv.with_suffix('.json').write_text(json.dumps({**REPORT, 'ended': None, 'monotonic_zeros': zeros}))
+    rows, mappings, _ = elfplot.read_rows(str(csv))
+    times = (elfplot.in_utc(rows, mappings).sendtime - START) / S
+    assert list(times) == [0, 1, 2, 3, 4, 5, 6, 7, 605, 606]
+    assert data_of(page_of(str(csv))[1])['utc'] == (EPOCH + START) / MS
+    assert [probe.sendtime for probe in elfplot.records_in(rows)] == [START + at * S for at in range(10)]
+
+
+def test_rows_of_several_files(csv: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """All by the name of the first, in order; but none of another run, and none by the name of another one."""
+    rows = [row(at / 10, 1 + at % 3, 1, dest=f'10.9.0.{at % 7}', app=f'app{at % 5}') for at in range(300)]
+    names = [csv.name, *(f'run 5.{number}.csv' for number in (2, 3, 4, 5))]
+    for name, first in zip(names, (0, 100, 200)):
+        csv.with_name(name).write_text(text_of(rows[first : first + 100]))
+    csv.with_name(names[3]).write_text(text_of([row(9000, 1, 1)]))
+    csv.with_suffix('.json').write_text(json.dumps({**REPORT, 'files': names}))
+    parts, _, notes = elfplot.read_rows(str(csv))
+    whole = csv.with_name('whole.csv')
+    whole.write_text(text_of(rows))
+    once = read_csv(str(whole))
+    assert parts.astype(object).equals(once.astype(object)) and list(parts.dtypes.map(str)) == list(
+        once.dtypes.map(str)
+    )
+    assert len(notes) == 2 and names[3] in notes[0] and names[4] in notes[1]
+    assert elfplot.main([str(csv)]) == 0
+    assert ': 43 probes' in capfd.readouterr().out
+    assert len(elfplot.read_rows(str(csv.with_name(names[1])))[0]) == 100
+
+
+# What docs/columns.md says of other programs
+
+COLUMNS_DOC = SCRIPT.with_name('docs') / 'columns.md'
+
+
+def example(language: str) -> str:
+    """The lines of the document that read the rows, and print percentiles."""
+    found = re.findall(rf'^```{language}\n(.*?)^```', COLUMNS_DOC.read_text(), re.MULTILINE | re.DOTALL)
+    return '\n'.join(found)
+
+
+def odd_rows(csv: Path) -> Path:
+    """Rows with whatever may be missing, and a program whose name looks so."""
+    rows = [
+        row(0.1 * i, 1, None if i % 4 == 0 else 2, app='NA', pid='', inipid=-1 if i % 4 == 0 else 7)
+        for i in range(20)
+    ]
+    rows += [
+        row(0.1 * i, 2, 3, app='a "b", c', srtt=900, cwnd=10, retrans=0, ifinfo='role=incoming') for i in range(20)
+    ]
+    path = csv.with_name('elf.csv')
+    text = text_of(rows).replace('a "b", c', '"a ""b"", c"')
+    path.write_text(text)
+    return path
+
+
+def test_reading_with_pandas(csv: Path) -> None:
+    shown = subprocess.run(
+        [sys.executable, '-c', example('python') + CHECK_PANDAS],
+        cwd=odd_rows(csv).parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r'203.0.113.80 +1 +2\.0 +2\.0 +2\.0\n +2 +3\.0', shown.stdout)
+
+
+CHECK_PANDAS = """
+assert rows.latency.isna().sum() == rows.recvtime.isna().sum() == rows.inipid.isna().sum() == 5
+assert rows.pid.isna().sum() == rows.srtt.isna().sum() == 20 and rows.retrans.sum() == 0
+assert rows.latency.sum() == 15 * 2000000 + 20 * 3000000 and str(rows.latency.dtype) == 'Int64'
+assert list(rows.app.unique()) == ['NA', 'a "b", c']
+"""
+
+
+@pytest.mark.needs('Rscript')
+def test_reading_with_r(csv: Path) -> None:
+    shown = subprocess.run(
+        ['Rscript', '--vanilla', '-e', example('r') + CHECK_R],
+        cwd=odd_rows(csv).parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r'203.0.113.80 +1 +2 +2 +2\n2 203.0.113.80 +2 +3 +3', shown.stdout)
+
+
+CHECK_R = """
+stopifnot(sum(is.na(rows$latency)) == 5, sum(is.na(rows$recvtime)) == 5, sum(is.na(rows$inipid)) == 5)
+stopifnot(sum(is.na(rows$pid)) == 20, sum(is.na(rows$srtt)) == 20, sum(rows$retrans, na.rm = TRUE) == 0)
+stopifnot(sum(rows$latency, na.rm = TRUE) == 15 * 2e6 + 20 * 3e6)
+stopifnot(identical(unique(rows$app), c("NA", "a \\"b\\", c")), rows$sendtime[1] == 5e12)
+"""
+
+
 # Destinations
 
 

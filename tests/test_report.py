@@ -17,6 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,7 +29,7 @@ from elf.report import Report
 from elf.rows import Record
 from elf.summary import Summary
 from lab import wait_until
-from runs import ELFPROBE, HOPS, TCP, VERSIONS, both, elfprobe, with_change
+from runs import ELFPROBE, HOPS, TCP, VERSIONS, both, elfprobe, read_rows, with_change
 
 root = pytest.mark.root
 
@@ -334,3 +335,35 @@ def test_report_whose_name_somebody_took(lab4, tmp_path):
         assert run.stop() == 3
     assert path.read_text() == 'of somebody else' and 'that of this run is elf.1.json' in run.log
     assert current(tmp_path / 'elf.1.json')['ended']
+
+
+SMALL = 'mkdir small; mount -t tmpfs -o size=100m none small; "$@"; s=$?; cp small/* .; exit $s'
+
+
+@root
+def test_rows_of_a_run_in_several_files(lab4, tmp_path):
+    """On a disk that they would fill within the hour."""
+    via = lab4.client.command('unshare', '-m', 'sh', '-c', SMALL, 'sh')
+    arguments = '-p0', '--rotate', '1', '-f', 'small/elf', *both(lab4)
+    with elfprobe(lab4, *arguments, cwd=tmp_path, via=via) as run:
+        for version in VERSIONS:
+            lab4.client.popen('ping', '-nqf', lab4.server_address(version), stdout=subprocess.DEVNULL)
+        wait_until(lambda: 'rows go to small/elf.3.csv from now on' in run.log, 60, 'two files are full')
+        wait_until(lambda: 'the disk will soon be full: only ' in run.log, 20, 'the log says so')
+        lab4.client.end_processes()
+        (inside,) = psutil.Process(run.process.pid).children()
+        inside.terminate()
+        assert run.wait() == 0
+    report = current(tmp_path / 'elf.json')
+    assert report['files'] == ['elf.csv', *(f'elf.{number}.csv' for number in range(2, len(report['files']) + 1))]
+    assert sorted(report['files']) == sorted(path.name for path in tmp_path.glob('*.csv'))
+    sizes = [(tmp_path / name).stat().st_size for name in report['files']]
+    assert max(sizes) <= 1 << 20 and min(sizes[:-1]) > (1 << 20) - 400
+    rows = [row for name in report['files'] for row in read_rows(tmp_path / name)]
+    assert len(rows) == run.summary.probes
+    pytest.importorskip('pandas')
+    pytest.importorskip('matplotlib')
+    import elfplot
+
+    frame, mappings, notes = elfplot.read_rows(str(tmp_path / 'elf.csv'))
+    assert (len(frame), len(mappings), notes) == (len(rows), 1, [])
