@@ -1450,6 +1450,8 @@ ETH_P_ALL = 0x0003
 # Names of our TC filters. The second one tells the run that clears up after a kill that the qdisc was ours too.
 FILTER_NAME = "elfprobe"
 FILTER_NAME_QDISC_OURS = "elfprobe+clsact"
+DEVICE_LOCKS = "/proc/sys/net/ipv4/tcp_fastopen_key"  # never written
+FLOCK = "@hhqqi"  # struct flock, fcntl(2): type, whence, start, length, PID
 OFFLOADS_WITHOUT_XDP = "rx-lro", "rx-gro-hw"  # generic XDP switches these off, and never on again
 # Drivers that take a native XDP program without a reset of their queues, and give up no offload for it. Found in
 # the kernel's source: efx_xdp_setup_prog() of sfc just sets a pointer. i40e, ice, ixgbe, igb, igc, mlx5, bnxt, ena
@@ -1532,17 +1534,35 @@ def find_device(ipr: Netlink, name: str, encapsulation: str = "ethernet") -> Dev
 
 @contextlib.contextmanager
 def sole_user(device: Device) -> Iterator[None]:
-    """Make sure that no other elfprobe uses the device. Raises Failure.
+    """Make sure that no other elfprobe uses the device. Raises Failure, with the PID of the other one.
 
-    The lock is a name in the abstract socket namespace. That belongs to the network namespace, as the device
-    does. The name is free again when this process ends, however it ends.
+    The lock is a record lock, fcntl(2), on DEVICE_LOCKS: the byte with the number of the device. The file belongs
+    to the network namespace, as the device does. To open it for writing takes the same right as to attach a
+    program (CAP_NET_ADMIN), so that nobody else can keep elfprobe from starting. The lock goes with this process,
+    however it ends.
     """
-    with socket.socket(socket.AF_UNIX) as holder:
+    with contextlib.ExitStack() as stack:
         try:
-            holder.bind(f"\0elfprobe-{device.ifindex}")
+            file = os.open(DEVICE_LOCKS, os.O_WRONLY | os.O_CLOEXEC)
         except OSError as err:
-            raise interface_failure(f"another elfprobe runs on '{device.name}'") from err
+            log.warning(
+                "another elfprobe on %s would not be noticed: %s: %s", device.name, DEVICE_LOCKS, err.strerror
+            )
+        else:
+            stack.callback(os.close, file)
+            lock_device(file, device)
         yield
+
+
+def lock_device(file: int, device: Device) -> None:
+    """Lock the device's byte of DEVICE_LOCKS, open as a descriptor. Raises Failure if another process has it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, device.ifindex)
+    except BlockingIOError as err:
+        request = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, device.ifindex, 1, 0)
+        *_, pid = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, request))
+        who = f" (pid {pid})" if pid > 0 else ""  # it may be in a PID namespace that cannot be seen from here
+        raise interface_failure(f"another elfprobe{who} runs on '{device.name}'") from err
 
 
 class Attachment:
@@ -2834,7 +2854,7 @@ class Measurement:
             self.output = "".join(pieces).splitlines()
         elif not self._config.quiet:
             self.output = results.summary.tables(columns=output_columns())
-        save_maps(self._kernel, self._config.filebase, stop)
+        save_maps(self._kernel, self._csv.filebase, stop)
 
 
 class ElfProbe:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The files of a run: CSV, log and report. They replace no file of others, and appear when they are complete."""
+"""The files of a run: CSV, log and report. They replace no file of others, and appear when they are complete.
+
+A file has a lock, flock(2), while it is written. It never loses its name to another run.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +40,33 @@ def no_other_in_folder_of(path: str, tries: int = LOCK_TRIES) -> Iterator[None]:
         yield
 
 
-def next_free_name(path: str) -> str:
-    """Return the path with a number before its extension: the lowest one that no file has."""
-    base, extension = os.path.splitext(path)
+def next_free_base(base: str, *extensions: str) -> str:
+    """Return the base with a number behind it: the lowest one that no file with any of these extensions has."""
     number = 1
-    while os.path.lexists(f"{base}.{number}{extension}"):
+    while any(os.path.lexists(f"{base}.{number}{extension}") for extension in extensions):
         number += 1
-    return f"{base}.{number}{extension}"
+    return f"{base}.{number}"
+
+
+def next_free_name(path: str) -> str:
+    """Return the path with the lowest free number before its extension."""
+    base, extension = os.path.splitext(path)
+    return next_free_base(base, extension) + extension
+
+
+def is_being_written(path: str) -> bool:
+    """Return whether a run writes this file now."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as err:
+        return isinstance(err, BlockingIOError)
+    finally:
+        os.close(file)
+    return False
 
 
 def encoded(lines: str) -> bytes:
@@ -51,16 +74,19 @@ def encoded(lines: str) -> bytes:
 
 
 class OutputFile:
-    """A new file that the user who called sudo owns. It has a temporary name until publish()."""
+    """A new file that the user who called sudo owns. It has a temporary name until publish(), and is locked."""
 
-    def __init__(self, path: str) -> None:
-        """Create the file. Raises Failure."""
+    def __init__(self, path: str, option: str = "-f/--filebase") -> None:
+        """Create the file. option is the one that a message names. Raises Failure."""
         self.path = path
+        self._option = option
         self.lines_lost = 0  # that could not be written
         self._temporary = os.path.join(os.path.dirname(path), f".elfprobe-{secrets.token_hex(8)}")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
         with self._errors():
             self.fd = os.open(self._temporary, flags, 0o644)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if "SUDO_UID" in os.environ and os.geteuid() == 0:
             with contextlib.suppress(OSError, ValueError):
                 os.fchown(self.fd, int(os.environ["SUDO_UID"]), int(os.environ.get("SUDO_GID", "-1")))
@@ -70,18 +96,23 @@ class OutputFile:
         try:
             yield
         except OSError as err:
-            raise Failure(f"argument -f/--filebase: cannot write '{self.path}': {err.strerror}") from err
+            raise Failure(f"argument {self._option}: cannot write '{self.path}': {err.strerror}") from err
 
     def publish(self, tries: int = LOCK_TRIES) -> str:
         """Give the file its name. Return the new name of the file that had it, empty if none had. Raises Failure.
 
-        Before this call no existing file is touched, so a start that fails has nothing to undo.
+        If a run writes the file that has the name, this one takes another name. Before this call no existing file
+        is touched, so a start that fails has nothing to undo.
         """
         renamed = ""
         with self._errors(), no_other_in_folder_of(self.path, tries):
             if os.path.lexists(self.path):
-                renamed = next_free_name(self.path)
-                os.rename(self.path, renamed)
+                free = next_free_name(self.path)
+                if is_being_written(self.path):
+                    self.path = free
+                else:
+                    renamed = free
+                    os.rename(self.path, renamed)
             self._take_name()
         return renamed
 
@@ -112,6 +143,15 @@ class OutputFile:
                 self.path = next_free_name(self.path)
                 self._take_name()
 
+    def overwrite(self, content: bytes) -> None:
+        """Write the whole file, and give it its name. What had the name is gone, or for a link is not followed.
+        Raises Failure."""
+        with self._errors():
+            with open(self.fd, "wb", closefd=False) as file:
+                file.write(content)
+            os.rename(self._temporary, self.path)
+        self._temporary = ""
+
     def write_lines(self, lines: str) -> None:
         """Append whole lines. If the disk takes only a part, the last, broken line is removed. Raises Failure."""
         self.write_data(encoded(lines))
@@ -125,7 +165,8 @@ class OutputFile:
                 written += os.write(self.fd, data[written:])
         except OSError as err:
             kept = data.rfind(b"\n", 0, os.fstat(self.fd).st_size - start) + 1
-            os.ftruncate(self.fd, start + kept)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.fd, start + kept)
             self.lines_lost += data.count(b"\n", kept)
             raise Failure(f"cannot write '{self.path}': {err.strerror}") from err
 
@@ -142,7 +183,7 @@ class RowFiles:
 
     def __init__(self, filebase: str, limit: int | None = None) -> None:
         """Begin the first file, under a temporary name until publish(). Raises Failure."""
-        self._filebase = filebase
+        self.filebase = filebase
         self._limit = limit or 1 << 63
         self.paths: list[str] = []
         self.written = 0  # bytes of rows
@@ -156,11 +197,13 @@ class RowFiles:
 
     def publish(self) -> str:
         """As OutputFile.publish()."""
-        return self._file.publish()
+        renamed = self._file.publish()
+        self.paths[-1] = self._file.path
+        return renamed
 
     def _begin(self) -> OutputFile:
         number = len(self.paths) + 1
-        file = OutputFile(f"{self._filebase}.{number}.csv" if self.paths else f"{self._filebase}.csv")
+        file = OutputFile(f"{self.filebase}.{number}.csv" if self.paths else f"{self.filebase}.csv")
         try:
             file.write_lines(HEADER)
             if self.paths:
@@ -373,9 +416,13 @@ def output_files(
     """Create the log with the lines so far, the CSV with its header, and the report. Raises Failure.
 
     Yield the CSV and the report. All get their names when all are complete. Until then, files of earlier runs
-    keep theirs. limit: bytes of a CSV.
+    keep theirs. If another run writes one of those, all get the next number that is free. limit: bytes of a CSV.
     """
+    extensions = ".csv", ".json", ".log"
     with contextlib.ExitStack() as stack:
+        if any(is_being_written(filebase + extension) for extension in extensions):
+            taken, filebase = filebase, next_free_base(filebase, *extensions)
+            log.info("another run writes %s.csv: the files of this one are %s.*", taken, filebase)
         csv = RowFiles(filebase, limit)
         stack.callback(csv.close)
         json = ReplacedFile(filebase + ".json", report)

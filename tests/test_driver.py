@@ -911,11 +911,11 @@ def test_two_runs_that_begin_at_once(
     csv: Callable[[], OutputFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One opens its file while the other has chosen a name for the old one: waits for it, or loses it."""
-    choose = files.next_free_name
+    choose = files.next_free_base
     others: list[subprocess.Popen[str]] = []
 
-    def choose_slowly(path: str) -> str:
-        name = choose(path)
+    def choose_slowly(*names: str) -> str:
+        name = choose(*names)
         others.append(
             subprocess.Popen(
                 [sys.executable, '-c', OPEN_AND_WRITE, str(SCRIPT.parent)],
@@ -930,11 +930,24 @@ def test_two_runs_that_begin_at_once(
 
     (tmp_path / 'elf.csv').write_text('old')
     with monkeypatch.context() as patched:
-        patched.setattr(files, 'next_free_name', choose_slowly)
+        patched.setattr(files, 'next_free_base', choose_slowly)
         publish(csv())
     [other] = others
     assert (other.communicate()[1], other.returncode) == ('', 0)
     assert sorted(contents(tmp_path).values()) == ['', 'old', 'other\n']
+
+
+def test_a_file_that_a_run_writes_keeps_its_name(csv: Callable[[], OutputFile], tmp_path: Path) -> None:
+    (tmp_path / 'elf.1.csv').write_text('old')
+    first, second = csv(), csv()
+    for name, file in ('elf.csv', first), ('elf.2.csv', second):
+        assert file.publish() == ''
+        assert file.path == str(tmp_path / name)
+        file.write_lines(f'{name}\n')
+    assert contents(tmp_path) == {'elf.1.csv': 'old', 'elf.csv': 'elf.csv\n', 'elf.2.csv': 'elf.2.csv\n'}
+    first.close()
+    assert csv().publish() == str(tmp_path / 'elf.3.csv')
+    second.close()
 
 
 def test_a_link_is_renamed_not_followed(csv: Callable[[], OutputFile], tmp_path: Path) -> None:

@@ -1013,22 +1013,60 @@ def test_path_mtu_is_discovered_by_probed_flows(make_lab, tmp_path, options):
     assert answered == set(itertools.product(servers, (TCP, UDP), (1, 2)))
 
 
+# Takes, as any user may, what could be the lock of an interface, and says how much of it.
+USERS_LOCKS = """
+import fcntl, os, signal, socket, sys
+held = []
+for ifindex, _ in socket.if_nameindex():
+    held.append(socket.socket(socket.AF_UNIX))
+    held[-1].bind(f'\\0elfprobe-{ifindex}')
+for folder, _, names in [*os.walk('/proc/sys/net/ipv4'), *os.walk('/run/elfprobe')]:
+    for path in [folder, *(os.path.join(folder, name) for name in names)]:
+        for mode, lock in (os.O_RDONLY, fcntl.flock), (os.O_WRONLY, fcntl.lockf):
+            try:
+                held.append(os.open(path, mode | os.O_NONBLOCK))
+                lock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                pass
+print(len(held), flush=True)
+signal.pause()
+"""
+
+
+@contextmanager
+def users_locks(host: Host) -> Iterator[None]:
+    """A user without rights holds locks on whatever may be locked."""
+    user = 'setpriv', f'--reuid={NOBODY}', f'--regid={NOBODY}', '--clear-groups'
+    with host.popen(*user, sys.executable, '-c', USERS_LOCKS, stdout=subprocess.PIPE) as holder:
+        try:
+            assert int(holder.stdout.readline()) > 100
+            yield
+        finally:
+            end(holder)
+
+
 @root
 def test_one_elfprobe_for_each_interface(lab4, tmp_path):
+    """Nobody else can keep it from starting: neither by a name in the abstract namespace of sockets, nor by a
+    lock of a file that others may open."""
     client, router = lab4.client, lab4.routers[0]
-    with hole(client):
+    with hole(client), users_locks(client):
         places = [(client, 'eth0'), (client, 'hole0'), (router, 'eth0')]
         before = [attached(*place) for place in places]
         with elfprobe(lab4, ANYWHERE, cwd=tmp_path) as first:
             during, csv = attached(client), files(tmp_path)
             ended = client.run(*COMMAND, '-i', 'eth0', ANYWHERE, check=False, cwd=tmp_path)
-            assert check_refused(ended, 1, ['-i/--interface', "'eth0'", 'elfprobe']) == ''
+            named = f'elfprobe (pid {first.process.pid})'
+            assert check_refused(ended, 1, ['-i/--interface', "'eth0'", named]) == ''
             assert files(tmp_path) == csv
-            with elfprobe(lab4, '-i', 'hole0', '-f', 'two', ANYWHERE, cwd=tmp_path), elfprobe(
+            with elfprobe(lab4, '-i', 'hole0', '-l', ANYWHERE, cwd=tmp_path) as second, elfprobe(
                 lab4, '-f', 'three', ANYWHERE, cwd=tmp_path, host=router
             ):
                 assert first.is_running
                 assert [attached(*place) for place in places][0] == during
+                names = ['elf.1.csv', 'elf.1.log', 'elf.csv', 'three.csv']  # the first run still writes its file
+                assert sorted(path.name for path in tmp_path.iterdir()) == names
+                assert 'elf.csv' in second.log and 'rows go to elf.1.csv' in second.log
         assert [attached(*place) for place in places] == before
 
 
