@@ -40,7 +40,8 @@ from typing import Any, NamedTuple
 from elf.addresses import PROTOCOLS
 from elf.clock import Mapping, utc_ns, zero_at
 from elf.console import print_lines
-from elf.rows import joined, read_csv, records_in
+from elf.files import OutputFile
+from elf.rows import joined, open_regular, read_csv, records_in
 from elf.summary import TABLES_MAX, Summary
 from elf.usage import Failure, Parser, not_empty, printable
 
@@ -111,7 +112,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("csv", type=not_empty, metavar="CSV", help="file of elfprobe.py, which may still be writing it")
     add("-o", "--filebase", type=not_empty, metavar="FILEBASE",
         help="draw FILEBASE.png and FILEBASE.html (default: the CSV's name without .csv); "
-        "existing files are overwritten")  # fmt: skip
+        "existing files are replaced")  # fmt: skip
     add("--html", action="store_true", help="make the page, too: table and picture in one file")
     add("--dest", action="append", default=[], type=address, metavar="ADDRESS",
         help=f"only this destination; may be given again (default: the busiest {TABLES_MAX} in the table, "
@@ -150,7 +151,7 @@ class Run(NamedTuple):
 def read_run(csv: str) -> Run | None:
     """Return what the JSON beside the CSV says, None if there is none, or none of this format."""
     try:
-        with open(os.path.splitext(csv)[0] + ".json", encoding="utf-8") as file:
+        with io.TextIOWrapper(open_regular(os.path.splitext(csv)[0] + ".json"), encoding="utf-8") as file:
             found = json.load(file)
         zeros = [Mapping(int(each["since"]), utc_ns(each["utc"])) for each in found["monotonic_zeros"]]
         ended = found["ended"] and utc_ns(found["ended"])
@@ -199,7 +200,7 @@ def utc_of_zero(csv: str, rows: pd.DataFrame) -> tuple[int | None, str]:
     """
     path = os.path.splitext(csv)[0] + ".log"
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8", errors="replace") as file:
             found = next(filter(None, map(CLOCK_LINE.search, file)), None)
         written, logged = os.stat(csv).st_mtime, os.stat(path).st_mtime
         zero = int(np.datetime64(found[1], "ns").astype("int64")) if found else None
@@ -832,11 +833,13 @@ def choose(rows: pd.DataFrame, chosen: list[str]) -> tuple[list[str], list[str]]
 
 
 def write(path: str, content: bytes) -> None:
+    """Write a file in the place of what has its name. Never through a link: others may write to the folder.
+    Raises Failure."""
+    file = OutputFile(path, "-o/--filebase")
     try:
-        with open(path, "wb") as file:
-            file.write(content)
-    except OSError as err:
-        raise Failure(f"argument -o/--filebase: cannot write '{path}': {err.strerror}") from err
+        file.overwrite(content)
+    finally:
+        file.close()
 
 
 def say(lines: list[str]) -> None:

@@ -12,10 +12,13 @@ of the same name; if elfplot.py is to draw it, add it to READ.
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
+import os
 import socket
-from typing import TYPE_CHECKING, Any, Callable, Iterator, NamedTuple, Sequence
+import stat
+from typing import TYPE_CHECKING, Any, BinaryIO, Callable, Iterator, NamedTuple, Sequence
 
 from elf.addresses import address_text
 from elf.usage import Failure
@@ -165,6 +168,16 @@ def dtype(name: str) -> str:
     return "int64" if name in NAMES[:ALWAYS_THERE] else "float64"
 
 
+def open_regular(path: str) -> BinaryIO:
+    """Open a regular file to read. Raises OSError for any other one: a named pipe would wait for a writer."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "Is a directory" if stat.S_ISDIR(mode) else "not a regular file", path)
+    return open(fd, "rb")
+
+
 def read_csv(path: str) -> pd.DataFrame:
     """Return the columns in READ of a CSV, and the number of each line, ordered by sendtime.
 
@@ -175,7 +188,7 @@ def read_csv(path: str) -> pd.DataFrame:
 
     types = {name: dtype(name) for name in READ}
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             whole = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
             if not whole:
                 raise Failure(f"'{path}': there is no whole line in it yet")

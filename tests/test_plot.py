@@ -9,13 +9,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Iterable, Iterator
 
 import pytest
 
@@ -181,7 +182,7 @@ def test_files_that_cannot_be_read_or_written(csv: Path, capfd: pytest.CaptureFi
     'redirection, said',
     [
         ('< /dev/null > /dev/full', 'cannot write the table: No space left on device'),
-        ('< <(cat "$1") > /dev/null', "cannot read '/dev/stdin': .* stream is not seekable"),
+        ('< <(cat "$1") > /dev/null', "cannot read '/dev/stdin': not a regular file"),
     ],
     ids=['full', 'pipe'],
 )
@@ -253,6 +254,49 @@ def test_names_of_what_is_written(
     assert {'elsewhere.png', 'elsewhere.html'} <= {path.name for path in Path().iterdir()}
     assert csv.with_suffix('.png').read_bytes().startswith(b'\x89PNG') and csv.read_text() == GOOD
     assert 'picture: elsewhere.png\npage: elsewhere.html\n' in capfd.readouterr().out
+
+
+@pytest.mark.parametrize('kind', ['link', 'dangling link', 'hard link', 'pipe'])
+def test_what_is_in_the_place_of_a_file(kind: str, csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a folder that others may write to: nothing is written through a link, and no pipe is waited for."""
+    csv.write_text(GOOD)
+    precious = csv.with_name('precious')
+    precious.write_text('to somebody')
+    for path in csv.with_suffix('.png'), csv.with_suffix('.html'), csv.with_suffix('.log'):
+        if kind == 'pipe':
+            os.mkfifo(path)
+        elif kind == 'hard link':
+            os.link(precious, path)
+        else:
+            path.symlink_to(precious if kind == 'link' else csv.with_name('nowhere'))
+    with deadline(60):
+        assert elfplot.main(['--html', str(csv)]) == 0
+    assert precious.read_text() == 'to somebody' and not csv.with_name('nowhere').exists()
+    for path in csv.with_suffix('.png'), csv.with_suffix('.html'):
+        assert path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1
+    assert sorted(path.suffix for path in csv.parent.iterdir()) == ['', '.csv', '.html', '.log', '.png']
+    if kind == 'pipe':
+        csv.unlink()
+        os.mkfifo(csv)
+        with deadline(60):
+            assert elfplot.main([str(csv)]) == 1
+        assert 'not a regular file' in capsys.readouterr().err
+
+
+@contextmanager
+def deadline(seconds: int) -> Iterator[None]:
+    """TimeoutError for what would wait for ever."""
+
+    def raise_timeout(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, raise_timeout)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 # Rows
