@@ -342,7 +342,7 @@ struct counters {
 	__u64 replies;         /* time exceeded that answers a probe */
 	__u64 results_lost;    /* replies for which the result ring had no room */
 	__u64 send_failed;     /* probes dropped behind us: by a filter, the queue, the device */
-	__u64 clone_lost;      /* clones that did not reach us: no memory, or a filter before ours ended them */
+	__u64 clone_lost;      /* clones that did not reach us, or not again: no memory, or a filter before ours */
 	__u64 build_failed;    /* clones that could not be trimmed or parsed */
 	__u64 hook_dropped;    /* probes dropped by the hook's verdict */
 	__u64 key_busy;        /* probes whose key another probe in flight has */
@@ -399,6 +399,9 @@ struct udp_partial {
 
 /* What the next packet in elf_egress is. 0: an application packet. */
 enum { CLONE = 1, PROBE = 2 };
+
+/* Result for a probe that another filter took before elf_egress saw it again. No error number. */
+#define INTERCEPTED (-4096)
 
 /* What a program run needs outside its stack. */
 struct scratch {
@@ -2518,16 +2521,18 @@ PROGRAM int elf_probe(struct __sk_buff *skb)
 	int reason;
 
 	if (!scratch)
-		return TC_ACT_SHOT;
+		return TC_ACT_CONSUMED;
 	reason = make_probe(skb, scratch);
 	if (reason) {
 		count_reason(reason);
-		return TC_ACT_SHOT;
+		return TC_ACT_CONSUMED;
 	}
 	if (skb->wire_len <= skb->len)
 		return TC_ACT_UNSPEC;
 	expect(scratch, PROBE);
 	scratch->redirect_result = bpf_clone_redirect(skb, skb->ifindex, 0);
+	if (scratch->expected && !scratch->redirect_result)
+		scratch->redirect_result = INTERCEPTED;
 	expect(scratch, 0);
 	scratch->redirected = 1;
 	return TC_ACT_CONSUMED;
@@ -2548,7 +2553,7 @@ static inline int pass_ours(struct __sk_buff *skb, struct scratch *scratch)
 	}
 	programs.call(skb, 0);
 	COUNT(build_failed);
-	return TC_ACT_SHOT;
+	return TC_ACT_CONSUMED;
 }
 
 /* ---- TC egress: the carrier --------------------------------------------------------------- */
@@ -2768,7 +2773,7 @@ static inline int send_probe(struct __sk_buff *skb, const struct packet *pkt, st
 	if (scratch->redirected)
 		ret = scratch->redirect_result;
 	if (ret && ret != NET_XMIT_CN && in_flight.delete(&scratch->key) == 0)
-		return REASON(send_failed);
+		return ret == INTERCEPTED ? REASON(clone_lost) : REASON(send_failed);
 	COUNT(probes);
 	return 0;
 }

@@ -480,13 +480,15 @@ def test_probes_that_cannot_be_told_apart_are_not_sent(
     assert set(flights) <= set(programs.in_flight())
 
 
-def test_no_room_in_flight(load: Load) -> None:
-    programs = load(max_rate=1)
+@pytest.mark.parametrize('tcx, ended', [(True, TC_ACT_SHOT), (False, TC_ACT_STOLEN)], ids=['tcx', 'clsact'])
+def test_no_room_in_flight(load: Load, tcx: bool, ended: int) -> None:
+    """Where there is a verdict for it, the clone that is given up is no drop."""
+    programs = load(max_rate=1, tcx=tcx)
     room = programs.bpf['in_flight'].max_entries
     for seq in range(room + 1):
         programs.set_reservation(seq=seq, ttl=TTL)
         verdict = programs.run('elf_probe', frame(ip(4), datagram())).verdict
-        assert verdict == (TC_ACT_UNSPEC if seq < room else TC_ACT_SHOT)
+        assert verdict == (TC_ACT_UNSPEC if seq < room else ended)
     assert programs.counters() == {'in_flight_full': 1}
     assert len(programs.in_flight()) == room
 
