@@ -297,7 +297,7 @@ struct extended_result {
 };
 
 /* Status of a process. A process without an entry in the map is no target; most have none. */
-enum { UNDECIDED = 1, TARGET = 2 }; /* UNDECIDED: user space has to check the process */
+enum { UNDECIDED = 1, TARGET = 2, OURSELVES = 3 }; /* UNDECIDED: user space has to check the process */
 
 struct process {
 	__u64 id; /* distinguishes processes that have the same PID one after the other */

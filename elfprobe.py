@@ -136,6 +136,28 @@ class Every:
             self._action()
 
 
+class Defects:
+    """Errors in threads and callbacks, which do not end the measurement. The first one of each kind is logged at
+    once, and the summary tells how many there were."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+
+    def note(self, what: str, why: str = "") -> None:
+        """Note an error: what follows from it, and why; without a reason, the exception that is being handled."""
+        kind, error, trace = sys.exc_info()
+        self._counts[what] = self._counts.get(what, 0) + 1
+        if self._counts[what] == 1:
+            log.error("%s (%s)", what, why or f"{error.__class__.__name__}: {error}")
+            if kind:
+                log.debug("%s", "".join(traceback.format_exception(kind, error, trace)))
+
+    def texts(self) -> Iterator[str]:
+        """Yield each kind of error, with their number if there were several."""
+        for what, count in list(self._counts.items()):
+            yield what if count == 1 else f"{what}: {count} times"
+
+
 # ---- Command line ------------------------------------------------------------------------------------
 
 DESTINATIONS_MAX = 65536
@@ -1189,6 +1211,8 @@ class Kernel:
             self._load(build, kinds, lines, {})
             if cache:
                 cache.write(self._programs(kinds))
+        self.defects = Defects()
+        self._events_failed = 0
         self._maps: dict[str, Map] = {}
         schedules = self.map("schedules")
         schedules.put(0, schedules.new(salt=config.salt))
@@ -1305,10 +1329,11 @@ class Kernel:
         """Return how many events of processes user space has not received.
 
         Linux 7.2 skips a program at a tracepoint while another run of it is preempted on that CPU (seen with
-        execs and exits; up to 6.18 none is preempted). Others are lost when the ring buffer has no room.
+        execs and exits; up to 6.18 none is preempted). Others are lost when the ring buffer has no room, or by an
+        error in user space.
         """
         skipped = sum(int(program_info(self.program(name)).recursion_misses) for name in TRACEPOINTS)
-        return skipped + self.counters()["events_lost"]
+        return skipped + self.counters()["events_lost"] + self._events_failed
 
     @contextlib.contextmanager
     def run_time_stats(self) -> Iterator[bool]:
@@ -1401,7 +1426,11 @@ class Kernel:
         read = ctypes.string_at
 
         def receive(_context: Any, data: int, size: int) -> int:
-            take(read(data, size))
+            try:
+                take(read(data, size))
+            except Exception:  # which ctypes would print, and ignore
+                self._events_failed += 1
+                self.defects.note(f"an event of {name} could not be handled")
             return 0
 
         if self.platform.has_ring_buffer:
@@ -1949,9 +1978,10 @@ def attachments(ipr: Netlink, device: Device, kernel: Kernel, hook: Hook, tcx: b
 
 # ---- Targets: destinations, target processes and their sockets ---------------------------------------
 
-UNDECIDED, TARGET = 1, 2  # status of a process, as in elfprobe.c
+UNDECIDED, TARGET, OURSELVES = 1, 2, 3  # status of a process, as in elfprobe.c
 IN_PATHS = 1  # in a slot of the address filter, as in elfprobe.c
 REMOVED_MAX = 1 << 16  # former target destinations whose sequence numbers are kept
+EVENTS_MAX = 1 << 16  # of processes that may wait; events behind these count as missed
 SCAN_EVERY = 1.0  # s between two scans of the processes
 RESCAN_CPU_SHARE = 0.05  # of a core, at most, to look for processes whose events were missed
 FORKS_SAMPLED, FORKS_SAMPLED_MAX = 3, 30  # to find where a task has its PID; of 30 forks, 27 may be missed
@@ -2176,9 +2206,9 @@ class ProcessTable:
         entry = self.get(pid)
         return entry if entry is not None and entry.id == process_id else None
 
-    def add_target(self, process_id: int, pid: int, name: str) -> CStruct:
-        """Make a process a target. Return its entry. Raises Failure if there is no room."""
-        entry = self._processes.new(id=process_id, status=TARGET)
+    def add(self, process_id: int, pid: int, name: str, status: int = TARGET) -> CStruct:
+        """Enter a process. Return its entry. Raises Failure if there is no room."""
+        entry = self._processes.new(id=process_id, status=status)
         entry.app.text = comm_bytes(name)
         self._processes.put(pid, entry)
         return entry
@@ -2210,14 +2240,28 @@ class ProcessFollower:
     target processes. This class adds what only user space sees when a process starts: executable and script.
     """
 
-    def __init__(self, kernel: Kernel, apps: Iterable[str], pids: Iterable[int], seen: ProcessLog) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        apps: Iterable[str],
+        pids: Iterable[int],
+        seen: ProcessLog,
+        fallback: Callable[[], None] = lambda: None,
+    ) -> None:
+        """fallback is called again and again if the processes cannot be followed any more."""
         self._kernel = kernel
+        self._fallback = fallback
         self._apps = frozenset(app.lower() for app in apps)
         self._pids = tuple(pids)
         self._seen = seen
         self._processes = ProcessTable(kernel)
         self._tagger = SocketTagger(kernel)
-        self._events: queue.SimpleQueue[CStruct] = queue.SimpleQueue()  # struct process_event; None: the end
+        self._events: queue.SimpleQueue[CStruct] = (
+            queue.SimpleQueue()
+        )  # struct process_event; None wakes the thread
+        self._read_event = kernel.layout("process_event").read
+        self._events_left_out = 0
+        self._ended = False
         # IDs and PIDs of processes: adopted since the last check; adopted before it; whose first thread has ended.
         self._adopted: list[tuple[int, int]] = []
         self._adopted_before: list[tuple[int, int]] = []
@@ -2235,8 +2279,10 @@ class ProcessFollower:
             raise Unsupported("the PIDs that the kernel itself uses (this is a PID namespace of its own)")
         with contextlib.ExitStack() as stack:
             self._enter_names()
-            read = self._kernel.layout("process_event").read
-            self._kernel.on_event("process_events", lambda data: self._events.put(read(data)))
+            self._processes.add(
+                time.monotonic_ns(), os.getpid(), "", OURSELVES
+            )  # look-ups of names are no target's
+            self._kernel.on_event("process_events", self._take_event)
             for program in TRACEPOINTS:
                 self._kernel.attach_tracepoint(program)
                 stack.callback(self._kernel.detach_tracepoint, program)
@@ -2246,8 +2292,19 @@ class ProcessFollower:
             thread = threading.Thread(target=self._follow, daemon=True)
             thread.start()
             stack.callback(thread.join)
-            stack.callback(self._events.put, None)
+            stack.callback(self._end)
             yield
+
+    def _take_event(self, data: bytes) -> None:
+        if self._events.qsize() < EVENTS_MAX:
+            self._events.put(self._read_event(data))
+        else:
+            self._events_left_out += 1
+
+    def _end(self) -> None:
+        """Have the thread end."""
+        self._ended = True
+        self._events.put(None)
 
     def _enter_names(self) -> None:
         """Write the names of -a to the kernel's table, each with whether that is certainly the whole name."""
@@ -2278,7 +2335,7 @@ class ProcessFollower:
         adopted: set[int] = set()
         while True:
             chosen = choose_processes(running_processes(), self._apps, self._pids)
-            missing = chosen.keys() - self._processes.targets()
+            missing = chosen.keys() - self._processes.targets() - adopted  # for some there may have been no room
             if not missing:
                 break
             for pid in missing:
@@ -2290,22 +2347,38 @@ class ProcessFollower:
                 self._tagger.tag(pid, entry)
 
     def _adopt(self, pid: int, process_id: int, name: str) -> None:
-        """Make a process a target, and the owner of its sockets."""
-        entry = self._processes.add_target(process_id, pid, name)
+        """Make a process a target, and the owner of its sockets, if there is room for one more."""
+        try:
+            entry = self._processes.add(process_id, pid, name)
+        except Failure as failure:
+            self._kernel.defects.note("no room for a target process", f"{name}, pid {pid}: {failure}")
+            return
         if self._tagger.tag(pid, entry):
             self._adopted.append((process_id, pid))
         self._seen.began(pid, name)
         log.info("tracing %s (pid %d)", name, pid)
 
     def _follow(self) -> None:
-        """Handle events until None comes. Runs in a thread of its own."""
+        """Follow the processes until the end, if need be by the fallback. Runs in a thread of its own."""
+        try:
+            self._handle_events()
+        except Exception:
+            self._kernel.defects.note(
+                "flows by process are not exact any more: from now on, the connection tables are read"
+            )
+            fallback = Every(SCAN_EVERY, self._fallback, at_once=True)
+            while not self._ended:
+                fallback.run()
+                with contextlib.suppress(queue.Empty):
+                    self._events.get(timeout=SCAN_EVERY)
+
+    def _handle_events(self) -> None:
+        """Handle events until the end."""
         checks = Every(SCAN_EVERY, self._check)
-        while True:
+        while not self._ended:
             event = None
             with contextlib.suppress(queue.Empty):
                 event = self._events.get(timeout=SCAN_EVERY)
-                if event is None:
-                    return
             checks.run()
             if event and event.status:
                 self._decide(event.id, event.pid, event.status)
@@ -2315,7 +2388,7 @@ class ProcessFollower:
     def _check(self) -> None:
         """Tag sockets again, make up for missed events, and forget processes that have ended."""
         self._tag_again()
-        missed = self._kernel.missed_events()
+        missed = self._kernel.missed_events() + self._events_left_out
         if missed != self._made_up_for and time.monotonic() >= self._next_rescan:
             self._made_up_for = missed
             self._next_rescan = self._rescan()
@@ -2392,6 +2465,7 @@ class ConnectionPoller:
 
     def __init__(
         self,
+        kernel: Kernel,
         destinations: Destinations,
         fixed: Iterable[bytes],
         apps: Iterable[str],
@@ -2399,6 +2473,7 @@ class ConnectionPoller:
         seen: ProcessLog,
     ) -> None:
         """fixed are the destinations that the user names. They are always targets."""
+        self._kernel = kernel
         self._seen = seen
         self._destinations = destinations
         self._fixed = frozenset(fixed)
@@ -2433,6 +2508,13 @@ class ConnectionPoller:
             self._destinations.remove(packed)
             log.info("no longer tracing destination %s", address_text(packed))
 
+    def try_scan(self) -> None:
+        """Read the connections once, if they can be read."""
+        try:
+            self.scan()
+        except Exception:
+            self._kernel.defects.note("the processes' connections could not be read")
+
     @contextlib.contextmanager
     def followed(self) -> Iterator[None]:
         """Scan now, then again and again in a thread of its own, so that no row waits for it."""
@@ -2440,10 +2522,7 @@ class ConnectionPoller:
 
         def follow() -> None:
             while not ended.wait(SCAN_EVERY):
-                try:
-                    self.scan()
-                except (psutil.Error, OSError) as err:
-                    log.warning("could not read the processes' connections: %s", err)
+                self.try_scan()
 
         self.scan()
         thread = threading.Thread(target=follow, daemon=True)
@@ -2836,6 +2915,7 @@ class Measurement:
             (finding.text() for finding in results.rewrites.findings()),
             why_no_probes(count, destinations.one_hop_away(), self._attached.device.name),
             troubles(count, results.malformed),
+            self._kernel.defects.texts(),
         ):
             log.info("%s", text)
         log.debug("counters: %s", count)
@@ -2913,7 +2993,9 @@ class ElfProbe:
                     destinations.add(packed)
                 if config.by_process:  # lines about processes follow
                     log_lines(heading)
-                poller = ConnectionPoller(destinations, fixed, config.apps, config.pids, processes)
+                poller = ConnectionPoller(
+                    attached.kernel, destinations, fixed, config.apps, config.pids, processes
+                )
                 self._follow_processes(active, attached, poller, processes)
                 active.callback(attached.kernel.end_lease)
                 if config.debug and not active.enter_context(attached.kernel.run_time_stats()):
@@ -2997,7 +3079,9 @@ class ElfProbe:
             if attached.why_no_owners:
                 what = "programs that note who owns a socket (Linux 5.10 and BCC 0.16)"
                 raise Unsupported(f"{what}: {attached.why_no_owners}")
-            follower = ProcessFollower(attached.kernel, self._config.apps, self._config.pids, processes)
+            follower = ProcessFollower(
+                attached.kernel, self._config.apps, self._config.pids, processes, poller.try_scan
+            )
             stack.enter_context(follower.followed())
         except Unsupported as err:
             log.warning(
@@ -3031,9 +3115,18 @@ def set_up_logging(config: Config, console: Console) -> FileLog | None:
     return file_log
 
 
+def log_thread_error(args: threading.ExceptHookArgs) -> None:
+    """Log that a thread has ended by an exception, in the place of a traceback on standard error."""
+    name = args.thread.name if args.thread else "a thread"
+    log.error(
+        "%s has ended, and what it did is not done any more (%s: %s)", name, args.exc_type.__name__, args.exc_value
+    )
+
+
 def main(argv: list[str], detect: Callable[[], Platform] = Platform.detect) -> int:
     """Return the exit status: 0 after a run, 3 if it sent no probe, 2 for wrong usage, 1 for every other error."""
     open_standard_streams()
+    threading.excepthook = log_thread_error
     debug = "-d" in argv or "--debug" in argv
     console = Console()
     try:

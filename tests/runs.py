@@ -68,6 +68,14 @@ def platform(**fields: Any) -> str:
     return f'import dataclasses\ndetect = lambda: dataclasses.replace(elfprobe.Platform.detect(), **{fields!r})'
 
 
+def with_text(old: str, new: str) -> str:
+    """A change for `with_change()`: elfprobe.c has another text in one place."""
+    return f"""
+program_text = elfprobe.program_text
+elfprobe.program_text = lambda hooks: program_text(hooks).replace({old!r}, {new!r})
+"""
+
+
 def with_fault(name: str, fault: str, change: str = '') -> tuple[str, ...]:
     """`with_change()` for a fault, and perhaps for a change before it."""
     return with_change(f'{change}\nname, fault = {name!r}, {fault!r}\n{FAULT}')

@@ -46,6 +46,7 @@ from runs import (
     platform,
     with_change,
     with_fault,
+    with_text,
 )
 
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, linux/proc_ns.h: its inode number, always
@@ -1017,12 +1018,7 @@ def test_destination_that_is_a_target_again(net, stage, tmp_path):
 
 
 # As where what processes tell has little room.
-SMALL_RING_COMMAND = with_change("""
-class SmallBPF(elfprobe.bcc.BPF):
-    def __init__(self, text, cflags):
-        super().__init__(text=text.replace('process_events, 64', 'process_events, 1'), cflags=cflags)
-elfprobe.bcc.BPF = SmallBPF
-""")
+SMALL_RING_COMMAND = with_change(with_text('process_events, 64', 'process_events, 1'))
 
 
 def test_events_without_room_are_made_up_for(net, stage, tmp_path):
@@ -1039,6 +1035,44 @@ def test_events_without_room_are_made_up_for(net, stage, tmp_path):
         stage.finish(program)
         assert elf.stop() == 0
     assert elf.counters['events_lost'] > 0
+
+
+@pytest.mark.parametrize(
+    'name, told',
+    [
+        ('_decide', 'the connection tables are read'),
+        ('_take_event', 'an event of process_events could not be handled'),
+    ],
+)
+def test_errors_in_the_background(net, stage, tmp_path, name, told):
+    """They are logged once, and told in the summary. The flows of a process that starts later are found."""
+    via = *net.client.command(), *with_fault(f'ProcessFollower.{name}', 'RuntimeError')
+    with elfprobe(net, '-a', 'speedtest', cwd=tmp_path, via=via) as elf:
+        program = stage.talk('./link', 'talk(tcp())')  # whose name alone does not tell
+        stage.go()
+        wait_for_rows(elf, sport=program.port)
+        stage.finish(program)
+        assert elf.stop() == 0
+    assert elf.log.count('a test broke it') == 1
+    assert elf.log.count(told) == 2
+    assert 'Traceback' not in elf.log
+
+
+FULL_COMMAND = with_change(with_text('struct process, 65536', 'struct process, 3'))
+
+
+def test_more_processes_than_have_room(net, stage, tmp_path):
+    """Some run already, one starts later."""
+    older = [stage.talk('./speedtest') for _ in range(3)]
+    via = *net.client.command(), *FULL_COMMAND
+    with elfprobe(net, '-a', 'speedtest', cwd=tmp_path, via=via) as elf:
+        younger = stage.talk('./link')
+        stage.go()
+        wait_for_rows(elf, app='speedtest')
+        stage.finish(*older, younger)
+        assert elf.stop() == 0
+    assert elf.log.count('no room for a target process') == 2  # one line as it happens, one in the summary
+    assert 'Traceback' not in elf.log
 
 
 def test_socket_in_the_making(net, stage, tmp_path):
