@@ -2371,7 +2371,7 @@ PROGRAM int elf_fork(struct bpf_raw_tracepoint_args *ctx)
 	if (child.pid != child.tgid)
 		return 0; /* a thread */
 	process = processes.lookup(&pid);
-	if (!process) {
+	if (!process || process->status == OURSELVES) {
 		processes.delete(&child.pid); /* a former process with that PID */
 		return 0;
 	}
@@ -2433,33 +2433,47 @@ PROGRAM int elf_sock_create(struct bpf_sock *sk)
 	return 1;
 }
 
-/* Is the owner a target? Stores the answer with the socket, which may outlive the process. */
-static inline int is_target(struct owner *owner)
+/* Return the entry of the owning process, 0 if it has ended or is no target. */
+static inline struct process *process_of(const struct owner *owner)
 {
 	__u32 pid = owner->pid;
 	struct process *process;
 
-	if (owner->status != UNDECIDED)
-		return owner->status == TARGET;
 	process = processes.lookup(&pid);
-	if (!process || process->id != owner->process)
+	return process && process->id == owner->process ? process : 0;
+}
+
+/* Is the owner a target, or elfprobe itself? Stores the answer with the socket, which may outlive the process. */
+static inline int is_known(struct owner *owner)
+{
+	struct process *process;
+
+	if (owner->status != UNDECIDED)
+		return owner->status;
+	process = process_of(owner);
+	if (!process)
 		owner->status = 0; /* user space found it to be no target, or it ended before that */
 	else if (process->status == TARGET)
 		owner->status = TARGET;
 	return owner->status == TARGET;
 }
 
-/* Return the target process that the packet comes from, 0 for none. */
+/* Return the target process that the packet comes from, or elfprobe itself, 0 for all others. */
 static inline struct owner *packet_owner(struct __sk_buff *skb)
 {
 	struct bpf_sock *sk = skb->sk; /* the helper itself checks that it is a full socket (Linux 5.10) */
 	struct owner *owner;
 
 	owner = sk ? sockets.sk_storage_get(sk, 0, 0) : 0;
-	return owner && is_target(owner) ? owner : 0;
+	return owner && is_known(owner) ? owner : 0;
 }
 
 #else
+
+static inline struct process *process_of(const struct owner *owner)
+{
+	return 0;
+}
 
 static inline struct owner *packet_owner(struct __sk_buff *skb)
 {
@@ -2860,7 +2874,7 @@ PROGRAM int elf_egress(struct __sk_buff *skb)
 	if (path && (ticks_now() < path->pacing.next_due_tick || path->excluded))
 		return TC_ACT_UNSPEC;
 	owner = packet_owner(skb);
-	if (!owner && (!path || path->flows_only))
+	if (owner ? owner->status == OURSELVES : !path || path->flows_only)
 		return TC_ACT_UNSPEC;
 	if (!path)
 		path = add_flow_path(&pkt.daddr, slot);

@@ -2000,7 +2000,9 @@ def filter_slot(packed: bytes) -> int:
 class Destinations:
     """The kernel's table of target destinations, and the address filter in front of it."""
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, names: ReverseDns | None = None) -> None:
+        """names asks no more once a name server is a target, so that elfprobe does not probe itself."""
+        self._names = names
         self._paths = kernel.map("paths")
         self._flow_paths = kernel.map("flow_paths")
         self._filter = kernel.map("address_filter")
@@ -2025,6 +2027,8 @@ class Destinations:
                 log.warning("no room for more destinations (%s): %s is left out", failure, address_text(packed))
             self._is_full = True
             return False
+        if self._names:
+            self._names.avoid(packed)
         self._removed.pop(packed, None)
         number, place = divmod(filter_slot(packed), self._line_size)
         if number not in self._lines:
@@ -2984,11 +2988,13 @@ class ElfProbe:
                 log.info("ended before anything was attached or written")
                 return
             with active:
-                summary = Summary() if config.numeric else Summary(ReverseDns().name_of)
+                names = None if config.numeric else ReverseDns()
+                summary = Summary(names.name_of) if names else Summary()
                 results, clock, processes = Results(attached.kernel, summary), Clock(), ProcessLog()
                 heading = heading_lines(ipr, device, config, clock)
                 log_flow_events(attached.kernel)
-                destinations = Destinations(attached.kernel)
+                # If the programs know who owns a socket, they also know ours.
+                destinations = Destinations(attached.kernel, names if attached.why_no_owners else None)
                 for packed in fixed:
                     destinations.add(packed)
                 if config.by_process:  # lines about processes follow

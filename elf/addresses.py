@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import ipaddress
+import logging
 import queue
 import socket
 import threading
 from typing import Iterable
 
 from elf.usage import Failure, printable
+
+log = logging.getLogger("elfprobe")
 
 V4_MAPPED = bytes(10) + b"\xff\xff"
 PROTOCOLS = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6"}
@@ -102,17 +105,36 @@ def resolve_all(arguments: Iterable[str], most: int) -> dict[bytes, str]:
     return found
 
 
+def name_servers(path: str = "/etc/resolv.conf") -> set[bytes]:
+    """Return the addresses of the name servers that this host asks, resolv.conf(5)."""
+    found = set()
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        for words in map(str.split, file):
+            if words[:1] == ["nameserver"]:
+                with contextlib.suppress(ValueError, IndexError):
+                    found.add(pack_address(words[1]))
+    return found
+
+
 class ReverseDns:
     """Host names of addresses. Threads look them up in the background, so no caller waits."""
 
     def __init__(self) -> None:
+        self._servers = name_servers()
+        self._is_asking = True
         self._names: dict[str, str] = {}
         self._requests: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._threads = 0
 
+    def avoid(self, packed: bytes) -> None:
+        """Ask nobody any more if this is the address of a name server."""
+        if packed in self._servers and self._is_asking:
+            self._is_asking = False
+            log.info("no more names are looked up, because the name server %s is a target", address_text(packed))
+
     def name_of(self, address: str) -> str:
         """Return the address's name, empty while it is not known or where there is none."""
-        if address not in self._names and len(self._names) < NAMES_MAX:
+        if self._is_asking and address not in self._names and len(self._names) < NAMES_MAX:
             self._names[address] = ""
             self._requests.put(address)
             if self._threads < RESOLVER_THREADS:
@@ -123,5 +145,6 @@ class ReverseDns:
     def _resolve(self) -> None:
         while True:
             address = self._requests.get()
-            with contextlib.suppress(OSError, UnicodeError):
-                self._names[address] = printable(socket.gethostbyaddr(address)[0])
+            with contextlib.suppress(Exception):  # whatever it is, the next name may be found
+                if self._is_asking:
+                    self._names[address] = printable(socket.gethostbyaddr(address)[0])

@@ -164,7 +164,8 @@ def process_ids() -> list[int]:
 
 
 def running_processes() -> Iterator[Process]:
-    """Yield all processes. One that ends meanwhile may be missing."""
+    """Yield all processes but this one. One that ends meanwhile may be missing."""
     for pid in process_ids():
-        with contextlib.suppress(OSError):
-            yield look_at_process(pid)
+        if pid != os.getpid():
+            with contextlib.suppress(OSError):
+                yield look_at_process(pid)

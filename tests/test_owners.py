@@ -1075,6 +1075,26 @@ def test_more_processes_than_have_room(net, stage, tmp_path):
     assert 'Traceback' not in elf.log
 
 
+@pytest.mark.parametrize('by_process', [True, False])
+def test_own_lookups_are_not_probed(net, tmp_path, by_process):
+    """elfprobe is a python3, a child of the shell, and asks a name server that is a target."""
+    server = net.server_address(4)
+    (tmp_path / 'resolv.conf').write_text(f'nameserver {server}\noptions attempts:1\n')
+    mount = f'mount --bind {tmp_path}/resolv.conf /etc/resolv.conf && exec "$@"'
+    via = *net.client.command(), 'unshare', '-m', 'sh', '-c', mount, 'sh'
+    targets = ('-a', 'python3', '-P', str(os.getpid()), server) if by_process else (server,)
+    with net.client.capture(filter='udp port 53') as asked, elfprobe(
+        net, '-p', '0', *targets, cwd=tmp_path, via=via
+    ) as elf:
+        sending = net.client.popen(sys.executable, '-c', SENDING, server)
+        wait_until(lambda: len(elf.rows()) > 100, 20, 'rows')
+        end(sending)
+        assert elf.stop() == 0
+    assert {row.dport for row in elf.rows()} == {7}
+    assert bool(asked.packets()) == by_process
+    assert ('no more names are looked up' in elf.log) != by_process
+
+
 def test_socket_in_the_making(net, stage, tmp_path):
     """One that has no descriptor yet, as in the midst of socket(2), when its process is found."""
     program = stage.talk('./speedtest')
