@@ -101,6 +101,9 @@
 #ifndef IN_FLIGHT_MAX
 #error "IN_FLIGHT_MAX: maximum number of probes that wait for their reply"
 #endif
+#ifndef PARTIAL_CHECKSUMS_MAX
+#error "PARTIAL_CHECKSUMS_MAX: maximum number of these that have a partial checksum; the oldest one goes"
+#endif
 #ifndef TICK_NS
 #error "TICK_NS: length of a jiffy, ns; 0 if programs cannot read jiffies (before Linux 5.6)"
 #endif
@@ -304,6 +307,9 @@ struct process {
 	__u32 status;
 	__u32 unused;
 	struct app_name app;
+	/* Its shares of the budgets, as theoretical arrival times (GCRA): */
+	__u64 probes;
+	__u64 new_paths;
 };
 
 /* The process that created a socket. Stored with the socket and inherited by the sockets that it accepts. */
@@ -348,6 +354,7 @@ struct counters {
 	__u64 key_busy;        /* probes whose key another probe in flight has */
 	__u64 in_flight_full;  /* probes for which the map in_flight had no room, or could not be locked */
 	__u64 over_max_rate;   /* due, but over the budget */
+	__u64 over_new_paths;  /* packets of targets to new destinations, over the budget for these */
 	__u64 carrier_low_ttl; /* due, but the packet belongs to somebody's traceroute */
 	__u64 carrier_unfit;   /* due, but the packet must not be cloned: SYN, FIN, RST, fragment, other protocol */
 	__u64 carrier_resent;  /* due, but the packet is a retransmission or a keep-alive */
@@ -1380,6 +1387,7 @@ struct schedule {
 	struct bpf_spin_lock lock; /* of the path model, for all paths */
 	__u32 salt;                /* random 16 bits in the numbers of probes, so that others cannot guess them */
 	__u64 budget;              /* over all paths: theoretical arrival time of the next probe (GCRA) */
+	__u64 new_paths;           /* and of the next new destination of a flow */
 };
 
 /* User space reads the layout of these structs here, because BCC tells it of no other map. Never written. */
@@ -1400,7 +1408,7 @@ BPF_ARRAY(new_path, struct path, 1); /* the first value of an entry in flow_path
 BPF_ARRAY(address_filter, struct filter_line, FILTER_LINES);
 BPF_HASH(in_flight, struct probe_key, struct probe, IN_FLIGHT_MAX);
 /* Finds the ident under which the probe is in in_flight. */
-BPF_TABLE("lru_hash", struct udp_partial, __u32, partial_checksums, IN_FLIGHT_MAX);
+BPF_TABLE("lru_hash", struct udp_partial, __u32, partial_checksums, PARTIAL_CHECKSUMS_MAX);
 BPF_ARRAY(schedules, struct schedule, 1);
 BPF_ARRAY(alive_until, __u64, 1);   /* the lease: no probe after this time */
 BPF_ARRAY(link_up_since, __u64, 1); /* when the device's link came up; in the future while it is down */
@@ -1434,21 +1442,6 @@ static inline struct path *path_to(struct in6_addr *dest)
 	return slot && *slot ? lookup_path(dest, slot) : 0;
 }
 
-/* Add and return the path to the destination of a target process's flow. */
-static inline struct path *add_flow_path(struct in6_addr *dest, __u8 *slot)
-{
-	struct path *path;
-	int zero = 0;
-
-	path = new_path.lookup(&zero);
-	if (!path)
-		return 0;
-	path->flows_only = 1;   /* before the insert, because packets of other processes find the entry at once */
-	*slot |= IN_FLOW_PATHS; /* no race with user space: it writes its slots before sockets have owners */
-	flow_paths.insert(dest, path); /* fails if another CPU was faster */
-	return flow_paths.lookup(dest);
-}
-
 /* ---- Path model: its events, under the lock ----------------------------------------------- */
 
 /* The overall budget allows a burst of BUDGET_BURST. So the rate is lower than MAX_RATE: a second, the burst, and
@@ -1463,8 +1456,65 @@ static inline struct schedule *lookup_schedule(void)
 	return schedules.lookup(&zero);
 }
 
-/* Reserve one probe. Return 0, the reason why there is none, or NOT_SENT. */
-static inline int reserve_probe(struct path *path, struct reservation *reservation, int can_fall_back, __u64 now)
+/* A process that takes more than this part of a budget gets only what others leave of it: of each burst, a part is
+ * kept for them. So nobody who sends as fast as possible, or to thousands of destinations, starves the others. */
+#define PROCESS_SHARE 8
+#define SHARE_BURST NSEC_PER_SEC
+#define KEPT_BUDGET max64(BUDGET_BURST / 2, BUDGET_COST / 4)
+
+/* New destinations of flows in a second, and at once. Each costs user space 50 us, and makes probes without an answer
+ * until it is known that no router answers. */
+#define NEW_PATHS_RATE 1000
+#define NEW_PATHS_BURST NSEC_PER_SEC
+#define NEW_PATH_COST (NSEC_PER_SEC / NEW_PATHS_RATE)
+
+/* Count one more against a process's share. Without a lock: if two CPUs do so at once, one more is free. */
+static inline void take_share(__u64 *share, __u64 cost, __u64 now)
+{
+	*share = max64(*share, now) + cost * PROCESS_SHARE;
+}
+
+/* Take a new destination from the budget, for a process (0: it has ended). Return 0 if there is none left. */
+static inline int take_new_path(struct process *process, __u64 now)
+{
+	__u64 burst = process && process->new_paths <= now + SHARE_BURST ? NEW_PATHS_BURST : NEW_PATHS_BURST / 2;
+	struct schedule *all = lookup_schedule();
+	int is_left;
+
+	if (!all || READ_ONCE(all->new_paths) > now + burst)
+		return 0;
+	bpf_spin_lock(&all->lock);
+	is_left = all->new_paths <= now + burst;
+	if (is_left)
+		all->new_paths = max64(all->new_paths, now) + NEW_PATH_COST;
+	bpf_spin_unlock(&all->lock);
+	if (is_left && process)
+		take_share(&process->new_paths, NEW_PATH_COST, now);
+	return is_left;
+}
+
+/* Return the path to the destination of a target's flow, made now; 0 if the process makes too many. */
+static inline struct path *add_flow_path(struct in6_addr *dest, __u8 *slot, struct process *process, __u64 now)
+{
+	struct path *path;
+	int zero = 0;
+
+	path = new_path.lookup(&zero);
+	if (!path)
+		return 0;
+	if (!take_new_path(process, now)) {
+		COUNT(over_new_paths);
+		return 0;
+	}
+	path->flows_only = 1;   /* before the insert, because packets of other processes find the entry at once */
+	*slot |= IN_FLOW_PATHS; /* no race with user space: it has written all its slots before packets come */
+	flow_paths.insert(dest, path); /* fails if another CPU was faster */
+	return flow_paths.lookup(dest);
+}
+
+/* Reserve one probe. Keep so much of the budget for others. Return 0, the reason why there is none, or NOT_SENT. */
+static inline int reserve_probe(struct path *path, struct reservation *reservation, int can_fall_back, __u64 kept,
+				__u64 now)
 {
 	__u64 ticks = ticks_now();
 	struct schedule *all = lookup_schedule();
@@ -1477,7 +1527,7 @@ static inline int reserve_probe(struct path *path, struct reservation *reservati
 	ttl = choose_hop(path, now, ticks);
 	if (ttl == HOP_UNRESPONSIVE) {
 		reason = REASON(hop_unresponsive);
-	} else if (ttl != NONE_DUE && all->budget > now + BUDGET_BURST) {
+	} else if (ttl != NONE_DUE && all->budget + kept > now + BUDGET_BURST) {
 		probe_postponed(path, ttl);
 		reason = REASON(over_max_rate);
 	} else if (ttl != NONE_DUE) {
@@ -2816,10 +2866,10 @@ static inline int can_fall_back(const struct packet *pkt)
 
 /* A probe is due: send it with this packet. Return 0, the reason why it did not leave, or NOT_SENT. */
 static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh, const struct packet *pkt,
-			     struct path *path, const struct owner *owner, __u64 now)
+			     struct path *path, const struct owner *owner, struct process *process, __u64 now)
 {
+	int reason, is_greedy = owner && !(process && process->probes <= now + SHARE_BURST);
 	struct scratch *scratch;
-	int reason;
 
 	reason = check_carrier(skb, nh, pkt, now);
 	if (reason)
@@ -2835,9 +2885,11 @@ static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	reason = check_flow(skb, nh, pkt, path, scratch, now);
 	if (reason)
 		return reason;
-	reason = reserve_probe(path, &scratch->reservation, can_fall_back(pkt), now);
+	reason = reserve_probe(path, &scratch->reservation, can_fall_back(pkt), is_greedy ? KEPT_BUDGET : 0, now);
 	if (reason)
 		return reason;
+	if (process)
+		take_share(&process->probes, BUDGET_COST, now);
 	scratch->probe.pid = 0;
 	__builtin_memset(&scratch->probe.app, 0, sizeof(scratch->probe.app));
 	if (owner) {
@@ -2855,6 +2907,7 @@ PROGRAM int elf_egress(struct __sk_buff *skb)
 {
 	struct hdr_cursor nh = { (void *)(long)skb->data, (void *)(long)skb->data_end };
 	struct packet pkt = {};
+	struct process *process;
 	struct scratch *scratch;
 	struct owner *owner;
 	struct path *path;
@@ -2876,14 +2929,15 @@ PROGRAM int elf_egress(struct __sk_buff *skb)
 	owner = packet_owner(skb);
 	if (owner ? owner->status == OURSELVES : !path || path->flows_only)
 		return TC_ACT_UNSPEC;
-	if (!path)
-		path = add_flow_path(&pkt.daddr, slot);
-	if (!path)
-		return TC_ACT_UNSPEC;
 	now = bpf_ktime_get_ns();
-	if (now < path->pacing.next_due)
+	if (path && now < path->pacing.next_due)
 		return TC_ACT_UNSPEC;
-	reason = probe_with(skb, &nh, &pkt, path, owner, now);
+	process = owner ? process_of(owner) : 0;
+	if (!path)
+		path = add_flow_path(&pkt.daddr, slot, process, now);
+	if (!path)
+		return TC_ACT_UNSPEC;
+	reason = probe_with(skb, &nh, &pkt, path, owner, process, now);
 	if (reason > 0)
 		count_reason(reason);
 	return TC_ACT_UNSPEC;

@@ -760,6 +760,9 @@ LD_IMM64, MAP_FD = 0x18, 1  # linux/bpf.h: BPF_LD | BPF_DW | BPF_IMM, BPF_PSEUDO
 BATCH = 4096  # entries of a map that are read at once
 EVENT_PERF_PAGES = 64  # of each CPU's perf buffer, if there are no ring buffers
 FLOW_DESTINATIONS_MAX = 16384  # destinations of processes' flows
+# Probes in flight, at most: up to --max-rate 170000 all that are sent have room, even if none is ever answered.
+IN_FLIGHT_MAX = 1 << 20
+PARTIAL_CHECKSUMS_MAX = 1 << 18
 RING_HOLDS = 0.25  # s of results at the highest rate
 RING_PAGES_MIN = 64  # replies may come in bursts at any rate
 RESULT_BYTES = 128  # of struct result in the ring, at most
@@ -837,7 +840,8 @@ def build_flags(config: Config, build: Build, platform: Platform) -> dict[str, s
         "BY_APP": str(int(build.by_owner and bool(config.apps))),
         "DESTINATIONS_MAX": str(DESTINATIONS_MAX),
         "FLOW_DESTINATIONS_MAX": str(FLOW_DESTINATIONS_MAX if build.by_owner else 1),
-        "IN_FLIGHT_MAX": str(power_of_two(min(max(waiting, 1024), 1 << 18))),
+        "IN_FLIGHT_MAX": str(power_of_two(min(max(waiting, 1024), IN_FLIGHT_MAX))),
+        "PARTIAL_CHECKSUMS_MAX": str(power_of_two(min(max(waiting, 1024), PARTIAL_CHECKSUMS_MAX))),
         "OLD_MAPS": str(int(not platform.has_ring_buffer)),
         "PREEMPTIBLE": str(int(platform.is_preemptible)),
         "RESULTS_PAGES": str(pages),
@@ -1043,7 +1047,11 @@ class Map:
             yield key, self._table.Leaf.from_buffer_copy(value)
 
     def raw_items(self) -> Iterator[tuple[bytes, bytes]]:
-        """Yield what items() does, as bytes: in batches, which is much faster, if BCC and the kernel can."""
+        """Yield what items() does, as bytes."""
+        return itertools.chain.from_iterable(self.raw_batches())
+
+    def raw_batches(self) -> Iterator[list[tuple[bytes, bytes]]]:
+        """Yield raw_items() in lists of at most BATCH: read at once, which is faster, if BCC and the kernel can."""
         size, value_size = ctypes.sizeof(self._table.Key), ctypes.sizeof(self._table.Leaf)
         keys = ctypes.create_string_buffer(BATCH * size)
         values = ctypes.create_string_buffer(BATCH * value_size)
@@ -1060,13 +1068,14 @@ class Map:
                 if error != errno.ENOENT:  # ENOENT: this batch is the last one
                     break
             after = place
-            for (key,), (value,) in zip(
+            pairs = zip(
                 struct.iter_unpack(f"{size}s", keys.raw[: count.value * size]),
                 struct.iter_unpack(f"{value_size}s", values.raw[: count.value * value_size]),
-            ):
-                yield key, value
+            )
+            yield [(key, value) for (key,), (value,) in pairs]
         if error != errno.ENOENT:  # BCC before 0.19, Linux before 5.6, and maps that cannot be read in batches
-            yield from ((bytes(key), bytes(value)) for key, value in self._table.items())
+            items = ((bytes(key), bytes(value)) for key, value in self._table.items())
+            yield from iter(lambda: list(itertools.islice(items, BATCH)), [])
 
     def plain_items(self) -> Iterator[dict[str, Any]]:
         """Yield entries as JSON can hold them; values of a queue or stack are taken out.
@@ -1221,6 +1230,7 @@ class Kernel:
         self._outstanding = struct.Struct(probe.format + key.format[1:])
         self.outstanding_names = probe.names + key.names  # of the values that take_expired() returns
         self._sendtime = self.outstanding_names.index("sendtime")
+        self.oldest_in_flight = 0  # CLOCK_MONOTONIC, ns
         self._sockets = bcc.lib.bpf_table_fd(self.bpf.module, b"sockets") if build.by_owner else -1
 
     def _compile(self, hooks: str, text: str, flags: list[str]) -> Any:
@@ -1386,15 +1396,25 @@ class Kernel:
         """Set the time when the device's link came up (CLOCK_MONOTONIC, ns). A future time says that it is down."""
         self.map("link_up_since").put(0, when)
 
-    def take_expired(self, sent_before: int) -> list[tuple[Any, ...]]:
-        """Remove the probes in flight that left before a time (CLOCK_MONOTONIC, ns). Return their values."""
-        found = []
-        for key, probe in list(self._in_flight.raw_items()):
-            values = self._outstanding.unpack(probe + key)
-            # If the probe cannot be removed, its reply has come meanwhile: whoever removes a probe owns it.
-            if values[self._sendtime] < sent_before and self._in_flight.remove(key):
-                found.append(values)
-        return found
+    def take_expired(self, sent_before: int) -> Iterator[list[tuple[Any, ...]]]:
+        """Remove the probes in flight that left before a time (CLOCK_MONOTONIC, ns). Yield their values.
+
+        It yields, perhaps an empty list, after each BATCH of probes that it has looked at: there may be so many
+        that the caller has to do something else meanwhile. At the end, oldest_in_flight is when the oldest of the
+        others left, or a time before that.
+        """
+        oldest = time.monotonic_ns()
+        for batch in self._in_flight.raw_batches():
+            found = []
+            for key, probe in batch:
+                values = self._outstanding.unpack(probe + key)
+                if values[self._sendtime] >= sent_before:
+                    oldest = min(oldest, values[self._sendtime])
+                # If the probe cannot be removed, its reply has come meanwhile: whoever removes a probe owns it.
+                elif self._in_flight.remove(key):
+                    found.append(values)
+            yield found
+        self.oldest_in_flight = oldest
 
     def socket_owner(self, fd: int, layout: Layout) -> CStruct:
         """Return the owner of one of this process's sockets, None if it has none."""
@@ -2607,15 +2627,16 @@ class Results:
         self.summary.note(probe)
         return row
 
-    def expire(self, sent_before: int) -> str:
-        """Return rows of the probes still in flight that left before this time (CLOCK_MONOTONIC, ns)."""
-        rows = []
-        for fields in self._kernel.take_expired(sent_before):
-            row, probe = self._unanswered_row(fields)
-            rows.append(row)
-            self.summary.note(probe)
-        self.unanswered += len(rows)
-        return "".join(rows)
+    def expire(self, sent_before: int) -> Iterator[str]:
+        """Yield rows, in portions, of probes in flight that left before this time (CLOCK_MONOTONIC, ns)."""
+        for portion in self._kernel.take_expired(sent_before):
+            rows = []
+            for fields in portion:
+                row, probe = self._unanswered_row(fields)
+                rows.append(row)
+                self.summary.note(probe)
+            self.unanswered += len(rows)
+            yield "".join(rows)
 
 
 def log_flow_events(kernel: Kernel) -> None:
@@ -2779,9 +2800,11 @@ class Measurement:
         self._begun_at = self._ended_at = time.monotonic()
         self._lease_until = math.inf  # until the first renewal
         self._end = self._begun_at + (config.duration or math.inf)
+        self._expired: Iterator[str] | None = None  # portions of rows, while probes in flight are looked through
+        self._next_expiry = self._begun_at
         self._steps = (
             Every(RENEW_EVERY, self._renew_lease, at_once=True),
-            Every(RENEW_EVERY, self._expire, at_once=True),
+            Every(0, self._expire),
             Every(CHECK_EVERY, self._check_attachments),
             Every(REPORT_EVERY, self._log_counters),
             Every(CLOCK_EVERY, self._check_clock),
@@ -2797,7 +2820,8 @@ class Measurement:
         while not stop.asked and time.monotonic() < self._end:
             for step in self._steps:
                 step.run()
-            self._kernel.wait_for_events(min(DRAIN_EVERY, max(self._end - time.monotonic(), 0)))
+            patience = 0 if self._expired else DRAIN_EVERY
+            self._kernel.wait_for_events(min(patience, max(self._end - time.monotonic(), 0)))
 
     def drain(self) -> None:
         """End probing. Write the replies that are still on their way, then what is outstanding."""
@@ -2807,8 +2831,20 @@ class Measurement:
             while time.monotonic() < self._ended_at + STRAY_REPLIES:
                 self._take()
                 time.sleep(STRAY_REPLIES / 10)
-        finally:  # even if nothing can be written, because the rows must be counted
-            self._write(self._results.take() + self._results.expire(1 << 63) + self._results.take())
+        finally:
+            results = self._results
+            self._write_all(itertools.chain([results.take()], results.expire(1 << 63), iter(results.take, "")))
+
+    def _write_all(self, portions: Iterable[str]) -> None:
+        """Write rows, even if some before could not be written: all must be counted. Raises Failure at the end."""
+        failures = []
+        for rows in portions:
+            try:
+                self._write(rows)
+            except Failure as failure:
+                failures.append(failure)
+        if failures:
+            raise failures[0]
 
     def _write(self, rows: str) -> None:
         if rows:
@@ -2819,11 +2855,25 @@ class Measurement:
         self._write(self._results.take())
 
     def _expire(self) -> None:
-        """Write the rows of probes that have been outstanding for too long."""
-        count = self._kernel.counters()
-        # The counters are cheaper than the map: to see that it is empty, the kernel looks into each bucket.
-        if count["probes"] != count["replies"] + self._results.unanswered:
-            self._write(self._results.expire(int((time.monotonic() - UNANSWERED_AFTER) * 1e9)))
+        """Write a portion of the rows of probes that have been outstanding for too long.
+
+        There may be hundreds of thousands in flight, and the lease must be renewed between two portions.
+        """
+        now = time.monotonic()
+        if self._expired is None and now >= self._next_expiry:
+            self._next_expiry = now + RENEW_EVERY
+            count = self._kernel.counters()
+            # The counters are cheaper than the map: to see that it is empty, the kernel looks into each bucket.
+            if count["probes"] != count["replies"] + self._results.unanswered:
+                self._expired = self._results.expire(int((now - UNANSWERED_AFTER) * 1e9))
+        if self._expired:
+            rows = next(self._expired, None)
+            if rows is None:
+                self._expired = None
+                oldest = self._kernel.oldest_in_flight / 1e9
+                self._next_expiry = max(self._next_expiry, oldest + UNANSWERED_AFTER)
+            else:
+                self._write(rows)
 
     def _renew_lease(self) -> None:
         """Allow probes for another LEASE seconds, if the device is still there. Raises Failure if it is not."""

@@ -69,6 +69,9 @@ def troubles(count: dict[str, int], malformed: int) -> Iterator[str]:
         yield f"malformed extensions (RFC 4884) of {malformed} replies are left out"
     if count["processes_full"]:
         yield f"no room for {count['processes_full']} target processes"
+    if count["over_new_paths"]:
+        what = f"{count['over_new_paths']} packets of target processes"
+        yield f"{what} carried no probe: they went to more than 1000 new destinations a second"
     if count["events_lost"]:
         yield f"{count['events_lost']} events of processes or flows were not received"
     if count["reached"]:

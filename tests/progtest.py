@@ -344,7 +344,7 @@ class Programs:
 
     def expired(self, sent_before: int) -> list[dict[str, str]]:
         """Rows of the probes that left before this time and are no longer waited for."""
-        return parsed(self.results.expire(sent_before))
+        return parsed("".join(self.results.expire(sent_before)))
 
 
 def set_field(struct: Any, name: str, value: int) -> None:

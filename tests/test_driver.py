@@ -1177,3 +1177,4 @@ def test_build_flags(changes: dict[str, Any], flags: dict[str, str]) -> None:
     assert {name: built[name] for name in flags} == flags
     waiting = int(built['IN_FLIGHT_MAX'])
     assert waiting & (waiting - 1) == 0 and waiting >= 1024
+    assert waiting >= changes.get('max_rate', 50000) * (elfprobe.UNANSWERED_AFTER + elfprobe.RENEW_EVERY)

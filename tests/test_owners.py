@@ -31,7 +31,7 @@ from typing import Any, Callable, Iterator, NamedTuple
 import psutil
 import pytest
 
-from lab import NETNS, PATIENCE, CommandFailed, Host, Lab, end, run, wait_until
+from lab import NETNS, PATIENCE, CommandFailed, Host, Lab, end, nft_table, run, wait_until
 from runs import (
     LATE_SOCKETS_COMMAND,
     NO_FORKS_COMMAND,
@@ -122,9 +122,9 @@ import socket, sys, time
 with open('/proc/self/comm', 'w') as file:
     file.write('manypeers')
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
-    for number in range(20000):
+    for number in range(1000):
         udp.sendto(b'x', ('198.18.%d.%d' % (number // 250, number % 250 + 1), 9))
-        if number % 1000 == 0:
+        if number % 50 == 0:
             time.sleep(0.05)  # however fast the machine, the rate lets many have their probes
     while True:
         udp.sendto(bytes(100), (sys.argv[1], 7))
@@ -138,6 +138,19 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
         udp.sendto(b'x', (sys.argv[1], 7))
         time.sleep(0.005)
 """
+
+# Sends as fast as it goes, each packet to another destination; nobody answers.
+FLOOD = """
+import itertools, socket
+with open('/proc/self/comm', 'w') as file:
+    file.write('flood')
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+    for number in itertools.count():
+        udp.sendto(b'x', ('198.%d.%d.%d' % (18 + (number >> 16) % 2, number >> 8 & 255, number & 255), 9))
+"""
+SILENT = (
+    'chain flood { type filter hook prerouting priority -300; ip daddr 198.18.0.0/15 drop; }'  # for nft_table()
+)
 
 # The target goes from one destination to the next, the other sends to the same all the time.
 SAME_PEERS = """
@@ -766,9 +779,14 @@ def test_short_flows(net, programs, tmp_path):
     assert {row.sport for row in read_rows(elf)} == ports
 
 
+# As where few destinations of flows have room.
+FEW_PEERS_COMMAND = with_change('elfprobe.FLOW_DESTINATIONS_MAX = 256')
+
+
 def test_many_peers(net, tmp_path):
     """The destinations that were used least recently make room."""
-    with elfprobe(net, '-a', 'manypeers', '--max-rate', '1000', cwd=tmp_path) as elf:
+    via = *net.client.command(), *FEW_PEERS_COMMAND
+    with elfprobe(net, '-a', 'manypeers', '--max-rate', '1000', cwd=tmp_path, via=via) as elf:
         net.client.popen(sys.executable, '-c', MANY_PEERS, net.server_address(4))
         server = net.server_address(4)
         wait_until(
@@ -779,9 +797,35 @@ def test_many_peers(net, tmp_path):
     assert len({row.dest for row in elf.rows()}) > 100
 
 
+def test_process_that_sends_to_everybody(net, tmp_path):
+    """It takes what others leave of the rate: a ping beside it is probed as before."""
+    server = net.server_address(4)
+    options = '-a', 'flood', '-a', 'ping', '-p', '0', '--max-rate', '500', '-d'
+    with nft_table(net.routers[0], SILENT), elfprobe(net, *options, cwd=tmp_path) as elf:
+        ping = net.client.popen('ping', '-nqi.02', server, stdout=subprocess.DEVNULL)
+        wait_for_rows(elf, dest=server)
+        flood = net.client.popen(sys.executable, '-c', FLOOD)
+        wait_until(lambda: any(row.dest != server for row in elf.rows()), 20, 'rows of the flood')
+        end(flood)
+        end(ping)
+        assert elf.stop() == 0
+    start = min(row.sendtime for row in elf.rows() if row.dest != server)
+    seconds = 4  # of the five after which the first row is written
+    during = [row.dest for row in elf.rows() if start < row.sendtime < start + seconds * 10**9]
+    assert during.count(server) > seconds / 0.02 / 2 / PATIENCE
+    assert len(during) > 2 * during.count(server)
+    assert elf.counters['over_new_paths'] > 1000
+    assert 'no probes for' not in elf.log
+
+
+# As where any number of destinations may be new in a second.
+ALL_NEW = with_text('#define NEW_PATHS_RATE 1000', '#define NEW_PATHS_RATE 1000000')
+
+
 def test_peers_that_others_have_too(net, tmp_path):
     """A destination is a target from one packet to the next, and no packet of others is taken for one."""
-    with elfprobe(net, '-a', 'manypeers', '--max-rate', '100000', cwd=tmp_path) as elf:
+    via = *net.client.command(), *with_change(ALL_NEW)
+    with elfprobe(net, '-a', 'manypeers', '--max-rate', '100000', cwd=tmp_path, via=via) as elf:
         net.client.run(sys.executable, '-c', SAME_PEERS, timeout=60)
         assert elf.stop() == 0
     rows = read_rows(elf)

@@ -1774,6 +1774,19 @@ def test_most_probes_per_second(load: Load) -> None:
     assert [programs.path(SERVER[version]).pacing.last_probed for version in (4, 6)] == [1, 0]
 
 
+def test_probes_expire_in_portions(load: Load) -> None:
+    """So that user space can renew the lease meanwhile, however many are in flight."""
+    programs = load(max_rate=10000)
+    in_flight, number = programs.kernel.map('in_flight'), 3 * elfprobe.BATCH
+    for ident in range(number):
+        in_flight.put(
+            struct.pack('=16sHHII', elfprobe.pack_address(SERVER[4]), 1, 2, ident, 17), in_flight.new(sendtime=1)
+        )
+    portions = [rows.count('\n') for rows in programs.results.expire(2)]
+    assert sum(portions) == number
+    assert max(portions) <= elfprobe.BATCH
+
+
 def test_most_probes_at_once(load: Load) -> None:
     """A hundredth of a second's worth; then one by one, as the rate allows."""
     programs, seconds = load(max_rate=1000), 0.1
