@@ -950,12 +950,27 @@ def test_a_file_that_a_run_writes_keeps_its_name(csv: Callable[[], OutputFile], 
     second.close()
 
 
-def test_a_link_is_renamed_not_followed(csv: Callable[[], OutputFile], tmp_path: Path) -> None:
-    (tmp_path / 'elf.csv').symlink_to(tmp_path / 'nowhere')
-    publish(csv())
-    assert (tmp_path / 'elf.1.csv').is_symlink()
-    assert not (tmp_path / 'elf.csv').is_symlink()
-    assert not (tmp_path / 'nowhere').exists()
+@pytest.mark.parametrize('kind', ['link', 'hard link', 'pipe', 'folder'])
+def test_a_link_is_renamed_not_followed(csv: Callable[[], OutputFile], tmp_path: Path, kind: str) -> None:
+    """And a pipe is not waited for, nor a folder minded."""
+    path, target = tmp_path / 'elf.csv', tmp_path / 'target'
+    if kind == 'link':
+        path.symlink_to(target)
+    elif kind == 'hard link':
+        target.write_text('to somebody')
+        os.link(target, path)
+    elif kind == 'pipe':
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    before = path.lstat().st_ino
+    file = csv()
+    file.publish()
+    file.write_lines('rows')
+    file.close()
+    assert (tmp_path / 'elf.1.csv').lstat().st_ino == before
+    assert path.is_file() and not path.is_symlink()
+    assert (target.read_text() if target.exists() else '') == ('to somebody' if kind == 'hard link' else '')
 
 
 def test_unwritable_output(tmp_path: Path) -> None:
