@@ -2324,6 +2324,7 @@ class ProcessFollower:
             self._events.put(self._read_event(data))
         else:
             self._events_left_out += 1
+            self._kernel.defects.note("an event of a process could not wait", f"{EVENTS_MAX} others do")
 
     def _end(self) -> None:
         """Have the thread end."""
@@ -3049,9 +3050,7 @@ class ElfProbe:
                     destinations.add(packed)
                 if config.by_process:  # lines about processes follow
                     log_lines(heading)
-                poller = ConnectionPoller(
-                    attached.kernel, destinations, fixed, config.apps, config.pids, processes
-                )
+                poller = ConnectionPoller(attached.kernel, destinations, fixed, config.apps, config.pids, processes)
                 self._follow_processes(active, attached, poller, processes)
                 active.callback(attached.kernel.end_lease)
                 if config.debug and not active.enter_context(attached.kernel.run_time_stats()):

@@ -1066,7 +1066,8 @@ def test_one_elfprobe_for_each_interface(lab4, tmp_path):
             ):
                 assert first.is_running
                 assert [attached(*place) for place in places][0] == during
-                names = ['elf.1.csv', 'elf.1.log', 'elf.csv', 'three.csv']  # the first run still writes its file
+                names = ['elf.1.csv', 'elf.1.json', 'elf.1.log']  # the first run still writes its files
+                names += ['elf.csv', 'elf.json', 'three.csv', 'three.json']
                 assert sorted(path.name for path in tmp_path.iterdir()) == names
                 assert 'elf.csv' in second.log and 'rows go to elf.1.csv' in second.log
         assert [attached(*place) for place in places] == before

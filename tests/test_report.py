@@ -226,7 +226,7 @@ def test_report_of_a_run(lab4, tmp_path):
             stepped = time.monotonic_ns()
             wait_until(lambda: run.rows() and run.rows()[-1].sendtime > stepped + SECOND, 10, 'rows behind it')
             ping.kill()
-        wait_until(lambda: current(path)['processes'][0]['ended'], 5, 'the process has ended')
+        wait_until(lambda: current(path)['processes'][0]['ended'], 20, 'the process has ended')
         assert run.stop() == 0
     report, rows = current(path), run.rows()
     check_schema(report)
