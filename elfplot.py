@@ -43,22 +43,22 @@ from elf.console import print_lines
 from elf.files import OutputFile
 from elf.rows import joined, open_regular, read_csv, records_in
 from elf.summary import TABLES_MAX, Summary
-from elf.usage import Failure, Parser, not_empty, printable
+from elf.usage import Failure, Parser, missing_packages, not_empty, printable, why_unusable
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # otherwise it warns about its cache directory
-MISSING: dict[str, str] = {}  # module -> Debian's name of the package that has it
+MISSING: dict[str, str] = {}  # module -> why it cannot be used
 try:
     import numpy as np
     import pandas as pd
-except ImportError:
-    MISSING["pandas"] = "python3-pandas"
+except Exception as error:  # a broken one raises whatever comes up
+    MISSING["pandas"] = why_unusable("pandas", error)
 try:
     import matplotlib
     from matplotlib.cm import plasma
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
-except ImportError:
-    MISSING["matplotlib"] = "python3-matplotlib"
+except Exception as error:
+    MISSING["matplotlib"] = why_unusable("matplotlib", error)
 
 CLOCK_LINE = re.compile(r"CLOCK_MONOTONIC 0 is (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?)Z")
 RUN_SLACK = 5 * 10**9  # ns by which a row may seem to be outside the run: a clock that moves is noticed later
@@ -878,8 +878,7 @@ def main(argv: list[str]) -> int:
     try:
         args = parse_arguments(argv)
         if MISSING:
-            absent, packages = " and ".join(MISSING), " ".join(MISSING.values())
-            raise Failure(f"{sys.executable} has no module {absent}: apt install {packages}")
+            raise missing_packages(MISSING)
         run(args)
     except Failure as failure:
         print(f"elfplot.py: {failure}", file=sys.stderr)

@@ -89,21 +89,38 @@ from elf.processes import (
 from elf.report import Report
 from elf.rows import row_function
 from elf.summary import Summary
-from elf.usage import Failure, Parser, not_empty, package_version, positive_seconds, printable, whole_number
+from elf.usage import (
+    Failure,
+    Parser,
+    missing_packages,
+    not_empty,
+    package_version,
+    positive_seconds,
+    printable,
+    require_attribute,
+    whole_number,
+    why_unusable,
+)
 
-MISSING: dict[str, str] = {}  # module -> Debian's name of the package that has it
+MISSING: dict[str, str] = {}  # module -> why it cannot be used
 try:
     import bcc
-except ImportError:
-    MISSING["bcc"] = "python3-bpfcc"
+
+    require_attribute(bcc, "BPF")
+except Exception as error:  # a broken one raises whatever comes up
+    MISSING["bcc"] = why_unusable("bcc", error)
 try:
     import pyroute2
-except ImportError:
-    MISSING["pyroute2"] = "python3-pyroute2"
+
+    require_attribute(pyroute2, "IPRoute")
+except Exception as error:
+    MISSING["pyroute2"] = why_unusable("pyroute2", error)
 try:
     import psutil
-except ImportError:
-    MISSING["psutil"] = "python3-psutil"
+
+    require_attribute(psutil, "net_connections")
+except Exception as error:
+    MISSING["psutil"] = why_unusable("psutil", error)
 
 VERSION = "0.1.0"
 HERE = os.path.dirname(os.path.realpath(__file__))
@@ -214,9 +231,9 @@ class ShowVersion(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
         found = {
-            "BCC": getattr(sys.modules.get("bcc"), "__version__", "missing"),
+            "BCC": "missing" if "bcc" in MISSING else bcc.__version__,
             "pyroute2": package_version("pyroute2"),
-            "psutil": getattr(sys.modules.get("psutil"), "__version__", "missing"),
+            "psutil": "missing" if "psutil" in MISSING else psutil.__version__,
         }
         parts = ", ".join(f"{name} {version}" for name, version in found.items())
         print(f"elfprobe {VERSION}: Linux {os.uname().release}, {parts}, Python {sys.version.split()[0]}")
@@ -740,9 +757,7 @@ def has_other_clock() -> bool:
 def require_machine(config: Config) -> None:
     """Raise Failure unless this process has the packages, the rights and the clock that a run needs."""
     if MISSING:
-        absent, packages = " and ".join(MISSING), " ".join(MISSING.values())
-        other = "" if sys.executable == "/usr/bin/python3" else ", and run it with /usr/bin/python3"
-        raise Failure(f"{sys.executable} has no module {absent}: apt install {packages}{other}")
+        raise missing_packages(MISSING)
     if has_other_clock():
         raise Failure("cannot run in this time namespace: its CLOCK_MONOTONIC is not the kernel's own")
     missing = missing_capabilities(config.by_process)

@@ -4,8 +4,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import re
-from typing import Callable, NoReturn
+import shlex
+import sys
+from typing import Any, Callable, Iterable, NoReturn
+
+OS_RELEASE = "/etc/os-release", "/usr/lib/os-release"  # os-release(5)
+# ID or ID_LIKE there -> how to install packages, and how that distribution begins the name of one of Python's.
+INSTALLERS = {
+    "debian": ("apt install", "python3-"),
+    "ubuntu": ("apt install", "python3-"),
+    "fedora": ("dnf install", "python3-"),
+    "rhel": ("dnf install", "python3-"),
+    "centos": ("dnf install", "python3-"),
+    "arch": ("pacman -S", "python-"),
+    "suse": ("zypper install", "python3-"),
+    "alpine": ("apk add", "py3-"),
+}
 
 
 def printable(text: str) -> str:
@@ -68,3 +85,44 @@ def package_version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "missing"
+
+
+def require_attribute(package: Any, name: str) -> None:
+    """Raise ImportError unless a package has an attribute: others may have the same name."""
+    if not hasattr(package, name):
+        raise ImportError(f"it has no {name}, so it is another package of that name")
+
+
+def why_unusable(name: str, error: Exception) -> str:
+    """Return what is wrong with a package that was not imported, and where it is."""
+    if isinstance(error, ModuleNotFoundError) and error.name == name:
+        return f"{sys.executable} has no module {name}"
+    place = "somewhere"
+    with contextlib.suppress(ImportError, ValueError):
+        spec = importlib.util.find_spec(name)
+        if spec:
+            place = spec.origin or ", ".join(spec.submodule_search_locations or ())
+    return f"the module {name} in {place} cannot be used ({type(error).__name__}: {error})"
+
+
+def distribution(paths: Iterable[str] = OS_RELEASE) -> list[str]:
+    """Return what names the distribution, the most precise name first; empty if nothing does."""
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+            fields = dict(word.split("=", 1) for word in shlex.split(file.read(), comments=True) if "=" in word)
+            return [fields.get("ID", ""), *fields.get("ID_LIKE", "").split()]
+    return []
+
+
+def how_to_install(modules: Iterable[str], names: Iterable[str]) -> str:
+    """Return the command that installs these modules, on a distribution that goes by these names."""
+    command, prefix = next((INSTALLERS[name] for name in names if name in INSTALLERS), INSTALLERS["debian"])
+    # Debian's package of bcc has another name.
+    own = {"bcc": "bpfcc"} if command.startswith("apt") else {}
+    return " ".join([command, *(prefix + own.get(module, module) for module in modules)])
+
+
+def missing_packages(missing: dict[str, str]) -> Failure:
+    """Return what the user is told of modules that are missing or unusable: module -> why."""
+    other = "" if sys.executable == "/usr/bin/python3" else ", and run it with /usr/bin/python3"
+    return Failure(f"{'; '.join(missing.values())}: {how_to_install(missing, distribution())}{other}")

@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import elfprobe
-from elf import addresses, files, processes
+from elf import addresses, files, processes, usage
 from elf.addresses import address_text, pack_address
 from elf.console import LogFormat
 from elf.extensions import MalformedExtension, extension_texts, ones_complement_sum
@@ -324,6 +325,51 @@ def test_import_without_site_packages(empty: Path) -> None:
     done = run_python('-I', '-S', str(SCRIPT), '-i', 'none0', '192.0.2.1', cwd=empty)
     assert (done.returncode, done.stdout, done.stderr.count('\n')) == (1, '', 1), done.stderr
     assert [package for package in PACKAGES.values() if package not in done.stderr] == []
+
+
+BROKEN = {  # content of bcc/__init__.py: what the message names
+    'it uses what a library lacks': ('import os\nos.no_such_function\n', ['AttributeError', 'no_such_function']),
+    'its library is missing': ("import ctypes\nctypes.CDLL('libbcc.so.none')\n", ['OSError', 'libbcc.so.none']),
+    'a part is missing': ('import bcc.libbcc\n', ['ModuleNotFoundError', 'bcc.libbcc']),
+    'another package': ("__version__ = '1.0'\n", ['no BPF', 'another package']),
+}
+
+
+@pytest.mark.parametrize('content, named', BROKEN.values(), ids=BROKEN)
+def test_broken_bcc(content: str, named: list[str], empty: Path) -> None:
+    """What it is, where it is, and what to install. Help, the version and pictures need none."""
+    (empty / 'bcc').mkdir()
+    (empty / 'bcc' / '__init__.py').write_text(content)
+    run = partial(
+        run_python, cwd=empty, env={**os.environ, 'PYTHONPATH': str(empty), 'PYTHONDONTWRITEBYTECODE': '1'}
+    )
+    done = run(str(SCRIPT), '-i', 'none0', '192.0.2.1')
+    assert (done.returncode, done.stdout, done.stderr.count('\n')) == (1, '', 1), done.stderr
+    named = [*named, str(empty / 'bcc'), 'install python3-bpfcc']
+    assert [word for word in named if word not in done.stderr] == [], done.stderr
+    needs_none = [(SCRIPT, '-h'), (SCRIPT, '--version'), (SCRIPT.with_name('elfplot.py'), '-h')]
+    for script, option in needs_none if 'another package' in named else needs_none[:1]:
+        done = run(str(script), option)
+        assert (done.returncode, done.stderr) == (0, '')
+
+
+@pytest.mark.parametrize(
+    'content, command',
+    [
+        ('ID=debian\n', 'apt install python3-bpfcc python3-psutil'),
+        ('NAME="Linux Mint"\nID=linuxmint\nID_LIKE="ubuntu debian"\n', 'apt install python3-bpfcc python3-psutil'),
+        ('ID="rocky"\nID_LIKE="rhel centos fedora"\n', 'dnf install python3-bcc python3-psutil'),
+        ("ID='manjaro'\nID_LIKE=arch\n", 'pacman -S python-bcc python-psutil'),
+        ('ID="opensuse-leap"\nID_LIKE="suse opensuse"\n', 'zypper install python3-bcc python3-psutil'),
+        ('# minimal\nID=alpine\n', 'apk add py3-bcc py3-psutil'),
+        ('ID=other\n', 'apt install python3-bpfcc python3-psutil'),
+        ("ID='", 'apt install python3-bpfcc python3-psutil'),
+    ],
+)
+def test_how_to_install_here(content: str, command: str, tmp_path: Path) -> None:
+    (tmp_path / 'os-release').write_text(content)
+    names = usage.distribution([str(tmp_path / 'nowhere'), str(tmp_path / 'os-release')])
+    assert usage.how_to_install(['bcc', 'psutil'], names) == command
 
 
 def test_run_by_root_leaves_no_bytecode(empty: Path) -> None:
