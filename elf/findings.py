@@ -15,6 +15,7 @@ from elf.rows import Record
 ENOUGH_PROBES = 20  # to a hop, from which on its share of answers counts
 UNANSWERED_MIN, UNANSWERED_SHARE_MIN = 3, 0.005  # fewer unanswered probes are not reported
 TCP_AGREES_FROM = 1 / 10
+SENDS_FROM = 1 / 2  # share of probes with new data of TCP, from which on its retransmissions tell of loss
 OFTEN = 1 / 4  # changes per answer from which on a hop alternates
 REWRITES_MAX = 1000  # findings that PathRewrites keeps
 
@@ -87,20 +88,23 @@ class RateLimit(Unanswered):
 
 @dataclasses.dataclass(frozen=True)
 class TooFewBehind(Unanswered):
-    """The hop behind with most answers has so few probes that the reason cannot be told."""
+    """The hop behind with most answers differs too little for its number of probes."""
 
     kind = "too_few_behind"
     behind: int
+    probes_behind: int
+    unanswered_behind: int
 
     def text(self) -> str:
-        return f"{self._start()}; those to hop {self.behind} are too few to tell why"
+        missing = f"of {self.probes_behind} probes to hop {self.behind} {self.unanswered_behind} are not answered"
+        return f"{self._start()}; {missing}: the difference is too small to tell why"
 
 
 @dataclasses.dataclass(frozen=True)
 class UnansweredWithTcp(Unanswered):
-    """Only TCP's retransmissions hint at the reason, if probes rode on TCP."""
+    """Only TCP's retransmissions hint at the reason, if probes rode on TCP that sends data."""
 
-    retransmitted: int | None  # segments; None: no probe rode on TCP
+    retransmitted: int | None  # segments; None: no probe rode on TCP that mostly sends
     tcp_agrees: bool  # TCP loses about as large a share of its segments: see tcp_on_loss()
 
     def _tcp(self) -> str:
@@ -209,18 +213,20 @@ def unanswered(
             if not behind:
                 yield NoneBehind(number, share, *tcp_on_loss(destination, share))
             elif other.unanswered_share < share / 2:
-                yield TooFewBehind(number, share, best)
+                yield TooFewBehind(number, share, best, other.probes, other.unanswered)
             else:
                 yield Loss(number, share, *tcp_on_loss(destination, share))
 
 
 def tcp_on_loss(destination: Destination, share: float) -> tuple[int | None, bool]:
-    """Return how many segments TCP retransmitted (None without TCP), and whether that agrees with a share of loss.
+    """Return how many segments TCP retransmitted, and whether that agrees with a share of loss.
 
-    It agrees from TCP_AGREES_FROM of the share on: unanswered probes include those whose answer was lost.
+    It agrees from TCP_AGREES_FROM of the share on: unanswered probes include those whose answer was lost. None: no
+    TCP, or TCP that mostly receives. It has nothing to retransmit, whatever is lost.
     """
-    probes, retransmitted = destination.srtt.count, destination.retransmitted
-    return (retransmitted if probes else None), retransmitted >= share * probes * TCP_AGREES_FROM
+    probes, retransmitted = destination.tcp_probes, destination.retransmitted
+    sends = destination.tcp_advances > probes * SENDS_FROM
+    return (retransmitted if sends else None), retransmitted >= share * probes * TCP_AGREES_FROM
 
 
 class PathRewrites:

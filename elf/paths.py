@@ -95,6 +95,8 @@ class Destination:
         self.srtt = LatencyHistogram()
         self.retransmitted = 0  # segments, by each probed flow since its first probe
         self.retransmitted_before = 0  # by flows that had begun before that
+        self.tcp_probes = 0
+        self.tcp_advances = 0  # of these, how many found that their flow had sent data since the one before
         self.recent_probes = 0.0  # halved with each drawing of the live table
         self.last_sent = 0  # when the newest probe left, ns
 

@@ -74,7 +74,7 @@ HEADER = ",".join(NAMES) + "\n"
 ALWAYS_THERE = 15  # number of columns that every version writes; numbers in them are never empty
 TEXTS = "dest", "responder", "app"  # all others are numbers
 READ = (
-    "latency", "sendtime", "dest", "responder", "outttl", "sport", "dport", "protocol",
+    "origseq", "latency", "sendtime", "dest", "responder", "outttl", "sport", "dport", "protocol",
     "app", "srtt", "cwnd", "retrans",
 )  # fmt: skip
 LEAST = {"latency": -1}  # the lowest valid value; 0 for other numbers
@@ -104,6 +104,7 @@ class Record(NamedTuple):
     retrans: int | None = None
     outtos: int | None = None
     intos: int | None = None
+    origseq: int = 0
     translated: int = 0
     app: str = ""  # as in the CSV: text_of_field() tells the name
     pid: int | None = None

@@ -53,13 +53,14 @@ class FlowHop:
 class Flow:
     """What the probes of a flow showed."""
 
-    __slots__ = ("app", "pid", "hops", "retrans", "last_sent")
+    __slots__ = ("app", "pid", "hops", "retrans", "last_sent", "sequence")
 
     def __init__(self, app: str, pid: int | None, retrans: int) -> None:
         self.app = app
         self.pid = pid
         self.hops: dict[int, FlowHop] = {}
         self.retrans = retrans  # segments, the highest count so far
+        self.sequence = 0  # TCP sequence number of the newest packet that was cloned
         self.last_sent = 0  # when the newest probe with a retransmission count left, ns
 
 
@@ -98,7 +99,8 @@ class Summary:
         """Add a probe that has ended."""
         # Unpack all at once: each attribute of a NamedTuple takes as long as a look-up in a dict.
         (
-            dest, sport, dport, protocol, number, sendtime, latency, responder, srtt, cwnd, retrans, _, _, _, _, _,
+            dest, sport, dport, protocol, number, sendtime, latency, responder, srtt, cwnd, retrans, _, _,
+            origseq, _, _, _,
         ) = probe  # fmt: skip
         destination = self._destinations.get(dest) or self._new_destination(dest)
         hop = destination.hops.get(number) or self._new_hop(destination, number)
@@ -110,6 +112,10 @@ class Summary:
         of_flow = flow.hops.get(number) or self._new_flow_hop(flow, number)
         if cwnd is not None:
             self._note_tcp(destination, flow, sendtime, srtt, retrans or 0)
+            destination.tcp_probes += 1
+            if origseq != flow.sequence:
+                destination.tcp_advances += 1
+                flow.sequence = origseq
         if not responder:
             hop.unanswered += 1
             of_flow.unanswered += 1

@@ -698,7 +698,6 @@ def test_struct_format() -> None:
 
 PROBE: dict[str, Any] = dict(
     seq=7,
-    origseq=4294967295,
     sendtime=1000000000001,
     outttl=3,
     outipid=65535,
@@ -775,6 +774,7 @@ RECORD = dict(
     intos=0,
     app='tool',
     pid=77,
+    origseq=4294967295,
 )
 
 

@@ -104,18 +104,21 @@ def ended(
 # What the summary says of unanswered probes
 
 
-def table_from(counts: dict[int, tuple[int, int]], retransmitted: int | None = None) -> str:
+def table_from(
+    counts: dict[int, tuple[int, int]], retransmitted: int | None = None, is_download: bool = False
+) -> str:
     """The table of a destination: probes and unanswered ones by hop; with TCP, its retransmitted segments."""
     summary = Summary()
     for number, (probes, missing) in counts.items():
         for sent in range(probes):
             tcp = {} if retransmitted is None else dict(srtt=900, cwnd=10, retrans=retransmitted * (sent > 0))
+            tcp['origseq'] = sent // 10 if is_download else sent
             summary.note(ended(number, sent, '' if sent < missing else A, protocol=TCP, **tcp))
     return '\n'.join(summary.tables())
 
 
 LIMITS, LOST, UNKNOWN = 'limits the rate of its answers', 'packets are lost at hop', 'no hop behind it tells'
-TOO_FEW = 'are too few to tell why'
+TOO_FEW = 'the difference is too small to tell why'
 REMARKS: dict[str, tuple[dict[int, tuple[int, int]], list[str]]] = {
     'all answered': ({1: (100, 0), 2: (100, 0)}, []),
     'one missing': ({1: (500, 1), 2: (500, 0)}, []),
@@ -130,7 +133,7 @@ REMARKS: dict[str, tuple[dict[int, tuple[int, int]], list[str]]] = {
     'lost twice': ({1: (500, 50), 2: (500, 51), 3: (500, 200), 4: (500, 203)}, [f'{LOST} 1', f'{LOST} 3']),
     'the last one': ({1: (500, 0), 2: (500, 50)}, [UNKNOWN]),
     'unresponsive behind': ({1: (500, 0), 2: (500, 50), 3: (30, 30)}, [UNKNOWN]),
-    'not clear': ({1: (100, 10), 2: (100, 1)}, [TOO_FEW]),
+    'not clear': ({1: (100, 10), 2: (100, 1)}, [f'; of 100 probes to hop 2 1 are not answered: {TOO_FEW}']),
     'few behind': ({1: (100, 5), 2: (25, 0)}, [TOO_FEW]),
     'few behind, none missing': ({1: (60, 6), 2: (60, 0), 3: (60, 0)}, [TOO_FEW]),
     'very few behind': ({1: (1000, 100), 2: (20, 0)}, [TOO_FEW]),
@@ -164,6 +167,14 @@ def test_what_tcp_says_of_loss(retransmitted: int | None, said: str) -> None:
         f'{UNKNOWN} whether it loses packets{said}\n'
         in table_from({1: (500, 0), 2: (500, 250)}, retransmitted) + '\n'
     )
+
+
+def test_tcp_that_receives_says_nothing_of_loss() -> None:
+    """A download: this side has next to nothing to retransmit, whatever the peer has."""
+    for counts in {1: (500, 250), 2: (500, 251), 3: (500, 250)}, {1: (500, 0), 2: (500, 250)}:
+        remarks = table_from(counts, 0, is_download=True)
+        assert 'TCP retransmitted' not in remarks
+        assert any(word in remarks for word in (LOST, UNKNOWN))
 
 
 def timeline(*hops: str) -> str:
