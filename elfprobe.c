@@ -2997,20 +2997,23 @@ static inline struct probe *match_quote(struct hdr_cursor *nh, const struct pack
 }
 
 /* Copy the ICMP extension behind the quoted packet (RFC 4884). Return its length, 0 if there is none. The ICMP
- * header tells the length of the quoted packet. Older routers leave that 0 and pad the quoted packet to 128 bytes. */
+ * header tells the length of the quoted packet. Older routers leave that 0 and pad the quoted packet to 128 bytes.
+ * Some routers pad it as well, but give a length that cannot be right: in another unit, or without the padding. */
 static inline __u32 read_extension(const struct hdr_cursor *nh, const struct packet *outer,
 				   const struct icmphdr *icmp, struct extended_result *result)
 {
 	__u32 quote_len = outer->version == 4 ? ((__u8 *)icmp)[5] * 4 : ((__u8 *)icmp)[4] * 8;
-	__u32 *from, i, left, is_old_style = !quote_len;
+	__u32 *from, i, left, is_guess = 0;
 
-	if (is_old_style)
+	if (quote_len < QUOTE_LEN_MIN || sizeof(*icmp) + quote_len > outer->l4_len) {
+		is_guess = 1;
 		quote_len = QUOTE_LEN_MIN;
+	}
 	left = outer->l4_len - sizeof(*icmp) - quote_len;
-	if (quote_len < QUOTE_LEN_MIN || outer->l4_len < sizeof(*icmp) + quote_len + 2 * sizeof(*from))
+	if (outer->l4_len < sizeof(*icmp) + quote_len + 2 * sizeof(*from))
 		return 0;
 	from = (void *)(icmp + 1) + quote_len;
-	if ((void *)(from + 1) > nh->end || (is_old_style && *(__u8 *)from >> 4 != EXTENSION_VERSION))
+	if ((void *)(from + 1) > nh->end || (is_guess && *(__u8 *)from >> 4 != EXTENSION_VERSION))
 		return 0; /* no extension: all of this is the quoted packet */
 #pragma clang loop unroll(disable)
 	for (i = 0; i < EXTENSION_MAX / sizeof(*from); i++) {

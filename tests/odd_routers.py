@@ -378,7 +378,13 @@ WAYS: dict[str, Way] = {
     'object of no bytes': extended(structure(mpls_stack((16001, 5, 1, 254), length=0))),
     'object shorter than its header': extended(structure(mpls_stack((16001, 5, 1, 254), length=3))),
     'object beyond the end': extended(structure(mpls_stack((16001, 5, 1, 254), length=200))),
-    'quote beyond the end': Way(padded, structure(ONE_LABEL), length=255),
+    'length of the quote beyond the end': Way(padded, structure(ONE_LABEL), length=255, mpls=ONE_LABEL_TEXT),
+    'length in bytes': Way(padded, structure(mpls_stack((84016, 5, 1, 1))), length=0x80, mpls='84016/5/1/1'),
+    'length without padding': Way(padded, structure(ONE_LABEL), length=8, mpls=ONE_LABEL_TEXT),
+    'length without padding, in words': Way(
+        padded, structure(mpls_stack((416240, 0, 1, 1))), length=0x11, mpls='416240/0/1/1', **IPV4
+    ),
+    'impossible length, nothing behind the quote': Way(length=0x11, **IPV4),
     'twenty MPLS labels': extended(structure(mpls_stack(*[(16001, 0, 0, 1)] * 20)), mpls=None),
     'ten interfaces': extended(structure(*[INTERFACE] * 10), ifinfo=None),
     'interface of an odd name': extended(structure(interface(0, 3, name=b'a,"b\n;=\xff')), ifinfo=None),
