@@ -79,11 +79,11 @@ from elf.files import DiskUse, FileLog, OutputFile, ReplacedFile, RowFiles, outp
 from elf.findings import PathRewrites
 from elf.processes import (
     TASK_COMM_LEN,
+    AppNames,
     ProcessLog,
     choose_processes,
     look_at_process,
     process_ids,
-    process_names,
     running_processes,
 )
 from elf.report import Report
@@ -261,7 +261,7 @@ class Config:
     apps: tuple[str, ...] = argument(
         "-a", "--app", default=(), action="append", type=not_empty, metavar="APP",
         help="probe the flows of processes of this name, and of their children; the name is the process's, its "
-        "executable's, or its script's; may be given again",
+        "executable's, or that of its script, jar or class; with a slash it is a path; may be given again",
     )  # fmt: skip
     pids: tuple[int, ...] = argument(
         "-P", "--pid", default=(), action="append", metavar="PID", type=whole_number(1, 2**22, "a process ID"),
@@ -2282,7 +2282,7 @@ class ProcessFollower:
     def __init__(
         self,
         kernel: Kernel,
-        apps: Iterable[str],
+        apps: AppNames,
         pids: Iterable[int],
         seen: ProcessLog,
         fallback: Callable[[], None] = lambda: None,
@@ -2290,7 +2290,7 @@ class ProcessFollower:
         """fallback is called again and again if the processes cannot be followed any more."""
         self._kernel = kernel
         self._fallback = fallback
-        self._apps = frozenset(app.lower() for app in apps)
+        self._apps = apps
         self._pids = tuple(pids)
         self._seen = seen
         self._processes = ProcessTable(kernel)
@@ -2349,7 +2349,7 @@ class ProcessFollower:
     def _enter_names(self) -> None:
         """Write the names of -a to the kernel's table, each with whether that is certainly the whole name."""
         table = self._kernel.map("apps")
-        for app in self._apps:
+        for app in self._apps.names:
             table.put(comm_bytes(app), len(os.fsencode(app)) < TASK_COMM_LEN - 1)
 
     def _attach_to_cgroup(self, stack: contextlib.ExitStack) -> None:
@@ -2478,7 +2478,7 @@ class ProcessFollower:
             status = UNDECIDED
         parent = self._processes.get(process.ppid)
         inherits = parent is not None and parent.status == TARGET  # the parent became a target after the fork
-        if status == TARGET or inherits or self._apps & process_names(process):
+        if self._apps.match(process) or status == TARGET or inherits:
             self._adopt(pid, process_id, process.name)
         else:
             self._processes.forget(process_id, pid)
@@ -2508,7 +2508,7 @@ class ConnectionPoller:
         kernel: Kernel,
         destinations: Destinations,
         fixed: Iterable[bytes],
-        apps: Iterable[str],
+        apps: AppNames,
         pids: Iterable[int],
         seen: ProcessLog,
     ) -> None:
@@ -2517,7 +2517,7 @@ class ConnectionPoller:
         self._seen = seen
         self._destinations = destinations
         self._fixed = frozenset(fixed)
-        self._apps = tuple(apps)
+        self._apps = apps
         self._pids = tuple(pids)
         self._chosen: set[tuple[int, int]] | None = None  # PIDs and starts, at the last scan
         self._last_seen: dict[bytes, float] = {}
@@ -3065,8 +3065,9 @@ class ElfProbe:
                     destinations.add(packed)
                 if config.by_process:  # lines about processes follow
                     log_lines(heading)
-                poller = ConnectionPoller(attached.kernel, destinations, fixed, config.apps, config.pids, processes)
-                self._follow_processes(active, attached, poller, processes)
+                apps = AppNames(config.apps)
+                poller = ConnectionPoller(attached.kernel, destinations, fixed, apps, config.pids, processes)
+                self._follow_processes(active, attached, poller, apps, processes)
                 active.callback(attached.kernel.end_lease)
                 if config.debug and not active.enter_context(attached.kernel.run_time_stats()):
                     log.info("CPU time of the programs is not known: that needs Linux 5.8, new BCC, sys_admin")
@@ -3140,7 +3141,12 @@ class ElfProbe:
         return Kernel(self._config, build, self._platform), refused
 
     def _follow_processes(
-        self, stack: contextlib.ExitStack, attached: Attached, poller: ConnectionPoller, processes: ProcessLog
+        self,
+        stack: contextlib.ExitStack,
+        attached: Attached,
+        poller: ConnectionPoller,
+        apps: AppNames,
+        processes: ProcessLog,
     ) -> None:
         """Follow the target processes until the stack unwinds: exactly, or if that is unsupported, by polling."""
         if not self._config.by_process:
@@ -3149,9 +3155,7 @@ class ElfProbe:
             if attached.why_no_owners:
                 what = "programs that note who owns a socket (Linux 5.10 and BCC 0.16)"
                 raise Unsupported(f"{what}: {attached.why_no_owners}")
-            follower = ProcessFollower(
-                attached.kernel, self._config.apps, self._config.pids, processes, poller.try_scan
-            )
+            follower = ProcessFollower(attached.kernel, apps, self._config.pids, processes, poller.try_scan)
             stack.enter_context(follower.followed())
         except Unsupported as err:
             log.warning(

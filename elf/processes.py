@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import re
 import time
@@ -11,22 +12,57 @@ from typing import Any, Iterable, Iterator, NamedTuple
 
 PROCESSES_MAX = 4096  # that ProcessLog keeps
 TASK_COMM_LEN = 16  # linux/sched.h: of a command name, the final zero included
-# An interpreter runs a script that its command line names. Interpreter, without its version -> a pattern of the
-# options that code follows instead of a script, and the options that a value follows.
-SHELL = (r"-\w*c", ("-o", "-O", "+o", "+O", "--rcfile", "--init-file"))
-NODE = (r"-pe?|-e|--eval|--print", ("-r", "--require", "--import", "--loader"))
-INTERPRETERS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "python": (r"-\w*c", ("-W", "-X")),
-    "perl": (r"-\w*[eE]", ("-I",)),
-    "ruby": (r"-\w*e", ("-I", "-r")),
+
+
+class Interpreter(NamedTuple):
+    """How the command line of an interpreter names the program that it runs: in its first word, unless..."""
+
+    code: str = "$."  # a pattern of options, or of a first word, with code behind them in the place of a program
+    with_value: tuple[str, ...] = ()  # options with a value behind them
+    commands: tuple[str, ...] = ()  # first words that a program may follow
+    with_program: tuple[str, ...] = ()  # options with the program behind them
+
+
+# By the name of the executable, without its version. What belongs here: an executable that many programs share,
+# so that neither its name nor that of its process tells them apart.
+PYTHON = Interpreter(r"-\w*c", ("-W", "-X"), with_program=("-m",))
+SHELL = Interpreter(r"-\w*c", ("-o", "-O", "+o", "+O", "--rcfile", "--init-file"))
+NODE = Interpreter(r"-pe?|-e|--eval|--print", ("-r", "--require", "--import", "--loader"))
+LUA = Interpreter(r"-e", ("-l",))
+SCHEME = Interpreter(r"-c|-e", ("-L", "-l"), with_program=("-s",))
+INTERPRETERS = {
+    "python": PYTHON,
+    "pypy": PYTHON,
+    "perl": Interpreter(r"-\w*[eE]", ("-I",)),
+    "ruby": Interpreter(r"-\w*e", ("-I", "-r")),
     "node": NODE,
     "nodejs": NODE,
-    "php": (r"-r", ("-c", "-d")),
-    "lua": (r"-e", ("-l",)),
-    "tclsh": (r"-", ("-encoding",)),
-    "Rscript": (r"-e", ()),
+    "deno": Interpreter(r"eval|repl", ("-c", "--config", "--import-map", "--cert", "--lock"), ("run", "serve")),
+    "bun": Interpreter(r"-e|-p|--eval|--print", ("-r", "--preload", "--cwd", "--config", "--env-file"), ("run",)),
+    "php": Interpreter(r"-r", ("-c", "-d"), with_program=("-f",)),
+    "lua": LUA,
+    "luajit": LUA,
+    "tclsh": Interpreter(r"-", ("-encoding",)),
+    "wish": Interpreter(r"-", ("-encoding",)),
+    "Rscript": Interpreter(r"-e"),
+    "julia": Interpreter(r"-[eE]|--eval|--print", ("-L", "--load", "-p", "-t", "-J")),
+    "guile": SCHEME,
+    "java": Interpreter(
+        with_value=("-cp", "-classpath", "--class-path", "-p", "--module-path", "--upgrade-module-path", "--source",
+                    "--add-modules", "--add-reads", "--add-exports", "--add-opens", "--patch-module"),
+        with_program=("-jar", "-m", "--module"),
+    ),
+    "dotnet": Interpreter(
+        with_value=("--depsfile", "--runtimeconfig", "--additionalprobingpath", "--fx-version", "--roll-forward"),
+        commands=("exec",),
+    ),
+    **dict.fromkeys(("mono", "mono-sgen"), Interpreter(with_value=("--config",))),
+    **dict.fromkeys(("uwsgi", "uwsgi-core"), Interpreter(
+        with_value=("--http", "--http-socket", "-s", "--socket", "-p", "--processes"),
+        with_program=("--wsgi-file", "--file", "-w", "--module", "--wsgi", "--ini", "--yaml", "--yml", "--xml"),
+    )),
     **dict.fromkeys(("sh", "bash", "dash", "zsh", "ksh"), SHELL),
-}
+}  # fmt: skip
 
 
 class Process(NamedTuple):
@@ -43,15 +79,24 @@ class Process(NamedTuple):
 def process_names(process: Process) -> set[str]:
     """Return all names that -a may call a process by, in lower case.
 
-    They are the process's own name, its executable's, and those of the script or module that an interpreter
-    runs, with and without extension.
+    They are the process's own name, its executable's, and those of the program that an interpreter runs: a
+    script, with and without extension, a module, or a class, with and without its package.
     """
-    program = os.path.basename(process.exe or (process.cmdline[0] if process.cmdline else ""))
-    names = {process.name, program}
-    if is_interpreter(program):
-        script = os.path.basename(script_of(program, process.cmdline))
-        names |= {script, os.path.splitext(script)[0]}
+    names = {process.name, program_of(process), *program_names(interpreted(process))}
     return {name.lower() for name in names if name}
+
+
+def program_of(process: Process) -> str:
+    """Return the name of a process's executable, as far as that is known."""
+    return os.path.basename(process.exe or (process.cmdline[0] if process.cmdline else ""))
+
+
+def program_names(word: str) -> set[str]:
+    """Return the names of a program that an interpreter runs. word is what its command line calls it."""
+    base = os.path.basename(word)
+    stem, extension = os.path.splitext(base)
+    is_class = extension[1:2].isupper()  # org.example.Main
+    return {base, extension[1:]} if is_class else {base, stem}
 
 
 def is_interpreter(program: str) -> bool:
@@ -59,29 +104,70 @@ def is_interpreter(program: str) -> bool:
     return program.rstrip("0123456789.") in INTERPRETERS
 
 
+def interpreted(process: Process) -> str:
+    """Return what an interpreter's command line calls the program that it runs, empty if it names none."""
+    program = program_of(process)
+    return script_of(program, process.cmdline) if is_interpreter(program) else ""
+
+
 def script_of(program: str, cmdline: tuple[str, ...]) -> str:
-    """Return the script or module that an interpreter's command line names, empty if it names none."""
-    options_with_code, options_with_value = INTERPRETERS[program.rstrip("0123456789.")]
+    """Return the program that an interpreter's command line names, empty if it names none."""
+    interpreter = INTERPRETERS[program.rstrip("0123456789.")]
     words = iter(cmdline[1:])
+    may_be_command = True
     for word in words:
-        if not word.startswith(("-", "+")):
-            return word
-        if re.fullmatch(options_with_code, word):
+        option, is_joined, value = word.partition("=")
+        if word in interpreter.with_program:
+            return next(words, "").partition(":")[0]
+        if is_joined and option in interpreter.with_program:
+            return value.partition(":")[0]
+        if re.fullmatch(interpreter.code, word):
             return ""
-        if word in options_with_value:
+        if word in interpreter.with_value:
             next(words, "")
+        elif may_be_command and word in interpreter.commands:
+            may_be_command = False
+        elif not word.startswith(("-", "+")):
+            return word
     return ""
 
 
-def choose_processes(processes: Iterable[Process], apps: Iterable[str], pids: Iterable[int]) -> dict[int, str]:
+class AppNames:
+    """The names of -a. One with a slash is the path of an executable, or of what an interpreter runs."""
+
+    def __init__(self, apps: Iterable[str]) -> None:
+        given = tuple(apps)
+        self.names = frozenset(app.lower() for app in given if "/" not in app)
+        self._paths = {os.path.realpath(app): app for app in given if "/" in app}
+        self.unseen = {*self.names, *self._paths.values()}  # that no process has had so far
+
+    def match(self, process: Process) -> bool:
+        """Return whether a process has one of the names."""
+        found = set(self.names & process_names(process))
+        if self._paths:
+            found |= {self._paths[path] for path in self._paths.keys() & program_paths(process)}
+        self.unseen -= found
+        return bool(found)
+
+
+def program_paths(process: Process) -> set[str]:
+    """Return the paths of a process's executable and of what an interpreter runs."""
+    paths = {process.exe}
+    script = interpreted(process)
+    if script:
+        with contextlib.suppress(OSError):  # it has ended
+            paths.add(os.path.realpath(os.path.join(os.readlink(f"/proc/{process.pid}/cwd"), script)))
+    return paths
+
+
+def choose_processes(processes: Iterable[Process], apps: AppNames, pids: Iterable[int]) -> dict[int, str]:
     """Return PID -> process name of the target processes: those named by -a or -P, and their descendants."""
-    wanted = {app.lower() for app in apps}
     known = {process.pid: process for process in processes}
     children: dict[int, list[int]] = {}
     for process in known.values():
         children.setdefault(process.ppid, []).append(process.pid)
     todo = [pid for pid in pids if pid in known]
-    todo += [process.pid for process in known.values() if wanted & process_names(process)]
+    todo += [process.pid for process in known.values() if apps.match(process)]
     chosen: dict[int, str] = {}
     while todo:
         pid = todo.pop()
@@ -169,3 +255,16 @@ def running_processes() -> Iterator[Process]:
         if pid != os.getpid():
             with contextlib.suppress(OSError):
                 yield look_at_process(pid)
+
+
+def programs_on_path() -> Iterator[str]:
+    """Yield the names of the programs that a shell would find."""
+    for folder in os.environ.get("PATH", os.defpath).split(os.pathsep):
+        with contextlib.suppress(OSError):
+            yield from os.listdir(folder)
+
+
+def close_programs(name: str, candidates: Iterable[str]) -> str:
+    """Return the candidates whose names are close to one that is not there, as the end of a sentence."""
+    close = difflib.get_close_matches(name.lower(), {each.lower() for each in candidates}, cutoff=0.7)
+    return f" (close: {', '.join(close)})" if close else ""

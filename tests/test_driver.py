@@ -17,6 +17,7 @@ import subprocess
 import sys
 from contextlib import ExitStack, suppress
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from elf.addresses import address_text, pack_address
 from elf.console import LogFormat
 from elf.extensions import MalformedExtension, extension_texts, ones_complement_sum
 from elf.files import DiskUse, OutputFile, RowFiles
-from elf.processes import Process
+from elf.processes import AppNames, Process
 from elf.rows import HEADER, Record, app_text, row_function
 from elf.usage import Failure
 from elfprobe import Config
@@ -549,8 +550,8 @@ PROGRAMS = {  # process name, executable, command line: all names that it goes b
         ('python3', '/usr/bin/python3', 'python3 -W ignore app.py'),
         {'python3', 'app', 'app.py'},
     ),
-    'a module': (('python3', '/usr/bin/python3', 'python3 -m speedtest'), {'python3', 'speedtest'}),
-    'a module with options': (
+    'a module of Python': (('python3', '/usr/bin/python3', 'python3 -m speedtest'), {'python3', 'speedtest'}),
+    'a module of Python with options': (
         ('python3', '/usr/bin/python3', 'python3 -u -m speedtest --bytes'),
         {'python3', 'speedtest'},
     ),
@@ -559,6 +560,21 @@ PROGRAMS = {  # process name, executable, command line: all names that it goes b
     'perl': (('perl', '/usr/bin/perl5.36', 'perl /x/get.pl x'), {'perl', 'perl5.36', 'get', 'get.pl'}),
     'an interpreter alone': (('bash', '/usr/bin/bash', '-bash'), {'bash'}),
     'an interpreter with code': (('sh', '/usr/bin/dash', 'sh -c true/speedtest'), {'sh', 'dash'}),
+    'a jar': (('java', '/x/java', 'java -Xmx1g -jar /opt/speed.jar -x'), {'java', 'speed', 'speed.jar'}),
+    'a class': (('java', '/x/java', 'java -cp a.jar:b org.example.Main x.y'), {'java', 'org.example.main', 'main'}),
+    'a module': (('java', '/x/java', 'java -p lib -m app/org.example.Main'), {'java', 'org.example.main', 'main'}),
+    'an assembly': (('dotnet', '/x/dotnet', 'dotnet exec --depsfile d Own.dll'), {'dotnet', 'own', 'own.dll'}),
+    'mono': (('mono', '/usr/bin/mono-sgen', 'mono Own.exe'), {'mono', 'mono-sgen', 'own', 'own.exe'}),
+    'deno': (('deno', '/x/deno', 'deno run --allow-net -c d.json fetch.ts run'), {'deno', 'fetch', 'fetch.ts'}),
+    'deno without a command': (('deno', '/x/deno', 'deno fetch.ts'), {'deno', 'fetch', 'fetch.ts'}),
+    'deno with code': (('deno', '/x/deno', 'deno eval fetch.ts'), {'deno'}),
+    'bun': (('bun', '/x/bun', 'bun --cwd x run fetch.ts'), {'bun', 'fetch', 'fetch.ts'}),
+    'pypy': (('pypy3', '/usr/bin/pypy3.10', 'pypy3 -W ignore app.py'), {'pypy3', 'pypy3.10', 'app', 'app.py'}),
+    'uwsgi': (
+        ('uwsgi', '/usr/bin/uwsgi-core', 'uwsgi --http :80 --wsgi-file=/srv/app.py'),
+        {'uwsgi', 'uwsgi-core', 'app', 'app.py'},
+    ),
+    'uwsgi with a module': (('uwsgi', '/usr/bin/uwsgi', 'uwsgi -w shop:application'), {'uwsgi', 'shop'}),
     'no interpreter, though it looks like one': (('shell', '/usr/bin/shell', 'shell script'), {'shell'}),
 }
 
@@ -585,6 +601,30 @@ def test_process_that_becomes_another_program(tmp_path: Path) -> None:
         running.stdin.flush()
         wait_until(lambda: 'speedtest' in names(), 5, 'it runs the other program')
         assert names() == {'speedtest', 'cat'}
+
+
+def is_in(text: str, path: Path) -> bool:
+    return text in path.read_text()
+
+
+def test_names_that_are_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an executable, also by a link, and of a script; not of another file with the same name."""
+    monkeypatch.chdir(tmp_path)
+    for folder in 'here', 'there':
+        (tmp_path / folder).mkdir()
+        shutil.copy('/bin/cat', tmp_path / folder / 'prog')
+        (tmp_path / folder / 'run.sh').write_text('read line\n')
+    (tmp_path / 'link').symlink_to('here/prog')
+    apps = AppNames(['./link', str(tmp_path / 'here/run.sh'), './nowhere'])
+    with ExitStack() as stack:
+        for folder, command in product(('here', 'there'), (['./prog'], ['/bin/bash', 'run.sh'])):
+            running = stack.enter_context(
+                subprocess.Popen(command, cwd=tmp_path / folder, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+            )
+            arguments = Path(f'/proc/{running.pid}/cmdline')
+            wait_until(partial(is_in, command[-1], arguments), 5, 'it runs')
+            assert apps.match(processes.look_at_process(running.pid)) == (folder == 'here')
+    assert apps.unseen == {'./nowhere'}
 
 
 @pytest.mark.parametrize('change', ['removed', 'not told'])
@@ -659,8 +699,9 @@ CHOICES = {  # names, process IDs: whose processes are targets
 
 @pytest.mark.parametrize('targets, chosen', CHOICES.values(), ids=CHOICES)
 def test_choice_of_processes(targets: tuple[list[str], list[int]], chosen: dict[int, str]) -> None:
-    assert processes.choose_processes(iter(PROCESSES), *targets) == chosen
-    assert processes.choose_processes(reversed(PROCESSES), *targets) == chosen
+    names, pids = targets
+    for those in iter(PROCESSES), reversed(PROCESSES):
+        assert processes.choose_processes(those, AppNames(names), pids) == chosen
 
 
 # Layouts and rows
