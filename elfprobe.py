@@ -36,6 +36,7 @@ import argparse
 import array
 import atexit
 import base64
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -2017,6 +2018,8 @@ UNDECIDED, TARGET, OURSELVES = 1, 2, 3  # status of a process, as in elfprobe.c
 IN_PATHS = 1  # in a slot of the address filter, as in elfprobe.c
 REMOVED_MAX = 1 << 16  # former target destinations whose sequence numbers are kept
 EVENTS_MAX = 1 << 16  # of processes that may wait; events behind these count as missed
+COUNT_EVERY = 10.0  # s between two lines with the number of target processes
+SETTLED_AFTER = 0.05  # s without a new process, after which the log names it
 SCAN_EVERY = 1.0  # s between two scans of the processes
 RESCAN_CPU_SHARE = 0.05  # of a core, at most, to look for processes whose events were missed
 FORKS_SAMPLED, FORKS_SAMPLED_MAX = 3, 30  # to find where a task has its PID; of 30 forks, 27 may be missed
@@ -2305,6 +2308,9 @@ class ProcessFollower:
         self._adopted: list[tuple[int, int]] = []
         self._adopted_before: list[tuple[int, int]] = []
         self._ending: set[tuple[int, int]] = set()
+        self._untold: list[tuple[int, int, str]] = []  # adopted ones that the log has not: ID, PID, name
+        self._counts: collections.Counter[str] = collections.Counter()  # adopted processes by name
+        self._counts_told: collections.Counter[str] = collections.Counter()
         self._made_up_for = 0  # number of missed events for which all processes were scanned
         self._next_rescan = 0.0  # CLOCK_MONOTONIC, s
 
@@ -2378,13 +2384,14 @@ class ProcessFollower:
             missing = chosen.keys() - self._processes.targets() - adopted  # for some there may have been no room
             if not missing:
                 break
-            for pid in missing:
+            for pid in sorted(missing):
                 self._adopt(pid, time.monotonic_ns(), chosen[pid])
             adopted |= missing
         for pid in chosen.keys() - adopted:
             entry = self._processes.get(pid)
             if entry is not None:
                 self._tagger.tag(pid, entry)
+        self._tell_adopted()
 
     def _adopt(self, pid: int, process_id: int, name: str) -> None:
         """Make a process a target, and the owner of its sockets, if there is room for one more."""
@@ -2396,7 +2403,29 @@ class ProcessFollower:
         if self._tagger.tag(pid, entry):
             self._adopted.append((process_id, pid))
         self._seen.began(pid, name)
-        log.info("tracing %s (pid %d)", name, pid)
+        self._untold.append((process_id, pid, name))
+
+    def _tell_adopted(self) -> None:
+        """Log the first target process of each name, and count the others.
+
+        A process that has run another program since goes by the name that it has now.
+        """
+        for process_id, pid, name in self._untold:
+            entry = self._processes.entry(process_id, pid)
+            comm = os.fsdecode(entry.app.text) if entry else ""
+            if not name.startswith(comm):
+                name = comm
+            self._counts[name] += 1
+            if self._counts[name] == 1:
+                log.info("tracing %s (pid %d)", name, pid)
+        self._untold.clear()
+
+    def _tell_counts(self) -> None:
+        """Log how many processes of a name there have been, where there are more by now."""
+        for name, count in self._counts.items():
+            if count > max(self._counts_told[name], 1):
+                log.info("tracing %s: %d processes so far", name, count)
+        self._counts_told = self._counts.copy()
 
     def _follow(self) -> None:
         """Follow the processes until the end, if need be by the fallback. Runs in a thread of its own."""
@@ -2414,19 +2443,25 @@ class ProcessFollower:
 
     def _handle_events(self) -> None:
         """Handle events until the end."""
-        checks = Every(SCAN_EVERY, self._check)
+        checks = Every(SCAN_EVERY, self._check), Every(COUNT_EVERY, self._tell_counts)
         while not self._ended:
             event = None
-            with contextlib.suppress(queue.Empty):
-                event = self._events.get(timeout=SCAN_EVERY)
-            checks.run()
+            try:
+                event = self._events.get(timeout=SETTLED_AFTER if self._untold else SCAN_EVERY)
+            except queue.Empty:
+                self._tell_adopted()
+            for check in checks:
+                check.run()
             if event and event.status:
                 self._decide(event.id, event.pid, event.status)
             elif event:
                 self._ending.add((event.id, event.pid))
+        self._tell_adopted()
+        self._tell_counts()
 
     def _check(self) -> None:
         """Tag sockets again, make up for missed events, and forget processes that have ended."""
+        self._tell_adopted()
         self._tag_again()
         missed = self._kernel.missed_events() + self._events_left_out
         if missed != self._made_up_for and time.monotonic() >= self._next_rescan:
