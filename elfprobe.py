@@ -73,11 +73,13 @@ if __name__ == "__main__":
 
 from elf.addresses import ReverseDns, address_text, flow_text, pack_address, resolve_all, why_unreachable
 from elf.clock import Clock, utc_text
+from elf.command import Command
 from elf.console import Console, LogFormat, open_standard_streams, output_columns, print_lines
 from elf.counters import accounting, troubles, why_no_probes
 from elf.extensions import MalformedExtension, extension_texts
 from elf.files import DiskUse, FileLog, OutputFile, ReplacedFile, RowFiles, output_files
 from elf.findings import PathRewrites
+from elf.network import Routes, device_name, in_short
 from elf.processes import (
     TASK_COMM_LEN,
     AppNames,
@@ -182,13 +184,16 @@ DESTINATIONS_MAX = 65536
 HOOKS_FILE = os.path.join(HERE, "elfhooks.c")
 TUNNELS = {"ethernet": 0, "ipinip": 4, "ip6inip": 41}  # -e -> IP protocol that IPv4 encapsulates
 
-USAGE = "sudo python3 elfprobe.py -i INTERFACE [options] [address ...]"
+USAGE = "sudo python3 elfprobe.py [-i INTERFACE] [options] [address ...] [-- COMMAND [ARGUMENT ...]]"
 DESCRIPTION = """\
 Shows hop by hop where the latency of a running application comes from, by lowering
-the TTL of copies of the application's own packets. At least one of -a, -P and an
-address is needed."""
+the TTL of copies of the application's own packets. At least one of -a, -P, an address
+and -- COMMAND is needed. COMMAND is started as the user who called sudo; the run ends
+with it."""
 EPILOG = """\
 examples:
+  elfprobe.py -- curl -O http://example.net/file
+                                             the flows of this curl, from its first packet to its end
   elfprobe.py -i eno2 -a speedtest           the flows of every speedtest, started now or later
   elfprobe.py -i eno2 -P 4127 -r g -p 100    of one process and its children, 10 probes/s to a destination
   elfprobe.py -i eno2 example.net 192.0.2.7  whatever goes to these destinations
@@ -198,9 +203,9 @@ examples:
   elfprobe.py -i wg0 10.8.0.1                inside a tunnel device, whose packets begin with IP
   elfplot.py --html elf.csv                  the summary again, and pictures
 
-'ip route get ADDRESS' names the interface that leads to an address. While elfprobe runs, probes ride on
-packets that the application sends: without traffic there are none. On a terminal a table is redrawn
-each second.
+Without -i it is the device by which the addresses are reached; with -a, -P and COMMAND that of the default
+route. 'ip route get ADDRESS' names it. While elfprobe runs, probes ride on packets that the application sends:
+without traffic there are none. On a terminal a table is redrawn each second, unless a command has the terminal.
 
 what the summary shows, for each destination and hop (TTL, or hop limit):
   probes, answered   how many probes were sent with that TTL, and what share was answered
@@ -241,10 +246,10 @@ class ShowVersion(argparse.Action):
         parser.exit()
 
 
-def argument(*flags: str, default: object = dataclasses.MISSING, **how: object) -> Any:
+def argument(*flags: str, default: object, **how: object) -> Any:
     """Return a field of Config that is an argument of the command line.
 
-    flags and how are what ArgumentParser.add_argument() takes. A field without a default is required.
+    flags and how are what ArgumentParser.add_argument() takes.
     """
     return dataclasses.field(default=default, metadata={"flags": flags, "how": how})
 
@@ -253,7 +258,11 @@ def argument(*flags: str, default: object = dataclasses.MISSING, **how: object) 
 class Config:
     """The command line, checked as far as it can be without looking at the machine. Each field is an option."""
 
-    interface: str = argument("-i", "--interface", type=not_empty, help="the device to attach to")
+    interface: str | None = argument(
+        "-i", "--interface", default=None, type=not_empty,
+        help="the device to attach to (default: by which the addresses are reached; for -a, -P and COMMAND that "
+        "of the default route)",
+    )  # fmt: skip
     addresses: tuple[str, ...] = argument(
         "addresses", default=(), nargs="*", type=not_empty, metavar="address",
         help="target destination: a name (all its addresses), an IPv4 or IPv6 address, "
@@ -345,12 +354,13 @@ class Config:
         help="compile the programs, and do not keep them for the next start",
     )  # fmt: skip
     command: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # no option: the arguments as given
+    child: tuple[str, ...] = ()  # what follows --
     salt: int = 0  # no option: 16 random bits, so that nobody can guess the probes' identifiers
 
     @property
     def by_process(self) -> bool:
         """Return whether the flows of processes are targets."""
-        return bool(self.apps or self.pids)
+        return bool(self.apps or self.pids or self.child)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -362,7 +372,7 @@ def argument_parser() -> argparse.ArgumentParser:
     for field in dataclasses.fields(Config):
         flags, how = field.metadata.get("flags", ()), dict(field.metadata.get("how", {}))
         if any(flag.startswith("-") for flag in flags):
-            how.update(dest=field.name, required=field.default is dataclasses.MISSING)
+            how["dest"] = field.name
         if flags:
             default = [] if field.default == () else field.default
             parser.add_argument(*flags, default=default, **how)
@@ -374,13 +384,23 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def parse_arguments(argv: list[str]) -> Config:
     """Return the configuration. Raises Failure (status 2) for wrong usage."""
-    given: dict[str, Any] = vars(argument_parser().parse_intermixed_args(argv))
+    ours, dashes, child = argv, False, []
+    if "--" in argv:
+        at = argv.index("--")
+        ours, dashes, child = argv[:at], True, argv[at + 1 :]
+    given: dict[str, Any] = vars(argument_parser().parse_intermixed_args(ours))
     lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    config = Config(**{**given, **lists, "command": tuple(argv), "salt": secrets.randbits(16)})
+    config = Config(
+        **{**given, **lists, "command": tuple(argv), "child": tuple(child), "salt": secrets.randbits(16)}
+    )
+    if dashes and not (child and child[0]):
+        raise Failure("no command behind --: elfprobe.py [options] -- COMMAND [ARGUMENT ...]", 2)
     if not (config.addresses or config.by_process):
-        raise Failure("nothing to probe: give an address, -a APP or -P PID", 2)
+        raise Failure("nothing to probe: give an address, -a APP, -P PID or -- COMMAND", 2)
     if config.quiet:
         return dataclasses.replace(config, logfile=True, live=False)
+    if config.child:  # the terminal is the command's
+        return dataclasses.replace(config, live=False)
     return config
 
 
@@ -1597,6 +1617,27 @@ def find_device(ipr: Netlink, name: str, encapsulation: str = "ethernet") -> Dev
     return Device(name, ifindex, frame, driver_of(name))
 
 
+def find_interface(routes: Routes, fixed: dict[bytes, str], by_process: bool) -> str:
+    """Return the name of the device by which the targets are reached. Raises Failure unless it is one.
+
+    fixed are the target destinations. by_process: the default route's device, too.
+    """
+    users: dict[int, list[str]] = {}
+    for packed in fixed:
+        for ifindex in routes.devices_to(packed):
+            users.setdefault(ifindex, []).append(address_text(packed))
+    if by_process:
+        for ifindex in routes.default_devices():
+            users.setdefault(ifindex, []).append("the default route")
+    if not users:
+        nowhere = f"no route leads to {in_short(list(map(address_text, fixed)))}" if fixed else "no default route"
+        raise interface_failure(f"{nowhere}: name the device")
+    if len(users) > 1:
+        devices = "; ".join(f"{device_name(ifindex)} to {in_short(names)}" for ifindex, names in users.items())
+        raise interface_failure(f"the targets are reached by several devices, name one of them: {devices}")
+    return device_name(*users)
+
+
 @contextlib.contextmanager
 def sole_user(device: Device) -> Iterator[None]:
     """Make sure that no other elfprobe uses the device. Raises Failure, with the PID of the other one.
@@ -2754,6 +2795,9 @@ CHECK_EVERY = 5.0  # s between two checks that our programs are still attached
 REPORT_EVERY = 10.0  # s between two lines with the counters (-d)
 DRAW_EVERY = 1.0  # s between two tables on a terminal
 NO_PROBES = 3  # exit status
+COMMAND_CHECK_EVERY = 0.1  # s, when nothing but the command's end is awaited
+SI_KERNEL = 0x80  # asm-generic/siginfo.h: as of the signals that a terminal sends
+WAKE = signal.SIGURG  # that the main thread gets when a signal has been taken
 RESET_FOR = 10.0  # s after attaching XDP for which the network driver is suspected if the link goes down
 
 
@@ -2790,17 +2834,49 @@ def log_lines(lines: Iterable[str]) -> None:
 
 
 class Stop:
-    """Counts signals that ask for the end. It has no lock, because a handler may interrupt the lock's holder."""
+    """Counts the signals that ask for the end. While a command runs they go to the command, which ends the run.
+
+    A thread takes them, and no handler, because only the one who takes a signal learns whether it comes from the
+    terminal. Such a signal has reached the command already.
+    """
 
     def __init__(self) -> None:
         self.asked = 0
+        self.command: Command | None = None
         self.ends_output = False  # everything is done but writing to standard output, which may wait for a reader
 
-    def ask(self, *_: object) -> None:
-        """Ask for the end. This is a signal handler."""
+    def watch(self) -> None:
+        """Take the signals from now on. Threads that run already must block them."""
+        numbers = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup; a blocked signal is not ignored
+            numbers.remove(signal.SIGHUP)
+        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+        signal.signal(WAKE, lambda *_: None)
+        threading.Thread(target=self._take, args=(numbers,), daemon=True).start()
+
+    def _take(self, numbers: set[signal.Signals]) -> None:
+        while True:
+            found = signal.sigwaitinfo(numbers)
+            if not (self.command and self.command.is_running()):
+                self._ask()
+            elif found.si_code != SI_KERNEL:
+                self.command.send_signal(found.si_signo)
+                log.info("%s goes to %s", signal.Signals(found.si_signo).name, self.command)
+
+    def _ask(self) -> None:
+        """Ask for the end, and wake the main thread, which may wait."""
         self.asked += 1
         if self.ends_output:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
+
+    def wait_for_command(self) -> None:
+        """Wait until the command has ended, if it has begun: nobody else would pass signals on to it."""
+        if self.command and self.command.is_running():
+            log.info("%s still runs: waiting for its end", self.command)
+            while self.command.is_running():
+                time.sleep(COMMAND_CHECK_EVERY)
+            log.info("%s", self.command.end_text())
 
 
 @dataclasses.dataclass
@@ -2867,8 +2943,18 @@ class Measurement:
         )
 
     def measure(self, stop: Stop) -> None:
-        """Measure until a stop is asked for or the duration is over. Raises Failure if it cannot go on."""
+        """Measure until a stop is asked for, the duration is over, or the command has ended.
+
+        Raises Failure if it cannot go on.
+        """
+        command = stop.command
+        if command:
+            self._renew_lease()  # its first packet is to be probed
+            command.release()
         while not stop.asked and time.monotonic() < self._end:
+            if command and command.has_ended():
+                log.info("%s", command.end_text())
+                break
             for step in self._steps:
                 step.run()
             patience = 0 if self._expired else DRAIN_EVERY
@@ -3076,11 +3162,21 @@ class ElfProbe:
         config = self._config
         with contextlib.ExitStack() as stack:
             ipr = stack.enter_context(pyroute2.IPRoute())
-            device = find_device(ipr, config.interface, config.encapsulation)
-            for pid in config.pids:
+            routes = stack.enter_context(Routes())
+            if config.interface:
+                device = find_device(ipr, config.interface, config.encapsulation)
+            pids = list(config.pids)
+            for pid in pids:
                 if not psutil.pid_exists(pid):
                     raise Failure(f"argument -P/--pid: there is no process {pid}")
             fixed = resolve_all(config.addresses, DESTINATIONS_MAX)
+            if not config.interface:
+                name = find_interface(routes, fixed, config.by_process)
+                device = find_device(ipr, name, config.encapsulation)
+            if config.child:
+                self._stop.command = Command(config.child)
+                stack.callback(self._stop.command.close)
+                pids.append(self._stop.command.pid)
             stack.enter_context(sole_user(device))
             remove_leftovers(ipr, device)
             active = contextlib.ExitStack()  # while probes may be sent
@@ -3101,8 +3197,8 @@ class ElfProbe:
                 if config.by_process:  # lines about processes follow
                     log_lines(heading)
                 apps = AppNames(config.apps)
-                poller = ConnectionPoller(attached.kernel, destinations, fixed, apps, config.pids, processes)
-                self._follow_processes(active, attached, poller, apps, processes)
+                poller = ConnectionPoller(attached.kernel, destinations, fixed, apps, pids, processes)
+                self._follow_processes(active, attached, poller, apps, pids, processes)
                 active.callback(attached.kernel.end_lease)
                 if config.debug and not active.enter_context(attached.kernel.run_time_stats()):
                     log.info("CPU time of the programs is not known: that needs Linux 5.8, new BCC, sys_admin")
@@ -3181,6 +3277,7 @@ class ElfProbe:
         attached: Attached,
         poller: ConnectionPoller,
         apps: AppNames,
+        pids: Sequence[int],
         processes: ProcessLog,
     ) -> None:
         """Follow the target processes until the stack unwinds: exactly, or if that is unsupported, by polling."""
@@ -3190,7 +3287,7 @@ class ElfProbe:
             if attached.why_no_owners:
                 what = "programs that note who owns a socket (Linux 5.10 and BCC 0.16)"
                 raise Unsupported(f"{what}: {attached.why_no_owners}")
-            follower = ProcessFollower(attached.kernel, apps, self._config.pids, processes, poller.try_scan)
+            follower = ProcessFollower(attached.kernel, apps, pids, processes, poller.try_scan)
             stack.enter_context(follower.followed())
         except Unsupported as err:
             log.warning(
@@ -3238,14 +3335,12 @@ def main(argv: list[str], detect: Callable[[], Platform] = Platform.detect) -> i
     threading.excepthook = log_thread_error
     debug = "-d" in argv or "--debug" in argv
     console = Console()
+    status, stop = 0, Stop()
     try:
         config = parse_arguments(argv)
         require_machine(config)
         file_log = set_up_logging(config, console)
-        stop = Stop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):  # nohup
-                signal.signal(number, stop.ask)
+        stop.watch()
         platform = detect()
         log.debug("%s", platform)
         run = ElfProbe(config, platform, stop, console if config.live else None, file_log)
@@ -3265,6 +3360,7 @@ def main(argv: list[str], detect: Callable[[], Platform] = Platform.detect) -> i
         hint = "" if debug or isinstance(err, Failure) else f" ({type(err).__name__}; -d shows where)"
         console.say(f"elfprobe.py: {message}{hint}")
         status = err.status if isinstance(err, Failure) else 1
+    stop.wait_for_command()
     console.flush()
     return status
 

@@ -8,6 +8,7 @@ import logging
 import os
 import queue
 import select
+import signal
 import sys
 import threading
 from typing import Callable, Iterable
@@ -140,6 +141,7 @@ class Console(logging.Handler):
 
     def _write(self) -> None:
         """Write the texts of the queue: a str is a log line, a list is the new live table. Set its events."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are the main thread's
         table: list[str] = []
         while True:
             text = self._texts.get()

@@ -148,17 +148,22 @@ def test_defaults_stand_once() -> None:
 
 
 @pytest.mark.parametrize(
-    'line',
-    ['-i none0 -T a b c', 'a b c -i none0 -T', 'a -i none0 b -T c', '-T a -i none0 b c', '-T -i none0 -- a b c'],
+    'line', ['-i none0 -T a b c', 'a b c -i none0 -T', 'a -i none0 b -T c', '-T a -i none0 b c']
 )
 def test_addresses_before_between_and_behind_options(line: str) -> None:
     config = elfprobe.parse_arguments(line.split())
     assert (config.addresses, config.interface, config.notrunc) == (('a', 'b', 'c'), 'none0', True)
 
 
-@pytest.mark.parametrize('line', ['-a ping', '-P 1', 'example.net', '@hosts'])
+@pytest.mark.parametrize('line', ['-a ping', '-P 1', 'example.net', '@hosts', '-- curl'])
 def test_one_kind_of_target_is_enough(line: str) -> None:
     assert elfprobe.parse_arguments(['-i', 'none0', *line.split()]).interface == 'none0'
+
+
+def test_options_behind_the_command_are_its_own() -> None:
+    config = elfprobe.parse_arguments(['-T', '--', 'curl', '-i', 'none0', '--', '-p', '5'])
+    assert (config.interface, config.notrunc, config.probeint) == (None, True, 10)
+    assert config.child == ('curl', '-i', 'none0', '--', '-p', '5')
 
 
 PIDS, INTERVAL, RATE, SECONDS = '1 to 4194304', 'milliseconds, 0 to 1000', '1 to 1000000', 'seconds above 0'
@@ -172,6 +177,8 @@ BAD: list[tuple[list[str], Sequence[str]]] = [  # arguments; what the message mu
     (['-p', '\u0661'], ['-p/--probeint', INTERVAL]),
     (['-p', '9' * 5000], ['-p/--probeint', INTERVAL]),
     (['-p'], ['-p/--probeint', 'expected one argument']),
+    (['--'], ['no command', '--']),
+    (['--', ''], ['no command', '--']),
     (['-P', '0'], ['-P/--pid', "'0'", PIDS]),
     (['-P', '-4'], ['-P/--pid', "'-4'", PIDS]),
     (['-P', '4194305'], ['-P/--pid', "'4194305'", PIDS]),
@@ -232,11 +239,10 @@ def test_bad_values(
 @pytest.mark.parametrize(
     'arguments, named',
     [
-        (['192.0.2.1'], ['-i/--interface']),
-        ([], ['-i/--interface']),
-        (['-i', 'none0'], ['nothing to probe', '-a', '-P', 'address']),
+        ([], ['nothing to probe', '-a', '-P', 'address', '-- COMMAND']),
+        (['-i', 'none0'], ['nothing to probe', '-a', '-P', 'address', '-- COMMAND']),
     ],
-    ids=['no interface', 'nothing at all', 'no target'],
+    ids=['nothing at all', 'no target'],
 )
 def test_what_is_required(
     arguments: list[str], named: Sequence[str], capfd: pytest.CaptureFixture[str], empty: Path
@@ -267,7 +273,8 @@ def test_help(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ' '.join(out.split())
     assert [option for option in OPTIONS.split() if not re.search(rf'[ ,]{option}[ ,]', words)] == []
     for text in (
-        'sudo python3 elfprobe.py -i INTERFACE',
+        'sudo python3 elfprobe.py [-i INTERFACE]',
+        '-- COMMAND',
         'examples:',
         'address',
         '@FILE',
@@ -321,13 +328,6 @@ def test_missing_packages(absent: list[str], empty: Path) -> None:
     assert list(empty.iterdir()) == []
 
 
-def test_import_without_site_packages(empty: Path) -> None:
-    """No package but Python's own."""
-    done = run_python('-I', '-S', str(SCRIPT), '-i', 'none0', '192.0.2.1', cwd=empty)
-    assert (done.returncode, done.stdout, done.stderr.count('\n')) == (1, '', 1), done.stderr
-    assert [package for package in PACKAGES.values() if package not in done.stderr] == []
-
-
 BROKEN = {  # content of bcc/__init__.py: what the message names
     'it uses what a library lacks': ('import os\nos.no_such_function\n', ['AttributeError', 'no_such_function']),
     'its library is missing': ("import ctypes\nctypes.CDLL('libbcc.so.none')\n", ['OSError', 'libbcc.so.none']),
@@ -371,6 +371,13 @@ def test_how_to_install_here(content: str, command: str, tmp_path: Path) -> None
     (tmp_path / 'os-release').write_text(content)
     names = usage.distribution([str(tmp_path / 'nowhere'), str(tmp_path / 'os-release')])
     assert usage.how_to_install(['bcc', 'psutil'], names) == command
+
+
+def test_import_without_site_packages(empty: Path) -> None:
+    """No package but Python's own."""
+    done = run_python('-I', '-S', str(SCRIPT), '-i', 'none0', '192.0.2.1', cwd=empty)
+    assert (done.returncode, done.stdout, done.stderr.count('\n')) == (1, '', 1), done.stderr
+    assert [package for package in PACKAGES.values() if package not in done.stderr] == []
 
 
 def test_run_by_root_leaves_no_bytecode(empty: Path) -> None:
@@ -739,6 +746,7 @@ def test_struct_format() -> None:
 
 PROBE: dict[str, Any] = dict(
     seq=7,
+    origseq=4294967295,
     sendtime=1000000000001,
     outttl=3,
     outipid=65535,
