@@ -24,6 +24,7 @@ The sections below behave like modules. Each has its constants at its head:
     kernel          Kernel: elfprobe.c compiled and loaded, its maps, counters, lease and events
     attachments     the device, and one class for each way to attach a program to it
     targets         destinations, target processes and their sockets; the fallback that polls
+    reasons         why a target has no probes
     results         rows of probes that have ended; events of flows; the hooks' maps
     run             one measurement, and the entry point
 
@@ -75,19 +76,35 @@ from elf.addresses import ReverseDns, address_text, flow_text, pack_address, res
 from elf.clock import Clock, utc_text
 from elf.command import Command
 from elf.console import Console, LogFormat, open_standard_streams, output_columns, print_lines
-from elf.counters import accounting, troubles, why_no_probes
+from elf.counters import UNFIT_PACKETS, accounting, troubles, why_no_probes
 from elf.extensions import MalformedExtension, extension_texts
 from elf.files import DiskUse, FileLog, OutputFile, ReplacedFile, RowFiles, output_files
 from elf.findings import PathRewrites
-from elf.network import Routes, device_name, in_short
+from elf.network import WATCHED_MAX, Routes, RouteWatch, device_name, in_short, translations
 from elf.processes import (
     TASK_COMM_LEN,
     AppNames,
     ProcessLog,
     choose_processes,
+    close_programs,
     look_at_process,
     process_ids,
+    process_names,
+    programs_on_path,
     running_processes,
+)
+from elf.reasons import (
+    ByOtherDevice,
+    Idle,
+    NobodySends,
+    NoSuchProcess,
+    NotConnected,
+    OnThisHost,
+    OtherDevice,
+    OtherNamespace,
+    Reason,
+    Translated,
+    reasons_in_short,
 )
 from elf.report import Report
 from elf.rows import row_function
@@ -2128,6 +2145,11 @@ class Destinations:
             self._paths.remove(packed)
         self._is_full = False
 
+    def without_probes(self, wanted: Iterable[bytes]) -> dict[bytes, CStruct]:
+        """Return those of the destinations to which no probe has left, with their struct path."""
+        paths = {packed: self._paths.get(packed) for packed in wanted}
+        return {packed: path for packed, path in paths.items() if path is not None and not path.pacing.seq}
+
     def one_hop_away(self) -> list[str]:
         """Return the destinations with no router before them, those of processes' flows included."""
         paths = itertools.chain(self._paths.items(), self._flow_paths.items())
@@ -2393,6 +2415,10 @@ class ProcessFollower:
         self._ended = True
         self._events.put(None)
 
+    def targets(self) -> set[int]:
+        """Return the PIDs of the target processes."""
+        return self._processes.targets()
+
     def _enter_names(self) -> None:
         """Write the names of -a to the kernel's table, each with whether that is certainly the whole name."""
         table = self._kernel.map("apps")
@@ -2598,6 +2624,10 @@ class ConnectionPoller:
         self._chosen: set[tuple[int, int]] | None = None  # PIDs and starts, at the last scan
         self._last_seen: dict[bytes, float] = {}
 
+    def targets(self) -> list[int]:
+        """Return the PIDs of the target processes at the last scan."""
+        return [pid for pid, _ in self._chosen or ()]
+
     def scan(self) -> None:
         """Read the connections once."""
         now = time.monotonic()
@@ -2648,6 +2678,175 @@ class ConnectionPoller:
         finally:
             ended.set()
             thread.join()
+
+
+# ---- Reasons: why a target has no probes -------------------------------------------------------------
+
+FIRST_LOOK = 1.0  # s after the start; the next ones come after three times as long as the one before
+TARGETS_LOOKED_AT, SOCKETS_LOOKED_AT = 50, 100  # processes; sockets of each
+OPTIONS_WITH_INTERFACE = re.compile(r"(-[dlqT]*)i(.*)|--interface(=.*)?", re.S)
+
+
+def without_interface(argv: Sequence[str]) -> list[str]:
+    """Return the arguments before "--" without -i and its value."""
+    kept: list[str] = []
+    words = iter(argv)
+    for word in words:
+        match = OPTIONS_WITH_INTERFACE.fullmatch(word)
+        if word == "--":
+            break
+        if not match:
+            kept.append(word)
+            continue
+        if match[1] and match[1] != "-":
+            kept.append(match[1])
+        if not (match[2] or match[3]):
+            next(words, "")
+    return kept
+
+
+def command_in_namespace(pid: int, config: Config) -> str:
+    """Return the command line that measures in the network namespace of a process."""
+    options = without_interface(sys.argv[1:])
+    if not (config.apps or config.pids or config.addresses):
+        options += ["-P", str(pid)]
+    sudo = ["sudo"] if "SUDO_UID" in os.environ else []
+    script = os.path.join(HERE, "elfprobe.py")
+    return shlex.join([*sudo, "nsenter", "-t", str(pid), "-n", sys.executable, script, *options])
+
+
+def peers_of(pid: int, routes: Routes) -> dict[str, frozenset[int]]:
+    """Return the addresses to which a process's sockets are connected, with the devices that lead there.
+
+    Raises OSError if the process has ended, or its sockets cannot be had.
+    """
+    found = {}
+    for sock in itertools.islice(duplicated_sockets(pid), SOCKETS_LOOKED_AT):
+        with contextlib.suppress(OSError):  # not connected
+            peer = sock.getpeername()[0]
+            bound_to = sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16).rstrip(b"\0").decode()
+            if bound_to:
+                found[peer] = frozenset((socket.if_nametoindex(bound_to),))
+            else:
+                packed = pack_address(peer)
+                found[address_text(packed)] = routes.devices_to(packed)
+    return found
+
+
+class Reasons:
+    """Finds out why targets have no probes, and tells each reason as soon as it is known."""
+
+    def __init__(
+        self, config: Config, device: Device, routes: Routes, apps: AppNames, destinations: Destinations,
+        fixed: Iterable[bytes], targets: Callable[[], Iterable[int]],
+    ) -> None:  # fmt: skip
+        """targets returns the PIDs of the target processes."""
+        self._config = config
+        self._device = device
+        self._routes = routes
+        self._watch = RouteWatch(routes, device.ifindex, fixed)
+        self._apps = apps
+        self._destinations = destinations
+        self._fixed = list(fixed)[:WATCHED_MAX]
+        self._targets = targets
+        self._told: dict[tuple[type[Reason], str], Reason] = {}  # by the name of a process, or by address
+        self._namespace = os.stat("/proc/self/ns/net").st_ino
+        self._begun_at = time.monotonic()
+        self._next_look = self._begun_at + FIRST_LOOK
+
+    def begin(self) -> None:
+        """Tell what is known at the start."""
+        self._tell_routes()
+        for reason in self._missing_processes():
+            log.info("%s", reason.text())
+
+    def look(self) -> None:
+        """Tell what has come to be known, if it is time."""
+        if self._watch.have_changed():
+            self._tell_routes()
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + 2 * (now - self._begun_at)
+            for reason in itertools.chain(self._processes(is_end=False), self._translated()):
+                log.warning("%s", reason.text())
+
+    def at_end(self, count: dict[str, int]) -> list[Reason]:
+        """Return all reasons, with the counters of elfprobe.c."""
+        for _ in itertools.chain(self._processes(is_end=not count["probes"]), self._translated()):
+            pass
+        silent = self._destinations.without_probes(self._fixed)
+        told = [
+            reason
+            for reason in self._told.values()
+            if not isinstance(reason, Translated) or pack_address(reason.about) in silent
+        ]
+        has_unfit = any(count[name] for name in UNFIT_PACKETS)
+        return [*self._missing_processes(), *told, *self._addresses(silent, has_unfit)]
+
+    def _tell_routes(self) -> None:
+        for text in self._watch.news():
+            log.warning("%s", text)
+
+    def _missing_processes(self) -> Iterator[Reason]:
+        """Yield the names that no process has had."""
+        if self._apps.unseen:
+            candidates = itertools.chain(programs_on_path(), *map(process_names, running_processes()))
+            known = frozenset(candidates)
+            for name in sorted(self._apps.unseen):
+                yield NoSuchProcess(name, close_programs(name, known))
+
+    def _new(self, name: str, reason: Reason) -> Iterator[Reason]:
+        if (type(reason), name) not in self._told:
+            self._told[type(reason), name] = reason
+            yield reason
+
+    def _processes(self, is_end: bool) -> Iterator[Reason]:
+        """Yield new reasons that processes give. At the end a process that does nothing gives one, too."""
+        for pid in itertools.islice(self._targets(), TARGETS_LOOKED_AT):
+            with contextlib.suppress(OSError):  # it has ended
+                name = look_at_process(pid).name
+                for reason in self._of_process(f"{name} (pid {pid})", pid):
+                    if is_end or isinstance(reason, (OtherNamespace, OtherDevice)):
+                        yield from self._new(name, reason)
+
+    def _of_process(self, about: str, pid: int) -> Iterator[Reason]:
+        if os.stat(f"/proc/{pid}/ns/net").st_ino != self._namespace:
+            yield OtherNamespace(about, command_in_namespace(pid, self._config))
+            return
+        ours, loopback, peers = self._device.ifindex, socket.if_nametoindex("lo"), peers_of(pid, self._routes)
+        by_ours = [peer for peer, devices in peers.items() if ours in devices]
+        elsewhere = [peer for peer, devices in peers.items() if devices and not devices & {ours, loopback}]
+        if elsewhere:
+            device = device_name(min(peers[elsewhere[0]]))
+            yield OtherDevice(about, elsewhere[0], device, self._device.name)
+        elif by_ours:
+            yield Idle(about, by_ours[0])
+        elif peers:
+            yield OnThisHost(about, next(iter(peers)))
+        else:
+            yield NotConnected(about)
+
+    def _translated(self) -> Iterator[Reason]:
+        """Yield new reasons that address translation gives."""
+        silent = self._destinations.without_probes(self._fixed)
+        if silent:
+            for packed, addresses in translations(silent).items():
+                stays = all(socket.if_nametoindex("lo") in self._routes.devices_to(each) for each in addresses)
+                to = " or ".join(sorted(map(address_text, addresses)))
+                about = address_text(packed)
+                yield from self._new(about, Translated(about, to, stays))
+
+    def _addresses(self, silent: dict[bytes, CStruct], has_unfit: bool) -> Iterator[Reason]:
+        """Yield why addresses have no probes. silent are these, with their struct path."""
+        ours = self._device.name
+        for packed, path in silent.items():
+            about, devices = address_text(packed), self._routes.devices_to(packed)
+            if (Translated, about) in self._told or path.distance.length == 1 or path.excluded:
+                continue
+            if devices and self._device.ifindex not in devices:
+                yield ByOtherDevice(about, device_name(min(devices)), ours)
+            else:
+                yield NobodySends(about, ours, bool(path.liveness.last_received), has_unfit)
 
 
 # ---- Results: rows of probes that have ended, events of flows, the hooks' maps -----------------------
@@ -2909,10 +3108,12 @@ class Measurement:
         report: Report,
         clock: Clock,
         console: Console | None,
+        reasons: Reasons,
     ) -> None:
         """files are the CSV and FILEBASE.json. console is where the live table is drawn; None: nowhere."""
         self._config = config
         self._attached = attached
+        self._reasons = reasons
         self._kernel = attached.kernel
         self._results = results
         self._csv, self._json = files
@@ -2933,6 +3134,7 @@ class Measurement:
             Every(RENEW_EVERY, self._renew_lease, at_once=True),
             Every(0, self._expire),
             Every(CHECK_EVERY, self._check_attachments),
+            Every(RENEW_EVERY, reasons.look),
             Every(REPORT_EVERY, self._log_counters),
             Every(CLOCK_EVERY, self._check_clock),
             Every(DISK_EVERY, self._check_disk),
@@ -2947,6 +3149,7 @@ class Measurement:
 
         Raises Failure if it cannot go on.
         """
+        self._reasons.begin()
         command = stop.command
         if command:
             self._renew_lease()  # its first packet is to be probed
@@ -3101,10 +3304,12 @@ class Measurement:
         log.info("%d probes, %d replies, %d unanswered", count["probes"], results.replies, results.unanswered)
         if self._csv.lines_lost:
             log.warning("%d rows of them could not be written to %s", self._csv.lines_lost, self._csv.path)
+        reasons = self._reasons.at_end(count)
         for text in itertools.chain(
             accounting(count, results.replies + results.unanswered),
             (finding.text() for finding in results.rewrites.findings()),
-            why_no_probes(count, destinations.one_hop_away(), self._attached.device.name),
+            reasons_in_short(reasons),
+            why_no_probes(count, destinations.one_hop_away(), self._attached.device.name, bool(reasons)),
             troubles(count, results.malformed),
             self._kernel.defects.texts(),
         ):
@@ -3198,7 +3403,7 @@ class ElfProbe:
                     log_lines(heading)
                 apps = AppNames(config.apps)
                 poller = ConnectionPoller(attached.kernel, destinations, fixed, apps, pids, processes)
-                self._follow_processes(active, attached, poller, apps, pids, processes)
+                targets = self._follow_processes(active, attached, poller, apps, pids, processes)
                 active.callback(attached.kernel.end_lease)
                 if config.debug and not active.enter_context(attached.kernel.run_time_stats()):
                     log.info("CPU time of the programs is not known: that needs Linux 5.8, new BCC, sys_admin")
@@ -3210,8 +3415,9 @@ class ElfProbe:
                 if not config.by_process:
                     log_lines(heading)
                 self._announce(attached, files[0])
+                reasons = Reasons(config, device, routes, apps, destinations, fixed, targets)
                 self._measurement = measurement = Measurement(
-                    config, attached, results, files, report, clock, self._console
+                    config, attached, results, files, report, clock, self._console, reasons
                 )
                 stack.callback(measurement.summarise, destinations, self._stop)  # when all is detached
                 try:
@@ -3279,16 +3485,20 @@ class ElfProbe:
         apps: AppNames,
         pids: Sequence[int],
         processes: ProcessLog,
-    ) -> None:
-        """Follow the target processes until the stack unwinds: exactly, or if that is unsupported, by polling."""
+    ) -> Callable[[], Iterable[int]]:
+        """Follow the target processes until the stack unwinds: exactly, or if that is unsupported, by polling.
+
+        Return what tells their PIDs.
+        """
         if not self._config.by_process:
-            return
+            return tuple
         try:
             if attached.why_no_owners:
                 what = "programs that note who owns a socket (Linux 5.10 and BCC 0.16)"
                 raise Unsupported(f"{what}: {attached.why_no_owners}")
             follower = ProcessFollower(attached.kernel, apps, pids, processes, poller.try_scan)
             stack.enter_context(follower.followed())
+            return follower.targets
         except Unsupported as err:
             log.warning(
                 "flows by process are not exact without %s; instead the connection tables are read "
@@ -3296,6 +3506,7 @@ class ElfProbe:
                 err, SCAN_EVERY,
             )  # fmt: skip
             stack.enter_context(poller.followed())
+            return poller.targets
 
     def _announce(self, attached: Attached, csv: RowFiles) -> None:
         fate = "dropped" if self._config.ingress == "drop" else "passed"

@@ -49,8 +49,11 @@ def accounting(count: dict[str, int], rows: int) -> Iterator[str]:
         yield f"not measured: {lost}"
 
 
-def why_no_probes(count: dict[str, int], near: list[str], device: str) -> Iterator[str]:
-    """Yield why there are no probes, to some destinations or at all. near are destinations one hop away."""
+def why_no_probes(count: dict[str, int], near: list[str], device: str, is_known: bool) -> Iterator[str]:
+    """Yield why there are no probes, to some destinations or at all.
+
+    near are destinations one hop away. is_known: other reasons have been found.
+    """
     if near:
         more = f" and {len(near) - NEAR_SHOWN} more" if len(near) > NEAR_SHOWN else ""
         yield f"one hop away, with no router between: {', '.join(near[:NEAR_SHOWN])}{more}"
@@ -58,7 +61,7 @@ def why_no_probes(count: dict[str, int], near: list[str], device: str) -> Iterat
         seen = in_words({**UNFIT_PACKETS, **LOST_PROBES}, count)
         if seen:
             yield f"packets of targets left, but none that could carry a probe: {seen}"
-        else:
+        elif not is_known:
             way = "'ip route get ADDRESS' names the device that leads to a destination"
             yield f"no packet of a target left by {device}; {way}"
 

@@ -166,7 +166,7 @@ def test_signals_are_the_commands(client: Host, tmp_path: Path) -> None:
         send()
         expected.append(name)
         wait_until(lambda: len(lines(terminal.said, *NAMES)) >= len(expected), 10, f'{name} arrives')
-    assert terminal.process.wait(20) == 0
+    assert terminal.process.wait(20) == 3
     assert lines(terminal.said, *NAMES) == expected
     assert 'has ended with exit status 0' in (tmp_path / 'elf.log').read_text()
     assert '\x1b' not in terminal.said  # no table: the terminal is the command's
@@ -184,6 +184,6 @@ def test_run_that_ends_before_its_command(client: Host, tmp_path: Path) -> None:
     assert not client.run('tc', 'filter', 'show', 'dev', 'eth0', 'egress').stdout
     process.send_signal(signal.SIGTERM)
     out, said = process.communicate(timeout=20)
-    assert process.returncode == 0
+    assert process.returncode == 3
     assert lines(out, 'ready', *NAMES) == ['ready', 'SIGTERM']
     assert 'has ended with exit status 0' in said

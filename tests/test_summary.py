@@ -390,7 +390,7 @@ def test_summary_says_what_the_rows_say(lab4, tmp_path):
 @pytest.mark.parametrize(
     'dest, traffic, says',
     [
-        ('server', None, 'no packet of a target left by eth0'),
+        ('server', None, 'no packet to 10.0.5.2 left by eth0: nobody here sends there'),
         ('near', 'ping', 'one hop away, with no router between: 10.0.1.2'),
         ('server', 'traceroute', 'none that could carry a probe: carrier_low_ttl'),
     ],
