@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import elfprobe
 from elf.addresses import address_text, pack_address
 from elf.rows import NAMES
+from elf.summary import Summary
 
 LOOPBACK = elfprobe.Device('lo', 1)
 TC_ACT_UNSPEC, TC_ACT_SHOT, TC_ACT_STOLEN = -1, 2, 4
@@ -158,7 +159,7 @@ class Programs:
             elfprobe.Config('none', cache=False, **config), build, self.platform, with_warnings=True
         )
         self.bpf = self.kernel.bpf
-        self.results = elfprobe.Results(self.kernel)
+        self.results = elfprobe.Results(self.kernel, Summary())
         self._verdicts = {XDP_DROP: DROP, XDP_PASS: PASS}
         if ingress_tc:
             self._verdicts = {TC_ACT_SHOT: DROP, TC_ACT_UNSPEC: PASS}
