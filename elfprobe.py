@@ -49,6 +49,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import queue
 import re
@@ -461,6 +462,23 @@ def bpf_call(name: str, *args: Any) -> int:
     if result < 0:
         raise_errno()
     return result
+
+
+def release_library_pages(libraries: str) -> None:
+    """Give back the memory of shared libraries that are not needed for now: a regular expression of their names.
+
+    Only pages that are exactly as in the file go, and the kernel reads them again when somebody needs them. Pages
+    that the dynamic linker has written are mapped read-only, too (RELRO), but would be lost: they count as
+    anonymous, or are swapped out. If the kernel does not tell, nothing is given back.
+    """
+    maps = ""
+    with contextlib.suppress(OSError), open("/proc/self/smaps", encoding="utf-8", errors="replace") as file:
+        maps = file.read()
+    readable = rf"^([0-9a-f]+)-([0-9a-f]+) r-.p .*/(?:{libraries})[^/\n]*\n((?:[A-Z]\w+: .*\n)+)"
+    for start, end, fields in re.findall(readable, maps, re.M):
+        if not re.search(r"^(Anonymous|Swap): +[1-9]", fields, re.M):
+            size = int(end, 16) - int(start, 16)
+            LIBC.madvise(ctypes.c_void_p(int(start, 16)), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 @contextlib.contextmanager
@@ -1323,6 +1341,7 @@ class Kernel:
             raise
         if self.platform.has_malloc_trim:
             LIBC.malloc_trim(0)  # give back what the compiler used, some 20 MB
+        release_library_pages("libbcc|libclang|libLLVM")  # and the compiler itself, some 80 MB
         tail_calls = self.bpf["programs"]
         tail_calls[tail_calls.Key(0)] = tail_calls.Leaf(self.program("elf_probe"))
         if build.ingress_tc:

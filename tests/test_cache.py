@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -30,9 +31,18 @@ def start(lab: Lab, folder: Path, *options: str) -> Run:
         with lab.client.popen('ping', '-i.01', lab.server_address(4), stdout=-3) as ping:
             wait_until(lambda: len(run.rows()) > 40, 20, 'rows')
             ping.kill()
+        resident, size = compiler_text(run.process.pid)
+        assert resident < size / 20
         assert run.stop() == 0
     assert {row.responder for row in run.rows() if row.is_answered} == {lab.hop(4, nr) for nr in range(1, 5)}
     return run
+
+
+def compiler_text(pid: int) -> tuple[int, int]:
+    """Return how much of the compiler's instructions a process has in memory, and how much there is, in kB."""
+    text = Path(f'/proc/{pid}/smaps').read_text()
+    found = re.findall(r' r-xp .*/lib(?:clang|LLVM).*\nSize: +(\d+)(?:.*\n)*?Rss: +(\d+)', text)
+    return sum(int(rss) for _, rss in found), sum(int(size) for size, _ in found)
 
 
 @pytest.mark.sample
