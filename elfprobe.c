@@ -98,6 +98,9 @@
 #ifndef FLOW_DESTINATIONS_MAX
 #error "FLOW_DESTINATIONS_MAX: maximum number of destinations of target processes; the least recently used goes"
 #endif
+#ifndef PARTIAL_CHECKSUMS_MAX
+#error "PARTIAL_CHECKSUMS_MAX: maximum number of probes with a partial checksum that replies can find by it"
+#endif
 #ifndef IN_FLIGHT_MAX
 #error "IN_FLIGHT_MAX: maximum number of probes that wait for their reply"
 #endif
@@ -1406,8 +1409,8 @@ BPF_F_TABLE("hash", struct in6_addr, struct path, paths, DESTINATIONS_MAX, BPF_F
 BPF_TABLE("lru_hash", struct in6_addr, struct path, flow_paths, FLOW_DESTINATIONS_MAX);
 BPF_ARRAY(new_path, struct path, 1); /* the first value of an entry in flow_paths: all 0, but for flows_only */
 BPF_ARRAY(address_filter, struct filter_line, FILTER_LINES);
-BPF_HASH(in_flight, struct probe_key, struct probe, IN_FLIGHT_MAX);
-/* Finds the ident under which the probe is in in_flight. */
+BPF_F_TABLE("hash", struct probe_key, struct probe, in_flight, IN_FLIGHT_MAX, BPF_F_NO_PREALLOC);
+/* Finds the ident under which the probe is in in_flight. The kernel allocates the whole of it at once. */
 BPF_TABLE("lru_hash", struct udp_partial, __u32, partial_checksums, PARTIAL_CHECKSUMS_MAX);
 BPF_ARRAY(schedules, struct schedule, 1);
 BPF_ARRAY(alive_until, __u64, 1);   /* the lease: no probe after this time */

@@ -830,10 +830,10 @@ CACHE_FILE_MAX = 1 << 22  # bytes
 LD_IMM64, MAP_FD = 0x18, 1  # linux/bpf.h: BPF_LD | BPF_DW | BPF_IMM, BPF_PSEUDO_MAP_FD
 BATCH = 4096  # entries of a map that are read at once
 EVENT_PERF_PAGES = 64  # of each CPU's perf buffer, if there are no ring buffers
+PARTIAL_CHECKSUMS_MAX = 1 << 16  # probes with a partial checksum: 1.3 s of them at 50,000 a second
 FLOW_DESTINATIONS_MAX = 16384  # destinations of processes' flows
 # Probes in flight, at most: up to --max-rate 170000 all that are sent have room, even if none is ever answered.
 IN_FLIGHT_MAX = 1 << 20
-PARTIAL_CHECKSUMS_MAX = 1 << 18
 RING_HOLDS = 0.25  # s of results at the highest rate
 RING_PAGES_MIN = 64  # replies may come in bursts at any rate
 RESULT_BYTES = 128  # of struct result in the ring, at most
@@ -886,6 +886,7 @@ class Build:
 def build_flags(config: Config, build: Build, platform: Platform) -> dict[str, str]:
     """Return the -D flags of elfprobe.c."""
     waiting = config.max_rate * (UNANSWERED_AFTER + 1)
+    in_flight = power_of_two(min(max(waiting, 1024), 1 << 18))
     pages = power_of_two(max(config.max_rate * RING_HOLDS * RESULT_BYTES / PAGE, RING_PAGES_MIN))
     return {
         "FRAME": str(int(build.frame)),

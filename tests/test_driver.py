@@ -1288,3 +1288,4 @@ def test_build_flags(changes: dict[str, Any], flags: dict[str, str]) -> None:
     waiting = int(built['IN_FLIGHT_MAX'])
     assert waiting & (waiting - 1) == 0 and waiting >= 1024
     assert waiting >= changes.get('max_rate', 50000) * (elfprobe.UNANSWERED_AFTER + elfprobe.RENEW_EVERY)
+    assert 1024 <= int(built['PARTIAL_CHECKSUMS_MAX']) <= waiting
