@@ -829,6 +829,7 @@ CACHE_FILES_MAX = 64  # of 60 to 200 KB
 CACHE_FILE_MAX = 1 << 22  # bytes
 LD_IMM64, MAP_FD = 0x18, 1  # linux/bpf.h: BPF_LD | BPF_DW | BPF_IMM, BPF_PSEUDO_MAP_FD
 BATCH = 4096  # entries of a map that are read at once
+EVENTS_AT_ONCE = 1 << 15  # libbpf goes on for as long as more events come than are handled
 EVENT_PERF_PAGES = 64  # of each CPU's perf buffer, if there are no ring buffers
 PARTIAL_CHECKSUMS_MAX = 1 << 16  # probes with a partial checksum: 1.3 s of them at 50,000 a second
 FLOW_DESTINATIONS_MAX = 16384  # destinations of processes' flows
@@ -886,7 +887,6 @@ class Build:
 def build_flags(config: Config, build: Build, platform: Platform) -> dict[str, str]:
     """Return the -D flags of elfprobe.c."""
     waiting = config.max_rate * (UNANSWERED_AFTER + 1)
-    in_flight = power_of_two(min(max(waiting, 1024), 1 << 18))
     pages = power_of_two(max(config.max_rate * RING_HOLDS * RESULT_BYTES / PAGE, RING_PAGES_MIN))
     return {
         "FRAME": str(int(build.frame)),
@@ -1302,6 +1302,7 @@ class Kernel:
         self._outstanding = struct.Struct(probe.format + key.format[1:])
         self.outstanding_names = probe.names + key.names  # of the values that take_expired() returns
         self._sendtime = self.outstanding_names.index("sendtime")
+        self._events_left = 0  # that the call of libbpf which runs may still handle
         self.oldest_in_flight = 0  # CLOCK_MONOTONIC, ns
         self._sockets = bcc.lib.bpf_table_fd(self.bpf.module, b"sockets") if build.by_owner else -1
 
@@ -1524,7 +1525,8 @@ class Kernel:
             except Exception:  # which ctypes would print, and ignore
                 self._events_failed += 1
                 self.defects.note(f"an event of {name} could not be handled")
-            return 0
+            self._events_left -= 1
+            return 0 if self._events_left > 0 else -1  # -1 ends the call of libbpf
 
         if self.platform.has_ring_buffer:
             self.bpf[name].open_ring_buffer(receive)
@@ -1532,7 +1534,8 @@ class Kernel:
             self.bpf[name].open_perf_buffer(receive, page_cnt=pages)
 
     def take_events(self) -> None:
-        """Handle all events that are there."""
+        """Handle the events that are there, but no more than EVENTS_AT_ONCE of a ring buffer."""
+        self._events_left = EVENTS_AT_ONCE
         if self.platform.has_ring_buffer:
             self.bpf.ring_buffer_consume()
         else:
@@ -1540,6 +1543,7 @@ class Kernel:
 
     def wait_for_events(self, seconds: float) -> None:
         """Wait at most so long for enough events, and handle some of them."""
+        self._events_left = EVENTS_AT_ONCE
         if self.platform.has_ring_buffer:
             self.bpf.ring_buffer_poll(int(1000 * seconds))
         else:

@@ -47,7 +47,7 @@ def rows(quick: bool) -> Iterator[Figure]:
         layouts = table.Leaf()
         ctypes.memmove(ctypes.addressof(layouts.result), template, len(template))
         table[table.Key(0)] = layouts
-        path = Path(directory, 'rows.csv')
+        path = Path(directory, 'rows')
         written, _, cpu, took = drained(programs, path, 10**6, 3)
         yield Figure('rows per second, when more come', written / took, '', at_least(600000))
         yield Figure('CPU time per row, when more come', 1e6 * cpu / written, 'us', at_most(1.5))
@@ -68,19 +68,26 @@ def drained(programs: Programs, path: Path, rate: int, seconds: float) -> tuple[
     programs.clear()
     config = elfprobe.Config(LOOPBACK.name, duration=seconds)
     attached = elfprobe.Attached(LOOPBACK, elfprobe.Hook('tc', ''), programs.kernel, [], '')
-    csv = elfprobe.OutputFile(str(path))
-    results = programs.results
+    results, clock = programs.results, elfprobe.Clock()
+    report = elfprobe.Report(
+        elfprobe.facts(config, attached), clock, results.summary, results.rewrites, elfprobe.ProcessLog()
+    )
     before = results.replies
     feeder = multiprocessing.get_context('fork').Process(target=feed, args=(programs, rate), daemon=True)
-    feeder.start()
-    try:
-        cpu, begun = time.process_time(), time.monotonic()
-        elfprobe.Measurement(config, attached, results, csv, None).measure(elfprobe.Stop())
-        cpu, took = time.process_time() - cpu, time.monotonic() - begun
-    finally:
-        feeder.kill()
-        feeder.join()
-        csv.close()
+    with elfprobe.output_files(
+        str(path), None, report.pieces({}, [], has_ended=False), None
+    ) as files, elfprobe.Routes() as routes:
+        destinations = elfprobe.Destinations(programs.kernel)
+        reasons = elfprobe.Reasons(config, LOOPBACK, routes, elfprobe.AppNames(()), destinations, (), tuple)
+        measurement = elfprobe.Measurement(config, attached, results, files, report, clock, None, reasons)
+        feeder.start()
+        try:
+            cpu, begun = time.process_time(), time.monotonic()
+            measurement.measure(elfprobe.Stop())
+            cpu, took = time.process_time() - cpu, time.monotonic() - begun
+        finally:
+            feeder.kill()
+            feeder.join()
     return results.replies - before, programs.counters().get('results_lost', 0), cpu, took
 
 
