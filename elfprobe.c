@@ -756,8 +756,9 @@ static inline int wants_card_stamp(struct __sk_buff *skb)
  * choose_hop            last_probed; none   unknown: try one TTL more  unresponsive: is no  unresponsive: next level,
  *                       due: next_due       after STEP_WAIT            last_responsive      due later
  * probe_postponed       last_probed - 1
- * probe_reserved        next_due, seq + 1,  exploration done                                unanswered + 1, due;
- *                       last_sent                                                           early retry: level 0
+ * probe_reserved        next_due, seq + 1,  exploration done                                unanswered + 1, due: its
+ *                       last_sent                                                           responder's next turn;
+ *                                                                                           early retry: level 0
  * probe_sent            last_sent, next_due fallbacks                                       due counts from now
  * probe_cancelled                                                                           unanswered - 1, due
  * hop_replied           next_due, if this   proven, next TTL to try;   outage ends;         level 0, unanswered 0,
@@ -825,6 +826,11 @@ enum probe_form {
 
 /* Time between two probes to a responsive hop. */
 #define HOP_INTERVAL (RATE_GLOBAL ? 0 : INTERVAL_NS)
+/* The first routers answer the probes to all destinations. Each responder has a queue of turns, this far apart: each
+ * probe to it puts the next one of the same destination at the end. So all destinations get the same share. */
+#define RESPONDER_INTERVAL (INTERVAL_NS < 10 * NSEC_PER_MSEC ? INTERVAL_NS : 10 * NSEC_PER_MSEC)
+/* Number of queues. A responder has the one of its address's hash, and may share it. 0: not known. */
+#define RESPONDERS (1 << 13)
 /* Unit of waiting: the interval, but 1 ms at least, because INTERVAL_NS may be 0. */
 #define PATIENCE (INTERVAL_NS > NSEC_PER_MSEC ? INTERVAL_NS : NSEC_PER_MSEC)
 
@@ -889,7 +895,8 @@ struct path {
 	__u8 arrival_reported; /* user space knows that probes reach the destination */
 	__u8 stalls;           /* number of stalls; flows that stall at the same time count as one */
 	__u8 in_stall;
-	__u64 stall_ended; /* when a flow progressed after the last stall */
+	__u64 stall_ended;              /* when a flow moved after the last stall */
+	__u16 responders[MAX_HOPS + 1]; /* the queue of each hop's last responder */
 	struct hop hops[MAX_HOPS + 1];
 };
 
@@ -911,6 +918,28 @@ static inline struct hop *hop_at(struct path *path, __u64 nr)
 		return 0;
 	ADVANCE(hop, nr, MAX_HOPS);
 	return hop;
+}
+
+static inline __u16 *responder_at(struct path *path, __u64 nr)
+{
+	__u16 *responder = path->responders;
+
+	if (nr > MAX_HOPS)
+		return 0;
+	ADVANCE(responder, nr, MAX_HOPS);
+	return responder;
+}
+
+/* Return the end of the queue of this hop's responder, 0 if that is not known. */
+static inline __u64 *queue_end(struct path *path, __u32 nr, __u64 *queues)
+{
+	__u16 *responder = responder_at(path, nr);
+	__u64 queue = responder ? *responder : 0;
+
+	if (!queue)
+		return 0;
+	ADVANCE(queues, queue, RESPONDERS - 1);
+	return queues;
 }
 
 /* Is the hop certainly a router? It is if a hop behind it answers, and has done so since this one became
@@ -1146,9 +1175,11 @@ static inline void probe_postponed(struct path *path, __u32 nr)
 	path->pacing.last_probed = nr - 1;
 }
 
-/* A probe to the chosen hop is about to be sent. Return the hop's next due time. */
-static inline __u64 probe_reserved(struct path *path, __u32 nr, __u64 now, __u64 ticks)
+/* A probe to the chosen hop is about to be sent. Return the hop's next due time: the next turn that its responder has
+ * for this destination. */
+static inline __u64 probe_reserved(struct path *path, __u32 nr, __u64 *queues, __u64 now, __u64 ticks)
 {
+	__u64 *end = queue_end(path, nr, queues);
 	struct hop *hop = hop_at(path, nr);
 
 	if (!hop)
@@ -1168,6 +1199,10 @@ static inline __u64 probe_reserved(struct path *path, __u32 nr, __u64 now, __u64
 		hop->due = now + reply_wait(path, hop); /* one probe at a time */
 	else
 		hop->due = now + (INTERVAL_NS ? HOP_INTERVAL : hop->rtt * 1000ULL / HOP_IN_FLIGHT);
+	if (end) {
+		*end = max64(*end, now) + RESPONDER_INTERVAL;
+		hop->due = max64(hop->due, *end);
+	}
 	set_next_due(&path->pacing, RATE_GLOBAL ? now + INTERVAL_NS : 0, now, ticks);
 	path->pacing.last_sent = now;
 	path->pacing.seq++;
@@ -1271,8 +1306,10 @@ static inline void destination_seen(struct path *path, __u32 seen, __u64 gap, in
 }
 
 /* The hop answered: it is responsive, and the hops before it are routers. */
-static inline void note_alive(struct path *path, __u32 nr, struct hop *hop, __u64 sendtime, __u64 now)
+static inline void note_alive(struct path *path, __u32 nr, struct hop *hop, __u64 sendtime, __u64 *queues,
+			      __u64 now)
 {
+	__u64 *end = queue_end(path, nr, queues);
 	struct liveness *liveness = &path->liveness;
 	struct backoff *backoff = &hop->backoff;
 
@@ -1288,7 +1325,7 @@ static inline void note_alive(struct path *path, __u32 nr, struct hop *hop, __u6
 	backoff->state = 0;
 	hop->since = now;
 	hop->rtt = (now - sendtime) / 1000 + 1;
-	hop->due = min64(hop->due, now + HOP_INTERVAL);
+	hop->due = min64(hop->due, max64(now + HOP_INTERVAL, end ? *end : 0));
 	set_due_earlier(&path->pacing, hop->due);
 	if (nr >= liveness->last_responsive) {
 		liveness->last_responsive = nr;
@@ -1328,18 +1365,22 @@ static inline void note_proof(struct distance *distance, __u32 nr, enum probe_fo
 		distance->max_ttl_tried = nr + 1;
 }
 
-/* A probe expired at the hop, which replied. The reply came from this distance. */
+/* A probe expired at the hop, which replied. The reply came from this distance, from the responder of this queue.
+ */
 static inline void hop_replied(struct path *path, __u32 nr, enum probe_form form, __u64 sendtime, __u32 seen,
-			       __u64 now)
+			       __u64 *queues, __u32 queue, __u64 now)
 {
 	struct hop *hop = hop_at(path, nr), *next = hop_at(path, nr + 1);
 	struct distance *distance = &path->distance;
+	__u16 *responder = responder_at(path, nr);
 
 	if (!hop || nr == 0)
 		return;
 	if (distance->length && nr >= distance->length && sendtime < distance->changed_at)
 		return;
-	note_alive(path, nr, hop, sendtime, now);
+	if (responder)
+		*responder = queue;
+	note_alive(path, nr, hop, sendtime, queues, now);
 	if (sendtime >= distance->changed_at)
 		note_proof(distance, nr, form, seen);
 	if (distance->length && nr >= distance->length) {
@@ -1391,6 +1432,7 @@ struct schedule {
 	__u32 salt;                /* random 16 bits in the numbers of probes, so that others cannot guess them */
 	__u64 budget;              /* over all paths: theoretical arrival time of the next probe (GCRA) */
 	__u64 new_paths;           /* and of the next new destination of a flow */
+	__u64 queues[RESPONDERS];  /* end of each responder's queue: the next turn that is free */
 };
 
 /* User space reads the layout of these structs here, because BCC tells it of no other map. Never written. */
@@ -1416,10 +1458,15 @@ BPF_ARRAY(schedules, struct schedule, 1);
 BPF_ARRAY(alive_until, __u64, 1);   /* the lease: no probe after this time */
 BPF_ARRAY(link_up_since, __u64, 1); /* when the device's link came up; in the future while it is down */
 
+static inline __u32 hash_address(const struct in6_addr *a)
+{
+	return (a->s6_addr32[0] ^ a->s6_addr32[1] ^ a->s6_addr32[2] ^ a->s6_addr32[3]) * 0x9e3779b1;
+}
+
 /* Return the slot of an address in the filter. User space does the same: filter_slot() in elfprobe.py. */
 static inline __u8 *filter_slot(const struct in6_addr *a)
 {
-	__u32 hash = (a->s6_addr32[0] ^ a->s6_addr32[1] ^ a->s6_addr32[2] ^ a->s6_addr32[3]) * 0x9e3779b1;
+	__u32 hash = hash_address(a);
 	__u32 nr = hash >> 18; /* of FILTER_LINES */
 	struct filter_line *line = address_filter.lookup(&nr);
 
@@ -1541,7 +1588,7 @@ static inline int reserve_probe(struct path *path, struct reservation *reservati
 		hop = hop_at(path, ttl);
 		reservation->form = hop ? probe_form(path, ttl, hop, can_fall_back, ticks) : GUARDED;
 		reservation->time = now;
-		reservation->due = probe_reserved(path, ttl, now, ticks);
+		reservation->due = probe_reserved(path, ttl, all->queues, now, ticks);
 		reason = 0;
 	}
 	bpf_spin_unlock(&all->lock);
@@ -1587,16 +1634,18 @@ static inline void note_packet(struct path *path, __u32 ttl)
 	bpf_spin_unlock(&all->lock);
 }
 
-static inline void note_reply(struct path *path, const struct probe *probe, __u32 ttl, __u64 now)
+static inline void note_reply(struct path *path, const struct probe *probe, const struct in6_addr *responder,
+			      __u32 ttl, __u64 now)
 {
 	__u32 nr = probe->outttl, form = probe->form, distance = ttl_distance(ttl);
+	__u32 queue = hash_address(responder) / (~0U / RESPONDERS + 1);
 	struct schedule *all = lookup_schedule();
 	__u64 sendtime = probe->sendtime;
 
 	if (!all)
 		return;
 	bpf_spin_lock(&all->lock);
-	hop_replied(path, nr, form, sendtime, distance, now);
+	hop_replied(path, nr, form, sendtime, distance, all->queues, queue ? queue : 1, now);
 	bpf_spin_unlock(&all->lock);
 }
 
@@ -3096,7 +3145,7 @@ static inline enum answer receive_error(struct xdp_md *ctx, struct hdr_cursor *n
 	result->reply.intos = quote.tos;
 	result->translated = outer->version == quote.version && !is_same(&quote.saddr, &outer->daddr);
 	if (path)
-		note_reply(path, &result->probe, outer->ttl, now);
+		note_reply(path, &result->probe, &result->reply.responder, outer->ttl, now);
 	if (outer->version == 4)
 		elf_v4_afterrecv(ctx);
 	else

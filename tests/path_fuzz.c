@@ -22,7 +22,7 @@
 #define MSEC NSEC_PER_MSEC
 #define SEC NSEC_PER_SEC
 
-static __u64 state;
+static __u64 state, queues[RESPONDERS];
 
 static __u64 chance(__u64 below)
 {
@@ -122,7 +122,7 @@ static void packet_leaves(struct world *w)
 	form = probe_form(p, ttl, hop_at(p, ttl), w->can_fall_back, ticks(w));
 	if (form == USUAL && (__u32)ttl > w->proven)
 		fail(w, "a usual probe to a hop that is not proven", ttl);
-	due = probe_reserved(p, ttl, w->now, ticks(w));
+	due = probe_reserved(p, ttl, queues, w->now, ticks(w));
 	w->probed[ttl] = w->now;
 	w->now += chance(20000);
 	if (!chance(50)) {
@@ -147,7 +147,7 @@ static void packet_leaves(struct world *w)
 		return;
 	}
 	w->answered[ttl] = w->now;
-	hop_replied(p, ttl, form, sendtime, ttl < (int)w->reverse ? ttl : w->reverse, w->now);
+	hop_replied(p, ttl, form, sendtime, ttl < (int)w->reverse ? ttl : w->reverse, queues, ttl, w->now);
 	if (sendtime >= p->distance.changed_at && w->proven < (__u32)ttl)
 		w->proven = ttl;
 	if (form == FALLBACK)
@@ -205,6 +205,7 @@ static void simulate(__u64 seed)
 
 	state = seed * 0x9e3779b97f4a7c15ULL + 1;
 	memset(&w, 0, sizeof(w));
+	memset(queues, 0, sizeof(queues));
 	w.seed = seed;
 	w.start = w.now = 1000 * SEC;
 	w.distance = w.reverse = 2 + chance(20);

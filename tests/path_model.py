@@ -24,6 +24,7 @@ USUAL, GUARDED, FALLBACK = 0, 1, 2  # enum probe_form
 # What the section needs from the rest of elfprobe.c, as plain C.
 PRELUDE = """\
 typedef unsigned char __u8;
+typedef unsigned short __u16;
 typedef unsigned int __u32;
 typedef unsigned long long __u64;
 #define NSEC_PER_MSEC 1000000ULL
@@ -37,15 +38,16 @@ typedef unsigned long long __u64;
 EXPORTED = """\
 int exported_choose_hop(struct path *p, __u64 now, __u64 ticks) { return choose_hop(p, now, ticks); }
 void exported_probe_postponed(struct path *p, __u32 nr) { probe_postponed(p, nr); }
+static __u64 queues[RESPONDERS];
 __u64 exported_probe_reserved(struct path *p, __u32 nr, __u64 now, __u64 ticks)
-{ return probe_reserved(p, nr, now, ticks); }
+{ return probe_reserved(p, nr, queues, now, ticks); }
 int exported_probe_form(struct path *p, __u32 nr, int can_fall_back, __u64 ticks)
 { return probe_form(p, nr, hop_at(p, nr), can_fall_back, ticks); }
 void exported_probe_sent(struct path *p, __u32 nr, __u32 form, __u64 reserved, __u64 due, __u64 sendtime)
 { probe_sent(p, nr, form, reserved, due, sendtime); }
 void exported_probe_cancelled(struct path *p, __u32 nr, __u64 reserved) { probe_cancelled(p, nr, reserved); }
-void exported_hop_replied(struct path *p, __u32 nr, __u32 form, __u64 sendtime, __u32 seen, __u64 now)
-{ hop_replied(p, nr, form, sendtime, seen, now); }
+void exported_hop_replied(struct path *p, __u32 nr, __u32 form, __u64 sendtime, __u32 seen, __u32 queue, __u64 now)
+{ hop_replied(p, nr, form, sendtime, seen, queues, queue, now); }
 void exported_destination_seen(struct path *p, __u32 seen, __u64 gap, int is_first, __u64 now, __u64 ticks)
 { destination_seen(p, seen, gap, is_first, now, ticks); }
 void exported_destination_reached(struct path *p, __u32 ttl, __u64 now) { destination_reached(p, ttl, now); }
@@ -118,6 +120,7 @@ class Path_(ctypes.Structure):
         ('stalls', ctypes.c_uint8),
         ('in_stall', ctypes.c_uint8),
         ('stall_ended', ctypes.c_uint64),
+        ('responders', ctypes.c_uint16 * (MAX_HOPS + 1)),
         ('hops', Hop * (MAX_HOPS + 1)),
     ]
 
@@ -168,7 +171,7 @@ class PathModel:
             'probe_form': (u32, ctypes.c_int, u64),
             'probe_sent': (u32, u32, u64, u64, u64),
             'probe_cancelled': (u32, u64),
-            'hop_replied': (u32, u32, u64, u32, u64),
+            'hop_replied': (u32, u32, u64, u32, u32, u64),
             'destination_seen': (u32, u64, ctypes.c_int, u64, u64),
             'destination_reached': (u32, u64),
         }

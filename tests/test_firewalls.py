@@ -6,16 +6,18 @@ from __future__ import annotations
 
 import errno
 import socket
+import struct
 import threading
 import time
+from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Callable, Iterator
 
 import pytest
 
-from lab import Lab, kernel_counters, nft_table, wait_until
-from runs import FAMILY, TCP, VERSIONS, elfprobe, inside
+from lab import Lab, address, batch, kernel_counters, nft_table, wait_until
+from runs import ECHO_TYPES, FAMILY, ICMP, ICMPV6, TCP, VERSIONS, elfprobe, inside, ones_sum
 from test_harm import (
     OPT_ID,
     OPT_TSONLY,
@@ -290,3 +292,52 @@ def test_firewall_costs_three_connections_at_most(
         assert application.lost <= 3
         assert run.stop() == 0
     assert 'low TTL' in run.log
+
+
+# The first routers, which answer the probes to all destinations
+
+
+class Pings:
+    """Echo requests to addresses of both families, one to each with each `step()`."""
+
+    def __init__(self, lab: Lab, servers: list[str], stack: ExitStack) -> None:
+        self._servers, self._count, self._sockets = servers, 0, {}
+        for version, protocol in (4, ICMP), (6, ICMPV6):
+            with inside(lab.client):
+                raw = socket.socket(FAMILY[version], socket.SOCK_RAW, protocol)
+            self._sockets[version] = stack.enter_context(raw), struct.pack('!BB', ECHO_TYPES[protocol], 0)
+
+    def step(self) -> None:
+        self._count += 1
+        for server in self._servers:
+            raw, kind = self._sockets[6 if ':' in server else 4]
+            data = struct.pack('!HH8x', PORT, self._count % 65536)
+            raw.sendto(kind + struct.pack('!H', 0xFFFF ^ ones_sum(kind + data)) + data, (server, 0))
+
+
+def test_routers_answer_a_hundred_times_a_second(make_lab: Callable[..., Lab], tmp_path: Path) -> None:
+    """However many destinations are behind them, which all get the same share. One that is alone gets it all."""
+    lab = make_lab(routers=2)
+    many, alone = [address(4, 3, 100 + number) for number in range(50)], lab.server_address(6)
+    batch(lab.server.name, (f'address add {server}/24 dev eth0' for server in many))
+    with ExitStack() as stack:
+        run = stack.enter_context(elfprobe(lab, '-d', *many, alone, cwd=tmp_path))
+        pings = Pings(lab, [*many, alone], stack)
+
+        def has_rows(count: int) -> bool:
+            for _ in range(20):
+                pings.step()
+            return sum(row.is_answered and row.dest == alone for row in run.rows()) >= count
+
+        wait_until(lambda: has_rows(100), 20, 'the paths are known')
+        begin = time.monotonic_ns()
+        wait_until(lambda: has_rows(500), 20, 'routers have answered for some seconds')
+        seconds = (time.monotonic_ns() - begin) / 1e9
+        assert run.stop() == 0
+    rows = [row for row in run.rows() if row.is_answered and row.sendtime >= begin]
+    for ttl in 1, 2:
+        found = Counter(row.dest for row in rows if row.outttl == ttl)
+        shares = [found[server] for server in many]
+        assert 80 * seconds < sum(shares) <= 102 * seconds + 1
+        assert max(shares) <= min(shares) + 2
+        assert found[alone] > 10 * max(shares)

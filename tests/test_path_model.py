@@ -276,7 +276,7 @@ REPLIED: dict[str, tuple[Fields, tuple[int, int], Fields]] = {
 def test_hop_replied(model: PathModel, before: Fields, reply: tuple[int, int], after: Fields) -> None:
     path = new_path(**before)
     number, distance = reply
-    model.hop_replied(path, number, USUAL, NOW - 5 * MS, distance, NOW)
+    model.hop_replied(path, number, USUAL, NOW - 5 * MS, distance, 1, NOW)
     assert fields(path, after) == after
 
 
@@ -309,7 +309,7 @@ def test_fallback_probes_are_counted_until_one_is_answered(model: PathModel) -> 
         due = model.probe_reserved(path, 3, NOW, 0)
         model.probe_sent(path, 3, FALLBACK, NOW, due, NOW)
         assert fields(path, ('fallbacks', 'guards_blocked')) == dict(fallbacks=count, guards_blocked=0)
-    model.hop_replied(path, 3, FALLBACK, NOW, 3, NOW)
+    model.hop_replied(path, 3, FALLBACK, NOW, 3, 1, NOW)
     assert fields(path, ('fallbacks', 'guards_blocked', 'proven')) == dict(fallbacks=0, guards_blocked=1, proven=3)
 
 
@@ -326,6 +326,36 @@ def test_probes_in_flight_to_a_hop_are_few() -> None:
     path = new_path({2: dict(rtt=80_000)}, length=5, proven=4)
     model = PathModel(interval_ns=0)
     assert model.probe_reserved(path, 2, NOW, 0) == NOW + 10 * MS
+
+
+def test_destinations_share_a_responder(model: PathModel) -> None:
+    """Each gets the same, however many packets it has; one with fewer packets than turns gets a probe by each."""
+    paths = [new_path(length=2, reverse=2, proven=1) for _ in range(20)]
+    sent = [0] * 20
+    for path in paths:
+        model.hop_replied(path, 1, USUAL, NOW, 1, 7, NOW)
+    for ms in range(20_000):
+        now = NOW + ms * MS
+        # The first has a packet in every ms, and is always the first one. The last has one in four seconds.
+        for number, path in enumerate(paths):
+            is_packet = ms % 4000 == 0 if number == 19 else ms % (1 + number) == 0
+            if is_packet and model.choose_hop(path, now, 0) == 1:
+                model.probe_sent(path, 1, USUAL, now, model.probe_reserved(path, 1, now, 0), now)
+                model.hop_replied(path, 1, USUAL, now, 1, 7, now)
+                sent[number] += 1
+    assert 1950 < sum(sent) <= 2000 + 2 * len(paths)
+    assert min(sent[:19]) > 0.9 * max(sent[:19])
+    assert sent[19] == 5
+
+
+def test_one_destination_needs_no_turns() -> None:
+    for interval, rate_global in (10, False), (10, True), (100, False), (1, False), (0, False):
+        model = PathModel(interval_ns=interval * MS, rate_global=rate_global)
+        path = new_path(length=3, proven=2)
+        for hop in 1, 2:
+            model.hop_replied(path, hop, USUAL, NOW, hop, hop, NOW)
+            due = model.probe_reserved(path, hop, NOW, 0)
+            assert due - NOW <= (interval * MS or 1000)
 
 
 def test_probe_that_is_cancelled_is_not_held_against_its_hop(model: PathModel) -> None:
