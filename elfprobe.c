@@ -365,7 +365,7 @@ struct counters {
 	__u64 carrier_stamped;  /* due, but the packet asks the network card for a time stamp */
 	__u64 carrier_early;    /* due, but nothing proves yet that the peer knows the TCP connection */
 	__u64 hop_unresponsive; /* due, but the next hop just turned out to be unresponsive and backs off */
-	__u64 flow_stalled;     /* due, but nothing of the flow is acknowledged any more */
+	__u64 flow_stalled;     /* due, but a flow stalled, perhaps because of probes */
 	__u64 lease_expired;    /* due, but user space has not renewed the lease */
 	__u64 processes_full;   /* target processes for which there was no room */
 	__u64 events_lost;      /* events of processes and flows for which the ring had no room */
@@ -374,11 +374,21 @@ struct counters {
 	__u64 on_link;          /* due, but no router is between here and the destination */
 };
 
-/* How a TCP flow that carried probes progresses. */
+/* How a TCP flow progresses. It moves if something new is acknowledged or received. */
 struct tcp_progress {
-	__u64 since; /* last time when we saw progress; 0: nothing was outstanding then */
-	__u32 acked; /* first sequence number that was not acknowledged then */
-	__u32 stalled;
+	__u64 moved;        /* when it moved last */
+	__u64 since;        /* and when it had nothing outstanding last, if that is later */
+	__u64 last_probed;  /* when a probe left last */
+	__u64 last_repeat;  /* when the peer had sent data again, in place of new data */
+	__u64 stalled_at;   /* when it was found to be stalled; 0: it is not */
+	__u32 position;     /* number of bytes acknowledged and received, modulo 2^32 */
+	__u32 segments;     /* number of data segments received */
+	__u32 exams;        /* of its destination when it stalled */
+	__u8 repeats;       /* number of times since it moved that the peer had sent data again */
+	__u8 under_probes;  /* it had been probed when it stalled, and that has not counted yet */
+	__u8 resend_probed; /* its last packet during the stall carried a probe */
+	__u8 tries;         /* number of packets in the stall while others were moving */
+	__u8 reported;      /* user space knows that it is stalled */
 };
 
 /* ---- Types of this file ------------------------------------------------------------------- */
@@ -424,6 +434,8 @@ struct scratch {
 	struct probe_key key;
 	struct probe probe; /* elf_egress fills in pid, app and tcp */
 	__u32 acked;        /* first sequence number that is not acknowledged, if probe.tcp has a window */
+	__u32 next;         /* and that was not sent yet */
+	__u32 resent;       /* the carrier is a retransmission */
 	/* In elf_probe: */
 	struct udp_partial partial;
 	__u8 sum_buffer[SUM_CHUNK + 4];
@@ -770,14 +782,16 @@ static inline int wants_card_stamp(struct __sk_buff *skb)
  * destination_reached                       length <= this TTL,        last_responsive < TTL
  *                                           proven < TTL
  *
+ * flow_looked and flow_probed are about TCP flows that stall: see *Firewalls* below.
+ *
  * Wrappers in the section after the maps call these functions under the lock. Some fields are used without it:
  * - note_packet() writes liveness.last_received. If two CPUs write it at the same time, it is wrong by a tick.
  *   It is compared with a second.
  * - elf_egress reads pacing.next_due and next_due_tick. choose_hop() checks next_due again. If next_due_tick is
  *   outdated, the probe leaves with the next packet.
- * - elf_egress sets excluded, which is never cleared. flows_only is written before the entry is in a map.
+ * - elf_egress sets excluded, which is never cleared, and trust.exam. flows_only is written before the entry is in a
+ *   map.
  * - elf_egress postpones next_due while the destination is on-link. If that is lost, the next packet repeats it.
- * - elf_egress counts stalls. If two flows stall on two CPUs at the same time, they may count as two.
  * - elf_ingress sets arrival_reported. If two CPUs do so at the same time, the log has the line twice. */
 
 /* What a probe looks like. Only a probe to a proven hop has the usual form (see NOTRUNC). Any other may arrive. */
@@ -886,16 +900,28 @@ struct liveness {
 	__u8 last_responsive; /* farthest hop that answers; 0: none */
 };
 
+/* Do TCP flows survive probes? */
+struct trust {
+	__u64 last_moved;   /* when a flow moved last */
+	__u64 paused_until; /* no TCP flow is probed until then */
+	__u64 last_strike;  /* when the last one was counted */
+	__u64 exam;         /* when the first probe left in this exam; 0: none did */
+	__u64 episode; /* when the last stall began that counts, or may; those at the same time are one with it */
+	__u32 exams;   /* number of all exams that were passed */
+	__u8 awaits;   /* the pause is over as soon as a stalled flow moves */
+	__u8 strikes;  /* signs that stalls are a firewall's doing */
+	__u8 passed;   /* number of exams without a stall */
+	__u8 max_ttl;  /* farthest hop that was probed in them */
+};
+
 struct path {
 	struct pacing pacing;
 	struct distance distance;
 	struct liveness liveness;
-	__u8 excluded;         /* no more probes: flows stalled under them, or clones were intercepted */
+	__u8 excluded;         /* no more probes: they make flows stall, or clones were intercepted */
 	__u8 flows_only;       /* the destination is no target itself: probe only the flows of target processes */
 	__u8 arrival_reported; /* user space knows that probes reach the destination */
-	__u8 stalls;           /* number of stalls; flows that stall at the same time count as one */
-	__u8 in_stall;
-	__u64 stall_ended;              /* when a flow moved after the last stall */
+	struct trust trust;
 	__u16 responders[MAX_HOPS + 1]; /* the queue of each hop's last responder */
 	struct hop hops[MAX_HOPS + 1];
 };
@@ -1413,6 +1439,209 @@ static inline void destination_reached(struct path *path, __u32 ttl, __u64 now)
 		limit_proven(path, ttl);
 	if (ttl && path->liveness.last_responsive >= ttl)
 		path->liveness.last_responsive = ttl - 1;
+}
+
+/* Firewalls. Some take packets with a low TTL for an attack, and block the flow, for good or for a while. A flow that
+ * stalls after it was probed may be such a flow, or in an outage:
+ *
+ * - While nothing is known of a destination, the first stall pauses the probes of all its TCP flows. If the stalled
+ *   flow moves before it is probed again, that is one strike. If it does not, but others do, the connection is lost:
+ *   three strikes. STRIKES_MAX exclude the destination.
+ * - If a flow stalls that was not probed, stalls have another cause. That ends the pause and clears the strikes.
+ * - Each half second with probes and without a stall is an exam that is passed. After two for each hop the destination is
+ *   trusted. There a stall is an outage: retransmissions carry probes, to the nearest hop first. Each fourth does not,
+ *   in case that it is a firewall. A connection that is lost nevertheless ends the trust. */
+#define EXAM (NSEC_PER_SEC / 2)
+#define PAUSE (10 * NSEC_PER_SEC)
+#define PAUSE_CONTROL \
+	(NSEC_PER_SEC / 2) /* after a strike; doubles with each, to see whether flows stall unprobed */
+#define STRIKES_MAX 6
+#define STRIKES_LOST 3
+#define FORGIVEN (60 * NSEC_PER_SEC) /* after so long without a strike, a trusted destination has none */
+#define SURVIVED \
+	(20 * NSEC_PER_MSEC) /* a flow that moves later than two round trips and this after a probe did so */
+/* NATs and firewalls forget connections that are idle for minutes. So a flow that was idle for so long is not probed
+ * before it moves again, and it stalls for that reason. */
+#define IDLE (60 * NSEC_PER_SEC)
+/* A flow stalls if its peer repeats itself so often, with so much time between: at once it may be reordered data. */
+#define REPEATS_MIN 2
+#define REPEATS_TIME (150 * NSEC_PER_MSEC)
+#define RETRIES_UNPROBED 4
+#define TRIES_LOST 3                    /* a stalled flow is lost after so many retries while others were moving, */
+#define LOST_TIME (5 * NSEC_PER_SEC)    /* and so long a time */
+#define SAME_EPISODE (2 * NSEC_PER_SEC) /* stalls that begin within this time are one */
+
+/* What the socket of a TCP flow says. */
+struct tcp_look {
+	__u32 position, segments; /* as in struct tcp_progress */
+	__u32 timeouts; /* number of retransmission timers that expired since something was acknowledged */
+	__u32 outstanding;
+	__u32 srtt; /* us */
+};
+
+static inline int is_trusted(const struct path *path)
+{
+	return path->trust.passed > 2 * path->trust.max_ttl;
+}
+
+static inline int is_paused(const struct path *path, __u64 now)
+{
+	return now < path->trust.paused_until;
+}
+
+static inline void add_strikes(struct path *path, __u32 count, __u64 now)
+{
+	struct trust *trust = &path->trust;
+
+	trust->strikes += count;
+	trust->last_strike = now;
+	trust->passed = 0;
+	if (trust->strikes >= STRIKES_MAX)
+		path->excluded = 1;
+}
+
+static inline void pause_probes(struct trust *trust, __u64 until, int awaits)
+{
+	trust->paused_until = until;
+	trust->awaits = awaits;
+	trust->exam = 0;
+}
+
+/* The pause for a stalled flow is over, and it has not moved. If others have, it is lost. If none has, this is an
+ * outage. */
+static inline void end_pause(struct path *path, __u64 now)
+{
+	struct trust *trust = &path->trust;
+
+	if (!trust->awaits || is_paused(path, now))
+		return;
+	trust->awaits = 0;
+	if (trust->last_moved + PAUSE > trust->paused_until + NSEC_PER_SEC)
+		add_strikes(path, STRIKES_LOST, now);
+}
+
+/* A flow moves: the path works. */
+static inline void end_exam(struct path *path, __u64 now)
+{
+	struct trust *trust = &path->trust;
+
+	trust->last_moved = now;
+	if (!trust->exam || now - trust->exam < EXAM)
+		return;
+	trust->exam = 0;
+	if (trust->max_ttl < path->distance.max_ttl_tried) {
+		trust->max_ttl = path->distance.max_ttl_tried;
+		trust->passed = 0;
+	}
+	trust->exams++;
+	if (trust->passed < 0xff)
+		trust->passed++;
+	if (is_trusted(path) && now - trust->last_strike > FORGIVEN)
+		trust->strikes = 0;
+}
+
+static inline void begin_stall(struct path *path, struct tcp_progress *flow, __u32 srtt, __u64 now)
+{
+	struct trust *trust = &path->trust;
+
+	flow->stalled_at = now;
+	flow->tries = 0;
+	flow->exams = trust->exams;
+	flow->under_probes = flow->last_probed && flow->last_probed + 2000ULL * srtt + SURVIVED >= flow->moved &&
+			     flow->since - flow->moved <= IDLE;
+	if (flow->under_probes)
+		trust->exam = 0;
+	if (!flow->under_probes && is_paused(path, now)) {
+		pause_probes(trust, 0, 0);
+		trust->strikes = 0;
+	} else if (flow->under_probes && is_trusted(path)) {
+		path->pacing.last_probed = 0;
+	} else if (flow->under_probes && !trust->awaits) {
+		pause_probes(trust, now + PAUSE, 1);
+		trust->episode = now;
+	}
+}
+
+static inline void end_stall(struct path *path, struct tcp_progress *flow, __u64 now)
+{
+	struct trust *trust = &path->trust;
+
+	flow->stalled_at = 0;
+	trust->exam = 0;
+	if (!flow->under_probes)
+		return;
+	if (trust->awaits) {
+		add_strikes(path, 1, now);
+		pause_probes(trust, now + (PAUSE_CONTROL << (trust->strikes & 7)), 0);
+	} else if (!flow->resend_probed) {
+		trust->passed = min64(trust->passed, 2 * trust->max_ttl); /* it moves by a packet without a probe */
+	}
+}
+
+/* A stalled flow tries again. Is it lost, because others are moving right now? If others pass their exams, probes are
+ * not the reason. */
+static inline void check_lost(struct path *path, struct tcp_progress *flow, __u64 now)
+{
+	struct trust *trust = &path->trust;
+
+	if (flow->stalled_at < trust->episode + SAME_EPISODE)
+		return;
+	if (trust->exams - flow->exams > 2 * trust->max_ttl)
+		flow->under_probes = 0;
+	if (!flow->under_probes || trust->last_moved <= flow->stalled_at || now - trust->last_moved > NSEC_PER_SEC)
+		return;
+	if (flow->tries < TRIES_LOST) {
+		flow->tries++;
+	} else if (now - flow->stalled_at > LOST_TIME && trust->exams - flow->exams < 2) {
+		flow->under_probes = 0;
+		trust->episode = flow->stalled_at;
+		add_strikes(path, STRIKES_LOST, now);
+		if (!trust->awaits)
+			pause_probes(trust, now + PAUSE, 0);
+	}
+}
+
+/* A packet of the flow leaves. Return whether it may carry a probe. can_stall: the device had its carrier. */
+static inline int flow_looked(struct path *path, struct tcp_progress *flow, const struct tcp_look *look,
+			      int can_stall, __u64 now)
+{
+	int moves = look->position != flow->position;
+	__u32 retries;
+
+	end_pause(path, now);
+	if (moves) {
+		if (flow->stalled_at)
+			end_stall(path, flow, now);
+		end_exam(path, now);
+		flow->moved = now;
+		flow->repeats = 0;
+	} else if (look->segments != flow->segments && flow->repeats < 0xff &&
+		   now - flow->last_repeat > REPEATS_TIME) {
+		flow->repeats++;
+		flow->last_repeat = now;
+	}
+	if (moves || !(look->outstanding || flow->repeats))
+		flow->since = now;
+	flow->position = look->position;
+	flow->segments = look->segments;
+	flow->resend_probed = 0;
+	retries = look->timeouts + flow->repeats;
+	if (flow->stalled_at)
+		check_lost(path, flow, now);
+	else if (can_stall && (look->timeouts || flow->repeats >= REPEATS_MIN))
+		begin_stall(path, flow, look->srtt, now);
+	if (path->excluded || is_paused(path, now))
+		return 0;
+	return flow->stalled_at ? retries % RETRIES_UNPROBED != 0 : now - flow->moved <= IDLE;
+}
+
+/* The packet carried a probe. */
+static inline void flow_probed(struct path *path, struct tcp_progress *flow, __u64 now)
+{
+	flow->last_probed = now;
+	flow->resend_probed = 1;
+	if (!path->trust.exam)
+		path->trust.exam = now;
 }
 
 /* ---- Maps --------------------------------------------------------------------------------- */
@@ -2103,6 +2332,9 @@ static inline int is_partial(const struct clone *clone, __u16 check)
  * whether it sends byte by byte or nothing. Firewalls accept numbers that are older by up to the receiver's window.
  * TCP_SEQ_BACK is below the smallest windows in use.
  *
+ * A firewall that knows newer numbers may drop what is much older. So the number of a probe by a retransmission is as
+ * if its carrier were new, and NOTRUNC does not keep its payload.
+ *
  * The sender's TCP takes an ICMP error for its own if the quoted number is outstanding (tcp_v4_err() in the kernel):
  * it becomes the socket's SO_ERROR. If replies pass to the stack, the numbers are therefore below everything that is
  * outstanding. Where that is not possible, elf_ingress drops the reply nevertheless (harms_tcp()). */
@@ -2126,6 +2358,8 @@ static inline int rewrite_tcp(struct __sk_buff *skb, struct clone *clone, struct
 	partial = is_partial(clone, tcp->check);
 	scratch->probe.origseq = seq = bpf_ntohl(tcp->seq);
 	if (!clone->keep_payload) {
+		if (scratch->resent)
+			seq = scratch->next;
 		if (!INGRESS_DROP && scratch->probe.tcp.cwnd && (__s32)(seq - scratch->acked) > 0)
 			seq = scratch->acked;
 		tcp->seq = bpf_htonl(seq - TCP_SEQ_BACK + scratch->reservation.seq % TCP_SEQ_BACK);
@@ -2271,7 +2505,7 @@ static inline int trim_clone(struct __sk_buff *skb, struct clone *clone, struct 
 	if (skb->len < headers)
 		return -1;
 	payload = skb->len - headers;
-	clone->keep_payload = keeps_payload(&pkt, payload, scratch->reservation.form);
+	clone->keep_payload = !scratch->resent && keeps_payload(&pkt, payload, scratch->reservation.form);
 	payload_len = clone->keep_payload ? first_segment_len(skb, payload) : trimmed_len(&pkt, payload);
 	scratch->probe.payload_len = clone->keep_payload ? 0 : payload_len;
 	if (payload_len == payload)
@@ -2674,10 +2908,8 @@ static inline int pass_ours(struct __sk_buff *skb, struct scratch *scratch)
 
 /* ---- TC egress: the carrier --------------------------------------------------------------- */
 
-/* A TCP flow is stalled if nothing is acknowledged for STALL, perhaps because of our probes. */
-#define STALL (3 * NSEC_PER_SEC)
-/* After so many stalls under probes the destination is excluded for the rest of the run. */
-#define STALLS_MAX 2
+/* User space tells the user about a flow that is stalled for so long. */
+#define STALL_REPORTED (3 * NSEC_PER_SEC)
 
 /* May a copy of this packet be sent with a low TTL? The cursor is behind the IP header. */
 static inline int may_carry(const struct hdr_cursor *nh, const struct packet *pkt)
@@ -2726,55 +2958,48 @@ static inline void report_flow(struct __sk_buff *skb, const struct packet *pkt, 
 		COUNT(events_lost);
 }
 
-/* Has nothing of the flow been acknowledged for STALL, while the device's link was up? A lost link is no sign of a
- * firewall: cables are pulled, and some drivers take the link down for seconds when XDP is attached. */
-static inline int is_stalled(const struct tcp_progress *progress, __u64 now)
+/* Has the device had its carrier since this time? A lost carrier is no sign of a firewall: cables are pulled, and some
+ * drivers take the link down for seconds when XDP is attached. */
+static inline int had_carrier(__u64 since)
 {
 	__u64 *link_since;
 	int zero = 0;
 
-	if (!progress->since || now <= progress->since + STALL)
-		return 0;
 	link_since = link_up_since.lookup(&zero);
-	return !link_since || (now > *link_since && now - *link_since > STALL);
+	return !link_since || *link_since < since;
 }
 
-/* Note that the flow progresses, unless the data that was outstanding before still is. Progress ends a stall of
- * this flow and of other flows to the destination. */
-static inline void note_progress(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp,
-				 const struct bpf_tcp_sock *tp, struct path *path, struct tcp_progress *progress,
-				 __u64 now)
+/* Let the path model look at the flow of a packet, and report what it finds. Return 0 if the packet may carry a probe,
+ * else the reason. */
+static inline int look_at_flow(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp,
+			       const struct bpf_tcp_sock *tp, struct path *path, struct tcp_progress *progress,
+			       __u64 now)
 {
-	if (tp->packets_out && progress->acked == tp->snd_una && progress->since)
-		return;
-	if (progress->stalled)
-		report_flow(skb, pkt, tcp, FLOW_RESUMED);
-	if (path->in_stall && progress->acked != tp->snd_una) {
-		path->in_stall = 0;
-		path->stall_ended = now;
-	}
-	progress->stalled = 0;
-	progress->acked = tp->snd_una;
-	progress->since = tp->packets_out ? now : 0;
-}
+	struct tcp_look look = {
+		.position = tp->snd_una + (__u32)tp->bytes_received,
+		.segments = tp->data_segs_in,
+		.timeouts = tp->icsk_retransmits,
+		.outstanding = tp->packets_out,
+		.srtt = tp->srtt_us >> 3, /* the kernel stores eighths */
+	};
+	int may_carry, can_stall = had_carrier(progress->since);
+	struct schedule *all = lookup_schedule();
 
-/* A flow stalls. Stalls are counted by destination, because a firewall that blocks one flow for good blocks the
- * next one, too. If a flow last progressed before another flow's stall was over, it belongs to that stall: an
- * outage is one stall for all flows. */
-static inline void note_stall(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp,
-			      struct path *path, struct tcp_progress *progress)
-{
-	if (progress->stalled)
-		return;
-	progress->stalled = 1;
-	report_flow(skb, pkt, tcp, FLOW_STALLED);
-	if (path->in_stall || progress->since < path->stall_ended)
-		return;
-	path->in_stall = 1;
-	if (++path->stalls >= STALLS_MAX) {
-		path->excluded = 1;
+	if (!all)
+		return NOT_SENT;
+	bpf_spin_lock(&all->lock);
+	may_carry = flow_looked(path, progress, &look, can_stall, now);
+	bpf_spin_unlock(&all->lock);
+	if (path->excluded)
 		report_flow(skb, pkt, tcp, DESTINATION_EXCLUDED);
+	if (progress->reported && !progress->stalled_at) {
+		progress->reported = 0;
+		report_flow(skb, pkt, tcp, FLOW_RESUMED);
+	} else if (!progress->reported && progress->stalled_at && now - progress->since > STALL_REPORTED) {
+		progress->reported = 1;
+		report_flow(skb, pkt, tcp, FLOW_STALLED);
 	}
+	return may_carry ? 0 : REASON(flow_stalled);
 }
 
 /* A TCP flow whose socket is not on this machine: forwarded, of a container, or of a raw socket. */
@@ -2828,41 +3053,41 @@ static inline int check_foreign_flow(const struct packet *pkt, const struct tcph
  * protocols may always be probed. A TCP flow carries no probe
  * - before the peer has acknowledged or sent data. With SYN cookies it knows the connection only from the first
  *   packet behind the handshake. A probe before that has an older number, and the peer answers it with a reset.
- * - from retransmissions, because a firewall knows newer sequence numbers.
- * - while it is stalled, because some firewalls take a low TTL for an attack and block the flow. We see no stall of a
- *   flow whose socket is not on this machine. */
+ * - from retransmissions, unless it is stalled: then there is nothing else.
+ * - while the path model suspects a firewall. We see no stall of a flow whose socket is not on this machine. */
 static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh, const struct packet *pkt,
-			     struct path *path, struct scratch *scratch, __u64 now)
+			     struct path *path, struct scratch *scratch, struct tcp_progress **progress, __u64 now)
 {
 	struct tcp_state *state = &scratch->probe.tcp;
-	struct tcp_progress *progress;
 	struct tcphdr *tcp = nh->pos;
-	struct bpf_tcp_sock *tp;
+	struct bpf_tcp_sock *tp = 0;
+	int reason, is_early;
 	struct bpf_sock *sk;
 
+	scratch->resent = 0;
 	if (pkt->protocol != IPPROTO_TCP || (void *)(tcp + 1) > nh->end)
 		return 0;
 	sk = skb->sk ? bpf_sk_fullsock(skb->sk) : 0;
-	if (!sk || sk->type != SOCK_STREAM) /* bpf_tcp_sock() takes raw sockets for TCP, such as the kernel's own */
-		return check_foreign_flow(pkt, tcp);
-	tp = bpf_tcp_sock(sk);
+	if (sk && sk->type == SOCK_STREAM) /* bpf_tcp_sock() takes raw sockets for TCP, such as the kernel's own */
+		tp = bpf_tcp_sock(sk);
 	if (!tp)
-		return check_foreign_flow(pkt, tcp);
+		return tcp_may_carry(nh) ? check_foreign_flow(pkt, tcp) : 0;
 	scratch->acked = tp->snd_una;
+	scratch->next = tp->snd_nxt;
 	state->srtt = tp->srtt_us >> 3; /* the kernel stores eighths */
 	state->cwnd = tp->snd_cwnd;
 	state->retrans = tp->total_retrans;
-	progress = progress_of(skb, sk);
-	if (!progress)
-		return 0;
-	note_progress(skb, pkt, tcp, tp, path, progress, now);
-	if (is_stalled(progress, now)) {
-		note_stall(skb, pkt, tcp, path, progress);
-		return REASON(flow_stalled);
+	scratch->resent = (__s32)(bpf_ntohl(tcp->seq) - tp->snd_nxt) < 0;
+	is_early = tp->bytes_acked <= 1 && !tp->bytes_received; /* 1: the SYN */
+	*progress = progress_of(skb, sk);
+	if (*progress) {
+		reason = look_at_flow(skb, pkt, tcp, tp, path, *progress, now);
+		if (reason)
+			return reason;
 	}
-	if (tp->bytes_acked <= 1 && !tp->bytes_received) /* 1: the SYN */
+	if (is_early)
 		return REASON(carrier_early);
-	return (__s32)(bpf_ntohl(tcp->seq) - tp->snd_nxt) >= 0 ? 0 : REASON(carrier_resent);
+	return scratch->resent && !(*progress && (*progress)->stalled_at) ? REASON(carrier_resent) : 0;
 }
 
 /* Send the reserved probe as a clone of the packet. Return 0 if it left, the reason why it did not, or NOT_SENT if
@@ -2920,12 +3145,13 @@ static inline int can_fall_back(const struct packet *pkt)
 static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh, const struct packet *pkt,
 			     struct path *path, const struct owner *owner, struct process *process, __u64 now)
 {
-	int reason, is_greedy = owner && !(process && process->probes <= now + SHARE_BURST);
+	int reason, unfit, is_greedy = owner && !(process && process->probes <= now + SHARE_BURST);
+	struct tcp_progress *progress = 0;
 	struct scratch *scratch;
 
-	reason = check_carrier(skb, nh, pkt, now);
-	if (reason)
-		return reason;
+	unfit = check_carrier(skb, nh, pkt, now);
+	if (unfit && (unfit != REASON(carrier_unfit) || pkt->protocol != IPPROTO_TCP || pkt->fragment))
+		return unfit;
 	if (is_on_link(skb, pkt->version)) {
 		set_next_due(&path->pacing, now + ON_LINK_WAIT, now, ticks_now());
 		return REASON(on_link);
@@ -2934,9 +3160,10 @@ static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	if (!scratch)
 		return NOT_SENT;
 	__builtin_memset(&scratch->probe.tcp, 0, sizeof(scratch->probe.tcp));
-	reason = check_flow(skb, nh, pkt, path, scratch, now);
-	if (reason)
-		return reason;
+	/* Also for a SYN or FIN, which may show a stall. */
+	reason = check_flow(skb, nh, pkt, path, scratch, &progress, now);
+	if (unfit || reason)
+		return unfit ? unfit : reason;
 	reason = reserve_probe(path, &scratch->reservation, can_fall_back(pkt), is_greedy ? KEPT_BUDGET : 0, now);
 	if (reason)
 		return reason;
@@ -2949,6 +3176,8 @@ static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh,
 		scratch->probe.app = owner->app;
 	}
 	reason = send_probe(skb, pkt, path, scratch);
+	if (progress && !reason)
+		flow_probed(path, progress, now);
 	settle_reservation(path, &scratch->reservation, scratch->probe.sendtime, reason == 0);
 	return reason;
 }

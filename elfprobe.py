@@ -2877,9 +2877,9 @@ class Reasons:
 
 RESULT_PERF_PAGES = 512  # of each CPU's perf buffer, if there is no ring
 FLOW_EVENT_TEXTS = {  # by enum of elfprobe.c
-    1: "{flow}: nothing is acknowledged any more: no probes until it moves again",
-    2: "{flow}: moves again, and is probed again",
-    3: "{flow}: stalled, after another stall under probes to {dest}: a firewall may take a low TTL for an attack: "
+    1: "{flow}: nothing is acknowledged any more",
+    2: "{flow}: moves again",
+    3: "{dest}: TCP flows stall if they are probed, {flow} last: a firewall may take a low TTL for an attack: "
        "destination excluded for the rest of this run; open connections anew",
     4: "{dest}: a filter in front of ours took the copy of a packet, or let it out whole: destination "
        "excluded for the rest of this run",

@@ -27,7 +27,7 @@ UNFIT_PACKETS = {  # why a target's packet carried no probe
     "carrier_early": "the peer has not confirmed the TCP connection yet",
     "on_link": "the destination is on this link, with no router before it",
     "hop_unresponsive": "the next hop stopped responding and is backing off",
-    "flow_stalled": "nothing was acknowledged any more",
+    "flow_stalled": "a flow had stalled, perhaps because of probes",
     "lease_expired": "elfprobe was stopped or starved",
     "hook_dropped": "a hook returned a negative number",
 }

@@ -50,6 +50,9 @@ void exported_hop_replied(struct path *p, __u32 nr, __u32 form, __u64 sendtime, 
 { hop_replied(p, nr, form, sendtime, seen, queues, queue, now); }
 void exported_destination_seen(struct path *p, __u32 seen, __u64 gap, int is_first, __u64 now, __u64 ticks)
 { destination_seen(p, seen, gap, is_first, now, ticks); }
+int exported_flow_looked(struct path *p, struct tcp_progress *flow, struct tcp_look *look, int can_stall, __u64 now)
+{ return flow_looked(p, flow, look, can_stall, now); }
+void exported_flow_probed(struct path *p, struct tcp_progress *flow, __u64 now) { flow_probed(p, flow, now); }
 void exported_destination_reached(struct path *p, __u32 ttl, __u64 now) { destination_reached(p, ttl, now); }
 """
 
@@ -107,6 +110,47 @@ class Liveness(ctypes.Structure):
     ]
 
 
+class Trust(ctypes.Structure):
+    _fields_ = [
+        ('last_moved', ctypes.c_uint64),
+        ('paused_until', ctypes.c_uint64),
+        ('last_strike', ctypes.c_uint64),
+        ('exam', ctypes.c_uint64),
+        ('episode', ctypes.c_uint64),
+        ('exams', ctypes.c_uint32),
+        ('awaits', ctypes.c_uint8),
+        ('strikes', ctypes.c_uint8),
+        ('passed', ctypes.c_uint8),
+        ('max_ttl', ctypes.c_uint8),
+    ]
+
+
+class Flow(ctypes.Structure):
+    """struct tcp_progress."""
+
+    _fields_ = [
+        ('moved', ctypes.c_uint64),
+        ('since', ctypes.c_uint64),
+        ('last_probed', ctypes.c_uint64),
+        ('last_repeat', ctypes.c_uint64),
+        ('stalled_at', ctypes.c_uint64),
+        ('position', ctypes.c_uint32),
+        ('segments', ctypes.c_uint32),
+        ('exams', ctypes.c_uint32),
+        ('repeats', ctypes.c_uint8),
+        ('under_probes', ctypes.c_uint8),
+        ('resend_probed', ctypes.c_uint8),
+        ('tries', ctypes.c_uint8),
+        ('reported', ctypes.c_uint8),
+    ]
+
+
+class Look(ctypes.Structure):
+    """struct tcp_look."""
+
+    _fields_ = [(name, ctypes.c_uint32) for name in ('position', 'segments', 'timeouts', 'outstanding', 'srtt')]
+
+
 class Path_(ctypes.Structure):
     """struct path."""
 
@@ -117,9 +161,7 @@ class Path_(ctypes.Structure):
         ('excluded', ctypes.c_uint8),
         ('flows_only', ctypes.c_uint8),
         ('arrival_reported', ctypes.c_uint8),
-        ('stalls', ctypes.c_uint8),
-        ('in_stall', ctypes.c_uint8),
-        ('stall_ended', ctypes.c_uint64),
+        ('trust', Trust),
         ('responders', ctypes.c_uint16 * (MAX_HOPS + 1)),
         ('hops', Hop * (MAX_HOPS + 1)),
     ]
@@ -128,8 +170,8 @@ class Path_(ctypes.Structure):
 def section() -> str:
     """Return the text of the path model in elfprobe.c."""
     text = ELFPROBE_C.read_text()
-    begin = text.index('/* ---- Path model: pacing')
-    return text[begin : text.index('/* ---- ', begin + 8)]
+    begin, flow = text.index('/* ---- Path model: pacing'), text.index('struct tcp_progress {')
+    return text[flow : text.index('};', flow) + 3] + text[begin : text.index('/* ---- ', begin + 8)]
 
 
 def compile_c(text: str, output: Path, *flags: str) -> None:
@@ -150,7 +192,7 @@ class PathModel:
     """The functions of one build. Each takes a path as its first argument."""
 
     def __init__(self, interval_ns: int = 10_000_000, rate_global: bool = False, tick_ns: int = 4_000_000) -> None:
-        sizes = 'unsigned int path_size = sizeof(struct path);\n'
+        sizes = 'unsigned int path_size = sizeof(struct path), flow_size = sizeof(struct tcp_progress);\n'
         with tempfile.TemporaryDirectory(prefix='elf-') as directory:
             library = Path(directory, 'path_model.so')
             compile_c(
@@ -163,6 +205,7 @@ class PathModel:
             self._library = ctypes.CDLL(str(library))
         size = ctypes.c_uint.in_dll(self._library, 'path_size').value
         assert size == ctypes.sizeof(Path_), 'struct path has changed: change Path_, too'
+        assert ctypes.c_uint.in_dll(self._library, 'flow_size').value == ctypes.sizeof(Flow)
         u64, u32 = ctypes.c_uint64, ctypes.c_uint32
         self._arguments = {
             'choose_hop': (u64, u64),
@@ -173,6 +216,8 @@ class PathModel:
             'probe_cancelled': (u32, u64),
             'hop_replied': (u32, u32, u64, u32, u32, u64),
             'destination_seen': (u32, u64, ctypes.c_int, u64, u64),
+            'flow_looked': (ctypes.POINTER(Flow), ctypes.POINTER(Look), ctypes.c_int, u64),
+            'flow_probed': (ctypes.POINTER(Flow), u64),
             'destination_reached': (u32, u64),
         }
         for name, arguments in self._arguments.items():

@@ -5,6 +5,7 @@ that take a low TTL for an attack, network cards that stamp packets, and the fir
 from __future__ import annotations
 
 import errno
+import re
 import socket
 import struct
 import threading
@@ -17,7 +18,7 @@ from typing import Callable, Iterator
 import pytest
 
 from lab import Lab, address, batch, kernel_counters, nft_table, wait_until
-from runs import ECHO_TYPES, FAMILY, ICMP, ICMPV6, TCP, VERSIONS, elfprobe, inside, ones_sum
+from runs import CLOSED, ECHO_TYPES, FAMILY, ICMP, ICMPV6, TCP, VERSIONS, both, elfprobe, inside, ones_sum
 from test_harm import (
     OPT_ID,
     OPT_TSONLY,
@@ -194,71 +195,103 @@ def test_packets_that_a_card_stamps(lab4: Lab, tmp_path: Path, version: int) -> 
     assert found['without'] == found['beside'] == found['by the card'] == list(range(100))
 
 
-# Firewalls that take a low TTL for an attack, at hop 2
+# Firewalls that take a low TTL for an attack, at hop 2, and outages
 
 LOWEST = 6  # TTLs up to this are followed
+UPLOAD, DOWNLOAD = PORT, PORT + 1
 
 
-def low_ttl(version: int, ttl: int, comparison: str = '') -> str:
-    return f'ip ttl {comparison}{ttl}' if version == 4 else f'ip6 hoplimit {comparison}{ttl}'
+def addresses_of(version: int) -> tuple[str, str]:
+    """Names of TTL and destination in nft's rules."""
+    return ('ip ttl', 'ip daddr') if version == 4 else ('ip6 hoplimit', 'ip6 daddr')
 
 
-def lowering() -> str:
+def lowering(name: str, version: int, server: str) -> Iterator[str]:
     """All of a flow's packets get the lowest TTL that one of them had: ttl-evasion-protection of Cisco's ASA."""
-    ttls = range(1, LOWEST + 1)
-    sets = [f'set low{ttl} {{ type inet_service; flags dynamic; size 10000; }}' for ttl in ttls]
-    rules = [
-        f'{low_ttl(version, ttl)} meta l4proto {{ tcp, udp }} th dport {PORT} add @low{ttl} {{ th sport }}'
-        for version in VERSIONS
-        for ttl in ttls
-    ]
-    for version in VERSIONS:
-        field = 'ip ttl' if version == 4 else 'ip6 hoplimit'
-        rules += [
-            f'{field} > {ttl} meta l4proto {{ tcp, udp }} th dport {PORT} th sport @low{ttl} {field} set {ttl}'
-            for ttl in reversed(ttls)
-        ]
-    return '\n'.join([*sets, 'chain forward {', 'type filter hook forward priority 0', *rules, '}'])
+    ttl, daddr = addresses_of(version)
+    for lowest in range(1, LOWEST + 1):
+        yield f'set {name}low{lowest} {{ type inet_service; flags dynamic; size 1000; }}'
+    yield f'chain {name} {{'
+    yield 'type filter hook forward priority 0'
+    for lowest in range(1, LOWEST + 1):
+        yield f'{daddr} {server} {ttl} {lowest} add @{name}low{lowest} {{ tcp sport }}'
+    for lowest in range(LOWEST, 0, -1):
+        yield f'{daddr} {server} {ttl} > {lowest} tcp sport @{name}low{lowest} {ttl} set {lowest}'
+    yield '}'
 
 
-def blocking() -> str:
-    """The flow is blocked for good, in both directions."""
-    rules = [
-        f'{low_ttl(version, LOWEST, "< ")} meta l4proto {{ tcp, udp }} th dport {PORT} add @bad {{ th sport }}'
-        for version in VERSIONS
-    ]
-    rules += [f'meta l4proto {{ tcp, udp }} th {port} @bad drop' for port in ('sport', 'dport')]
-    sets = ['set bad { type inet_service; flags dynamic; size 10000; }']
-    return '\n'.join([*sets, 'chain forward {', 'type filter hook forward priority 0', *rules, '}'])
+def blocking(time: str) -> Callable[[str, int, str], Iterator[str]]:
+    """The flow is blocked for so long, in both directions."""
+
+    def rules(name: str, version: int, server: str) -> Iterator[str]:
+        ttl, daddr = addresses_of(version)
+        yield f'set {name} {{ type inet_service; flags dynamic,timeout; timeout {time}; size 1000; }}'
+        yield f'chain {name} {{'
+        yield 'type filter hook forward priority 0'
+        yield f'{daddr} {server} {ttl} < {LOWEST} tcp dport > 0 update @{name} {{ tcp sport }}'
+        yield f'{daddr} {server} tcp sport @{name} drop'
+        yield f'{daddr.replace("daddr", "saddr")} {server} tcp dport @{name} drop'
+        yield '}'
+
+    return rules
 
 
 GIVES_UP = 3.5  # s without anything, after which the application closes the connection and opens another
+INTERVAL = 0.01  # s between two segments
+
+
+class Server:
+    """Answers what comes to one port, sends to who asks on another one, at all addresses. Moved on by `step()`."""
+
+    def __init__(self, lab: Lab, stack: ExitStack) -> None:
+        self._stack, self._uploads, self._downloads = stack, [], []  # type: ignore[var-annotated]
+        self._listeners = []
+        for port in UPLOAD, DOWNLOAD:
+            with inside(lab.server):
+                listener = stack.enter_context(
+                    socket.create_server(('::', port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=100)
+                )
+            listener.setblocking(False)
+            self._listeners.append(listener)
+
+    def step(self) -> None:
+        for listener, accepted in zip(self._listeners, (self._uploads, self._downloads)):
+            with suppress(BlockingIOError):
+                connection = self._stack.enter_context(listener.accept()[0])
+                connection.setblocking(False)
+                accepted.append(connection)
+        for connection in self._uploads:
+            with suppress(OSError):
+                if connection.recv(65536):
+                    connection.send(bytes(100))
+        for connection in self._downloads:
+            with suppress(OSError):
+                connection.send(bytes(500))
 
 
 class Application:
-    """Talks to the server, over one connection after the other. `step()` moves it on for a moment."""
+    """Talks to a server, over one connection after the other. Moved on by `step()`."""
 
-    def __init__(self, lab: Lab, version: int) -> None:
-        self._lab, self._version = lab, version
+    def __init__(self, lab: Lab, server: str, port: int) -> None:
+        self._lab, self.server, self._port = lab, server, port
         self._socket: socket.socket | None = None
-        self.lost = 0
-        self.received = 0  # by this connection
+        self.lost = self.received = 0
 
     def step(self) -> None:
         if self._socket is None:
             with inside(self._lab.client):
-                self._socket = socket.socket(FAMILY[self._version])
-            self._socket.settimeout(GIVES_UP)
-            self._heard, self.received = time.monotonic(), 0
-            self._socket.connect((self._lab.server_address(self._version), PORT))
-            self._socket.settimeout(0.02)
-        with suppress(socket.timeout):
-            self._socket.send(bytes(500))
-        with suppress(socket.timeout):
+                self._socket = socket.socket(FAMILY[6 if ':' in self.server else 4])
+            self._socket.setblocking(False)
+            self._heard, self.is_connected = time.monotonic(), False
+            self._socket.connect_ex((self.server, self._port))
+        with suppress(OSError):
+            if self._port == UPLOAD:
+                self._socket.send(bytes(500))
+        with suppress(OSError):
             self.received += len(self._socket.recv(65536))
-            self._heard = time.monotonic()
+            self._heard, self.is_connected = time.monotonic(), True
         if time.monotonic() > self._heard + GIVES_UP:
-            self.lost += 1
+            self.lost += self.is_connected
             self.close()
 
     def close(self) -> None:
@@ -267,31 +300,132 @@ class Application:
         self._socket = None
 
 
-@pytest.mark.parametrize(('firewall', 'version'), [(lowering, 4), (blocking, 6)])
-def test_firewall_costs_three_connections_at_most(
-    lab4: Lab, tmp_path: Path, firewall: Callable[[], str], version: int
-) -> None:
-    """Then the destination is excluded, and all goes on as without elfprobe."""
+class Talk:
+    """Applications that talk to addresses of the server."""
+
+    def __init__(self, lab: Lab, stack: ExitStack, talks: list[tuple[str, int]]) -> None:
+        self._server = Server(lab, stack)
+        self.applications = [Application(lab, server, port) for server, port in talks]
+        for application in self.applications:
+            stack.callback(application.close)
+        self._due = 0.0
+
+    def step(self) -> None:
+        if time.monotonic() >= self._due:
+            self._due = time.monotonic() + INTERVAL
+            self._server.step()
+            for application in self.applications:
+                application.step()
+
+
+def more_addresses(lab: Lab, versions: list[int]) -> list[str]:
+    """Give the server one more address of each of these versions. Routers must take its neighbours for granted."""
+    last = len(lab.routers) + 1
+    servers = [address(version, last, 0x10 + number) for number, version in enumerate(versions)]
+    batch(
+        lab.server.name,
+        (
+            f'address add {server}/{64 if ":" in server else 24} dev eth0 {"nodad" if ":" in server else ""}'
+            for server in servers
+        ),
+    )
+    return servers
+
+
+FIREWALLS = {
+    'half': blocking('500ms'),
+    'three': blocking('3s'),
+    'minute': blocking('60s'),
+    'ever': blocking('1d'),
+    'low': lowering,
+}
+
+
+def test_firewalls_cost_two_connections(make_lab: Callable[..., Lab], tmp_path: Path) -> None:
+    """At most. Then the destination is excluded, and all goes on as without elfprobe. One without a firewall is not
+    excluded. Nor is, so soon, one whose connections are blocked so shortly that none is lost."""
+    lab = make_lab(routers=3)
+    cells = [(name, port) for name in ('none', *FIREWALLS) for port in (UPLOAD, DOWNLOAD)]
+    versions = [4 + number % 2 * 2 for number in range(len(cells))]
+    servers = more_addresses(lab, versions)
+    rules = [
+        line
+        for number, ((name, _), version, server) in enumerate(zip(cells, versions, servers))
+        if name != 'none'
+        for line in FIREWALLS[name](f'{name}{number}', version, server)
+    ]
     with ExitStack() as stack:
-        stack.enter_context(nft_table(lab4.routers[1], firewall()))
-        stack.enter_context(served(lab4, version))
-        run = stack.enter_context(elfprobe(lab4, '-d', lab4.server_address(version), cwd=tmp_path))
-        application = Application(lab4, version)
-        stack.callback(application.close)
+        stack.enter_context(nft_table(lab.routers[1], '\n'.join(rules)))
+        run = stack.enter_context(elfprobe(lab, '-d', *servers, cwd=tmp_path))
+        talk = Talk(lab, stack, [(server, port) for server, (_, port) in zip(servers, cells)])
 
-        def is_excluded() -> bool:
-            application.step()
-            return 'excluded for the rest of this run' in run.log
+        def excluded() -> list[str]:
+            return re.findall(r'(\S+): TCP flows stall', run.log)
 
-        def goes_on() -> bool:
-            application.step()
-            return application.received > 20_000
+        def all_are_excluded() -> bool:
+            talk.step()
+            return len(excluded()) >= 6
 
-        wait_until(is_excluded, 60, 'the destination is excluded')
-        wait_until(goes_on, 20, 'the application goes on')
-        assert application.lost <= 3
+        def all_go_on() -> bool:
+            talk.step()
+            return all(application.received > then + 20_000 for application, then in zip(talk.applications, before))
+
+        wait_until(all_are_excluded, 60, 'the destinations are excluded')
+        before = [application.received for application in talk.applications]
+        wait_until(all_go_on, 20, 'all applications go on')
         assert run.stop() == 0
-    assert 'low TTL' in run.log
+    assert set(servers[6:]) <= set(excluded()) <= set(servers[2:])
+    lost = {cell: application.lost for cell, application in zip(cells, talk.applications)}
+    assert max(lost.values()) <= 2
+    assert all(count == 0 for (name, _), count in lost.items() if name in ('none', 'half'))
+
+
+def test_outages(lab4: Lab, tmp_path: Path) -> None:
+    """Rows tell up to where answers still come, by retransmissions of stalled flows. All goes on after each outage,
+    and no destination is excluded."""
+    outages = [(near, seconds) for seconds in (1, 2.5, 5) for near in (True, False)]
+    times = []
+    with ExitStack() as stack:
+        run = stack.enter_context(elfprobe(lab4, '-d', *both(lab4), cwd=tmp_path))
+        talk = Talk(lab4, stack, [(server, port) for server in both(lab4) for port in (UPLOAD, DOWNLOAD)])
+
+        def talk_for(seconds: float) -> None:
+            until = time.monotonic() + seconds
+
+            def is_over() -> bool:
+                talk.step()
+                return time.monotonic() > until
+
+            wait_until(is_over, seconds + 10, 'it has talked')
+
+        def all_go_on() -> bool:
+            talk.step()
+            return all(application.received > then for application, then in zip(talk.applications, before))
+
+        talk_for(8)  # until the destinations are trusted
+        for near, seconds in outages:
+            before = [application.received + 5000 for application in talk.applications]
+            with nft_table(lab4.routers[0 if near else 3], CLOSED):
+                times.append((time.monotonic_ns(), int((time.monotonic() + seconds) * 1e9)))
+                talk_for(seconds)
+            wait_until(all_go_on, 20, 'all applications go on')
+            talk_for(3)
+        assert run.stop() == 0
+    assert run.log.count('excluded') == 0
+    rows = run.rows()
+    for server in both(lab4):
+        for (near, seconds), (begin, end) in zip(outages, times):
+            during = [row for row in rows if row.dest == server and begin + 5e7 < row.sendtime < end - 5e7]
+            hops = {row.outttl for row in during if row.is_answered}
+            assert hops == {1} if near else hops <= {1, 2, 3, 4} and {1, 2} <= hops, (server, near, seconds)
+            # In a second there are two retransmissions or three. One may only find that its hop is unresponsive.
+            assert seconds == 1 or any(row.sendtime > begin + 5e8 for row in during), (server, near, seconds)
+            after = {
+                row.outttl
+                for row in rows
+                if row.dest == server and row.is_answered and end < row.sendtime < end + 9e9
+            }
+            assert after == {1, 2, 3, 4}, (server, near, seconds)
 
 
 # The first routers, which answer the probes to all destinations

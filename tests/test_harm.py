@@ -20,7 +20,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Sequence, Tuple
@@ -41,7 +41,6 @@ from runs import (
     UDP,
     VERSIONS,
     Packet,
-    Run,
     both,
     elfprobe,
     inside,
@@ -56,7 +55,6 @@ MSS = 1460  # of Ethernet, at most
 PORT, CLIENT_PORT = 7000, 7001  # the server's; the client's, where it is not the kernel's choice
 MIB = 1 << 20
 WINDOW = MIB // 8  # what is under way at once fits into the queue of a veth with XDP: 256 packets
-STALL = 3e9  # ns without an acknowledgement
 TCP_FIN, TCP_SYN, TCP_RST = 0x01, 0x02, 0x04
 
 TRUNCATED_AND_WHOLE = pytest.mark.parametrize('options', [[], ['-T']], ids=['truncated', 'whole'])
@@ -121,16 +119,6 @@ chain postrouting {
 }
 """
 # By client port. Refused packets do not prolong a block.
-SUSPICIOUS = """
-set bad { type inet_service; flags dynamic,timeout; timeout 4s; size 1000; }
-counter refused { }
-chain forward {
-    type filter hook forward priority 0
-    ip ttl < 5 tcp dport 7000 add @bad { tcp sport }
-    ip6 hoplimit < 5 tcp dport 7000 add @bad { tcp sport }
-    tcp dport 7000 tcp sport @bad counter name refused drop
-}
-"""
 
 
 # Traffic
@@ -728,47 +716,6 @@ def conversation(lab: Lab, version: int, protocol: int, dest: str) -> Iterator[C
         yield answer
 
 
-def test_suspicious_firewall(lab4: Lab, tmp_path: Path) -> None:
-    """At hop 2, it takes a low TTL for an attack: the second time a flow is blocked is the last."""
-    r2 = lab4.routers[1]
-    with ExitStack() as stack:
-        stack.enter_context(nft_table(r2, SUSPICIOUS))
-        seen = stack.enter_context(lab4.client.capture(filter=f'tcp port {PORT}', snaplen=120))
-        run = stack.enter_context(elfprobe(lab4, *both(lab4), cwd=tmp_path))
-        pairs = [stack.enter_context(tcp_pair(lab4, version)) for version in VERSIONS]
-        arrived = [0, 0]
-        for pair in pairs:
-            for side in pair:
-                side.setblocking(False)
-
-        def talk() -> list[int]:
-            """Have both clients send; how many bytes have arrived from each."""
-            for number, (client, server) in enumerate(pairs):
-                with suppress(BlockingIOError):
-                    client.send(bytes(1000))
-                    arrived[number] += len(server.recv(MIB))
-            return arrived
-
-        def is_said(text: str) -> bool:
-            """Of the flows to both destinations."""
-            talk()
-            return all(re.search(f'{re.escape(dest)} .*{text}', run.log) for dest in both(lab4))
-
-        wait_until(lambda: is_said('nothing is acknowledged any more'), 20, 'the flows stall')
-        wait_until(lambda: is_said('moves again'), 20, 'the flows move again')
-        wait_until(lambda: is_said('excluded for the rest of this run'), 20, 'the flows are excluded')
-        quiet = time.monotonic_ns()
-        before = list(arrived)
-        wait_until(lambda: all(now > then + 10_000 for now, then in zip(talk(), before)), 20, 'they go on')
-        refused, before = packets_counted(r2, 'refused'), list(arrived)
-        wait_until(lambda: all(now > then + 500_000 for now, then in zip(talk(), before)), 20, 'they go on')
-        assert packets_counted(r2, 'refused') == refused > 0
-        assert run.stop() == 0
-    assert {row.dest for row in run.rows()} == set(both(lab4))
-    assert max(row.sendtime for row in run.rows()) < quiet
-    assert max(since_acknowledged(ip_packets(seen))) < STALL + 5e8
-
-
 @pytest.mark.parametrize('version', VERSIONS)
 def test_raw_sockets(lab4: Lab, tmp_path: Path, version: int) -> None:
     """TCP that the kernel knows nothing of has no state that could be told, or keep probes from it."""
@@ -790,53 +737,3 @@ def test_raw_sockets(lab4: Lab, tmp_path: Path, version: int) -> None:
     assert measuring.counters['carrier_resent'] == measuring.counters['flow_stalled'] == 0
     with open(tmp_path / 'elf.csv', encoding='ascii') as file:
         assert {(row['srtt'], row['cwnd'], row['retrans']) for row in csv.DictReader(file)} == {('', '', '')}
-
-
-def since_acknowledged(packets: list[Packet]) -> Iterator[int]:
-    """For each probe how long ago something new of its flow was acknowledged, ns."""
-    acknowledged: dict[Any, bytes] = {}
-    times: dict[Any, int] = {}
-    for packet in packets:
-        if packet.dport == PORT and packet.ttl <= 32:
-            yield packet.time - times[packet.version, packet.sport]
-        elif packet.sport == PORT:
-            flow, number = (packet.version, packet.dport), packet.segment[8:12]
-            if number != acknowledged.get(flow):
-                acknowledged[flow], times[flow] = number, packet.time
-
-
-def stall(lab: Lab, run: Run, says: str) -> tuple[int, int]:
-    """Block the flow, once it is probed, until elfprobe says so. From when to when, CLOCK_MONOTONIC, ns."""
-    rows = len(run.rows())
-    wait_until(lambda: len(run.rows()) >= rows + 50, 10, 'the flow is probed')
-    with nft_table(lab.routers[1], BLOCK):
-        begin = time.monotonic_ns()
-        wait_until(lambda: says in run.log, 20, says)
-        return begin, time.monotonic_ns()
-
-
-def segments_sent(lab: Lab) -> int:
-    return kernel_counters(lab.client)['TcpOutSegs']
-
-
-def test_stalled_flow_is_not_probed(lab4: Lab, tmp_path: Path) -> None:
-    """Neither while it stalls nor, after a second time, ever again; nor are its retransmissions."""
-    server = lab4.server_address(6)
-    with ExitStack() as stack:
-        stack.enter_context(lab4.iperf3_server())
-        run = stack.enter_context(elfprobe(lab4, '-d', server, cwd=tmp_path))
-        iperf3 = 'iperf3', '-c', server, '-t', '60', '-b', '10M'
-        stack.callback(end, lab4.client.popen(*iperf3, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-        first = stall(lab4, run, 'nothing is acknowledged any more')
-        wait_until(lambda: 'moves again' in run.log, 20, 'it moves again')
-        second = stall(lab4, run, 'excluded for the rest of this run')
-        sent = segments_sent(lab4)
-        wait_until(lambda: segments_sent(lab4) >= sent + 100, 20, 'the flow goes on')
-        assert run.stop() == 0
-    assert all(until - begin > 0.8 * STALL for begin, until in (first, second))
-    assert run.counters['carrier_resent'] > 0
-    sendtimes = [row.sendtime for row in run.rows()]
-    # What was not sent before goes out until the window is full, which takes less than a second.
-    for begin, until in first, second:
-        assert not [sendtime for sendtime in sendtimes if begin + 1e9 < sendtime < until]
-    assert max(sendtimes) < second[1]

@@ -1,0 +1,283 @@
+"""Applications, a network and firewalls, simulated around the path model of elfprobe.c: who stalls, and why."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from itertools import count
+from typing import Any, Callable, Sequence
+
+from path_model import USUAL, Flow, Look, PathModel, new_path
+
+MS, SECOND = 10**6, 10**9  # ns
+START = 1000 * SECOND
+CWND = 10
+
+
+class Network:
+    """A path of `hops` routers to one destination: outages, loss, a firewall at hop `firewall`.
+
+    `block`: ns for which the firewall blocks a flow that had more than `counted` packets with a low TTL; 0: it does
+    not. `lowers`: it lowers the TTL of the flow for good, in the forward direction only. `outages` are (hop, begin,
+    end), for one connection out of `share`. `forgets`: ns after which a NAT forgets an idle flow.
+    """
+
+    def __init__(
+        self,
+        model: PathModel,
+        hops: int = 4,
+        rtt: int = 10 * MS,
+        block: int = 0,
+        counted: int = 0,
+        lowers: bool = False,
+        outages: Sequence[tuple[int, int, int]] = (),
+        share: int = 1,
+        firewall: int = 2,
+        loss: float = 0.0,
+        forgets: int = 0,
+    ) -> None:
+        self.share, self.forgets, self.firewall = share, forgets, firewall
+        self._seen: dict[Any, int] = {}
+        self.model, self.hops, self.rtt, self.block, self.lowers = model, hops, rtt, block, lowers
+        self.outages = [(hop, START + begin, START + end) for hop, begin, end in outages]
+        self.loss, self.random, self.counted = loss, random.Random(1), counted
+        self.path = new_path(length=hops + 1, reverse=hops + 1)
+        self.now, self._events, self._number = START, [], count()
+        self.rows: list[tuple[int, int, bool]] = []  # sent, TTL, whether it is answered
+        self.blocked: dict[Any, int] = {}
+        self.low: dict[Any, int] = {}
+        self.connections = self.moved = 0
+
+    def at(self, time: int, action: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (time, next(self._number), action))
+
+    def after(self, delay: int, action: Callable[[], None]) -> None:
+        self.at(self.now + delay, action)
+
+    def run(self, seconds: float) -> None:
+        end = self.now + int(seconds * SECOND)
+        while self._events and self._events[0][0] <= end:
+            self.now, _, action = heapq.heappop(self._events)
+            action()
+        self.now = end
+
+    def passes(self, flow: Any, ttl: int = 64, forward: bool = True) -> bool:
+        """Whether a packet gets as far as that."""
+        if self.is_down(flow, ttl):
+            return False
+        if ttl >= self.firewall and self.now < self.blocked.get(flow, 0) and (forward or not self.lowers):
+            return False
+        if self.forgets and flow is not None:
+            if self.now - self._seen.get(flow, self.now) > self.forgets:
+                return False
+            self._seen[flow] = self.now
+        return self.random.random() >= self.loss
+
+    def is_down(self, flow: Any, ttl: int) -> bool:
+        if flow is not None and flow.number % self.share:
+            return False
+        return any(begin <= self.now < end and ttl >= hop for hop, begin, end in self.outages)
+
+    def probe(self, connection: Any) -> None:
+        """A packet of the flow may carry a probe."""
+        path, now, model = self.path, self.now, self.model
+        if now < path.pacing.next_due:
+            return
+        ttl = model.choose_hop(path, now, 0)
+        if ttl <= 0:
+            return
+        model.probe_sent(path, ttl, USUAL, now, model.probe_reserved(path, ttl, now, 0), now)
+        model.flow_probed(path, connection.flow, now)
+        answered = self.passes(connection, ttl)
+        self.rows.append((now, ttl, answered))
+        if answered and ttl <= self.hops:
+            self.after(self.rtt * ttl // (self.hops + 1), lambda: self._reply(ttl, now))
+        if ttl >= self.firewall and (self.block or self.lowers) and not self.is_down(connection, self.firewall):
+            self.low[connection] = self.low.get(connection, 0) + 1
+            if self.low[connection] > self.counted:
+                self.blocked[connection] = now + (self.block or 1 << 60)
+
+    def _reply(self, ttl: int, sent: int) -> None:
+        self.model.hop_replied(self.path, ttl, USUAL, sent, ttl, 0, self.now)
+
+
+class Connection:
+    """A TCP connection; time from its first packet behind the handshake."""
+
+    def __init__(self, net: Network) -> None:
+        self.net, self.flow = net, Flow()
+        net.connections += 1
+        self.number = net.connections
+        self.una = self.next = self.received = self.segments = self.timeouts = 0
+        self.is_open = True
+        self.last_moved = net.now
+        self._timer = 0  # number of the running one
+        self.closing = False
+
+    def look(self) -> None:
+        """A packet leaves."""
+        net = self.net
+        if net.path.excluded or net.now < net.path.pacing.next_due:
+            return
+        look = Look(
+            1 + self.una + self.received, self.segments, self.timeouts, self.next - self.una, net.rtt // 1000
+        )
+        if net.model.flow_looked(net.path, self.flow, look, 1, net.now) and not self.closing:
+            net.probe(self)
+
+    # Upload
+
+    def send(self, resend: bool = False) -> None:
+        """The application has a segment; or the first one is sent again."""
+        net = self.net
+        if not resend:
+            if self.next - self.una >= CWND or not self.is_open:
+                return
+            self.next += 1
+            if self.next - self.una == 1:
+                self._arm()
+        upto = self.next
+        self.look()
+        if net.passes(self):
+            net.after(net.rtt // 2, lambda: self._acknowledge(upto))
+
+    def _acknowledge(self, upto: int) -> None:
+        net = self.net
+        if net.passes(self, forward=False):
+            net.after(net.rtt // 2, lambda: self._acknowledged(upto))
+
+    def _acknowledged(self, upto: int) -> None:
+        if upto > self.una:
+            self.una, self.timeouts = upto, 0
+            self._moved()
+            self._arm()
+
+    def _moved(self) -> None:
+        self.last_moved = self.net.now
+        self.net.moved += 1
+
+    def _arm(self) -> None:
+        self._timer += 1
+        if self.next > self.una and (self.is_open or self.closing):
+            number = self._timer
+            delay = (200 * MS + self.net.rtt) << self.timeouts
+            self.net.after(delay, lambda: self._expired(number))
+
+    def _expired(self, number: int) -> None:
+        if number == self._timer and self.next > self.una and self.timeouts < 12:
+            self.timeouts += 1
+            self.send(resend=True)
+            self._arm()
+
+    # Download
+
+    def serve(self, interval: int) -> None:
+        """The server sends a segment every so often, and again what is not acknowledged."""
+        net, state = self.net, dict(una=0, next=0, timeouts=0, timer=0)
+
+        def arm() -> None:
+            state['timer'] += 1
+            number = state['timer']
+            net.after((200 * MS + net.rtt) << state['timeouts'], lambda: expired(number))
+
+        def expired(number: int) -> None:
+            if number == state['timer'] and state['next'] > state['una'] and state['timeouts'] < 12:
+                state['timeouts'] += 1
+                transmit(state['una'] + 1)
+                arm()
+
+        def transmit(segment: int) -> None:
+            if net.passes(self, forward=False):
+                net.after(net.rtt // 2, lambda: arrived(segment))
+
+        def arrived(segment: int) -> None:
+            self.segments += 1
+            if segment == self.received + 1:
+                self.received += 1
+                self._moved()
+            if not self.is_open:
+                return
+            self.look()
+            if net.passes(self):
+                upto = self.received
+                net.after(net.rtt // 2, lambda: acknowledged(upto))
+
+        def acknowledged(upto: int) -> None:
+            if upto > state['una']:
+                recovers = state['timeouts'] > 0
+                state.update(una=upto, timeouts=0)
+                arm()
+                if recovers and state['next'] > upto:  # what was lost behind it
+                    state['timeouts'] = 0
+                    state['recover'] = state['next']
+                if upto < state.get('recover', 0):
+                    transmit(upto + 1)
+
+        def produce() -> None:
+            if self.is_open:
+                if state['next'] - state['una'] < CWND:
+                    state['next'] += 1
+                    if state['next'] - state['una'] == 1:
+                        arm()
+                    transmit(state['next'])
+                net.after(interval, produce)
+
+        produce()
+
+    def close(self, reset: bool = False) -> None:
+        self.is_open = False
+        if not reset:
+            self.closing = True
+            self.next += 1
+            self.look()
+            if self.net.passes(self):
+                upto = self.next
+                self.net.after(self.net.rtt // 2, lambda: self._acknowledge(upto))
+            self._arm()
+
+
+class Application:
+    """Keeps `kind` of traffic going over one connection after the other; gives up after `patience`."""
+
+    def __init__(
+        self, net: Network, kind: str = 'upload', interval: int = 10 * MS, patience: int = 3500 * MS,
+        reset: bool = False, life: int = 0, pause: int = 0,
+    ) -> None:  # fmt: skip
+        self.net, self.kind, self.interval, self.patience = net, kind, interval, patience
+        self.reset, self.life, self.pause = reset, life, pause
+        self.connections = self.lost = 0
+        self._connect(net.now)
+
+    def _connect(self, began: int, tries: int = 0) -> None:
+        net = self.net
+        if tries:
+            attempt = Connection(net)
+            attempt.next, attempt.timeouts, attempt.closing = 1, tries, True
+            attempt.look()
+        if net.passes(None):
+            net.after(net.rtt, self._connected)
+        else:
+            net.after(SECOND << tries, lambda: self._connect(began, min(tries + 1, 6)))
+
+    def _connected(self) -> None:
+        self.connections += 1
+        self.connection, self._since = Connection(self.net), self.net.now
+        if self.kind == 'download':
+            self.connection.serve(self.interval)
+        self._tick()
+
+    def _tick(self) -> None:
+        net, connection = self.net, self.connection
+        waits = self.kind == 'download' or connection.next > connection.una
+        if waits and net.now - connection.last_moved > self.patience:
+            self.lost += 1
+            connection.close(self.reset)
+            self._connect(net.now)
+            return
+        if self.life and net.now - self._since > self.life:
+            connection.close()
+            net.after(self.pause, lambda: self._connect(net.now))
+            return
+        if self.kind == 'upload':
+            connection.send()
+        net.after(self.interval, self._tick)

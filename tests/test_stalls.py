@@ -1,0 +1,125 @@
+"""What the path model of elfprobe.c takes for a firewall's doing, and what not: by simulation, without a kernel."""
+
+from __future__ import annotations
+
+from typing import Any, Dict
+
+import pytest
+
+from path_model import PathModel
+from stalls import MS, SECOND, Application, Network
+
+pytestmark = pytest.mark.needs('gcc')
+
+S = SECOND
+FOR_EVER = 1 << 60
+Arguments = Dict[str, Any]
+
+
+@pytest.fixture(scope='module')
+def model() -> PathModel:
+    return PathModel()
+
+
+def simulate(model: PathModel, seconds: float, network: Arguments, applications: list[Arguments]) -> Any:
+    """Return the network and its applications after so many seconds."""
+    net = Network(model, **network)
+    talking = [Application(net, **application) for application in applications]
+    net.run(seconds)
+    return net, talking
+
+
+FIREWALLS: dict[str, tuple[Arguments, Arguments, int]] = {
+    # the network, the application; the number of connections that are lost
+    **{
+        f'{kind}, {name}': (network, dict(kind=kind), lost[kind == 'download'])
+        for kind in ('upload', 'download')
+        for name, network, lost in (
+            ('blocks for 0.5 s', dict(block=S // 2), (0, 0)),
+            ('blocks for 3 s', dict(block=3 * S), (0, 2)),
+            ('blocks for 60 s', dict(block=60 * S), (2, 2)),
+            ('blocks for good', dict(block=FOR_EVER), (2, 2)),
+            ('lowers the TTL', dict(lowers=True), (2, 2)),
+        )
+    },
+    'connections are reset': (dict(block=FOR_EVER), dict(reset=True), 2),
+    'one packet a second': (dict(block=FOR_EVER), dict(interval=S), 2),
+    'short connections': (dict(block=FOR_EVER), dict(life=2 * S), 2),
+    'after some packets': (dict(block=FOR_EVER, counted=20), {}, 2),
+    'a long path': (dict(block=FOR_EVER, hops=20, rtt=100 * MS), {}, 2),
+}
+
+
+@pytest.mark.parametrize('network, application, lost', FIREWALLS.values(), ids=FIREWALLS)
+def test_firewalls_are_found_out(model: PathModel, network: Arguments, application: Arguments, lost: int) -> None:
+    net, (talking,) = simulate(model, 80, network, [application])
+    assert net.path.excluded
+    assert talking.lost <= lost
+    assert talking.connection.last_moved > net.now - 2 * S
+
+
+def outages(*lengths: float, hop: int = 3, every: int = 40, count: int = 6) -> list[tuple[int, int, int]]:
+    """Outages of these lengths in turn, s."""
+    begins = ((15 + number * every) * S for number in range(count))
+    return [(hop, begin, begin + int(lengths[n % len(lengths)] * S)) for n, begin in enumerate(begins)]
+
+
+SLOW, DOWNLOAD = dict(interval=100 * MS), dict(kind='download', interval=100 * MS)
+HARMLESS: dict[str, tuple[Arguments, list[Arguments]]] = {
+    'nothing': ({}, [SLOW]),
+    'outages': (dict(outages=outages(1, 2.5, 5, 30)), [SLOW, DOWNLOAD]),
+    'outages at the first hop': (dict(outages=outages(1, 2.5, 5, 30, hop=1)), [SLOW, DOWNLOAD]),
+    'connections are reset': (dict(outages=outages(5, 12)), [dict(SLOW, reset=True), dict(DOWNLOAD, reset=True)]),
+    'an outage soon after the start': (dict(outages=[(3, S, 40 * S)]), [SLOW]),
+    'a peer that reboots': (
+        dict(outages=outages(45, hop=5, every=100)),
+        [dict(SLOW, reset=True), dict(interval=S)],
+    ),
+    'one of two links fails': (dict(outages=outages(20), share=2), [SLOW] * 4),
+    'an application with little to say': (dict(outages=outages(3, 10)), [dict(interval=S), dict(interval=3 * S)]),
+    'short connections': (
+        dict(outages=outages(0.4, 4, 12, every=20, count=12)),
+        [dict(life=100 * MS, pause=S)] * 2,
+    ),
+    'very short ones': (
+        dict(outages=outages(0.4, 0.4, 4, every=20, count=12)),
+        [dict(life=30 * MS, pause=100 * MS), dict(life=30 * MS, pause=100 * MS, reset=True)],
+    ),
+    'idle connections that a NAT forgets': (dict(forgets=80 * S), [dict(interval=100 * S)] * 3),
+    'and that are closed': (dict(forgets=80 * S), [dict(interval=100 * S, life=90 * S)] * 3),
+    '5 % loss': (dict(loss=0.05), [SLOW, DOWNLOAD]),
+    '20 % loss': (dict(loss=0.2), [SLOW, DOWNLOAD, dict(interval=S)]),
+}
+
+
+@pytest.mark.parametrize('network, applications', HARMLESS.values(), ids=HARMLESS)
+def test_what_is_no_firewall(model: PathModel, network: Arguments, applications: list[Arguments]) -> None:
+    net, _ = simulate(model, 600 if 'forgets' in network else 320, network, applications)
+    assert not net.path.excluded
+    assert net.rows[-1][0] > net.now - 110 * S
+
+
+def test_rows_tell_of_outages(model: PathModel) -> None:
+    """Retransmissions carry probes, which show up to where answers still come."""
+    net, _ = simulate(model, 270, dict(outages=outages(1, 2.5, 5, 30)), [SLOW])
+    for hop, begin, end in net.outages:
+        found = [(ttl, answered) for sent, ttl, answered in net.rows if begin + S // 2 <= sent < end]
+        assert {(1, True), (2, True)} <= set(found) or (end - begin <= S and found)
+        assert not any(answered for ttl, answered in found if ttl >= hop)
+
+
+def test_firewall_after_a_long_time(model: PathModel) -> None:
+    """It begins to block as flows had gone well for long: each fourth retransmission carries no probe."""
+    net, (talking,) = simulate(model, 60, {}, [{}])
+    assert net.path.trust.passed > 50
+    net.block = S // 2
+    net.run(120)
+    assert net.path.excluded
+    assert talking.lost == 0
+
+
+def test_rare_stalls_do_not_add_up(model: PathModel) -> None:
+    """One in a minute, the first of them at once, as where a radio link fails for a moment."""
+    moments = [(3, (1 + 60 * n) * S, (1 + 60 * n) * S + 300 * MS) for n in range(15)]
+    net, _ = simulate(model, 900, dict(outages=moments), [SLOW])
+    assert not net.path.excluded
