@@ -408,6 +408,7 @@ struct reservation {
 	__u32 form; /* enum probe_form */
 	__u64 time; /* when it was made */
 	__u64 due;  /* the hop's next due time, as the reservation set it */
+	__u64 kept; /* part of the budget that is kept for other processes, ns */
 };
 
 /* Identifies a quoted UDP packet whose partial checksum no device has completed. Packets of a flow that have the
@@ -433,9 +434,11 @@ struct scratch {
 	__s32 redirect_result;
 	struct probe_key key;
 	struct probe probe; /* elf_egress fills in pid, app and tcp */
+	__u32 charged;      /* PID of the process whose share the probe counts against; 0: none */
 	__u32 acked;        /* first sequence number that is not acknowledged, if probe.tcp has a window */
 	__u32 next;         /* and that was not sent yet */
 	__u32 resent;       /* the carrier is a retransmission */
+	__u32 unfit;        /* reason why the packet carries no probe, although its flow is looked at; 0: none */
 	/* In elf_probe: */
 	struct udp_partial partial;
 	__u8 sum_buffer[SUM_CHUNK + 4];
@@ -956,14 +959,19 @@ static inline __u16 *responder_at(struct path *path, __u64 nr)
 	return responder;
 }
 
-/* Return the end of the queue of this hop's responder, 0 if that is not known. */
-static inline __u64 *queue_end(struct path *path, __u32 nr, __u64 *queues)
+/* Return the queue of this hop's responder, 0 if that is not known. */
+static inline __u64 queue_of(struct path *path, __u32 nr)
 {
 	__u16 *responder = responder_at(path, nr);
-	__u64 queue = responder ? *responder : 0;
 
-	if (!queue)
-		return 0;
+	return responder ? *responder : 0;
+}
+
+/* Return the end of a queue. That of queue 0 stays 0. */
+static inline __u64 *queue_end(__u64 *queues, __u64 queue)
+{
+	if (queue >= RESPONDERS)
+		queue = 0;
 	ADVANCE(queues, queue, RESPONDERS - 1);
 	return queues;
 }
@@ -1205,7 +1213,7 @@ static inline void probe_postponed(struct path *path, __u32 nr)
  * for this destination. */
 static inline __u64 probe_reserved(struct path *path, __u32 nr, __u64 *queues, __u64 now, __u64 ticks)
 {
-	__u64 *end = queue_end(path, nr, queues);
+	__u64 queue = queue_of(path, nr), *end;
 	struct hop *hop = hop_at(path, nr);
 
 	if (!hop)
@@ -1225,7 +1233,8 @@ static inline __u64 probe_reserved(struct path *path, __u32 nr, __u64 *queues, _
 		hop->due = now + reply_wait(path, hop); /* one probe at a time */
 	else
 		hop->due = now + (INTERVAL_NS ? HOP_INTERVAL : hop->rtt * 1000ULL / HOP_IN_FLIGHT);
-	if (end) {
+	if (queue) {
+		end = queue_end(queues, queue);
 		*end = max64(*end, now) + RESPONDER_INTERVAL;
 		hop->due = max64(hop->due, *end);
 	}
@@ -1335,7 +1344,7 @@ static inline void destination_seen(struct path *path, __u32 seen, __u64 gap, in
 static inline void note_alive(struct path *path, __u32 nr, struct hop *hop, __u64 sendtime, __u64 *queues,
 			      __u64 now)
 {
-	__u64 *end = queue_end(path, nr, queues);
+	__u64 *end = queue_end(queues, queue_of(path, nr));
 	struct liveness *liveness = &path->liveness;
 	struct backoff *backoff = &hop->backoff;
 
@@ -1351,7 +1360,7 @@ static inline void note_alive(struct path *path, __u32 nr, struct hop *hop, __u6
 	backoff->state = 0;
 	hop->since = now;
 	hop->rtt = (now - sendtime) / 1000 + 1;
-	hop->due = min64(hop->due, max64(now + HOP_INTERVAL, end ? *end : 0));
+	hop->due = min64(hop->due, max64(now + HOP_INTERVAL, *end));
 	set_due_earlier(&path->pacing, hop->due);
 	if (nr >= liveness->last_responsive) {
 		liveness->last_responsive = nr;
@@ -1792,8 +1801,7 @@ static inline struct path *add_flow_path(struct in6_addr *dest, __u8 *slot, stru
 }
 
 /* Reserve one probe. Keep so much of the budget for others. Return 0, the reason why there is none, or NOT_SENT. */
-static inline int reserve_probe(struct path *path, struct reservation *reservation, int can_fall_back, __u64 kept,
-				__u64 now)
+static inline int reserve_probe(struct path *path, struct reservation *reservation, int can_fall_back, __u64 now)
 {
 	__u64 ticks = ticks_now();
 	struct schedule *all = lookup_schedule();
@@ -1806,7 +1814,7 @@ static inline int reserve_probe(struct path *path, struct reservation *reservati
 	ttl = choose_hop(path, now, ticks);
 	if (ttl == HOP_UNRESPONSIVE) {
 		reason = REASON(hop_unresponsive);
-	} else if (ttl != NONE_DUE && all->budget + kept > now + BUDGET_BURST) {
+	} else if (ttl != NONE_DUE && all->budget + reservation->kept > now + BUDGET_BURST) {
 		probe_postponed(path, ttl);
 		reason = REASON(over_max_rate);
 	} else if (ttl != NONE_DUE) {
@@ -2779,6 +2787,15 @@ static inline struct process *process_of(const struct owner *owner)
 	return process && process->id == owner->process ? process : 0;
 }
 
+/* Count a probe against the share of a process. */
+static inline void take_probe_of(__u32 pid, __u64 now)
+{
+	struct process *process = processes.lookup(&pid);
+
+	if (process)
+		take_share(&process->probes, BUDGET_COST, now);
+}
+
 /* Is the owner a target, or elfprobe itself? Stores the answer with the socket, which may outlive the process. */
 static inline int is_known(struct owner *owner)
 {
@@ -2809,6 +2826,10 @@ static inline struct owner *packet_owner(struct __sk_buff *skb)
 static inline struct process *process_of(const struct owner *owner)
 {
 	return 0;
+}
+
+static inline void take_probe_of(__u32 pid, __u64 now)
+{
 }
 
 static inline struct owner *packet_owner(struct __sk_buff *skb)
@@ -3056,10 +3077,11 @@ static inline int check_foreign_flow(const struct packet *pkt, const struct tcph
  * - from retransmissions, unless it is stalled: then there is nothing else.
  * - while the path model suspects a firewall. We see no stall of a flow whose socket is not on this machine. */
 static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh, const struct packet *pkt,
-			     struct path *path, struct scratch *scratch, struct tcp_progress **progress, __u64 now)
+			     struct path *path, struct scratch *scratch, __u64 now)
 {
 	struct tcp_state *state = &scratch->probe.tcp;
 	struct tcphdr *tcp = nh->pos;
+	struct tcp_progress *progress;
 	struct bpf_tcp_sock *tp = 0;
 	int reason, is_early;
 	struct bpf_sock *sk;
@@ -3079,15 +3101,15 @@ static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	state->retrans = tp->total_retrans;
 	scratch->resent = (__s32)(bpf_ntohl(tcp->seq) - tp->snd_nxt) < 0;
 	is_early = tp->bytes_acked <= 1 && !tp->bytes_received; /* 1: the SYN */
-	*progress = progress_of(skb, sk);
-	if (*progress) {
-		reason = look_at_flow(skb, pkt, tcp, tp, path, *progress, now);
+	progress = progress_of(skb, sk);
+	if (progress) {
+		reason = look_at_flow(skb, pkt, tcp, tp, path, progress, now);
 		if (reason)
 			return reason;
 	}
 	if (is_early)
 		return REASON(carrier_early);
-	return scratch->resent && !(*progress && (*progress)->stalled_at) ? REASON(carrier_resent) : 0;
+	return scratch->resent && !(progress && progress->stalled_at) ? REASON(carrier_resent) : 0;
 }
 
 /* Send the reserved probe as a clone of the packet. Return 0 if it left, the reason why it did not, or NOT_SENT if
@@ -3141,43 +3163,65 @@ static inline int can_fall_back(const struct packet *pkt)
 /* Time between two checks whether a destination is still on-link. */
 #define ON_LINK_WAIT NSEC_PER_SEC
 
+/* Note what the rows and the budget need of the packet's owner. The verifier checks what follows once, and not for
+ * each combination of owner and process, because neither is used any more. */
+static inline void note_owner(struct scratch *scratch, const struct owner *owner, struct process *process,
+			      __u64 now)
+{
+	scratch->probe.pid = 0;
+	__builtin_memset(&scratch->probe.app, 0, sizeof(scratch->probe.app));
+	scratch->reservation.kept = 0;
+	scratch->charged = 0;
+	if (!owner)
+		return;
+	scratch->probe.pid = owner->pid;
+	scratch->probe.app = owner->app;
+	if (process)
+		scratch->charged = owner->pid;
+	if (!process || process->probes > now + SHARE_BURST)
+		scratch->reservation.kept = KEPT_BUDGET;
+}
+
+/* The packet carried a probe: note that its flow did, if it is of TCP and has a socket here. */
+static inline void note_flow_probed(struct __sk_buff *skb, struct path *path, __u64 now)
+{
+	struct bpf_sock *sk = skb->sk ? bpf_sk_fullsock(skb->sk) : 0;
+	struct tcp_progress *progress = sk && sk->type == SOCK_STREAM ? progress_of(skb, sk) : 0;
+
+	if (progress)
+		flow_probed(path, progress, now);
+}
+
 /* A probe is due: send it with this packet. Return 0, the reason why it did not leave, or NOT_SENT. */
 static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh, const struct packet *pkt,
 			     struct path *path, const struct owner *owner, struct process *process, __u64 now)
 {
-	int reason, unfit, is_greedy = owner && !(process && process->probes <= now + SHARE_BURST);
-	struct tcp_progress *progress = 0;
-	struct scratch *scratch;
+	struct scratch *scratch = scratch_of_run();
+	int reason;
 
-	unfit = check_carrier(skb, nh, pkt, now);
-	if (unfit && (unfit != REASON(carrier_unfit) || pkt->protocol != IPPROTO_TCP || pkt->fragment))
-		return unfit;
+	if (!scratch)
+		return NOT_SENT;
+	note_owner(scratch, owner, process, now);
+	reason = check_carrier(skb, nh, pkt, now);
+	if (reason && (reason != REASON(carrier_unfit) || pkt->protocol != IPPROTO_TCP || pkt->fragment))
+		return reason;
+	scratch->unfit = reason;
 	if (is_on_link(skb, pkt->version)) {
 		set_next_due(&path->pacing, now + ON_LINK_WAIT, now, ticks_now());
 		return REASON(on_link);
 	}
-	scratch = scratch_of_run();
-	if (!scratch)
-		return NOT_SENT;
 	__builtin_memset(&scratch->probe.tcp, 0, sizeof(scratch->probe.tcp));
 	/* Also for a SYN or FIN, which may show a stall. */
-	reason = check_flow(skb, nh, pkt, path, scratch, &progress, now);
-	if (unfit || reason)
-		return unfit ? unfit : reason;
-	reason = reserve_probe(path, &scratch->reservation, can_fall_back(pkt), is_greedy ? KEPT_BUDGET : 0, now);
+	reason = check_flow(skb, nh, pkt, path, scratch, now);
+	if (scratch->unfit || reason)
+		return scratch->unfit ? scratch->unfit : reason;
+	reason = reserve_probe(path, &scratch->reservation, can_fall_back(pkt), now);
 	if (reason)
 		return reason;
-	if (process)
-		take_share(&process->probes, BUDGET_COST, now);
-	scratch->probe.pid = 0;
-	__builtin_memset(&scratch->probe.app, 0, sizeof(scratch->probe.app));
-	if (owner) {
-		scratch->probe.pid = owner->pid;
-		scratch->probe.app = owner->app;
-	}
+	take_probe_of(scratch->charged, now);
 	reason = send_probe(skb, pkt, path, scratch);
-	if (progress && !reason)
-		flow_probed(path, progress, now);
+	if (!reason)
+		note_flow_probed(skb, path, now);
 	settle_reservation(path, &scratch->reservation, scratch->probe.sendtime, reason == 0);
 	return reason;
 }
