@@ -354,7 +354,6 @@ def has_rows(measuring: Run, number: int = 10) -> None:
 # Bad input: usage, which elfprobe judges before it looks for packages, root or the interface
 
 USAGE = {
-    'no interface': ([ANYWHERE], ['-i/--interface', 'required']),
     'empty interface': (['-i', '', ANYWHERE], ['-i/--interface', 'empty']),
     'nothing to probe': (['-i', 'eth0'], ['nothing to probe', 'address', '-a', '-P']),
     'empty address': (['-i', 'eth0', ''], ['address', 'empty']),
