@@ -172,7 +172,10 @@ def read_rows(csv: str) -> tuple[pd.DataFrame, list[Mapping], list[str]]:
     if not run.has(rows):
         return rows, [], [f"'{os.path.splitext(csv)[0]}.json' is of another run: times are not UTC"]
     parts, notes = [rows], []
-    for name in run.files[1:] if run.files[:1] == [os.path.basename(csv)] else ():
+    is_renamed = run.files[:1] != [os.path.basename(csv)]
+    if is_renamed and len(run.files) > 1:
+        notes.append(f"the run has {len(run.files) - 1} more files, under other names by now: they are left out")
+    for name in () if is_renamed else run.files[1:]:
         path = os.path.join(os.path.dirname(csv), os.path.basename(name))
         part = read_csv(path) if os.path.exists(path) else None
         if part is None or not run.has(part):

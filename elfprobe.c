@@ -104,9 +104,6 @@
 #ifndef IN_FLIGHT_MAX
 #error "IN_FLIGHT_MAX: maximum number of probes that wait for their reply"
 #endif
-#ifndef PARTIAL_CHECKSUMS_MAX
-#error "PARTIAL_CHECKSUMS_MAX: maximum number of these that have a partial checksum; the oldest one goes"
-#endif
 #ifndef TICK_NS
 #error "TICK_NS: length of a jiffy, ns; 0 if programs cannot read jiffies (before Linux 5.6)"
 #endif
@@ -1629,7 +1626,7 @@ static inline int flow_looked(struct path *path, struct tcp_progress *flow, cons
 		flow->repeats++;
 		flow->last_repeat = now;
 	}
-	if (moves || !(look->outstanding || flow->repeats))
+	if (moves || !flow->since || !(look->outstanding || flow->repeats))
 		flow->since = now;
 	flow->position = look->position;
 	flow->segments = look->segments;
@@ -2997,7 +2994,7 @@ static inline int look_at_flow(struct __sk_buff *skb, const struct packet *pkt, 
 			       __u64 now)
 {
 	struct tcp_look look = {
-		.position = tp->snd_una + (__u32)tp->bytes_received,
+		.position = (__u32)(tp->bytes_acked + tp->bytes_received), /* a SYN: 0, which is no progress */
 		.segments = tp->data_segs_in,
 		.timeouts = tp->icsk_retransmits,
 		.outstanding = tp->packets_out,

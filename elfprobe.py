@@ -190,6 +190,14 @@ class Defects:
             if kind:
                 log.debug("%s", "".join(traceback.format_exception(kind, error, trace)))
 
+    @contextlib.contextmanager
+    def noted(self, what: str) -> Iterator[None]:
+        """Note an exception in the with-block, and end the block there."""
+        try:
+            yield
+        except Exception:
+            self.note(what)
+
     def texts(self) -> Iterator[str]:
         """Yield each kind of error, with their number if there were several."""
         for what, count in list(self._counts.items()):
@@ -235,7 +243,7 @@ what the summary shows, for each destination and hop (TTL, or hop limit):
 files:
   FILEBASE.csv       a row for each probe: docs/columns.md explains the columns
   FILEBASE.json      all that the tables say, and more: docs/report.md explains the keys
-  FILEBASE.log       the log (-l, -q)
+  FILEBASE.log       log and tables (-l, -q)
   FILEBASE.MAP.json  each BPF map that the hooks file (-H) defines, after the run
 
 exit status: 0 after a run, 3 after a run in which no probe was sent, 2 for wrong usage, 1 for every other error;
@@ -326,7 +334,7 @@ class Config:
     )  # fmt: skip
     filebase: str = argument(
         "-f", "--filebase", default="elf", type=not_empty,
-        help="base name of FILEBASE.csv and FILEBASE.log (default: %(default)s)",
+        help="base name of FILEBASE.csv, FILEBASE.json and FILEBASE.log (default: %(default)s)",
     )  # fmt: skip
     rotate: int | None = argument(
         "--rotate", default=None, metavar="MIB", type=whole_number(1, 10**6, "a whole number of MiB"),
@@ -337,7 +345,7 @@ class Config:
     )  # fmt: skip
     quiet: bool = argument(
         "-q", "--quiet", default=False, action="store_true",
-        help="nothing on the console: log and tables go to FILEBASE.log (-l)",
+        help="neither log nor tables on the console: they go to FILEBASE.log (-l)",
     )  # fmt: skip
     debug: bool = argument(
         "-d", "--debug", default=False, action="store_true",
@@ -2120,9 +2128,8 @@ def filter_slot(packed: bytes) -> int:
 class Destinations:
     """The kernel's table of target destinations, and the address filter in front of it."""
 
-    def __init__(self, kernel: Kernel, names: ReverseDns | None = None) -> None:
-        """names asks no more once a name server is a target, so that elfprobe does not probe itself."""
-        self._names = names
+    def __init__(self, kernel: Kernel) -> None:
+        self._names: ReverseDns | None = None
         self._paths = kernel.map("paths")
         self._flow_paths = kernel.map("flow_paths")
         self._filter = kernel.map("address_filter")
@@ -2130,6 +2137,13 @@ class Destinations:
         self._lines: dict[int, CStruct] = {}  # lines of the filter that are not empty
         self._removed: dict[bytes, tuple[int, int]] = {}  # seq and excluded, which hold for the whole run
         self._is_full = False
+
+    def spare_lookups(self, names: ReverseDns) -> None:
+        """Have no more names looked up once a name server is a target: our own packets would carry probes."""
+        self._names = names
+        for server in names.servers:
+            if self._paths.get(server) is not None:
+                names.avoid(server)
 
     def add(self, packed: bytes, path: CStruct = None) -> bool:
         """Make an address a target, with this struct path, or with an empty one.
@@ -3083,8 +3097,13 @@ class Stop:
             if not (self.command and self.command.is_running()):
                 self._ask()
             elif found.si_code != SI_KERNEL:
-                self.command.send_signal(found.si_signo)
-                log.info("%s goes to %s", signal.Signals(found.si_signo).name, self.command)
+                name = signal.Signals(found.si_signo).name
+                try:
+                    self.command.send_signal(found.si_signo)
+                    log.info("%s goes to %s", name, self.command)
+                except OSError as err:  # the command belongs to another user
+                    log.warning("%s cannot go to %s (%s): probing ends", name, self.command, err.strerror)
+                    self._ask()
 
     def _ask(self) -> None:
         """Ask for the end, and wake the main thread, which may wait."""
@@ -3158,7 +3177,7 @@ class Measurement:
             Every(RENEW_EVERY, self._renew_lease, at_once=True),
             Every(0, self._expire),
             Every(CHECK_EVERY, self._check_attachments),
-            Every(RENEW_EVERY, reasons.look),
+            Every(RENEW_EVERY, self._look_for_reasons),
             Every(REPORT_EVERY, self._log_counters),
             Every(CLOCK_EVERY, self._check_clock),
             Every(DISK_EVERY, self._check_disk),
@@ -3177,7 +3196,8 @@ class Measurement:
         command = stop.command
         if command:
             self._renew_lease()  # its first packet is to be probed
-            command.release()
+            if not stop.asked:
+                command.release()
         while not stop.asked and time.monotonic() < self._end:
             if command and command.has_ended():
                 log.info("%s", command.end_text())
@@ -3319,6 +3339,10 @@ class Measurement:
         busiest = self._results.summary.busiest(lines - 1, columns)
         return [f"{self._attached.device.name}: {ended}", *busiest]
 
+    def _look_for_reasons(self) -> None:
+        with self._kernel.defects.noted("the reasons for missing probes are not known"):
+            self._reasons.look()
+
     def summarise(self, destinations: Destinations, stop: Stop) -> None:
         """Log the accounting, the findings and the tables, and save the hooks' maps."""
         if self._console:
@@ -3328,7 +3352,9 @@ class Measurement:
         log.info("%d probes, %d replies, %d unanswered", count["probes"], results.replies, results.unanswered)
         if self._csv.lines_lost:
             log.warning("%d rows of them could not be written to %s", self._csv.lines_lost, self._csv.path)
-        reasons = self._reasons.at_end(count)
+        reasons: list[Reason] = []
+        with self._kernel.defects.noted("the reasons for missing probes are not known"):
+            reasons = self._reasons.at_end(count)
         for text in itertools.chain(
             accounting(count, results.replies + results.unanswered),
             (finding.text() for finding in results.rewrites.findings()),
@@ -3416,18 +3442,21 @@ class ElfProbe:
             with active:
                 names = None if config.numeric else ReverseDns()
                 summary = Summary(names.name_of) if names else Summary()
-                results, clock, processes = Results(attached.kernel, summary), Clock(), ProcessLog()
+                clock, processes = Clock(), ProcessLog()
                 heading = heading_lines(ipr, device, config, clock)
                 log_flow_events(attached.kernel)
-                # If the programs know who owns a socket, they also know ours.
-                destinations = Destinations(attached.kernel, names if attached.why_no_owners else None)
+                destinations = Destinations(attached.kernel)
                 for packed in fixed:
                     destinations.add(packed)
                 if config.by_process:  # lines about processes follow
                     log_lines(heading)
                 apps = AppNames(config.apps)
                 poller = ConnectionPoller(attached.kernel, destinations, fixed, apps, pids, processes)
-                targets = self._follow_processes(active, attached, poller, apps, pids, processes)
+                targets, is_exact = self._follow_processes(active, attached, poller, apps, pids, processes)
+                if names and not is_exact:  # exact programs know the sockets of elfprobe itself
+                    destinations.spare_lookups(names)
+                # The last ring of all: libbpf ends a look at the rings with the one that has too many events.
+                results = Results(attached.kernel, summary)
                 active.callback(attached.kernel.end_lease)
                 if config.debug and not active.enter_context(attached.kernel.run_time_stats()):
                     log.info("CPU time of the programs is not known: that needs Linux 5.8, new BCC, sys_admin")
@@ -3509,20 +3538,20 @@ class ElfProbe:
         apps: AppNames,
         pids: Sequence[int],
         processes: ProcessLog,
-    ) -> Callable[[], Iterable[int]]:
+    ) -> tuple[Callable[[], Iterable[int]], bool]:
         """Follow the target processes until the stack unwinds: exactly, or if that is unsupported, by polling.
 
-        Return what tells their PIDs.
+        Return what tells their PIDs, and whether they are followed exactly.
         """
         if not self._config.by_process:
-            return tuple
+            return tuple, False
         try:
             if attached.why_no_owners:
                 what = "programs that note who owns a socket (Linux 5.10 and BCC 0.16)"
                 raise Unsupported(f"{what}: {attached.why_no_owners}")
             follower = ProcessFollower(attached.kernel, apps, pids, processes, poller.try_scan)
             stack.enter_context(follower.followed())
-            return follower.targets
+            return follower.targets, True
         except Unsupported as err:
             log.warning(
                 "flows by process are not exact without %s; instead the connection tables are read "
@@ -3530,7 +3559,7 @@ class ElfProbe:
                 err, SCAN_EVERY,
             )  # fmt: skip
             stack.enter_context(poller.followed())
-            return poller.targets
+            return poller.targets, False
 
     def _announce(self, attached: Attached, csv: RowFiles) -> None:
         fate = "dropped" if self._config.ingress == "drop" else "passed"
@@ -3568,7 +3597,8 @@ def main(argv: list[str], detect: Callable[[], Platform] = Platform.detect) -> i
     """Return the exit status: 0 after a run, 3 if it sent no probe, 2 for wrong usage, 1 for every other error."""
     open_standard_streams()
     threading.excepthook = log_thread_error
-    debug = "-d" in argv or "--debug" in argv
+    ours = argv[: argv.index("--")] if "--" in argv else argv
+    debug = "-d" in ours or "--debug" in ours
     console = Console()
     status, stop = 0, Stop()
     try:

@@ -120,7 +120,7 @@ class ReverseDns:
     """Host names of addresses. Threads look them up in the background, so no caller waits."""
 
     def __init__(self) -> None:
-        self._servers = name_servers()
+        self.servers = name_servers()
         self._is_asking = True
         self._names: dict[str, str] = {}
         self._requests: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -128,7 +128,7 @@ class ReverseDns:
 
     def avoid(self, packed: bytes) -> None:
         """Ask nobody any more if this is the address of a name server."""
-        if packed in self._servers and self._is_asking:
+        if packed in self.servers and self._is_asking:
             self._is_asking = False
             log.info("no more names are looked up, because the name server %s is a target", address_text(packed))
 

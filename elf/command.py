@@ -82,7 +82,10 @@ class Command:
 
     def release(self) -> None:
         """Let the command begin. Raises Failure if the kernel does not take the program."""
-        os.write(self._begin, b"\n")
+        try:
+            os.write(self._begin, b"\n")
+        except BrokenPipeError:
+            raise self._failure(self.name, b"") from None
         problem = os.read(self._report, 4096)  # empty: it has been closed by the exec
         if problem:
             raise self._failure(self.name, problem)

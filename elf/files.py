@@ -199,6 +199,7 @@ class RowFiles:
         """As OutputFile.publish()."""
         renamed = self._file.publish()
         self.paths[-1] = self._file.path
+        self.filebase = os.path.splitext(self._file.path)[0]  # another run may have begun to write the one before
         return renamed
 
     def _begin(self) -> OutputFile:

@@ -23,6 +23,8 @@ IPS_DST_NAT = 0x20  # linux/netfilter/nf_conntrack_common.h
 # Root name servers: a route of their own leads hardly ever there, so these have the default route.
 FAR_AWAY = pack_address("198.41.0.4"), pack_address("2001:503:ba3e::2:30")
 WATCHED_MAX = 1000  # destinations whose routes are watched
+CONNECTIONS = "/proc/sys/net/netfilter/nf_conntrack_count"  # there if the kernel tracks connections
+CONNECTIONS_MAX = 50000  # to look through; more take too long
 NAMED_MAX = 3  # destinations that a sentence names
 NEWS_MAX = 10  # routes that are named at a time
 
@@ -159,11 +161,15 @@ class RouteWatch:
 def translations(wanted: Iterable[bytes]) -> dict[bytes, set[bytes]]:
     """Return the addresses in the place of which this host itself sends to others (DNAT), and these.
 
-    The kernel's connection tracking knows. Empty if there is none, or if it may not be asked.
+    The kernel's connection tracking knows. Empty if there is none, if it may not be asked, or if it has too many
+    connections. It is not asked where it is not in use: to ask would load it.
     """
     found: dict[bytes, set[bytes]] = {}
     wanted = frozenset(wanted)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
+        with open(CONNECTIONS, encoding="ascii") as file:
+            if int(file.read()) > CONNECTIONS_MAX:
+                return found
         for family in (socket.AF_INET, socket.AF_INET6):
             for original, reply in destination_nats(family):
                 before, after = tuple_end(original, CTA_IP_V4_DST), tuple_end(reply, CTA_IP_V4_SRC)

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import os
 import re
+import threading
 import time
 from typing import Any, Iterable, Iterator, NamedTuple
 
@@ -212,6 +213,7 @@ class ProcessLog:
     def __init__(self) -> None:
         self._seen: list[dict[str, Any]] = []
         self._newest: dict[int, dict[str, Any]] = {}  # by PID
+        self._lock = threading.Lock()  # the thread that follows processes notes some, the main thread others
 
     def began(self, pid: int, name: str) -> None:
         """Note a process that is, or has become, a target."""
@@ -222,12 +224,14 @@ class ProcessLog:
                 parent = process.ppid
                 ticks = process.started * 10**9 // os.sysconf("SC_CLK_TCK")  # CLOCK_BOOTTIME, ns
                 started = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME) + ticks
-        self._newest[pid] = dict(pid=pid, name=name, parent=parent, started=started, ended=None)
-        self._seen.append(self._newest[pid])
-        if len(self._seen) > PROCESSES_MAX:
-            oldest = self._seen.pop(0)
-            if self._newest.get(oldest["pid"]) is oldest:
-                del self._newest[oldest["pid"]]
+        noted = dict(pid=pid, name=name, parent=parent, started=started, ended=None)
+        with self._lock:
+            self._newest[pid] = noted
+            self._seen.append(noted)
+            if len(self._seen) > PROCESSES_MAX:
+                oldest = self._seen.pop(0)
+                if self._newest.get(oldest["pid"]) is oldest:
+                    del self._newest[oldest["pid"]]
 
     def met(self, pid: int, name: str) -> None:
         """Note a process that a row names, unless it has been noted."""
@@ -236,12 +240,14 @@ class ProcessLog:
 
     def ended(self, pid: int) -> None:
         """Note that the process has ended."""
-        if pid in self._newest:
-            self._newest[pid]["ended"] = time.time_ns()
+        with self._lock:
+            if pid in self._newest:
+                self._newest[pid]["ended"] = time.time_ns()
 
     def all(self) -> list[dict[str, Any]]:
         """Return the newest PROCESSES_MAX processes: pid, name, parent, started, ended."""
-        return list(self._seen)
+        with self._lock:
+            return list(self._seen)
 
 
 def process_ids() -> list[int]:
