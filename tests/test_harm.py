@@ -661,7 +661,7 @@ def test_nat(lab4: Lab, tmp_path: Path, options: list[str]) -> None:
         for ttl in HOPS:
             some = [row for row in rows if row.outttl == ttl]
             answered = [row for row in some if row.is_answered]
-            assert len(some) > 40, (dest, ttl)
+            assert len(some) > 15, (dest, ttl)  # the first routers answer all destinations
             assert len(answered) > 0.97 * len(some)
             assert {row.responder for row in answered} == {lab4.hop(version, ttl)}
 
