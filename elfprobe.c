@@ -845,6 +845,7 @@ enum probe_form {
 #define RESPONDER_INTERVAL (INTERVAL_NS < 10 * NSEC_PER_MSEC ? INTERVAL_NS : 10 * NSEC_PER_MSEC)
 /* Number of queues. A responder has the one of its address's hash, and may share it. 0: not known. */
 #define RESPONDERS (1 << 13)
+#define QUEUES_SIZE 65536 /* bytes: RESPONDERS times 8. BCC wants a plain number here. */
 /* Unit of waiting: the interval, but 1 ms at least, because INTERVAL_NS may be 0. */
 #define PATIENCE (INTERVAL_NS > NSEC_PER_MSEC ? INTERVAL_NS : NSEC_PER_MSEC)
 
@@ -1667,7 +1668,9 @@ struct schedule {
 	__u32 salt;                /* random 16 bits in the numbers of probes, so that others cannot guess them */
 	__u64 budget;              /* over all paths: theoretical arrival time of the next probe (GCRA) */
 	__u64 new_paths;           /* and of the next new destination of a flow */
-	__u64 queues[RESPONDERS];  /* end of each responder's queue: the next turn that is free */
+	/* End of each responder's queue: the next turn that is free (__u64). These are bytes here because BCC makes code
+	 * for each element of other arrays, which takes a second at each start. */
+	__u8 queues[QUEUES_SIZE];
 };
 
 /* User space reads the layout of these structs here, because BCC tells it of no other map. Never written. */
@@ -1822,7 +1825,7 @@ static inline int reserve_probe(struct path *path, struct reservation *reservati
 		hop = hop_at(path, ttl);
 		reservation->form = hop ? probe_form(path, ttl, hop, can_fall_back, ticks) : GUARDED;
 		reservation->time = now;
-		reservation->due = probe_reserved(path, ttl, all->queues, now, ticks);
+		reservation->due = probe_reserved(path, ttl, (__u64 *)all->queues, now, ticks);
 		reason = 0;
 	}
 	bpf_spin_unlock(&all->lock);
@@ -1879,7 +1882,7 @@ static inline void note_reply(struct path *path, const struct probe *probe, cons
 	if (!all)
 		return;
 	bpf_spin_lock(&all->lock);
-	hop_replied(path, nr, form, sendtime, distance, all->queues, queue ? queue : 1, now);
+	hop_replied(path, nr, form, sendtime, distance, (__u64 *)all->queues, queue ? queue : 1, now);
 	bpf_spin_unlock(&all->lock);
 }
 
