@@ -1110,13 +1110,13 @@ FULL_COMMAND = with_change(with_text('struct process, 65536', 'struct process, 3
 
 
 def test_more_processes_than_have_room(net, stage, tmp_path):
-    """Some run already, one starts later."""
-    older = [stage.talk('./speedtest') for _ in range(3)]
+    """Some run already, one starts later. No process of other tests has their name and takes the room."""
+    older = [stage.talk('./link') for _ in range(3)]
     via = *net.client.command(), *FULL_COMMAND
-    with elfprobe(net, '-a', 'speedtest', cwd=tmp_path, via=via) as elf:
+    with elfprobe(net, '-a', 'link', cwd=tmp_path, via=via) as elf:
         younger = stage.talk('./link')
         stage.go()
-        wait_for_rows(elf, app='speedtest')
+        wait_for_rows(elf, app='link')
         stage.finish(*older, younger)
         assert elf.stop() == 0
     assert elf.log.count('no room for a target process') == 2  # one line as it happens, one in the summary
