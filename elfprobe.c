@@ -28,8 +28,8 @@
  *   carrier       the application packet from which a probe is cloned; it leaves unchanged
  *   target        a process or a destination that the user wants to be probed
  *   hop           a TTL value, from 1, and the router at which a probe with that TTL expires
- * proven        a hop is proven if a time exceeded shows that the present path has a router at its TTL, or farther
- * guarded probe a probe to a hop that is not proven: it may arrive, so it is made such that every host discards it
+ *   proven        of a hop: a time exceeded shows that the present path has a router at its TTL, or farther
+ *   guarded probe a probe to a hop that is not proven: it may arrive, so it is broken, and every host discards it
  *   responder     source of the ICMP error that answers a probe
  *   quoted packet the start of the probe, as an ICMP error contains it
  *   in flight     sent, recorded, and not answered yet; whoever removes a probe from the map in_flight owns it
@@ -1460,8 +1460,8 @@ static inline void destination_reached(struct path *path, __u32 ttl, __u64 now)
  *   in case that it is a firewall. A connection that is lost nevertheless ends the trust. */
 #define EXAM (NSEC_PER_SEC / 2)
 #define PAUSE (10 * NSEC_PER_SEC)
-#define PAUSE_CONTROL \
-	(NSEC_PER_SEC / 2) /* after a strike; doubles with each, to see whether flows stall unprobed */
+/* After a strike. It doubles with each, to see whether flows stall unprobed. */
+#define PAUSE_CONTROL (NSEC_PER_SEC / 2)
 #define STRIKES_MAX 6
 #define STRIKES_LOST 3
 #define FORGIVEN (60 * NSEC_PER_SEC) /* after so long without a strike, a trusted destination has none */

@@ -79,9 +79,9 @@ from elf.command import Command
 from elf.console import Console, LogFormat, open_standard_streams, output_columns, print_lines
 from elf.counters import UNFIT_PACKETS, accounting, troubles, why_no_probes
 from elf.extensions import MalformedExtension, extension_texts
-from elf.files import DiskUse, FileLog, OutputFile, ReplacedFile, RowFiles, output_files
+from elf.files import DiskUse, FileLog, OutputFile, ReplacedFile, RowFiles, log_renamed, output_files
 from elf.findings import PathRewrites
-from elf.network import WATCHED_MAX, Routes, RouteWatch, device_name, in_short, translations
+from elf.network import WATCHED_MAX, Routes, RouteWatch, attributes, device_name, in_short, translations
 from elf.processes import (
     TASK_COMM_LEN,
     AppNames,
@@ -408,12 +408,15 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def own_arguments(argv: Sequence[str]) -> list[str]:
+    """Return the arguments before "--". Those behind it are the command's."""
+    return list(itertools.takewhile(lambda word: word != "--", argv))
+
+
 def parse_arguments(argv: list[str]) -> Config:
     """Return the configuration. Raises Failure (status 2) for wrong usage."""
-    ours, dashes, child = argv, False, []
-    if "--" in argv:
-        at = argv.index("--")
-        ours, dashes, child = argv[:at], True, argv[at + 1 :]
+    ours = own_arguments(argv)
+    dashes, child = len(ours) < len(argv), argv[len(ours) + 1 :]
     given: dict[str, Any] = vars(argument_parser().parse_intermixed_args(ours))
     lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     config = Config(
@@ -1781,25 +1784,16 @@ def attached_xdp(ipr: Netlink, device: Device) -> XdpAttached | None:
     """Return the XDP program on the device, None if there is none."""
     xdp = ipr.get_links(device.ifindex)[0].get_attr("IFLA_XDP")
     # pyroute2 before 0.7 does not parse this attribute: it is text, in hexadecimal. With pyroute2 0.7 as the
-    # oldest version, this branch and unpack_attributes() can go.
+    # oldest version, this branch can go.
     if isinstance(xdp, str):
-        numbers = unpack_attributes(bytes.fromhex(xdp.replace(":", "")))
+        found = attributes(bytes.fromhex(xdp.replace(":", "")))
+        numbers = {kind: int.from_bytes(content, sys.byteorder) for kind, content in found}
         mode: int | str | None = numbers.get(IFLA_XDP_ATTACHED)
         prog_id = numbers.get(IFLA_XDP_PROG_ID, 0)
     else:
         attrs = dict(xdp["attrs"]) if xdp else {}
         mode, prog_id = attrs.get("IFLA_XDP_ATTACHED"), attrs.get("IFLA_XDP_PROG_ID", 0)
     return XdpAttached(XDP_MODES.get(mode, str(mode)), prog_id) if mode else None
-
-
-def unpack_attributes(raw: bytes) -> dict[int, int]:
-    """Return netlink attributes that hold numbers (struct nlattr, linux/netlink.h): type -> value."""
-    found: dict[int, int] = {}
-    while len(raw) >= 4:
-        size, kind = struct.unpack_from("=HH", raw)
-        found[kind] = int.from_bytes(raw[4:size], sys.byteorder)
-        raw = raw[max((size + 3) & ~3, 4) :]
-    return found
 
 
 def remove_xdp(ipr: Netlink, device: Device, prog_id: int) -> None:
@@ -2399,9 +2393,8 @@ class ProcessFollower:
         self._seen = seen
         self._processes = ProcessTable(kernel)
         self._tagger = SocketTagger(kernel)
-        self._events: queue.SimpleQueue[CStruct] = (
-            queue.SimpleQueue()
-        )  # struct process_event; None wakes the thread
+        # Of struct process_event. None wakes the thread.
+        self._events: queue.SimpleQueue[CStruct] = queue.SimpleQueue()
         self._read_event = kernel.layout("process_event").read
         self._events_left_out = 0
         self._ended = False
@@ -2694,10 +2687,8 @@ class ConnectionPoller:
 
     def try_scan(self) -> None:
         """Read the connections once, if they can be read."""
-        try:
+        with self._kernel.defects.noted("the processes' connections could not be read"):
             self.scan()
-        except Exception:
-            self._kernel.defects.note("the processes' connections could not be read")
 
     @contextlib.contextmanager
     def followed(self) -> Iterator[None]:
@@ -2728,11 +2719,9 @@ OPTIONS_WITH_INTERFACE = re.compile(r"(-[dlqT]*)i(.*)|--interface(=.*)?", re.S)
 def without_interface(argv: Sequence[str]) -> list[str]:
     """Return the arguments before "--" without -i and its value."""
     kept: list[str] = []
-    words = iter(argv)
+    words = iter(own_arguments(argv))
     for word in words:
         match = OPTIONS_WITH_INTERFACE.fullmatch(word)
-        if word == "--":
-            break
         if not match:
             kept.append(word)
             continue
@@ -3001,8 +2990,7 @@ def save_maps(kernel: Kernel, filebase: str, stop: Stop) -> None:
             renamed = file.publish()
         finally:
             file.close()
-        if renamed:
-            log.info("the %s that was there is now %s", file.path, renamed)
+        log_renamed(file.path, renamed)
         log.info("the hooks' map '%s' is in %s", name, file.path)
 
 
@@ -3597,7 +3585,7 @@ def main(argv: list[str], detect: Callable[[], Platform] = Platform.detect) -> i
     """Return the exit status: 0 after a run, 3 if it sent no probe, 2 for wrong usage, 1 for every other error."""
     open_standard_streams()
     threading.excepthook = log_thread_error
-    ours = argv[: argv.index("--")] if "--" in argv else argv
+    ours = own_arguments(argv)
     debug = "-d" in ours or "--debug" in ours
     console = Console()
     status, stop = 0, Stop()

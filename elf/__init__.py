@@ -3,13 +3,14 @@
 
 Nothing here imports elfprobe.py or BCC, and nothing needs root. Each module imports only from those below it:
 
-    report                  FILEBASE.json
+    report       command    FILEBASE.json; the command of "-- COMMAND"
     summary                 all probes, by destination, flow and hop; the tables
     findings                what the figures say of a path
     files                   CSV, log and report as files
     paths        rows       destinations and hops; the columns of elf.csv
     histogram    counters   statistics of latencies; counters of elfprobe.c in words
     clock                   how CLOCK_MONOTONIC maps to UTC
+    network      reasons    routes and translated addresses; why a target has no probes, in words
     addresses    processes  addresses, their names, flows; which processes are targets
     console      extensions log, live table, standard output; what routers append to the packet that they quote
     usage                   errors and arguments

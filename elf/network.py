@@ -119,7 +119,7 @@ def next_hop_devices(data: bytes) -> Iterator[int]:
 
 
 class RouteWatch:
-    """Tells when routes lead by another device than that of this run."""
+    """Tells when routes lead to another device than that of this run."""
 
     def __init__(self, routes: Routes, ifindex: int, fixed: Iterable[bytes]) -> None:
         """fixed are the destinations. Without any, the default routes are watched."""
