@@ -54,14 +54,16 @@ for script in tests/demo tests/run tests/fresh tests/vm/run; do
 done
 [ "$(dpkg-query -W)" = "$before" ]
 '''
-# Two network devices that are up, made with what the one-line install has brought.
-DEVICES = '''
-import sys
+# A network of its own for the one-line install: its default route leads by a device that is up. It is made with
+# what the line has brought.
+NETWORK = '''
 from pyroute2 import IPRoute
 with IPRoute() as ipr:
-    ipr.link('add', ifname=sys.argv[1], kind='veth', peer='peer')
-    for name in sys.argv[1], 'peer':
+    ipr.link('add', ifname='uplink', kind='veth', peer='peer')
+    for name in 'uplink', 'peer':
         ipr.link('set', index=ipr.link_lookup(ifname=name)[0], state='up')
+    ipr.addr('add', index=ipr.link_lookup(ifname='uplink')[0], address='192.0.2.1', prefixlen=24)
+    ipr.route('add', dst='0.0.0.0/0', gateway='192.0.2.2')
 '''
 
 
@@ -87,19 +89,17 @@ class Ran(NamedTuple):
 
 
 def one_line_install() -> str:
-    """Return what is typed for README.md's line, which has to measure on the interface that it names.
+    """Return what is typed for README.md's line, which has to measure on the device that it finds.
 
     No network is touched that is not the line's own, and it ends by itself. Status 3 is a run without probes.
     """
     found = re.search(
-        r'^(sudo apt\S* .*) && (sudo python3 elfprobe\.py .*-i (\S+).*)$',
-        (TREE / 'README.md').read_text(),
-        re.MULTILINE,
+        r'^(sudo apt\S* .*) && (sudo python3 elfprobe\.py .*)$', (TREE / 'README.md').read_text(), re.MULTILINE
     )
     if not found:
         raise Failure('README.md has no line that installs packages and then runs elfprobe.py')
-    install, run, device = found.groups()
-    inside = f'python3 -c {shlex.quote(DEVICES)} {device}; runuser -u {USER} -- {run} --duration 1 || [ $? = 3 ]'
+    install, run = found.groups()
+    inside = f'python3 -c {shlex.quote(NETWORK)}; runuser -u {USER} -- {run} --duration 1 || [ $? = 3 ]'
     return f'yes | {{ {install}; }}\nsudo unshare --net sh -ec {shlex.quote(inside)}'
 
 
