@@ -56,12 +56,6 @@
 #ifndef RATE_GLOBAL
 #error "RATE_GLOBAL: INTERVAL_NS separates two probes to the same hop (0) or to the same destination (1)"
 #endif
-#ifndef INTERVAL_NS
-#error "INTERVAL_NS: minimum time between two probes, ns; 0 makes every packet carry one"
-#endif
-#ifndef MAX_RATE
-#error "MAX_RATE: maximum number of probes per second over all destinations, 1 or more"
-#endif
 #ifndef INGRESS_DROP
 #error "INGRESS_DROP: 1 drops a time exceeded that answers a probe, 0 passes it to the stack"
 #endif
@@ -86,23 +80,11 @@
 #ifndef TX_FLAGS
 #error "TX_FLAGS: offset of tx_flags in struct skb_shared_info"
 #endif
-#ifndef DESTINATIONS_MAX
-#error "DESTINATIONS_MAX: maximum number of target destinations at a time"
-#endif
 #ifndef BY_OWNER
 #error "BY_OWNER: 1 probes the flows of target processes and target destinations, 0 only target destinations"
 #endif
 #ifndef BY_APP
 #error "BY_APP: 1 if target processes are chosen by name, so that each new process must be checked"
-#endif
-#ifndef FLOW_DESTINATIONS_MAX
-#error "FLOW_DESTINATIONS_MAX: maximum number of destinations of target processes; the least recently used goes"
-#endif
-#ifndef PARTIAL_CHECKSUMS_MAX
-#error "PARTIAL_CHECKSUMS_MAX: maximum number of probes with a partial checksum that replies can find by it"
-#endif
-#ifndef IN_FLIGHT_MAX
-#error "IN_FLIGHT_MAX: maximum number of probes that wait for their reply"
 #endif
 #ifndef TICK_NS
 #error "TICK_NS: length of a jiffy, ns; 0 if programs cannot read jiffies (before Linux 5.6)"
@@ -113,12 +95,25 @@
 #ifndef PREEMPTIBLE
 #error "PREEMPTIBLE: 1 if a program run can be preempted by another run on its CPU (PREEMPT_RT)"
 #endif
-#ifndef RESULTS_PAGES
-#error "RESULTS_PAGES: size of the ring buffer for results, pages, a power of two"
+
+/* ---- Parameters that user space puts into the compiled instructions ----------------------- */
+
+/* Compiled programs are kept, and serve every value of these. Each is an instruction that loads a 64-bit constant, a
+ * mark. User space replaces the mark by the value before it loads the program (PARAMETERS in elfprobe.py). */
+#define PARAMETER_MARK 0xe1f0be0000000000ULL
+#define PARAMETER(nr) \
+	({ \
+		__u64 _value; \
+		asm("%0 = %1 ll" : "=r"(_value) : "i"(PARAMETER_MARK + (nr))); \
+		_value; \
+	})
+
+#ifndef INTERVAL_NS              /* on the host, where the path model is tested, it is a number */
+#define INTERVAL_NS PARAMETER(0) /* minimum time between two probes, ns; 0 makes every packet carry one */
 #endif
-#ifndef WAKE_EVERY
-#error "WAKE_EVERY: number of results after which a CPU wakes user space, which also looks by itself"
-#endif
+#define MAX_RATE PARAMETER(1) /* maximum number of probes per second over all destinations, 1 or more */
+#define WAKE_EVERY \
+	PARAMETER(2) /* number of results after which a CPU wakes user space, which also looks by itself */
 
 /* ---- Protocol headers (no kernel header is needed to compile this file) ------------------- */
 
@@ -467,19 +462,6 @@ static inline __u64 ticks_now(void)
 	return TICK_NS ? jiffies64() : 0;
 }
 
-/* PROGRAM marks an entry point. With MAPS_ONLY, user space has kept the instructions from an earlier run, and needs
- * only the maps and their types: unused static functions are not compiled. BCC makes BTF only if there is a
- * program, so elf_nothing() is one. */
-#ifdef MAPS_ONLY
-#define PROGRAM static inline
-int elf_nothing(void *ctx)
-{
-	return 0;
-}
-#else
-#define PROGRAM
-#endif
-
 #define READ_ONCE(x) (*(volatile typeof(x) *)&(x))
 
 /* Advance a pointer to element nr of an array. Callers check nr against max; this checks it again. Symptom: "math
@@ -666,7 +648,7 @@ static inline __u32 first_segment_len(const struct __sk_buff *skb, __u32 payload
 	return segments > 1 ? (payload + segments - 1) / segments : payload;
 }
 #else
-BPF_RINGBUF_OUTPUT(results, RESULTS_PAGES);
+BPF_RINGBUF_OUTPUT(results, 1); /* 1: see MAP_SIZES in elfprobe.py, also below */
 BPF_RINGBUF_OUTPUT(flow_events, 16);
 BPF_SK_STORAGE(tcp_progress, struct tcp_progress);
 
@@ -1684,14 +1666,14 @@ struct layouts {
 BPF_ARRAY(layouts, struct layouts, 1);
 
 /* Target destinations. With BPF_F_NO_PREALLOC a hash has memory only for the entries that exist. */
-BPF_F_TABLE("hash", struct in6_addr, struct path, paths, DESTINATIONS_MAX, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", struct in6_addr, struct path, paths, 1, BPF_F_NO_PREALLOC);
 /* Destinations of the flows of target processes. */
-BPF_TABLE("lru_hash", struct in6_addr, struct path, flow_paths, FLOW_DESTINATIONS_MAX);
+BPF_TABLE("lru_hash", struct in6_addr, struct path, flow_paths, 1);
 BPF_ARRAY(new_path, struct path, 1); /* the first value of an entry in flow_paths: all 0, but for flows_only */
 BPF_ARRAY(address_filter, struct filter_line, FILTER_LINES);
-BPF_F_TABLE("hash", struct probe_key, struct probe, in_flight, IN_FLIGHT_MAX, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", struct probe_key, struct probe, in_flight, 1, BPF_F_NO_PREALLOC);
 /* Finds the ident under which the probe is in in_flight. The kernel allocates the whole of it at once. */
-BPF_TABLE("lru_hash", struct udp_partial, __u32, partial_checksums, PARTIAL_CHECKSUMS_MAX);
+BPF_TABLE("lru_hash", struct udp_partial, __u32, partial_checksums, 1);
 BPF_ARRAY(schedules, struct schedule, 1);
 BPF_ARRAY(alive_until, __u64, 1);   /* the lease: no probe after this time */
 BPF_ARRAY(link_up_since, __u64, 1); /* when the device's link came up; in the future while it is down */
@@ -2670,7 +2652,7 @@ static inline void report_process(struct process_event *event)
 
 /* sched_process_exec, in the process. A target stays one, under its new name. Any other process may become one by a
  * name that only user space sees: the name of its executable or its script. */
-PROGRAM int elf_exec(struct bpf_raw_tracepoint_args *ctx)
+int elf_exec(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct process_event event = { .pid = bpf_get_current_pid_tgid() >> 32 };
 	struct app_name app = current_app();
@@ -2694,7 +2676,7 @@ PROGRAM int elf_exec(struct bpf_raw_tracepoint_args *ctx)
 /* sched_wakeup_new, in the parent, before the child runs. The child inherits the status of its parent.
  * Not at sched_process_fork: Linux 7.2 skips a program there while another run of it is preempted on that CPU. Here
  * no run is preempted, because the run queue is locked. */
-PROGRAM int elf_fork(struct bpf_raw_tracepoint_args *ctx)
+int elf_fork(struct bpf_raw_tracepoint_args *ctx)
 {
 	__u32 pid = bpf_get_current_pid_tgid() >> 32, *offset;
 	struct process_event event = {};
@@ -2730,7 +2712,7 @@ PROGRAM int elf_fork(struct bpf_raw_tracepoint_args *ctx)
 
 /* sched_process_exit, in every thread. Report the end of the first one. Other threads may outlive it, or may have
  * taken its place by an exec. So user space removes the process when all its threads have ended. */
-PROGRAM int elf_exit(struct bpf_raw_tracepoint_args *ctx)
+int elf_exit(struct bpf_raw_tracepoint_args *ctx)
 {
 	__u64 ids = bpf_get_current_pid_tgid();
 	struct process_event event = { .pid = ids >> 32 };
@@ -2747,7 +2729,7 @@ PROGRAM int elf_exit(struct bpf_raw_tracepoint_args *ctx)
 }
 
 /* cgroup sock_create, in the creating process. Always returns 1, which allows the socket. */
-PROGRAM int elf_sock_create(struct bpf_sock *sk)
+int elf_sock_create(struct bpf_sock *sk)
 {
 	__u64 ids = bpf_get_current_pid_tgid();
 	struct process_event event = { .pid = ids >> 32 };
@@ -2886,7 +2868,7 @@ static inline int make_probe(struct __sk_buff *skb, struct scratch *scratch)
  *
  * qdisc_pkt_len was set before we trimmed the clone, so a shaper would charge the probe for the whole packet.
  * Redirecting it once more makes the kernel compute it again. */
-PROGRAM int elf_probe(struct __sk_buff *skb)
+int elf_probe(struct __sk_buff *skb)
 {
 	struct scratch *scratch = scratch_of_run();
 	int reason;
@@ -3228,7 +3210,7 @@ static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh,
 
 /* Runs for every packet that leaves. Never changes an application packet. TC_ACT_UNSPEC leaves it to the next
  * filter. */
-PROGRAM int elf_egress(struct __sk_buff *skb)
+int elf_egress(struct __sk_buff *skb)
 {
 	struct hdr_cursor nh = { (void *)(long)skb->data, (void *)(long)skb->data_end };
 	struct packet pkt = {};
@@ -3455,7 +3437,7 @@ static inline enum answer receive_echo_reply(struct xdp_md *ctx, const struct pa
 }
 
 /* Runs for every packet that arrives. All pass, except replies to probes with INGRESS_DROP. */
-PROGRAM int elf_ingress(struct xdp_md *ctx)
+int elf_ingress(struct xdp_md *ctx)
 {
 	struct hdr_cursor nh = { (void *)(long)ctx->data, (void *)(long)ctx->data_end };
 	enum icmp_kind kind = OTHER_ICMP;

@@ -44,7 +44,6 @@ import dataclasses
 import enum
 import errno
 import fcntl
-import hashlib
 import itertools
 import json
 import logging
@@ -53,11 +52,11 @@ import mmap
 import os
 import queue
 import re
+import resource
 import secrets
 import shlex
 import signal
 import socket
-import stat
 import struct
 import sys
 import tempfile
@@ -65,7 +64,7 @@ import threading
 import time
 import traceback
 import warnings
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence, Union
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence, TypeVar, Union
 
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python3 -I leaves it out
@@ -74,6 +73,7 @@ if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the packages are loaded
 
 from elf.addresses import ReverseDns, address_text, flow_text, pack_address, resolve_all, why_unreachable
+from elf.cache import Cache
 from elf.clock import Clock, utc_text
 from elf.command import Command
 from elf.console import Console, LogFormat, open_standard_streams, output_columns, print_lines
@@ -442,6 +442,11 @@ BPF_XDP, BPF_TCX_INGRESS, BPF_TCX_EGRESS = 37, 46, 47  # enum bpf_attach_type; t
 BPF_CGROUP_INET_SOCK_CREATE = 2  # enum bpf_attach_type
 BPF_STATS_RUN_TIME = 0  # enum bpf_stats_type
 BTF_KIND_STRUCT = 4  # linux/btf.h
+BPF_SYSCALL = {"x86_64": 321, "ppc64": 361, "ppc64le": 361, "s390x": 351}  # asm/unistd.h
+BPF_SYSCALL_ELSEWHERE = 280  # asm-generic/unistd.h
+RING_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)  # as BCC has them
+PERF_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.py_object, ctypes.c_void_p, ctypes.c_int)
+LOST_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.py_object, ctypes.c_ulonglong)
 
 
 class SystemCall(enum.IntEnum):
@@ -452,6 +457,13 @@ class SystemCall(enum.IntEnum):
     FSMOUNT = 432
     PIDFD_OPEN = 434
     PIDFD_GETFD = 438
+
+
+class BpfCommand(enum.IntEnum):
+    """Numbers of commands of bpf(2): enum bpf_cmd, linux/bpf.h."""
+
+    MAP_CREATE = 0
+    BTF_LOAD = 18
 
 
 def raise_errno() -> None:
@@ -472,6 +484,22 @@ def bpf_call(name: str, *args: Any) -> int:
     result: int = getattr(bcc.lib, name)(*args)
     if result < 0:
         raise_errno()
+    return result
+
+
+def bpf(command: BpfCommand, attributes: bytes) -> int:
+    """Return the result of bpf(2), for what BCC's library has no function. Raises OSError."""
+    number = ctypes.c_long(BPF_SYSCALL.get(os.uname().machine, BPF_SYSCALL_ELSEWHERE))
+    for is_first in True, False:
+        result: int = LIBC.syscall(number, ctypes.c_int(command), attributes, ctypes.c_uint(len(attributes)))
+        if result >= 0:
+            return result
+        if is_first and ctypes.get_errno() == errno.EPERM:  # before Linux 5.11, maps count as locked memory
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            continue
+        break
+    raise_errno()
     return result
 
 
@@ -550,6 +578,23 @@ class ProgInfo(ctypes.Structure):
     ]  # fmt: skip
 
 
+class MapInfo(ctypes.Structure):
+    """The beginning of struct bpf_map_info, linux/bpf.h."""
+
+    _fields_ = [
+        ("type", ctypes.c_uint32), ("id", ctypes.c_uint32), ("key_size", ctypes.c_uint32),
+        ("value_size", ctypes.c_uint32), ("max_entries", ctypes.c_uint32), ("map_flags", ctypes.c_uint32),
+        ("name", ctypes.c_char * 16), ("ifindex_to_netns_ino", ctypes.c_uint64 * 3), ("btf_id", ctypes.c_uint32),
+        ("btf_key", ctypes.c_uint32), ("btf_value", ctypes.c_uint32),
+    ]  # fmt: skip
+
+
+class BtfInfo(ctypes.Structure):
+    """The beginning of struct bpf_btf_info, linux/bpf.h."""
+
+    _fields_ = [("btf", ctypes.c_uint64), ("btf_size", ctypes.c_uint32), ("id", ctypes.c_uint32)]
+
+
 class LinkInfo(ctypes.Structure):
     """struct bpf_link_info, linux/bpf.h, of a link to a device."""
 
@@ -565,11 +610,58 @@ class LinkOptions(ctypes.Structure):
     _fields_ = [("sz", ctypes.c_size_t), ("flags", ctypes.c_uint32), ("unused", ctypes.c_uint32)]
 
 
-def program_info(fd: int) -> ProgInfo:
-    """Return the kernel's information about a loaded program. Raises OSError."""
-    info = ProgInfo()
+Info = TypeVar("Info", bound=ctypes.Structure)
+
+
+def object_info(fd: int, info: Info) -> Info:
+    """Fill in the kernel's information about a BPF object, and return it. Raises OSError."""
     bpf_call("bpf_obj_get_info", fd, ctypes.byref(info), ctypes.byref(ctypes.c_uint32(ctypes.sizeof(info))))
     return info
+
+
+def program_info(fd: int) -> ProgInfo:
+    """Return the kernel's information about a loaded program. Raises OSError."""
+    return object_info(fd, ProgInfo())
+
+
+def map_info(fd: int) -> MapInfo:
+    """Return the kernel's information about a map. Raises OSError."""
+    return object_info(fd, MapInfo())
+
+
+def read_btf(btf_id: int) -> bytes:
+    """Return type information (BTF) that the kernel has loaded. Raises OSError."""
+    fd = bpf_call("bpf_btf_get_fd_by_id", btf_id)
+    try:
+        data = ctypes.create_string_buffer(object_info(fd, BtfInfo()).btf_size)
+        object_info(fd, BtfInfo(btf=ctypes.addressof(data), btf_size=len(data)))
+        return data.raw
+    finally:
+        os.close(fd)
+
+
+def load_btf(data: bytes) -> int:
+    """Return the descriptor of type information (BTF) that the kernel loads. Raises Failure."""
+    kept = ctypes.create_string_buffer(data, len(data))
+    try:
+        return bpf(BpfCommand.BTF_LOAD, struct.pack("=QQ4I", ctypes.addressof(kept), 0, len(data), 0, 0, 0))
+    except OSError as err:
+        raise Failure(f"the kernel (Linux {os.uname().release}) takes no BTF: {err.strerror}") from err
+
+
+def load_program(name: str, kind: int, code: bytes, lines: int) -> int:
+    """Return the descriptor of a program with these instructions; kind is enum bpf_prog_type.
+
+    Raises Failure, with so many lines of the verifier's log at most.
+    """
+    messages: list[str] = []
+    try:
+        with captured_stderr(messages):
+            return bpf_call("bcc_prog_load", kind, name.encode(), code, len(code), b"GPL", 0, 0, None, 0)
+    except OSError as err:
+        detail = "\n".join(messages[-1].strip().splitlines()[-lines:])
+        kernel = f"the kernel (Linux {os.uname().release})"
+        raise Failure(f"{kernel} does not take {name}: {err.strerror}", detail=detail) from err
 
 
 def program_name(prog_id: int) -> str:
@@ -595,11 +687,9 @@ def create_link(program: int, target: int, attach_type: int, flags: int = 0) -> 
 
 def link_is_attached(link: int) -> bool:
     """Return whether a BPF link still has its device. root can detach a tcx link (bpftool link detach)."""
-    info = LinkInfo()
-    size = ctypes.c_uint32(ctypes.sizeof(info))
     with contextlib.suppress(OSError):
-        bpf_call("bpf_obj_get_info", link, ctypes.byref(info), ctypes.byref(size))
-    return bool(info.ifindex)
+        return bool(object_info(link, LinkInfo()).ifindex)
+    return False
 
 
 def count_attached(ifindex: int, attach_type: int) -> int:
@@ -836,9 +926,11 @@ def require_machine(config: Config) -> None:
 
 C_FILE = os.path.join(HERE, "elfprobe.c")
 CACHE = "/var/cache/elfprobe"
-CACHE_FILES_MAX = 64  # of 60 to 200 KB
-CACHE_FILE_MAX = 1 << 22  # bytes
 LD_IMM64, MAP_FD = 0x18, 1  # linux/bpf.h: BPF_LD | BPF_DW | BPF_IMM, BPF_PSEUDO_MAP_FD
+PARAMETER_MARK = 0xE1F0BE0000000000  # as in elfprobe.c
+PARAMETERS = "INTERVAL_NS", "MAX_RATE", "WAKE_EVERY"  # by their numbers in elfprobe.c
+PER_CPU_MAPS = 5, 6, 10, 21  # enum bpf_map_type, linux/bpf.h: hash, array, lru_hash, cgroup_storage
+BPF_MAP_TYPE_QUEUE, BPF_MAP_TYPE_STACK = 22, 23
 BATCH = 4096  # entries of a map that are read at once
 EVENTS_AT_ONCE = 1 << 15  # libbpf goes on for as long as more events come than are handled
 EVENT_PERF_PAGES = 64  # of each CPU's perf buffer, if there are no ring buffers
@@ -897,15 +989,11 @@ class Build:
 
 def build_flags(config: Config, build: Build, platform: Platform) -> dict[str, str]:
     """Return the -D flags of elfprobe.c."""
-    waiting = config.max_rate * (UNANSWERED_AFTER + 1)
-    pages = power_of_two(max(config.max_rate * RING_HOLDS * RESULT_BYTES / PAGE, RING_PAGES_MIN))
     return {
         "FRAME": str(int(build.frame)),
         "TUNNEL": str(TUNNELS[config.encapsulation]),
         "NOTRUNC": str(int(config.notrunc)),
         "RATE_GLOBAL": str(int(config.rate_global)),
-        "INTERVAL_NS": f"{config.probeint * 1000000}ULL",
-        "MAX_RATE": f"{config.max_rate}ULL",
         "INGRESS_DROP": str(int(config.ingress == "drop")),
         "INGRESS_TC": str(int(build.ingress_tc)),
         "TCX": str(int(build.tcx)),
@@ -921,15 +1009,31 @@ def build_flags(config: Config, build: Build, platform: Platform) -> dict[str, s
         "TICK_NS": f"{platform.tick}ULL",
         "BY_OWNER": str(int(build.by_owner)),
         "BY_APP": str(int(build.by_owner and bool(config.apps))),
-        "DESTINATIONS_MAX": str(DESTINATIONS_MAX),
-        "FLOW_DESTINATIONS_MAX": str(FLOW_DESTINATIONS_MAX if build.by_owner else 1),
-        "IN_FLIGHT_MAX": str(power_of_two(min(max(waiting, 1024), IN_FLIGHT_MAX))),
-        "PARTIAL_CHECKSUMS_MAX": str(power_of_two(min(max(waiting, 1024), PARTIAL_CHECKSUMS_MAX))),
         "OLD_MAPS": str(int(not platform.has_ring_buffer)),
         "PREEMPTIBLE": str(int(platform.is_preemptible)),
-        "RESULTS_PAGES": str(pages),
-        "WAKE_EVERY": str(max(pages * PAGE // RESULT_BYTES // 4 // (os.cpu_count() or 1), 1)),
     }
+
+
+def map_sizes(config: Config, build: Build, platform: Platform) -> dict[str, int]:
+    """Return the numbers of entries of the maps that elfprobe.c leaves open, for a ring buffer the bytes."""
+    waiting = max(config.max_rate * (UNANSWERED_AFTER + 1), 1024)
+    sizes = {
+        "paths": DESTINATIONS_MAX,
+        "flow_paths": FLOW_DESTINATIONS_MAX if build.by_owner else 1,
+        "in_flight": power_of_two(min(waiting, IN_FLIGHT_MAX)),
+        "partial_checksums": power_of_two(min(waiting, PARTIAL_CHECKSUMS_MAX)),
+    }
+    if platform.has_ring_buffer:
+        sizes["results"] = power_of_two(max(config.max_rate * RING_HOLDS * RESULT_BYTES, RING_PAGES_MIN * PAGE))
+    return sizes
+
+
+def parameters(config: Config, sizes: dict[str, int]) -> dict[str, int]:
+    """Return the values of PARAMETERS."""
+    results = sizes.get("results", RESULT_BYTES) // RESULT_BYTES
+    wake_every = max(results // 4 // (os.cpu_count() or 1), 1)
+    values = config.probeint * 1000000, config.max_rate, wake_every
+    return dict(zip(PARAMETERS, values))
 
 
 def program_types(build: Build) -> dict[str, int]:
@@ -1016,6 +1120,40 @@ def program_text(hooks_file: str) -> str:
 
 
 @contextlib.contextmanager
+def compiled_by_bcc(hooks: str, text: str, flags: list[str]) -> Iterator[ctypes.c_void_p]:
+    """Yield BCC's module with the text compiled. Raises Failure."""
+    messages = [""]
+
+    def failure(_: str) -> Failure:
+        said = messages[-1].strip()
+        if re.search(r":\d+:\d+: (fatal )?error: ", said):
+            return Failure(f"elfprobe.c with hooks '{hooks}' does not compile", detail=said)
+        return Failure(f"the kernel (Linux {os.uname().release}) makes no BPF map: {said}")
+
+    try:
+        with kernel_headers(), bcc_errors(failure), captured_stderr(messages):
+            compiler = bcc.BPF(text=text, cflags=flags)
+    except OSError as err:
+        raise Failure(f"no temporary file can be written: {err.strerror}") from err
+    for line in messages[-1].strip().splitlines():
+        log.warning("compiler: %s", line)
+    try:
+        yield ctypes.c_void_p(compiler.module)
+    finally:
+        compiler.cleanup()
+        atexit.unregister(compiler.cleanup)  # BCC 0.12 would do it again, and fail
+
+
+def map_descriptors(module: ctypes.c_void_p) -> dict[str, int]:
+    """Return the descriptors of a module's maps by name."""
+    count, name_of = bcc.lib.bpf_num_tables, bcc.lib.bpf_table_name  # BCC does not declare their types
+    count.restype, count.argtypes = ctypes.c_size_t, (ctypes.c_void_p,)
+    name_of.restype, name_of.argtypes = ctypes.c_char_p, (ctypes.c_void_p, ctypes.c_size_t)
+    names = [name_of(module, number) for number in range(count(module))]
+    return {name.decode(): bcc.lib.bpf_table_fd(module, name) for name in names}
+
+
+@contextlib.contextmanager
 def bcc_errors(failure: Callable[[str], Failure]) -> Iterator[None]:
     """Raise failure(text) for whatever BCC raises, mostly a bare Exception with this text."""
     try:
@@ -1085,57 +1223,118 @@ class Layout:
         return self._structure.from_buffer_copy(data)
 
 
-class Map:
-    """A BPF map. A key is a number or the bytes of a C struct. A value is BCC's ctypes object for the C type."""
+class MapSpec(NamedTuple):
+    """What a map is: the fields of union bpf_attr that make it (linux/bpf.h), and its C types as BCC tells them."""
 
-    def __init__(self, table: Any, has_batches: bool) -> None:
-        self._table = table
+    kind: int  # enum bpf_map_type
+    key_size: int
+    value_size: int
+    max_entries: int
+    flags: int
+    name: str  # at most 15 characters
+    btf_key: int  # type in the BTF, 0 without
+    btf_value: int
+    key_type: str  # JSON
+    value_type: str
+
+    @classmethod
+    def of(cls, fd: int, key_type: str, value_type: str) -> MapSpec:
+        """Return what this map is."""
+        one = map_info(fd)
+        sizes = one.key_size, one.value_size, one.max_entries, one.map_flags
+        return cls(one.type, *sizes, one.name.decode(), one.btf_key, one.btf_value, key_type, value_type)
+
+    def create(self, btf: int) -> int:
+        """Return the descriptor of a new map of this kind. btf: descriptor of its BTF. Raises Failure."""
+        with_btf = (btf, self.btf_key, self.btf_value) if self.btf_value else (0, 0, 0)
+        name = self.name.encode()
+        sizes = self.kind, self.key_size, self.value_size, self.max_entries, self.flags
+        try:
+            return bpf(BpfCommand.MAP_CREATE, struct.pack("=7I16s4I", *sizes, 0, 0, name, 0, *with_btf))
+        except OSError as err:
+            raise Failure(f"the kernel (Linux {os.uname().release}) makes no BPF map: {err.strerror}") from err
+
+
+class Map:
+    """A BPF map. A key is a number or the bytes of a C struct. A value is a ctypes object for the C type, or a list
+    of one for each CPU."""
+
+    def __init__(self, fd: int, spec: MapSpec, has_batches: bool) -> None:
+        self.fd = fd
+        self.max_entries = spec.max_entries
+        self.key_type: Any = c_type(spec.key_type) if spec.key_size else None
+        self.value_type = c_type(spec.value_type)
+        self._kind = spec.kind
+        self._key_size, self._value_size = spec.key_size, spec.value_size
+        if spec.kind in PER_CPU_MAPS:
+            self._value_size = len(bcc.utils.get_possible_cpus()) * self._stride
         self._has_batches = has_batches
 
     @property
-    def max_entries(self) -> int:
-        """Return how many entries the map has room for."""
-        room: int = self._table.max_entries
-        return room
+    def _stride(self) -> int:
+        """The bytes of one CPU's value."""
+        return (ctypes.sizeof(self.value_type) + 7) & ~7
 
-    def _key(self, key: Key) -> Any:
-        return self._table.Key(key) if isinstance(key, int) else self._table.Key.from_buffer_copy(key)
+    def _key(self, key: Key) -> bytes:
+        return bytes(self.key_type(key)) if isinstance(key, int) and self.key_type else bytes(key)
+
+    def _value(self, data: bytes) -> Any:
+        """Return the value in these bytes."""
+        if self._kind in PER_CPU_MAPS:
+            return [self.value_type.from_buffer_copy(data, at) for at in range(0, len(data), self._stride)]
+        return self.value_type.from_buffer_copy(data)
+
+    def _raw_value(self, key: bytes | None, function: str = "bpf_lookup_elem") -> bytes:
+        """Return the bytes of a value. Raises OSError, with ENOENT if there is none."""
+        value = ctypes.create_string_buffer(self._value_size)
+        bpf_call(function, self.fd, key, value)
+        return value.raw
 
     def new(self, **fields: Any) -> CStruct:
         """Return a new value for an entry. Fields that are not given are 0."""
-        return self._table.Leaf(**fields)
+        return self.value_type(**fields)
 
     def get(self, key: Key) -> Any:
         """Return the value of an entry, or None if there is no such entry."""
-        return self._table.get(self._key(key))
+        try:
+            return self._value(self._raw_value(self._key(key)))
+        except OSError:
+            return None
 
     def put(self, key: Key, value: Any) -> None:
-        """Write an entry. Raises Failure if the map has no room."""
-        leaf = self._table.Leaf
-        with bcc_errors(Failure):
-            self._table[self._key(key)] = value if isinstance(value, leaf) else leaf(value)
+        """Write an entry: a ctypes object, a number, or for each CPU one. Raises Failure if the map has no room."""
+        each = value if isinstance(value, list) else [value]
+        data = [bytes(one if isinstance(one, self.value_type) else self.value_type(one)) for one in each]
+        if self._kind in PER_CPU_MAPS:
+            data = [one.ljust(self._stride, b"\0") for one in data]
+        try:
+            bpf_call("bpf_update_elem", self.fd, self._key(key), b"".join(data), 0)
+        except OSError as err:
+            raise Failure(f"a BPF map takes no entry: {err.strerror}") from err
 
     def remove(self, key: Key) -> bool:
         """Remove an entry. Return whether there was one."""
         try:
-            pointer = key if isinstance(key, bytes) else ctypes.byref(self._key(key))
-            bpf_call("bpf_delete_elem", self._table.map_fd, pointer)
+            bpf_call("bpf_delete_elem", self.fd, self._key(key))
         except OSError:
             return False
         return True
 
-    def items(self) -> Iterator[tuple[bytes, CStruct]]:
+    def items(self) -> Iterator[tuple[bytes, Any]]:
         """Yield keys and values. Entries that come or go meanwhile may be missing, or come twice."""
         for key, value in self.raw_items():
-            yield key, self._table.Leaf.from_buffer_copy(value)
+            yield key, self._value(value)
 
     def raw_items(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield what items() does, as bytes."""
         return itertools.chain.from_iterable(self.raw_batches())
 
     def raw_batches(self) -> Iterator[list[tuple[bytes, bytes]]]:
-        """Yield raw_items() in lists of at most BATCH: read at once, which is faster, if BCC and the kernel can."""
-        size, value_size = ctypes.sizeof(self._table.Key), ctypes.sizeof(self._table.Leaf)
+        """Yield raw_items() in lists of at most BATCH: read at once, which is faster, if BCC and the kernel can.
+
+        Raises OSError if the map cannot be read.
+        """
+        size, value_size = self._key_size, self._value_size
         keys = ctypes.create_string_buffer(BATCH * size)
         values = ctypes.create_string_buffer(BATCH * value_size)
         place = (ctypes.c_uint32 * (size // 4 + 1))()  # the kernel's position: a number, in a trie a key
@@ -1145,7 +1344,7 @@ class Map:
         while not is_over:
             count = ctypes.c_uint32(BATCH)
             try:
-                bpf_call("bpf_lookup_batch", self._table.map_fd, after, place, keys, values, ctypes.byref(count))
+                bpf_call("bpf_lookup_batch", self.fd, after, place, keys, values, ctypes.byref(count))
             except OSError as err:
                 is_over, error = True, err.errno or 0
                 if error != errno.ENOENT:  # ENOENT: this batch is the last one
@@ -1157,113 +1356,114 @@ class Map:
             )
             yield [(key, value) for (key,), (value,) in pairs]
         if error != errno.ENOENT:  # BCC before 0.19, Linux before 5.6, and maps that cannot be read in batches
-            items = ((bytes(key), bytes(value)) for key, value in self._table.items())
+            items = self._items_one_by_one()
             yield from iter(lambda: list(itertools.islice(items, BATCH)), [])
+
+    def _items_one_by_one(self) -> Iterator[tuple[bytes, bytes]]:
+        key, after = ctypes.create_string_buffer(self._key_size), None
+        while True:
+            try:
+                bpf_call("bpf_get_next_key", self.fd, after, key)
+            except OSError as err:
+                if err.errno == errno.ENOENT:
+                    return
+                raise
+            after = key.raw
+            with contextlib.suppress(FileNotFoundError):  # it has gone
+                yield after, self._raw_value(after)
 
     def plain_items(self) -> Iterator[dict[str, Any]]:
         """Yield entries as JSON can hold them; values of a queue or stack are taken out.
 
         A map that has a value for each CPU yields a list of values. Raises Failure.
         """
-        table, kinds = self._table, bcc.table
-        if isinstance(table, (kinds.RingBuf, kinds.PerfEventArray, kinds.ProgArray)):
-            raise Failure("maps of its type cannot be read")
-        with bcc_errors(Failure):
-            if isinstance(table, kinds.QueueStack):
-                yield from ({"value": plain(value)} for value in table.values())
-            elif "PerCpu" in type(table).__name__:
-                yield from ({"key": plain(key), "value": plain(table[key])} for key in table)
-            else:
-                for key, value in self.raw_items():
-                    pair = table.Key.from_buffer_copy(key), table.Leaf.from_buffer_copy(value)
-                    yield dict(zip(("key", "value"), map(plain, pair)))
+        try:
+            if self._kind in (BPF_MAP_TYPE_QUEUE, BPF_MAP_TYPE_STACK):
+                with contextlib.suppress(FileNotFoundError):
+                    while True:
+                        yield {"value": plain(self._value(self._raw_value(None, "bpf_lookup_and_delete")))}
+            for key, value in self.items() if self.key_type else ():
+                yield {"key": plain(self.key_type.from_buffer_copy(key)), "value": plain(value)}
+        except OSError as err:
+            raise Failure("maps of its type cannot be read") from err
+
+
+def c_type(description: str) -> Any:
+    """Return the ctypes type for a C type, from BCC's description of it (JSON)."""
+    return bcc.BPF._decode_table_type(json.loads(description))
 
 
 class Program(NamedTuple):
-    """Instructions of a program, and the maps that they refer to: number of the instruction -> name of the map."""
+    """Instructions of a program. Those that load the address of a map or a parameter: number -> name."""
 
     code: bytes
-    maps: dict[int, str]
+    links: dict[int, str]
 
     @classmethod
-    def extract(cls, code: bytes, names: dict[int, str]) -> Program:
-        """Return a program from instructions that refer to maps by descriptor. names: descriptor -> name."""
-        found = enumerate(instructions(code))
-        return cls(code, {at: names[one.imm] for at, one in found if one.code == LD_IMM64 and one.src == MAP_FD})
+    def extract(cls, code: bytes, maps: dict[int, str]) -> Program:
+        """Return a program as it was compiled. maps: descriptor -> name."""
+        marks = {PARAMETER_MARK + number: name for number, name in enumerate(PARAMETERS)}
+        found, links = instructions(code), {}
+        for at, one in enumerate(found):
+            if one.code == LD_IMM64:
+                value = one.imm & 0xFFFFFFFF | (found[at + 1].imm & 0xFFFFFFFF) << 32
+                if one.src == MAP_FD:
+                    links[at] = maps[one.imm]
+                elif value in marks:
+                    links[at] = marks[value]
+        return cls(code, links)
 
-    def linked(self, descriptors: dict[str, int]) -> bytes:
-        """Return the instructions, referring to these maps. descriptors: name -> descriptor."""
+    def linked(self, values: dict[str, int]) -> bytes:
+        """Return the instructions with these descriptors of maps, and values of parameters, by name."""
         code = instructions(self.code)
-        for at, name in self.maps.items():
-            code[at].imm = descriptors[name]
+        for at, name in self.links.items():
+            code[at].imm, code[at + 1].imm = values[name], values[name] >> 32
         return bytes(code)
 
 
-class ProgramCache:
-    """Programs that an earlier run has compiled from the same text, in files that only root can write.
+class Compiled(NamedTuple):
+    """elfprobe.c as it was compiled: its programs, its maps, and the BTF of the maps' C types."""
 
-    Compiling takes most of the time of a start. A file's name is a hash of everything that decides about the
-    instructions, so a file is never out of date. If anything is wrong with the cache, elfprobe compiles.
-    """
+    programs: dict[str, Program]
+    maps: dict[str, MapSpec]
+    btf: bytes
 
-    def __init__(self, folder: str, *inputs: object) -> None:
-        self._folder = folder
-        digest = hashlib.sha256(json.dumps(inputs, default=str).encode()).hexdigest()
-        self._path = os.path.join(folder, f"{digest}.json")
+    @classmethod
+    def of(cls, module: Any, names: Iterable[str], fds: dict[str, int]) -> Compiled:
+        """Return what BCC has compiled. fds: descriptors of its maps."""
+        lib = bcc.lib
+        start, size = lib.bpf_function_start, lib.bpf_function_size
+        key_type, value_type = lib.bpf_table_key_desc, lib.bpf_table_leaf_desc
+        by_fd = {fd: name for name, fd in fds.items()}
+        programs = {
+            name: Program.extract(
+                ctypes.string_at(start(module, name.encode()), size(module, name.encode())), by_fd
+            )
+            for name in names
+        }
+        types = {name: (key_type(module, name.encode()), value_type(module, name.encode())) for name in fds}
+        maps = {name: MapSpec.of(fd, *(each.decode() for each in types[name])) for name, fd in fds.items()}
+        btf_ids = [map_info(fd).btf_id for fd in fds.values()]
+        return cls(programs, maps, read_btf(max(btf_ids)) if any(btf_ids) else b"")
 
-    def read(self) -> dict[str, Program]:
-        """Return the programs by name; none if they are not in the cache."""
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON can hold it."""
+        encoded = {name: (base64.b64encode(one.code).decode(), one.links) for name, one in self.programs.items()}
+        return dict(programs=encoded, maps=self.maps, btf=base64.b64encode(self.btf).decode())
+
+    @classmethod
+    def from_json(cls, content: Any) -> Compiled | None:
+        """Return what as_json() has made, None if it is nothing of that kind."""
         try:
-            fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-            with open(fd, encoding="ascii") as file:
-                if not (self._is_ours(os.lstat(self._folder)) and self._is_ours(os.fstat(fd))):
-                    raise OSError(errno.EPERM, "others may read or write it")
-                if os.fstat(fd).st_size > CACHE_FILE_MAX:
-                    raise OSError(errno.EFBIG, "too long")
-                found = json.load(file)
-            os.utime(self._path)
-            return {
-                name: Program(base64.b64decode(code), {int(at): text for at, text in maps.items()})
-                for name, (code, maps) in found.items()
+            programs = {
+                name: Program(base64.b64decode(code), {int(at): text for at, text in links.items()})
+                for name, (code, links) in content["programs"].items()
             }
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as err:
-            log.debug("cache of programs '%s': %s", self._path, err)
-            return {}
-
-    def write(self, programs: dict[str, Program]) -> None:
-        """Write the programs to their file. Keep only the CACHE_FILES_MAX files that were used last."""
-        content = {name: (base64.b64encode(one.code).decode(), one.maps) for name, one in programs.items()}
-        try:
-            os.makedirs(self._folder, 0o700, exist_ok=True)
-            if not self._is_ours(os.lstat(self._folder)):
-                raise OSError(errno.EPERM, "others may read or write the folder")
-            with tempfile.NamedTemporaryFile("w", dir=self._folder, encoding="ascii", delete=False) as file:
-                try:
-                    json.dump(content, file)
-                    file.flush()
-                    os.replace(file.name, self._path)
-                except BaseException:
-                    os.unlink(file.name)
-                    raise
-            files = [entry for entry in os.scandir(self._folder) if entry.is_file(follow_symlinks=False)]
-            files.sort(key=lambda entry: entry.stat(follow_symlinks=False).st_mtime, reverse=True)
-            for entry in files[CACHE_FILES_MAX:]:
-                os.unlink(entry.path)
-        except OSError as err:
-            log.debug("cache of programs '%s': %s", self._path, err)
-
-    def forget(self) -> None:
-        """Remove the programs, because they could not be loaded."""
-        with contextlib.suppress(OSError):
-            os.unlink(self._path)
-
-    @staticmethod
-    def _is_ours(status: os.stat_result) -> bool:
-        """Return whether a file or folder is this user's, and others can neither read nor write it."""
-        kind = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
-        return kind and status.st_uid == os.geteuid() and not status.st_mode & 0o077
+            maps = {name: MapSpec(*fields) for name, fields in content["maps"].items()}
+            return cls(programs, maps, base64.b64decode(content["btf"]))
+        except (ValueError, TypeError, AttributeError, KeyError):
+            log.debug("cache of programs: not what a run has written")
+            return None
 
 
 def instructions(code: bytes) -> ctypes.Array[Instruction]:
@@ -1272,153 +1472,133 @@ def instructions(code: bytes) -> ctypes.Array[Instruction]:
 
 
 class Kernel:
-    """elfprobe.c, compiled by BCC and loaded, until close(): its programs, maps, counters and events.
+    """elfprobe.c, compiled now or kept from an earlier run, and loaded, until close(): programs, maps, events."""
 
-    bpf is BCC's object. Only this class and the tests use it.
-    """
-
-    def __init__(self, config: Config, build: Build, platform: Platform, with_warnings: bool = False) -> None:
-        """Compile and load. Raises Failure."""
+    def __init__(
+        self,
+        config: Config,
+        build: Build,
+        platform: Platform,
+        with_warnings: bool = False,
+        more_programs: dict[str, int] | None = None,
+    ) -> None:
+        """Compile and load. more_programs of the hooks file: name -> type. Raises Failure."""
+        self._kinds = {**program_types(build), **(more_programs or {})}
         self.platform = platform
+        self.defects = Defects()
+        self._program_fds: dict[str, int] = {}
+        self._map_fds: dict[str, int] = {}
+        self._specs: dict[str, MapSpec] = {}
+        self._maps: dict[str, Map] = {}
+        self.tracepoint_fds: dict[str, int] = {}
+        self._ring: Any = None  # libbpf's ring buffers
+        self._readers: list[int] = []  # BCC's perf buffers
+        self._callbacks: list[Any] = []  # as long as the library may call them
+        self._events_failed = 0
+        self._events_left = 0  # that the call of libbpf which runs may still handle
         flags = [f"-D{name}={value}" for name, value in build_flags(config, build, platform).items()]
         flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"] if with_warnings else ["-w"]
-        kinds, lines = program_types(build), 40 if config.debug else 3
         text = program_text(config.hooks)
-        # Files that the text includes are not part of the cache's key, so a text with an #include is not cached.
-        is_whole = "BCC_KERNEL_SOURCE" not in os.environ and not re.search(r"^\s*#\s*include\b", text, re.M)
-        use_cache = config.cache and is_whole
-        cache = ProgramCache(CACHE, text, flags, bcc.__version__, os.uname()) if use_cache else None
-        programs = cache.read() if cache else {}
-        if cache and programs:
-            try:
-                self.bpf = self._compile(config.hooks, text, [*flags, "-DMAPS_ONLY"])
-                self._load(build, kinds, lines, programs)
-                log.debug("programs that an earlier run compiled are loaded")
-            except Failure as failure:  # compile, so that the messages are those of a run without a cache
-                log.debug("cache of programs: %s", failure)
-                cache.forget()
-                programs = {}
-        if not programs:
-            self.bpf = self._compile(config.hooks, text, flags)
-            self._load(build, kinds, lines, {})
-            if cache:
-                cache.write(self._programs(kinds))
-        self.defects = Defects()
-        self._events_failed = 0
-        self._maps: dict[str, Map] = {}
-        schedules = self.map("schedules")
-        schedules.put(0, schedules.new(salt=config.salt))
-        self._in_flight = self.map("in_flight")
-        probe, key = Layout(self.bpf["in_flight"].Leaf), Layout(self.bpf["in_flight"].Key)
-        self._outstanding = struct.Struct(probe.format + key.format[1:])
-        self.outstanding_names = probe.names + key.names  # of the values that take_expired() returns
-        self._sendtime = self.outstanding_names.index("sendtime")
-        self._events_left = 0  # that the call of libbpf which runs may still handle
-        self.oldest_in_flight = 0  # CLOCK_MONOTONIC, ns
-        self._sockets = bcc.lib.bpf_table_fd(self.bpf.module, b"sockets") if build.by_owner else -1
-
-    def _compile(self, hooks: str, text: str, flags: list[str]) -> Any:
-        """Return BCC's object for the text, compiled. Raises Failure."""
-        messages = [""]
-
-        def failure(_: str) -> Failure:
-            said = messages[-1].strip()
-            if re.search(r":\d+:\d+: (fatal )?error: ", said):
-                return Failure(f"elfprobe.c with hooks '{hooks}' does not compile", detail=said)
-            return Failure(f"the kernel (Linux {os.uname().release}) makes no BPF map: {said}")
-
         try:
-            with kernel_headers(), bcc_errors(failure), captured_stderr(messages):
-                bpf = bcc.BPF(text=text, cflags=flags)
-        except OSError as err:
-            raise Failure(f"no temporary file can be written: {err.strerror}") from err
-        for line in messages[-1].strip().splitlines():
-            log.warning("compiler: %s", line)
-        return bpf
-
-    def _load(self, build: Build, kinds: dict[str, int], lines: int, programs: dict[str, Program]) -> None:
-        """Load these programs, or if there are none those just compiled. If one fails, close everything.
-
-        Raises Failure, with so many lines of the verifier's log at most.
-        """
-        try:
-            maps = {name: fd for fd, name in self._map_names().items()} if programs else {}
-            for name, kind in kinds.items():
-                with self._refused(name, lines):
-                    if programs:
-                        self._load_code(name, kind, programs[name].linked(maps))
-                    else:
-                        self.bpf.load_func(name, kind)
+            self._load_all(config, build, text, flags)
         except BaseException:
             self.close()
             raise
+        release_library_pages("libbcc|libclang|libLLVM")  # of the compiler, some 80 MB
+        self.map("programs").put(0, self.program("elf_probe"))
+        if build.ingress_tc:
+            self.map("programs").put(1, self.program("elf_ingress"))
+        schedules = self.map("schedules")
+        schedules.put(0, schedules.new(salt=config.salt))
+        self._in_flight = self.map("in_flight")
+        probe, key = Layout(self._in_flight.value_type), Layout(self._in_flight.key_type)
+        self._outstanding = struct.Struct(probe.format + key.format[1:])
+        self.outstanding_names = probe.names + key.names  # of the values that take_expired() returns
+        self._sendtime = self.outstanding_names.index("sendtime")
+        self.oldest_in_flight = 0  # CLOCK_MONOTONIC, ns
+
+    def _load_all(self, config: Config, build: Build, text: str, flags: list[str]) -> None:
+        """Load what an earlier run has kept, or else compile and load. Raises Failure."""
+        # A text with an #include is not kept, because the key of the cache does not depend on that file, nor is one
+        # with maps that are more than their own fields tell.
+        odd = r"^\s*#\s*include\b|_PINNED\b|_SHARED\b|\bBPF_TABLE_PUBLIC\b|_OF_MAPS\b|\bextern\b"
+        use_cache = config.cache and "BCC_KERNEL_SOURCE" not in os.environ and not re.search(odd, text, re.M)
+        cache = Cache(CACHE, text, flags, sorted(self._kinds), bcc.__version__, os.uname()) if use_cache else None
+        kept = cache.read() if cache else None
+        compiled = Compiled.from_json(kept) if kept else None
+        if cache and compiled:
+            try:
+                self._load(config, build, compiled, {})
+                log.debug("programs that an earlier run compiled are loaded")
+                return
+            except Failure as failure:  # compile, so that the messages are those of a run without a cache
+                log.debug("cache of programs: %s", failure)
+                cache.forget()
+                self._close_files()
+        with compiled_by_bcc(config.hooks, text, flags) as module:
+            fds = map_descriptors(module)
+            compiled = Compiled.of(module, self._kinds, fds)
+            self._load(config, build, compiled, fds)
         if self.platform.has_malloc_trim:
             LIBC.malloc_trim(0)  # give back what the compiler used, some 20 MB
-        release_library_pages("libbcc|libclang|libLLVM")  # and the compiler itself, some 80 MB
-        tail_calls = self.bpf["programs"]
-        tail_calls[tail_calls.Key(0)] = tail_calls.Leaf(self.program("elf_probe"))
-        if build.ingress_tc:
-            tail_calls[tail_calls.Key(1)] = tail_calls.Leaf(self.program("elf_ingress"))
+        if cache:
+            cache.write(compiled.as_json())
 
-    @contextlib.contextmanager
-    def _refused(self, name: str, lines: int) -> Iterator[None]:
-        """Raise Failure if the program is not loaded, with so many lines of the verifier's log at most."""
-        messages = [""]
+    def _load(self, config: Config, build: Build, compiled: Compiled, existing: dict[str, int]) -> None:
+        """Make the maps, unless they exist in the right size, and load the programs. Raises Failure."""
+        sizes = map_sizes(config, build, self.platform)
+        btf = load_btf(compiled.btf) if compiled.btf else -1
+        try:
+            for name, spec in compiled.maps.items():
+                sized = spec._replace(max_entries=sizes.get(name, spec.max_entries))
+                has_size = name in existing and name not in sizes
+                self._map_fds[name] = os.dup(existing[name]) if has_size else sized.create(btf)
+                self._specs[name] = sized
+        finally:
+            if btf >= 0:
+                os.close(btf)
+        values = {**self._map_fds, **parameters(config, sizes)}
+        for name, kind in self._kinds.items():
+            try:
+                code = compiled.programs[name].linked(values)
+            except (KeyError, IndexError) as err:
+                raise Failure(f"{name} is not whole") from err
+            self._program_fds[name] = load_program(name, kind, code, 40 if config.debug else 3)
 
-        def failure(text: str) -> Failure:
-            detail = "\n".join(messages[-1].strip().splitlines()[-lines:])
-            kernel = f"the kernel (Linux {os.uname().release})"
-            return Failure(f"{kernel} does not take {name}: {text}", detail=detail)
-
-        with bcc_errors(failure), captured_stderr(messages):
-            yield
-
-    def _load_code(self, name: str, kind: int, code: bytes) -> None:
-        """Load instructions in the way in which BCC loads those that it has compiled."""
-        module, lib = self.bpf.module, bcc.lib
-        terms = lib.bpf_module_license(module), lib.bpf_module_kern_version(module)
-        fd = bpf_call("bcc_prog_load", kind, name.encode(), code, len(code), *terms, 0, None, 0)
-        self.bpf.funcs[name.encode()] = bcc.BPF.Function(self.bpf, name.encode(), fd)
-
-    def _programs(self, names: Iterable[str]) -> dict[str, Program]:
-        """Return the programs of these names, as they were compiled."""
-        module, lib, maps = self.bpf.module, bcc.lib, self._map_names()
-        start, size = lib.bpf_function_start, lib.bpf_function_size
-        return {
-            name: Program.extract(ctypes.string_at(start(module, name.encode()), size(module, name.encode())), maps)
-            for name in names
-        }
-
-    def _map_names(self) -> dict[int, str]:
-        """Return the names of all maps by descriptor."""
-        count, name_of = bcc.lib.bpf_num_tables, bcc.lib.bpf_table_name  # BCC does not declare their types
-        count.restype, count.argtypes = ctypes.c_size_t, (ctypes.c_void_p,)
-        name_of.restype, name_of.argtypes = ctypes.c_char_p, (ctypes.c_void_p, ctypes.c_size_t)
-        module = self.bpf.module
-        names = [name_of(module, number) for number in range(count(module))]
-        return {bcc.lib.bpf_table_fd(module, name): name.decode() for name in names}
+    def _close_files(self) -> None:
+        """Close the programs and maps."""
+        for fds in self.tracepoint_fds, self._program_fds, self._map_fds:
+            for fd in fds.values():
+                os.close(fd)
+            fds.clear()
 
     def close(self) -> None:
-        """Close everything, once. BCC 0.12 would close it again at exit, and fail."""
-        self.bpf.cleanup()
-        atexit.unregister(self.bpf.cleanup)
+        """Close everything, once."""
+        if self._ring:
+            bcc.lib.bpf_free_ringbuf(self._ring)
+        for reader in self._readers:
+            bcc.lib.perf_reader_free(reader)
+        self._ring, self._readers = None, []
+        self._close_files()
 
     # Programs
 
     def program(self, name: str) -> int:
         """Return the descriptor of a program."""
-        fd: int = self.bpf.funcs[name.encode()].fd
-        return fd
+        return self._program_fds[name]
 
     def attach_tracepoint(self, program: str) -> None:
         """Attach a program to its raw tracepoint. Raises Unsupported."""
         name = TRACEPOINTS[program]
-        with bcc_errors(lambda _: Unsupported(f"the raw tracepoint {name}")):
-            self.bpf.attach_raw_tracepoint(tp=name, fn_name=program.encode())
+        try:
+            fd = bpf_call("bpf_attach_raw_tracepoint", self.program(program), name.encode())
+        except OSError as err:
+            raise Unsupported(f"the raw tracepoint {name}") from err
+        self.tracepoint_fds[program] = fd
 
     def detach_tracepoint(self, program: str) -> None:
         """Detach a program from its raw tracepoint."""
-        self.bpf.detach_raw_tracepoint(tp=TRACEPOINTS[program])
+        os.close(self.tracepoint_fds.pop(program))
 
     def missed_events(self) -> int:
         """Return how many events of processes user space has not received.
@@ -1446,27 +1626,27 @@ class Kernel:
 
     def run_times(self) -> Iterator[tuple[str, int, int]]:
         """Yield each program that ran since it was loaded: its name, the number of runs, and ns in all."""
-        for name, function in sorted(self.bpf.funcs.items()):
-            info = program_info(function.fd)
+        for name, fd in sorted(self._program_fds.items()):
+            info = program_info(fd)
             if info.run_cnt:
-                yield name.decode(), info.run_cnt, info.run_time_ns
+                yield name, info.run_cnt, info.run_time_ns
 
     # Maps
 
     def map(self, name: str) -> Map:
-        """Return a map of elfprobe.c or of the hooks file. Raises Failure if BCC cannot read its type."""
+        """Return a map of elfprobe.c or of the hooks file. Raises Failure if BCC cannot tell its C types."""
         if name not in self._maps:
             with bcc_errors(Failure):
-                self._maps[name] = Map(self.bpf[name], self.platform.has_batches)
+                self._maps[name] = Map(self._map_fds[name], self._specs[name], self.platform.has_batches)
         return self._maps[name]
 
     def layout(self, name: str) -> Layout:
         """Return the layout of a struct of elfprobe.c that no map holds: a field of struct layouts."""
-        return Layout(self.bpf["layouts"].Leaf).member(name)
+        return Layout(self.map("layouts").value_type).member(name)
 
     def counters(self) -> dict[str, int]:
         """Return the counters of elfprobe.c, each the sum over all CPUs."""
-        per_cpu = self.bpf["counters"][0]
+        per_cpu = self.map("counters").get(0)
         return {name: sum(getattr(cpu, name) for cpu in per_cpu) for name, *_ in per_cpu[0]._fields_}
 
     def renew_lease(self, until: float) -> None:
@@ -1505,7 +1685,9 @@ class Kernel:
         """Return the owner of one of this process's sockets, None if it has none."""
         owner = layout.new()
         try:
-            bpf_call("bpf_lookup_elem", self._sockets, ctypes.byref(ctypes.c_int(fd)), ctypes.byref(owner))
+            bpf_call(
+                "bpf_lookup_elem", self._map_fds["sockets"], ctypes.byref(ctypes.c_int(fd)), ctypes.byref(owner)
+            )
         except OSError:
             return None
         return owner
@@ -1513,13 +1695,15 @@ class Kernel:
     def set_socket_owner(self, fd: int, owner: CStruct) -> None:
         """Make a process the owner of one of this process's sockets. A socket that has gone is ignored."""
         with contextlib.suppress(OSError):
-            bpf_call("bpf_update_elem", self._sockets, ctypes.byref(ctypes.c_int(fd)), ctypes.byref(owner), 0)
+            bpf_call(
+                "bpf_update_elem", self._map_fds["sockets"], ctypes.byref(ctypes.c_int(fd)), ctypes.byref(owner), 0
+            )
 
     def hook_maps(self) -> list[str]:
         """Return the names of the maps that the hooks file defines: all but those of elfprobe.c."""
         # The first argument of a macro, or the fourth if the first one is the type of the map.
         ours = re.findall(r'^BPF_\w+\((?:"\w+", [^,]+, [^,]+, )?(\w+)', read_source(C_FILE, "program"), re.M)
-        return [name for name in self._map_names().values() if name not in ours]
+        return [name for name in self._specs if name not in ours]
 
     # Events
 
@@ -1539,26 +1723,49 @@ class Kernel:
             self._events_left -= 1
             return 0 if self._events_left > 0 else -1  # -1 ends the call of libbpf
 
-        if self.platform.has_ring_buffer:
-            self.bpf[name].open_ring_buffer(receive)
+        fd, lib = self._map_fds[name], bcc.lib
+        if not self.platform.has_ring_buffer:
+            self._open_perf_buffers(fd, receive, pages)
+            return
+        function = RING_CALLBACK(receive)
+        self._callbacks.append(function)
+        if self._ring:
+            bpf_call("bpf_add_ringbuf", self._ring, fd, function, None)
         else:
-            self.bpf[name].open_perf_buffer(receive, page_cnt=pages)
+            self._ring = ctypes.c_void_p(lib.bpf_new_ringbuf(fd, function, None))
+
+    def _open_perf_buffers(self, fd: int, receive: Callable[[Any, int, int], object], pages: int) -> None:
+        """Open the perf buffers of all CPUs that are online."""
+        function = PERF_CALLBACK(receive)
+        self._callbacks.append(function)
+        for cpu in bcc.utils.get_online_cpus():
+            reader = bcc.lib.bpf_open_perf_buffer(function, LOST_CALLBACK(), None, -1, cpu, pages)
+            if not reader:
+                raise Failure(f"the kernel opens no perf buffer: {os.strerror(ctypes.get_errno())}")
+            self._readers.append(reader)
+            index, target = ctypes.c_int(cpu), ctypes.c_int(bcc.lib.perf_reader_fd(reader))
+            bpf_call("bpf_update_elem", fd, ctypes.byref(index), ctypes.byref(target), 0)
+
+    def _poll_perf_buffers(self, milliseconds: int) -> None:
+        """Wait at most so long for events of perf buffers, and handle them."""
+        readers = (ctypes.c_void_p * len(self._readers))(*self._readers)
+        bcc.lib.perf_reader_poll(len(readers), readers, milliseconds)
 
     def take_events(self) -> None:
         """Handle the events that are there, but no more than EVENTS_AT_ONCE of a ring buffer."""
         self._events_left = EVENTS_AT_ONCE
         if self.platform.has_ring_buffer:
-            self.bpf.ring_buffer_consume()
+            bcc.lib.bpf_consume_ringbuf(self._ring)
         else:
-            self.bpf.perf_buffer_poll(0)
+            self._poll_perf_buffers(0)
 
     def wait_for_events(self, seconds: float) -> None:
         """Wait at most so long for enough events, and handle some of them."""
         self._events_left = EVENTS_AT_ONCE
         if self.platform.has_ring_buffer:
-            self.bpf.ring_buffer_poll(int(1000 * seconds))
+            bcc.lib.bpf_poll_ringbuf(self._ring, int(1000 * seconds))
         else:
-            self.bpf.perf_buffer_poll(int(1000 * seconds))
+            self._poll_perf_buffers(int(1000 * seconds))
 
 
 # ---- Attachments: the device, and the programs that are attached to it -------------------------------

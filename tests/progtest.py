@@ -137,8 +137,8 @@ def own_namespace() -> Iterator[None]:
 
 
 class Programs:
-    """elfprobe.c compiled with warnings on and loaded; `config` goes to `elfprobe.Config`, and `platform` changes
-    fields of this machine's `elfprobe.Platform`."""
+    """elfprobe.c loaded, with `with_warnings` always compiled; `config` goes to `elfprobe.Config`, and `platform`
+    changes fields of this machine's `elfprobe.Platform`."""
 
     def __init__(
         self,
@@ -147,6 +147,8 @@ class Programs:
         ingress_tc: bool = True,
         tcx: bool = True,
         has_routes: bool = False,
+        with_warnings: bool = False,
+        more_programs: dict[str, int] | None = None,
         platform: dict[str, Any] | None = None,
         **config: Any,
     ) -> None:
@@ -155,10 +157,8 @@ class Programs:
         if not has_routes:  # everything is on-link at the loopback device
             changes['routes'] = elfprobe.RouteOffsets()
         self.platform = dataclasses.replace(elfprobe.Platform.detect(), **changes)
-        self.kernel = elfprobe.Kernel(
-            elfprobe.Config('none', cache=False, **config), build, self.platform, with_warnings=True
-        )
-        self.bpf = self.kernel.bpf
+        options = elfprobe.Config('none', cache=not with_warnings, **config)
+        self.kernel = elfprobe.Kernel(options, build, self.platform, with_warnings, more_programs)
         self.results = elfprobe.Results(self.kernel, Summary())
         self._verdicts = {XDP_DROP: DROP, XDP_PASS: PASS}
         if ingress_tc:
@@ -166,7 +166,7 @@ class Programs:
         self._destinations = elfprobe.Destinations(self.kernel)
         self._out = ctypes.create_string_buffer(FRAME_MAX)
         self._stack = ExitStack()
-        self._stack.callback(self.bpf.cleanup)
+        self._stack.callback(self.kernel.close)
 
     def __enter__(self) -> Programs:
         return self
@@ -199,7 +199,7 @@ class Programs:
         if context is not None:
             options.ctx_in = options.ctx_out = ctypes.addressof(context)
             options.ctx_size_in = options.ctx_size_out = ctypes.sizeof(context)
-        program = self.bpf.funcs[name.encode()].fd
+        program = self.kernel.program(name)
         if LIBBCC.bpf_prog_test_run_opts(program, ctypes.byref(options)) < 0:
             raise OSError(ctypes.get_errno(), f'{name} was not run')
         return options
@@ -210,7 +210,7 @@ class Programs:
         has a packet leave, which must not change it, and gives what left besides: the probe, if any."""
         with ExitStack() as stack:
             ipr = stack.enter_context(pyroute2.IPRoute())
-            egress = self.bpf.funcs[b'elf_egress'].fd
+            egress = self.kernel.program('elf_egress')
             stack.enter_context(elfprobe.TcxAttachment(ipr, LOOPBACK, egress, elfprobe.BPF_TCX_EGRESS))
             wire = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
             wire.bind((LOOPBACK.name, ETH_P_ALL))
@@ -228,14 +228,21 @@ class Programs:
         """Forgets everything that was seen, but lets probes be made."""
         self.rows()
         for name in 'paths', 'in_flight', 'partial_checksums', 'schedules', 'counters':
-            self.bpf[name].clear()
+            self.empty(name)
         self.set_reservation()
         self.set_alive_until(1 << 63)
 
+    def empty(self, name: str) -> None:
+        """Remove a map's entries; those of an array become 0."""
+        table = self.kernel.map(name)
+        for key in [key for key, _ in table.raw_items()]:
+            if not table.remove(key):
+                cpus = len(bcc.utils.get_possible_cpus())
+                table.put(key, [table.new()] * cpus if name == 'counters' else table.new())
+
     def set_alive_until(self, when: int) -> None:
         """The time (CLOCK_MONOTONIC, ns) after which no more probes are made."""
-        table = self.bpf['alive_until']
-        table[table.Key(0)] = table.Leaf(when)
+        self.kernel.map('alive_until').put(0, when)
 
     def set_reservation(self, **fields: int) -> None:
         """What elf_probe finds, on whichever CPU it runs, and with PREEMPT_RT in whichever task.
@@ -243,13 +250,14 @@ class Programs:
         Unless `form` is given, the probe has its usual one.
         """
         if self.platform.is_preemptible:
-            self.bpf['task_scratch'].clear()
-        table = self.bpf['cpu_scratch']
-        per_cpu = table.Leaf()
+            self.empty('task_scratch')
+        table = self.kernel.map('cpu_scratch')
+        per_cpu = table.get(0)
         for scratch in per_cpu:
+            ctypes.memset(ctypes.addressof(scratch), 0, ctypes.sizeof(scratch))
             for name, value in {'form': USUAL, **fields}.items():
                 setattr(scratch.reservation, name, value)
-        table[table.Key(0)] = per_cpu
+        table.put(0, per_cpu)
 
     def follow(self, address: str, hops: dict[int, dict[str, int]] | None = None, **fields: int) -> None:
         """Make an address a target with this state of its path; `hops` by number."""
@@ -264,20 +272,18 @@ class Programs:
 
         Unless `proven` is given, all hops are if the length is, and else those up to the farthest that answers.
         """
-        path = self.bpf['paths'].Leaf()
+        path = self.kernel.map('paths').new()
         fields.setdefault('proven', MAX_HOPS if fields.get('length') else fields.get('last_responsive', 0))
         for name, value in fields.items():
             set_field(path, name, value)
         return path
 
     def set_path(self, address: str, path: Any) -> None:
-        table = self.bpf['paths']
-        table[table.Key.from_buffer_copy(pack_address(address))] = path
+        self.kernel.map('paths').put(pack_address(address), path)
 
     def path(self, address: str) -> Any:
         """struct path of an address."""
-        table = self.bpf['paths']
-        return table[table.Key.from_buffer_copy(pack_address(address))]
+        return self.kernel.map('paths').get(pack_address(address))
 
     def open_foreign_flow(self, frame: Any) -> None:
         """Have the TCP flow of a frame (scapy's) be one whose peer knows it, as none here has a socket."""
@@ -288,12 +294,12 @@ class Programs:
         if not ip or not layer or layer.name != 'TCP':
             return
         tcp = layer
-        table = self.bpf['foreign_flows']
-        key, numbers = table.Key(), (tcp.seq, (tcp.ack - 1) % 2**32, tcp.seq, tcp.ack)
+        table = self.kernel.map('foreign_flows')
+        key, numbers = table.key_type(), (tcp.seq, (tcp.ack - 1) % 2**32, tcp.seq, tcp.ack)
         key.sport, key.dport = socket.htons(tcp.sport), socket.htons(tcp.dport)
         for field, address in ('source', ip.src), ('dest', ip.dst):
             ctypes.memmove(ctypes.addressof(key) + getattr(type(key), field).offset, pack_address(address), 16)
-        table[key] = table.Leaf(*numbers, 1)
+        table.put(bytes(key), table.value_type(*numbers, 1))
 
     def put_in_flight(self, flight: Flight, cwnd: int = 0) -> None:
         """cwnd: the congestion window, if the probe's socket is on this machine and TCP's."""
@@ -301,8 +307,8 @@ class Programs:
 
     def putter(self, flight: Flight, flags: int = BPF_NOEXIST, cwnd: int = 0) -> Callable[[], None]:
         """A function that puts it in flight, often and fast; FileExistsError if it is already."""
-        table = self.bpf['in_flight']
-        key, probe = table.Key(), table.Leaf()
+        table = self.kernel.map('in_flight')
+        key, probe = table.key_type(), table.new()
         fields = flight._replace(sport=socket.htons(flight.sport), dport=socket.htons(flight.dport))
         for name, value in fields._asdict().items():
             if name != 'dest':
@@ -311,12 +317,13 @@ class Programs:
         probe.tcp.cwnd = cwnd
 
         def put() -> None:
-            if bcc.lib.bpf_update_elem(table.map_fd, ctypes.byref(key), ctypes.byref(probe), flags):
+            if bcc.lib.bpf_update_elem(table.fd, ctypes.byref(key), ctypes.byref(probe), flags):
                 raise OSError(ctypes.get_errno(), f'{flight} was not put in flight')
 
         return put
 
     def in_flight(self) -> list[Flight]:
+        table = self.kernel.map('in_flight')
         return [
             Flight(
                 address_text(bytes(key.dest)),
@@ -330,13 +337,12 @@ class Programs:
                 probe.outipid,
                 probe.sendtime,
             )
-            for key, probe in self.bpf['in_flight'].items()
+            for key, probe in ((table.key_type.from_buffer_copy(key), probe) for key, probe in table.items())
         ]
 
     def counters(self) -> dict[str, int]:
         """Those that are not 0, over all CPUs."""
-        per_cpu = self.bpf['counters'][0]
-        sums = {name: sum(getattr(cpu, name) for cpu in per_cpu) for name, *_ in per_cpu[0]._fields_}
+        sums = self.kernel.counters()
         return {name: value for name, value in sums.items() if value}
 
     def rows(self) -> list[dict[str, str]]:

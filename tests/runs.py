@@ -104,8 +104,8 @@ import itertools
 find, counter = elfprobe.find_task_pid_offset, itertools.count(1)
 def find_and_go(kernel):
     find(kernel)
-    os.close(kernel.bpf.raw_tracepoint_fds[b'sched_wakeup_new'])
-    kernel.bpf.raw_tracepoint_fds[b'sched_wakeup_new'] = os.open(os.devnull, os.O_RDONLY)
+    os.close(kernel.tracepoint_fds['elf_fork'])
+    kernel.tracepoint_fds['elf_fork'] = os.open(os.devnull, os.O_RDONLY)
 elfprobe.find_task_pid_offset = find_and_go
 elfprobe.Kernel.missed_events = lambda self: next(counter)
 """)

@@ -7,12 +7,17 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from lab import Lab, wait_until
 from runs import Run, elfprobe
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from elf.cache import CACHE_FILE_MAX, CACHE_FILES_MAX, Cache
 
 USED = 'programs that an earlier run compiled are loaded'
 
@@ -46,20 +51,17 @@ def compiler_text(pid: int) -> tuple[int, int]:
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize('options', [[], ['-a', 'ping']], ids=['by address', 'by name'])
-def test_second_start_takes_the_programs_of_the_first(lab4, tmp_path, options):
+def test_second_start_takes_the_programs_of_the_first(lab4, tmp_path):
+    options = '-a', 'ping'
     assert USED not in start(lab4, tmp_path, *options).log
     first = {path: path.read_bytes() for path in (tmp_path / 'elfprobe').iterdir()}
     assert len(first) == 1
     assert USED in start(lab4, tmp_path, *options).log
+    assert USED in start(lab4, tmp_path, *options, '-p', '20', '--max-rate', '1000').log  # mere numbers
     assert USED not in start(lab4, tmp_path, *options, '-r', 'g').log
     assert USED not in start(lab4, tmp_path, *options, '--no-cache').log
     assert {path: path.read_bytes() for path in first} == first
     assert len(list((tmp_path / 'elfprobe').iterdir())) == 2
-
-
-def cut(kept: Path) -> None:
-    kept.write_bytes(kept.read_bytes()[:-100])
 
 
 def of_another_form(kept: Path) -> None:
@@ -68,15 +70,64 @@ def of_another_form(kept: Path) -> None:
 
 def refused_by_the_verifier(kept: Path) -> None:
     content = json.loads(kept.read_text())
-    content['elf_egress'][0] = base64.b64encode(bytes(8)).decode()
-    content['elf_egress'][1] = {}
+    content['programs']['elf_egress'] = base64.b64encode(bytes(8)).decode(), {}
     kept.write_text(json.dumps(content))
 
 
 def without_a_program(kept: Path) -> None:
     content = json.loads(kept.read_text())
-    del content['elf_probe']
+    del content['programs']['elf_probe']
     kept.write_text(json.dumps(content))
+
+
+def with_a_map_that_no_kernel_makes(kept: Path) -> None:
+    content = json.loads(kept.read_text())
+    content['maps']['schedules'][1] = 3
+    kept.write_text(json.dumps(content))
+
+
+def with_other_types(kept: Path) -> None:
+    content = json.loads(kept.read_text())
+    content['btf'] = base64.b64encode(bytes(100)).decode()
+    kept.write_text(json.dumps(content))
+
+
+@pytest.fixture(scope='module')
+def filled(lab4, tmp_path_factory):
+    """A folder with the programs of one start."""
+    folder = tmp_path_factory.mktemp('filled')
+    start(lab4, folder)
+    return folder / 'elfprobe'
+
+
+@pytest.mark.parametrize(
+    'spoil',
+    [
+        of_another_form,
+        refused_by_the_verifier,
+        without_a_program,
+        with_a_map_that_no_kernel_makes,
+        with_other_types,
+    ],
+)
+def test_what_is_wrong_in_the_cache_is_not_used(lab4, filled, tmp_path, spoil):
+    shutil.copytree(filled, tmp_path / 'elfprobe')
+    [kept] = (tmp_path / 'elfprobe').iterdir()
+    spoil(kept)
+    run = start(lab4, tmp_path)
+    assert USED not in run.log and 'rror' not in run.log
+
+
+def cut(kept: Path) -> None:
+    kept.write_bytes(kept.read_bytes()[:-3])
+
+
+def empty(kept: Path) -> None:
+    kept.write_bytes(b'')
+
+
+def too_long(kept: Path) -> None:
+    kept.write_text(json.dumps('x' * CACHE_FILE_MAX))
 
 
 def of_another_user(kept: Path) -> None:
@@ -91,6 +142,10 @@ def in_a_folder_that_others_write(kept: Path) -> None:
     kept.parent.chmod(0o777)
 
 
+def in_a_folder_of_another_user(kept: Path) -> None:
+    os.chown(kept.parent, 12345, -1)
+
+
 def elsewhere(kept: Path) -> None:
     kept.rename(kept.parent.parent / 'moved')
     kept.symlink_to(kept.parent.parent / 'moved')
@@ -101,34 +156,40 @@ def a_pipe(kept: Path) -> None:
     os.mkfifo(kept, 0o600)
 
 
-FAULTS = [
-    cut,
-    of_another_form,
-    refused_by_the_verifier,
-    without_a_program,
-    of_another_user,
-    writable_by_others,
-    in_a_folder_that_others_write,
-    elsewhere,
-    a_pipe,
-]
-
-
-@pytest.fixture(scope='module')
-def filled(lab4, tmp_path_factory):
-    """A folder with the programs of one start."""
-    folder = tmp_path_factory.mktemp('filled')
-    start(lab4, folder)
-    return folder / 'elfprobe'
-
-
-@pytest.mark.parametrize('spoil', FAULTS)
-def test_what_is_wrong_in_the_cache_is_not_used(lab4, filled, tmp_path, spoil):
-    shutil.copytree(filled, tmp_path / 'elfprobe')
-    [kept] = (tmp_path / 'elfprobe').iterdir()
+@pytest.mark.parametrize(
+    'spoil',
+    [
+        cut,
+        empty,
+        too_long,
+        of_another_user,
+        writable_by_others,
+        in_a_folder_that_others_write,
+        in_a_folder_of_another_user,
+        elsewhere,
+        a_pipe,
+    ],
+)
+def test_a_file_that_others_may_have_made_is_not_read(tmp_path, spoil):
+    content = {'programs': ['something']}
+    Cache(str(tmp_path / 'kept'), 'inputs').write(content)
+    assert Cache(str(tmp_path / 'kept'), 'inputs').read() == content
+    assert Cache(str(tmp_path / 'kept'), 'others').read() is None
+    [kept] = (tmp_path / 'kept').iterdir()
     spoil(kept)
-    run = start(lab4, tmp_path)
-    assert USED not in run.log and 'rror' not in run.log
+    assert Cache(str(tmp_path / 'kept'), 'inputs').read() is None
+
+
+def test_only_the_files_used_last_stay(tmp_path):
+    for number in range(CACHE_FILES_MAX + 5):
+        Cache(str(tmp_path), number).write(number)
+        if number:  # the first is used all the time
+            assert Cache(str(tmp_path), 0).read() == 0
+        for age, path in enumerate(sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime)):
+            os.utime(path, (age, age))  # times that differ on any file system
+    assert len(list(tmp_path.iterdir())) == CACHE_FILES_MAX
+    assert Cache(str(tmp_path), CACHE_FILES_MAX + 4).read() == CACHE_FILES_MAX + 4
+    assert Cache(str(tmp_path), 1).read() is None
 
 
 def test_messages_are_those_of_a_run_without_a_cache(lab4, tmp_path):

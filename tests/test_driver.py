@@ -1272,20 +1272,30 @@ def test_bad_hooks_file(content: bytes | None, reason: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     'changes, flags',
     [
-        ({}, dict(NOTRUNC='0', RATE_GLOBAL='0', INTERVAL_NS='10000000ULL', MAX_RATE='50000ULL')),
-        ({}, dict(INGRESS_DROP='1', DESTINATIONS_MAX='65536')),
+        ({}, dict(NOTRUNC='0', RATE_GLOBAL='0', INGRESS_DROP='1')),
         (dict(notrunc=True), dict(NOTRUNC='1')),
         (dict(rate_global=True), dict(RATE_GLOBAL='1')),
         (dict(ingress='pass'), dict(INGRESS_DROP='0')),
-        (dict(probeint=0), dict(INTERVAL_NS='0ULL')),
-        (dict(probeint=1000), dict(INTERVAL_NS='1000000000ULL')),
-        (dict(max_rate=1), dict(MAX_RATE='1ULL', IN_FLIGHT_MAX='1024')),
+        (dict(probeint=0, max_rate=1, salt=5), {}),
     ],
 )
 def test_build_flags(changes: dict[str, Any], flags: dict[str, str]) -> None:
-    built = elfprobe.build_flags(Config('none0', **changes), elfprobe.Build(), elfprobe.Platform())
-    assert {name: built[name] for name in flags} == flags
-    waiting = int(built['IN_FLIGHT_MAX'])
+    """Mere numbers are not among them, so that programs are compiled once for all."""
+    usual, built = (
+        elfprobe.build_flags(Config('none0', **options), elfprobe.Build(), elfprobe.Platform())
+        for options in ({}, changes)
+    )
+    assert built == {**usual, **flags}
+
+
+@pytest.mark.parametrize('rate', [1, 50000, 10**6])
+def test_sizes_and_parameters_follow_the_rate(rate: int) -> None:
+    config = Config('none0', max_rate=rate, probeint=20)
+    sizes = elfprobe.map_sizes(config, elfprobe.Build(), elfprobe.Platform(has_ring_buffer=True))
+    waiting = sizes['in_flight']
     assert waiting & (waiting - 1) == 0 and waiting >= 1024
-    assert waiting >= changes.get('max_rate', 50000) * (elfprobe.UNANSWERED_AFTER + elfprobe.RENEW_EVERY)
-    assert 1024 <= int(built['PARTIAL_CHECKSUMS_MAX']) <= waiting
+    assert waiting >= min(rate * (elfprobe.UNANSWERED_AFTER + elfprobe.RENEW_EVERY), elfprobe.IN_FLIGHT_MAX)
+    assert 1024 <= sizes['partial_checksums'] <= waiting
+    values = elfprobe.parameters(config, sizes)
+    assert (values['INTERVAL_NS'], values['MAX_RATE']) == (20 * 10**6, rate)
+    assert 1 <= values['WAKE_EVERY'] < sizes['results'] / elfprobe.RESULT_BYTES

@@ -233,41 +233,25 @@ def load() -> Iterator[Load]:
         yield load
 
 
-FLAGS = list(itertools.product([False, True], repeat=3))
-# Every combination of the flags with every interval; every pair of two of all that is varied.
-BUILDS = [
-    (
-        *flags,
-        probeint,
-        (1, 50000)[(i + j) % 2],
-        (sum(flags) + j) % 2 == 1,
-        (i // 2 + j) % 2 == 1,
-        ((False, False), (False, True), (True, False), (True, True))[(i + j) % 4],
-    )
-    for i, flags in enumerate(FLAGS)
-    for j, probeint in enumerate([0, 10, 1000])
-]
+# Of any two of the seven, every combination of values: each is one of the bits, or two or three of them added.
+BUILDS = [(a, b, c, a ^ b ^ c, a ^ b, b ^ c, a ^ c) for a, b, c in itertools.product([False, True], repeat=3)]
 
 
-@pytest.mark.parametrize('notrunc, rate_global, drop, probeint, max_rate, by_owner, preemptible, hooks', BUILDS)
+@pytest.mark.parametrize('notrunc, rate_global, drop, by_owner, preemptible, ingress_tc, tcx', BUILDS)
 def test_all_builds_load_and_give_no_warning(
     notrunc: bool,
     rate_global: bool,
     drop: bool,
-    probeint: int,
-    max_rate: int,
     by_owner: bool,
     preemptible: bool,
-    hooks: tuple[bool, bool],
+    ingress_tc: bool,
+    tcx: bool,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    ingress_tc, tcx = hooks
     config = dict(
         notrunc=notrunc,
         rate_global=rate_global,
         ingress='drop' if drop else 'pass',
-        probeint=probeint,
-        max_rate=max_rate,
         apps=('ping',) if by_owner else (),
     )
     with caplog.at_level(logging.DEBUG, 'elfprobe'), Programs(
@@ -276,9 +260,10 @@ def test_all_builds_load_and_give_no_warning(
         tcx=tcx,
         has_routes=True,
         platform=dict(is_preemptible=preemptible),
+        with_warnings=True,
         **config,
     ) as programs:
-        assert {b'elf_egress', b'elf_probe', b'elf_ingress'} <= set(programs.bpf.funcs)
+        assert all(programs.kernel.program(name) > 0 for name in ('elf_egress', 'elf_probe', 'elf_ingress'))
     assert not caplog.messages
 
 
@@ -484,7 +469,7 @@ def test_probes_that_cannot_be_told_apart_are_not_sent(
 def test_no_room_in_flight(load: Load, tcx: bool, ended: int) -> None:
     """Where there is a verdict for it, the clone that is given up is no drop."""
     programs = load(max_rate=1, tcx=tcx)
-    room = programs.bpf['in_flight'].max_entries
+    room = programs.kernel.map('in_flight').max_entries
     for seq in range(room + 1):
         programs.set_reservation(seq=seq, ttl=TTL)
         verdict = programs.run('elf_probe', frame(ip(4), datagram())).verdict
@@ -2030,6 +2015,10 @@ def hooked(tmp_path: Any) -> Iterator[Callable[[str], Programs]]:
 Hooked = Callable[[str], Programs]
 
 
+def counts(programs: Programs) -> list[int]:
+    return [count.value for _, count in programs.kernel.map('calls').items()]
+
+
 def test_each_hook_is_called_for_its_packets(hooked: Hooked) -> None:
     programs = hooked(COUNTING_HOOKS)
     programs.set_reservation(seq=SEQ, ttl=TTL)
@@ -2038,11 +2027,11 @@ def test_each_hook_is_called_for_its_packets(hooked: Hooked) -> None:
         layers = [echo(version)], [segment()], [datagram()]
         probes = [programs.run('elf_probe', frame(ip(version), *layer)).frame for layer in layers]
         calls += [1, 1, 1]
-        assert [count.value for count in programs.bpf['calls'].values()][:6] == calls + [0] * (6 - len(calls))
+        assert counts(programs)[:6] == calls + [0] * (6 - len(calls))
         for probe in probes:
             for _ in range(2):  # the second answers nothing: no hook
                 programs.receive(time_exceeded(version, bytes(probe)[14:]))
-    assert [count.value for count in programs.bpf['calls'].values()] == [1] * 6 + [3, 3]
+    assert counts(programs) == [1] * 6 + [3, 3]
 
 
 def test_hook_sees_the_complete_probe_and_others_are_not_needed(hooked: Hooked) -> None:
@@ -2052,10 +2041,9 @@ def test_hook_sees_the_complete_probe_and_others_are_not_needed(hooked: Hooked) 
     with programs.attached() as send:
         probes = [send(frame(ip(version), datagram(), data(500))) for version in (4, 6)]
     assert [len(probe) for probe in probes] == [1, 1]
-    seen = programs.bpf['probes'].pop()
-    assert (seen.length, seen.ttl) == (len(probes[0][0]), 1)
-    with pytest.raises(KeyError):
-        programs.bpf['probes'].pop()
+    seen = programs.kernel.map('probes')
+    assert list(seen.plain_items()) == [{'value': {'length': len(probes[0][0]), 'ttl': 1}}]
+    assert list(seen.plain_items()) == []
 
 
 def test_hook_drops_a_probe_and_only_the_probe(hooked: Hooked) -> None:

@@ -62,7 +62,7 @@ def empty_at_tc(scene: Scene) -> Iterator[None]:
     """Attach an empty program at TC ingress and at TC egress of the client's device."""
     with inside(scene.lab.client), pyroute2.IPRoute() as ipr:
         device = driver.find_device(ipr, scene.lab.client_device)
-        empty = scene.programs.bpf.funcs[b'empty_egress'].fd
+        empty = scene.programs.kernel.program('empty_egress')
         with driver.TcxAttachment(ipr, device, empty, driver.BPF_TCX_INGRESS), driver.TcxAttachment(
             ipr, device, empty, driver.BPF_TCX_EGRESS
         ):
@@ -74,7 +74,7 @@ def empty_at_xdp(scene: Scene) -> Iterator[None]:
     """Attach an empty program at native XDP and at TC egress of the client's device."""
     with inside(scene.lab.client), pyroute2.IPRoute() as ipr:
         device, programs = driver.find_device(ipr, scene.lab.client_device), scene.programs
-        ingress, egress = (programs.bpf.funcs[name].fd for name in (b'empty_ingress', b'empty_egress'))
+        ingress, egress = map(programs.kernel.program, ('empty_ingress', 'empty_egress'))
         with driver.XdpAttachment(ipr, device, ingress, is_native=True, has_links=True), driver.TcxAttachment(
             ipr, device, egress, driver.BPF_TCX_EGRESS
         ):

@@ -43,10 +43,10 @@ def rows(quick: bool) -> Iterator[Figure]:
         assert set(VALUES) <= set(names)
         blank = {name: b'' if text.endswith('s') else 0 for name, text in zip(names, value_codes(layout))}
         template = struct.pack(layout, *({**blank, **VALUES}[name] for name in names))
-        table = programs.bpf['layouts']
-        layouts = table.Leaf()
+        table = programs.kernel.map('layouts')
+        layouts = table.new()
         ctypes.memmove(ctypes.addressof(layouts.result), template, len(template))
-        table[table.Key(0)] = layouts
+        table.put(0, layouts)
         path = Path(directory, 'rows')
         written, _, cpu, took = drained(programs, path, 10**6, 3)
         yield Figure('rows per second, when more come', written / took, '', at_least(600000))

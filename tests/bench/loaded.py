@@ -20,11 +20,9 @@ def load(by_owner: bool = False, ingress_tc: bool = True, **config: Any) -> Prog
     """Load the programs of elfprobe.c and of bench.c. Their maps are empty but for the heartbeat."""
     if by_owner:
         config['apps'] = ('speedtest',)
-    programs = Programs(by_owner, ingress_tc=ingress_tc, hooks=BENCH_C, **config)
-    for name in EGRESS:
-        programs.bpf.load_func(name, bcc.BPF.SCHED_CLS)
-    for name in INGRESS:
-        programs.bpf.load_func(name, bcc.BPF.SCHED_CLS if ingress_tc else bcc.BPF.XDP)
+    more = dict.fromkeys(EGRESS, bcc.BPF.SCHED_CLS)
+    more.update(dict.fromkeys(INGRESS, bcc.BPF.SCHED_CLS if ingress_tc else bcc.BPF.XDP))
+    programs = Programs(by_owner, ingress_tc=ingress_tc, hooks=BENCH_C, more_programs=more, **config)
     programs.clear()
     return programs
 

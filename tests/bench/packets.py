@@ -25,7 +25,7 @@ import struct
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager
-from ctypes import get_errno, string_at
+from ctypes import get_errno
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
@@ -51,8 +51,7 @@ BPF_STATS_RUN_TIME = 0  # linux/bpf.h
 
 def put(programs: Programs, array: str, program: str) -> None:
     """Have tail calls of `array` go to this program."""
-    table = programs.bpf[array]
-    table[table.Key(0)] = table.Leaf(programs.bpf.funcs[program.encode()].fd)
+    programs.kernel.map(array).put(0, programs.kernel.program(program))
 
 
 DATAGRAM, SEGMENT = UDP(sport=40112, dport=443), TCP(sport=40112, dport=443, flags='A')
@@ -138,9 +137,9 @@ def cycle(
 ) -> tuple[float, float]:
     """ns per packet of an empty program and ours."""
     chosen = chance.choices(addresses, k=FLOWS) * (ALL // FLOWS) if in_cache else chance.sample(addresses, ALL)
-    others = programs.bpf['others']
+    others = programs.kernel.map('others')
     for turn, address in enumerate(chosen):
-        others[others.Key(turn)] = others.Leaf(socket.htonl(address))
+        others.put(turn, socket.htonl(address))
 
     def took(program: str) -> float:
         put(programs, way, f'{program}_{way}')
@@ -175,11 +174,7 @@ def in_traffic(quick: bool) -> Iterator[Figure]:
     with traffic_lab() as (lab, ipr, device), load(probeint=0, rate_global=True, max_rate=10**6) as programs:
         samples: list[tuple[int, int]] = []
 
-        def hear(_context: Any, data: int, size: int) -> int:
-            samples.append(struct.unpack('=II', string_at(data, 8)))
-            return 0
-
-        programs.bpf['samples'].open_ring_buffer(hear)
+        programs.kernel.on_event('samples', lambda data: samples.append(struct.unpack('=II', data[:8])))
 
         def median(traffic: Traffic, program: str) -> float:
             put(programs, 'egress', program)
@@ -204,7 +199,7 @@ def in_traffic(quick: bool) -> Iterator[Figure]:
                 yield Figure(name, elf - clone, 'ns', goal, clone)
 
         def mean(program: str) -> float:
-            fd = programs.bpf.funcs[program.encode()].fd
+            fd = programs.kernel.program(program)
             programs.clear()
             programs.follow(lab.server_address(4), length=5)
             with elfprobe.TcxAttachment(ipr, device, fd, elfprobe.BPF_TCX_INGRESS):
@@ -214,7 +209,7 @@ def in_traffic(quick: bool) -> Iterator[Figure]:
                 raise CommandFailed(f'only {replies} of {runs} packets were replies')
             return took / runs
 
-        egress = programs.bpf.funcs[b'elf_egress'].fd
+        egress = programs.kernel.program('elf_egress')
         with run_statistics(), elfprobe.TcxAttachment(ipr, device, egress, elfprobe.BPF_TCX_EGRESS):
             empty, elf = least(rounds, partial(mean, 'empty_ingress'), partial(mean, 'elf_ingress'))
         yield Figure('a reply, its row included', elf - empty, 'ns', floor=empty)
@@ -238,7 +233,7 @@ def by_owner_in_traffic(quick: bool) -> Iterator[Figure]:
                     programs.follow(lab.server_address(4), length=5)
 
                 def mean(options: tuple[str, ...], program: str, programs: Programs = programs) -> float:
-                    fd = programs.bpf.funcs[program.encode()].fd
+                    fd = programs.kernel.program(program)
                     with elfprobe.TcxAttachment(ipr, device, fd, elfprobe.BPF_TCX_EGRESS):
                         took, runs = run_time(fd, partial(transfer, lab, *options, program=str(speedtest)))
                     return took / runs
@@ -282,15 +277,15 @@ def two_filters(ipr: Any, device: Any, programs: Programs) -> Iterator[None]:
     """begin_egress and, behind it, end_egress."""
     ipr.tc('add', 'clsact', device.ifindex)
     try:
-        for prio, name in enumerate((b'begin_egress', b'end_egress'), 1):
+        for prio, name in enumerate(('begin_egress', 'end_egress'), 1):
             ipr.tc(
                 'add-filter',
                 'bpf',
                 device.ifindex,
                 handle=1,
                 prio=prio,
-                fd=programs.bpf.funcs[name].fd,
-                name=name.decode(),
+                fd=programs.kernel.program(name),
+                name=name,
                 parent=elfprobe.CLSACT_EGRESS,
                 protocol=elfprobe.ETH_P_ALL,
                 direct_action=True,
