@@ -151,10 +151,20 @@ def lines(text: str, *words: str) -> list[str]:
 NAMES = 'SIGINT', 'SIGHUP', 'SIGTERM'
 
 
+def pending_signals(pid: int) -> int:
+    """Return the set of signals that wait for a process, none if it has ended."""
+    found = re.search(r'^ShdPnd:\s*(\w+)', Path(f'/proc/{pid}/status').read_text(), re.M)
+    return int(found[1], 16) if found else 0
+
+
 def test_signals_are_the_commands(client: Host, tmp_path: Path) -> None:
-    """Each comes once: one that is sent to elfprobe, and one that the terminal sends to both."""
+    """Each comes once: one that is sent to elfprobe, and one that the terminal sends to both.
+
+    A signal that is sent while elfprobe has not taken the one before would be lost, so the test waits for that.
+    """
     terminal = Terminal(client, *command('-l', '--', sys.executable, '-c', SIGNALLED), cwd=tmp_path)
     wait_until(lambda: lines(terminal.said, 'ready'), 20, 'the command runs')
+    pid = terminal.process.pid
     expected = []
     for send, name in (
         (lambda: terminal.type(b'\x03'), 'SIGINT'),
@@ -166,6 +176,7 @@ def test_signals_are_the_commands(client: Host, tmp_path: Path) -> None:
         send()
         expected.append(name)
         wait_until(lambda: len(lines(terminal.said, *NAMES)) >= len(expected), 10, f'{name} arrives')
+        wait_until(lambda: not pending_signals(pid), 10, f'elfprobe takes {name}')
     assert terminal.process.wait(20) == 3
     assert lines(terminal.said, *NAMES) == expected
     assert 'has ended with exit status 0' in (tmp_path / 'elf.log').read_text()
