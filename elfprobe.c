@@ -432,10 +432,11 @@ struct scratch {
 	__u32 resent;       /* the carrier is a retransmission */
 	__u32 unfit;        /* reason why the packet carries no probe, although its flow is looked at; 0: none */
 	/* In elf_probe: */
-	struct udp_partial partial;
 	__u8 sum_buffer[SUM_CHUNK + 4];
 	/* In elf_ingress: */
 	struct extended_result result;
+	/* In both: */
+	struct udp_partial partial;
 	/* While headers are parsed: */
 	__u32 parsed_len;
 };
@@ -1252,12 +1253,16 @@ static inline void probe_cancelled(struct path *path, __u32 nr, __u64 reserved)
 }
 
 /* Return the length of the path of a packet that arrived with this TTL, as the TTL that would reach its sender. The
- * packet probably left with one of the usual values. */
+ * packet probably left with one of the usual values: 32, 64, 128 or 255. */
 static inline __u32 ttl_distance(__u32 ttl)
 {
-	__u32 initial = ttl <= 32 ? 32 : ttl <= 64 ? 64 : ttl <= 128 ? 128 : 255;
+	__u32 below =
+		(ttl - 1) | 31; /* then 31, 63, 127 or 255. Without a branch, the verifier has less to follow. */
 
-	return initial - ttl + 1;
+	below |= below >> 1;
+	below |= below >> 2;
+	below |= below >> 4;
+	return (below & 0xff) - (below >> 7 & 1) + 1 - ttl + 1;
 }
 
 /* The length has changed (0: it is unknown now). Forget what we learnt about the last hop. */
@@ -2237,23 +2242,23 @@ static inline int parse_probe_key(const struct hdr_cursor *nh, const struct pack
 /* The length field of a guarded UDP probe is too large by this. */
 #define UDP_EXCESS 0x4000
 
-/* Copy the first bytes of a UDP payload, with zeros behind its end. Return -1 if the packet is cut before. */
+/* Copy the first whole words of a UDP payload, and zeros behind. Return -1 if the packet is cut before. */
 static inline int parse_udp_head(const struct hdr_cursor *nh, __u8 *head)
 {
 	struct udphdr *udp = nh->pos;
-	__u8 *payload = (__u8 *)(udp + 1);
-	__u32 i, len;
+	__u32 *payload = (__u32 *)(udp + 1);
+	__u32 i, words;
 
 	if ((void *)payload > nh->end)
 		return -1;
-	len = (bpf_ntohs(udp->len) & (UDP_EXCESS - 1)) - sizeof(*udp);
+	words = ((bpf_ntohs(udp->len) & (UDP_EXCESS - 1)) - sizeof(*udp)) / sizeof(*payload);
 	__builtin_memset(head, 0, UDP_HEAD_LEN);
 #pragma unroll
-	for (i = 0; i < UDP_HEAD_LEN; i++) {
-		if (i < len) {
+	for (i = 0; i < UDP_HEAD_LEN / sizeof(*payload); i++) {
+		if (i < words) {
 			if ((void *)(payload + i + 1) > nh->end)
 				return -1;
-			head[i] = payload[i];
+			((__u32 *)head)[i] = payload[i];
 		}
 	}
 	return 0;
@@ -2987,21 +2992,24 @@ static inline int look_at_flow(struct __sk_buff *skb, const struct packet *pkt, 
 	};
 	int may_carry, can_stall = had_carrier(progress->since);
 	struct schedule *all = lookup_schedule();
+	__u32 kind = 0;
 
 	if (!all)
 		return NOT_SENT;
 	bpf_spin_lock(&all->lock);
 	may_carry = flow_looked(path, progress, &look, can_stall, now);
 	bpf_spin_unlock(&all->lock);
-	if (path->excluded)
-		report_flow(skb, pkt, tcp, DESTINATION_EXCLUDED);
-	if (progress->reported && !progress->stalled_at) {
+	if (path->excluded) {
+		kind = DESTINATION_EXCLUDED;
+	} else if (progress->reported && !progress->stalled_at) {
 		progress->reported = 0;
-		report_flow(skb, pkt, tcp, FLOW_RESUMED);
+		kind = FLOW_RESUMED;
 	} else if (!progress->reported && progress->stalled_at && now - progress->since > STALL_REPORTED) {
 		progress->reported = 1;
-		report_flow(skb, pkt, tcp, FLOW_STALLED);
+		kind = FLOW_STALLED;
 	}
+	if (kind)
+		report_flow(skb, pkt, tcp, kind);
 	return may_carry ? 0 : REASON(flow_stalled);
 }
 
@@ -3262,9 +3270,9 @@ int elf_egress(struct __sk_buff *skb)
 #define ICMP_ERROR_LEN 2560
 
 /* Return the probe in flight whose first bytes are at the cursor, and its key; 0 for none. */
-static inline struct probe *find_probe(struct hdr_cursor *nh, const struct packet *quote, struct probe_key *key)
+static inline struct probe *find_probe(struct hdr_cursor *nh, const struct packet *quote, struct probe_key *key,
+				       struct udp_partial *partial)
 {
-	struct udp_partial partial = {};
 	struct probe *probe;
 	__u32 *ident;
 
@@ -3273,10 +3281,10 @@ static inline struct probe *find_probe(struct hdr_cursor *nh, const struct packe
 	probe = in_flight.lookup(key);
 	if (probe || quote->protocol != IPPROTO_UDP)
 		return probe;
-	partial.key = *key;
-	if (parse_udp_head(nh, partial.head) < 0)
+	partial->key = *key;
+	if (parse_udp_head(nh, partial->head) < 0)
 		return 0;
-	ident = partial_checksums.lookup(&partial);
+	ident = partial_checksums.lookup(partial);
 	if (!ident)
 		return 0;
 	key->ident = *ident;
@@ -3285,7 +3293,7 @@ static inline struct probe *find_probe(struct hdr_cursor *nh, const struct packe
 
 /* Parse the quoted packet at the cursor. Return the probe in flight that it quotes, and its key; 0 for none. */
 static inline struct probe *match_quote(struct hdr_cursor *nh, const struct packet *outer, struct packet *quote,
-					struct probe_key *key)
+					struct probe_key *key, struct udp_partial *partial)
 {
 	struct probe *probe;
 	__u16 *compensation;
@@ -3294,7 +3302,7 @@ static inline struct probe *match_quote(struct hdr_cursor *nh, const struct pack
 		return 0;
 	if (parse_inner(nh, quote) < 0 || quote->fragment == LATER_FRAGMENT)
 		return 0;
-	probe = find_probe(nh, quote, key);
+	probe = find_probe(nh, quote, key, partial);
 	if (!probe || !probe->compensation)
 		return probe;
 	compensation = nh->pos + sizeof(struct udphdr);
@@ -3377,7 +3385,7 @@ static inline enum answer receive_error(struct xdp_md *ctx, struct hdr_cursor *n
 	if (!scratch)
 		return NO_ANSWER;
 	result = &scratch->result.result;
-	probe = match_quote(nh, outer, &quote, &result->key);
+	probe = match_quote(nh, outer, &quote, &result->key, &scratch->partial);
 	if (!probe)
 		return NO_ANSWER;
 	path = path_to(&result->key.dest);

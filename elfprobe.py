@@ -1245,8 +1245,8 @@ class MapSpec(NamedTuple):
         return cls(one.type, *sizes, one.name.decode(), one.btf_key, one.btf_value, key_type, value_type)
 
     def create(self, btf: int) -> int:
-        """Return the descriptor of a new map of this kind. btf: descriptor of its BTF. Raises Failure."""
-        with_btf = (btf, self.btf_key, self.btf_value) if self.btf_value else (0, 0, 0)
+        """Return the descriptor of a new map of this kind. btf: descriptor of its BTF, or -1. Raises Failure."""
+        with_btf = (btf, self.btf_key, self.btf_value) if self.btf_value and btf >= 0 else (0, 0, 0)
         name = self.name.encode()
         sizes = self.kind, self.key_size, self.value_size, self.max_entries, self.flags
         try:
@@ -1334,15 +1334,15 @@ class Map:
 
         Raises OSError if the map cannot be read.
         """
-        size, value_size = self._key_size, self._value_size
-        keys = ctypes.create_string_buffer(BATCH * size)
-        values = ctypes.create_string_buffer(BATCH * value_size)
+        size, value_size, batch = self._key_size, self._value_size, min(BATCH, self.max_entries)
+        keys = ctypes.create_string_buffer(batch * size)
+        values = ctypes.create_string_buffer(batch * value_size)
         place = (ctypes.c_uint32 * (size // 4 + 1))()  # the kernel's position: a number, in a trie a key
         after = None
         is_over = not self._has_batches
         error = errno.ENOTSUP
         while not is_over:
-            count = ctypes.c_uint32(BATCH)
+            count = ctypes.c_uint32(batch)
             try:
                 bpf_call("bpf_lookup_batch", self.fd, after, place, keys, values, ctypes.byref(count))
             except OSError as err:
@@ -1422,7 +1422,7 @@ class Program(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """elfprobe.c as it was compiled: its programs, its maps, and the BTF of the maps' C types."""
+    """elfprobe.c as it was compiled: its programs, its maps, and the BTF of the maps' C types if that can be read."""
 
     programs: dict[str, Program]
     maps: dict[str, MapSpec]
@@ -1443,8 +1443,14 @@ class Compiled(NamedTuple):
         }
         types = {name: (key_type(module, name.encode()), value_type(module, name.encode())) for name in fds}
         maps = {name: MapSpec.of(fd, *(each.decode() for each in types[name])) for name, fd in fds.items()}
-        btf_ids = [map_info(fd).btf_id for fd in fds.values()]
-        return cls(programs, maps, read_btf(max(btf_ids)) if any(btf_ids) else b"")
+        btf = b""
+        with contextlib.suppress(OSError):  # without CAP_SYS_ADMIN
+            btf = read_btf(max(map_info(fd).btf_id for fd in fds.values()))
+        return cls(programs, maps, btf)
+
+    def can_be_kept(self) -> bool:
+        """Return whether the maps can be made again."""
+        return bool(self.btf) or not any(spec.btf_value for spec in self.maps.values())
 
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON can hold it."""
@@ -1541,7 +1547,7 @@ class Kernel:
             self._load(config, build, compiled, fds)
         if self.platform.has_malloc_trim:
             LIBC.malloc_trim(0)  # give back what the compiler used, some 20 MB
-        if cache:
+        if cache and compiled.can_be_kept():
             cache.write(compiled.as_json())
 
     def _load(self, config: Config, build: Build, compiled: Compiled, existing: dict[str, int]) -> None:
