@@ -1422,7 +1422,7 @@ class Program(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """elfprobe.c as it was compiled: its programs, its maps, and the BTF of the maps' C types if that can be read."""
+    """What BCC has made of elfprobe.c: programs, maps, and their BTF (empty if we may not read it)."""
 
     programs: dict[str, Program]
     maps: dict[str, MapSpec]
