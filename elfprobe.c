@@ -1256,9 +1256,9 @@ static inline void probe_cancelled(struct path *path, __u32 nr, __u64 reserved)
  * packet probably left with one of the usual values: 32, 64, 128 or 255. */
 static inline __u32 ttl_distance(__u32 ttl)
 {
-	__u32 below =
-		(ttl - 1) | 31; /* then 31, 63, 127 or 255. Without a branch, the verifier has less to follow. */
+	__u32 below = (ttl - 1) | 31;
 
+	/* Make it 31, 63, 127 or 255. Without a branch, the verifier has less to follow. */
 	below |= below >> 1;
 	below |= below >> 2;
 	below |= below >> 4;
