@@ -401,6 +401,7 @@ struct reservation {
 	__u64 time; /* when it was made */
 	__u64 due;  /* the hop's next due time, as the reservation set it */
 	__u64 kept; /* part of the budget that is kept for other processes, ns */
+	__u32 flow; /* slot of the carrier's flow, see struct turns */
 };
 
 /* Identifies a quoted UDP packet whose partial checksum no device has completed. Packets of a flow that have the
@@ -751,6 +752,7 @@ static inline int wants_card_stamp(struct __sk_buff *skb)
  * choose_hop            last_probed; none   unknown: try one TTL more  unresponsive: is no  unresponsive: next level,
  *                       due: next_due       after STEP_WAIT            last_responsive      due later
  * probe_postponed       last_probed - 1
+ * takes_turn                                                                                turns
  * probe_reserved        next_due, seq + 1,  exploration done                                unanswered + 1, due: its
  *                       last_sent                                                           responder's next turn;
  *                                                                                           early retry: level 0
@@ -832,6 +834,15 @@ enum probe_form {
 /* Unit of waiting: the interval, but 1 ms at least, because INTERVAL_NS may be 0. */
 #define PATIENCE (INTERVAL_NS > NSEC_PER_MSEC ? INTERVAL_NS : NSEC_PER_MSEC)
 
+/* Flows to the same destination take turns at each hop. A flow that had its turn in this round leaves a due probe to
+ * the others for a while: for PATIENCE if fewer flows had a turn than is expected. If packets come in bursts, and so a
+ * probe has just left, it also looks for new flows: for LOOK_WAIT, and as long as it is alone once in so many probes.
+ * Without bursts, a new flow's packet is sometimes the first one after the due time. Then the next round begins. */
+#define FLOW_SLOTS 32 /* flows with the same slot share their turns */
+#define LOOK_EVERY 5  /* a prime number, or it would always be the same hop's turn */
+#define LOOK_WAIT NSEC_PER_MSEC
+#define WAIT_SHIFT 17 /* waiting is measured in units of 2^17 ns, 0.13 ms */
+
 enum backoff_state {
 	BACKING_OFF = 1,   /* bit: no probe until the hop is due, or may be retried early */
 	RETRIED_EARLY = 2, /* bit: the one early retry since the last reply is used up */
@@ -843,12 +854,21 @@ struct backoff {
 	__u8 false_alarms; /* how often the hop answered after a first back-off: packets were lost, no more */
 };
 
+/* Which flows have probed a hop in this round? */
+struct turns {
+	__u32 flows;   /* bits: slots of flows that had their turn */
+	__u16 since;   /* when a due probe began to wait for others, units of waiting; 0: it does not */
+	__u8 taken;    /* number of turns in this round */
+	__u8 expected; /* and in the one before, if no flow has become idle */
+};
+
 struct hop {
 	__u64 due;       /* no probe before this time */
 	__u64 since;     /* when the first of the unanswered probes left, or when the last reply came */
 	__u32 rtt;       /* latency of the last reply, us; 0: never answered */
 	__u8 unanswered; /* number of probes since the last reply */
 	struct backoff backoff;
+	struct turns turns;
 };
 
 struct pacing {
@@ -1188,6 +1208,40 @@ static inline int choose_hop(struct path *path, __u64 now, __u64 ticks)
 static inline void probe_postponed(struct path *path, __u32 nr)
 {
 	path->pacing.last_probed = nr - 1;
+}
+
+/* Does the packet's flow, of this slot, carry the probe to the chosen hop? If not, it is the turn of another one. */
+static inline int takes_turn(struct path *path, __u32 nr, __u64 slot, __u64 now)
+{
+	struct hop *hop = hop_at(path, nr);
+	__u32 own = 1U << slot % FLOW_SLOTS;
+	__u16 clock = now >> WAIT_SHIFT | 1;
+	struct turns *turns;
+	__u64 wait = 0;
+
+	if (!hop)
+		return 1;
+	turns = &hop->turns;
+	if (turns->flows & own) {
+		if (turns->taken < turns->expected)
+			wait = PATIENCE;
+		else if (now - path->pacing.last_sent < LOOK_WAIT &&
+			 (turns->taken > 1 || path->pacing.seq % LOOK_EVERY == 0))
+			wait = LOOK_WAIT;
+		if (INTERVAL_NS && wait) {
+			if (!turns->since)
+				turns->since = clock;
+			if ((__u16)(clock - turns->since) < wait >> WAIT_SHIFT)
+				return 0;
+		}
+		turns->expected = max64(turns->taken, turns->expected - !!turns->expected);
+		turns->taken = 0;
+		turns->flows = 0;
+	}
+	turns->since = 0;
+	turns->flows |= own;
+	turns->taken++;
+	return 1;
 }
 
 /* A probe to the chosen hop is about to be sent. Return the hop's next due time: the next turn that its responder has
@@ -1804,6 +1858,8 @@ static inline int reserve_probe(struct path *path, struct reservation *reservati
 	} else if (ttl != NONE_DUE && all->budget + reservation->kept > now + BUDGET_BURST) {
 		probe_postponed(path, ttl);
 		reason = REASON(over_max_rate);
+	} else if (ttl != NONE_DUE && !takes_turn(path, ttl, reservation->flow, now)) {
+		probe_postponed(path, ttl);
 	} else if (ttl != NONE_DUE) {
 		all->budget = max64(all->budget, now) + BUDGET_COST;
 		reservation->seq = path->pacing.seq;
@@ -2242,11 +2298,11 @@ static inline int parse_probe_key(const struct hdr_cursor *nh, const struct pack
 /* The length field of a guarded UDP probe is too large by this. */
 #define UDP_EXCESS 0x4000
 
-/* Copy the first whole words of a UDP payload, and zeros behind. Return -1 if the packet is cut before. */
+/* Copy the first whole 16-bit words of a UDP payload, and zeros behind. Return -1 if the packet is cut before. */
 static inline int parse_udp_head(const struct hdr_cursor *nh, __u8 *head)
 {
 	struct udphdr *udp = nh->pos;
-	__u32 *payload = (__u32 *)(udp + 1);
+	__u16 *payload = (__u16 *)(udp + 1);
 	__u32 i, words;
 
 	if ((void *)payload > nh->end)
@@ -2258,7 +2314,7 @@ static inline int parse_udp_head(const struct hdr_cursor *nh, __u8 *head)
 		if (i < words) {
 			if ((void *)(payload + i + 1) > nh->end)
 				return -1;
-			((__u32 *)head)[i] = payload[i];
+			((__u16 *)head)[i] = payload[i];
 		}
 	}
 	return 0;
@@ -3150,6 +3206,18 @@ static inline int can_fall_back(const struct packet *pkt)
 	       !is_private(&pkt->daddr);
 }
 
+/* Return the slot of the packet's flow, see struct turns. Ports of clients are often consecutive, or every other one. */
+static inline __u32 flow_slot(const struct hdr_cursor *nh, const struct packet *pkt)
+{
+	__be16 *l4 = nh->pos; /* ports; of ICMP the third is the identifier */
+	__u32 number;
+
+	if ((void *)(l4 + 3) > nh->end)
+		return 0;
+	number = bpf_ntohs(is_icmp(pkt) ? l4[2] : l4[0] ^ l4[1]);
+	return (number >> 1 ^ number >> 6) % FLOW_SLOTS;
+}
+
 /* Time between two checks whether a destination is still on-link. */
 #define ON_LINK_WAIT NSEC_PER_SEC
 
@@ -3205,6 +3273,7 @@ static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	reason = check_flow(skb, nh, pkt, path, scratch, now);
 	if (scratch->unfit || reason)
 		return scratch->unfit ? scratch->unfit : reason;
+	scratch->reservation.flow = flow_slot(nh, pkt);
 	reason = reserve_probe(path, &scratch->reservation, can_fall_back(pkt), now);
 	if (reason)
 		return reason;

@@ -1382,7 +1382,10 @@ class Map:
                 with contextlib.suppress(FileNotFoundError):
                     while True:
                         yield {"value": plain(self._value(self._raw_value(None, "bpf_lookup_and_delete")))}
-            for key, value in self.items() if self.key_type else ():
+                return
+            if not self.key_type:
+                raise Failure("maps of its type cannot be read")
+            for key, value in self.items():
                 yield {"key": plain(self.key_type.from_buffer_copy(key)), "value": plain(value)}
         except OSError as err:
             raise Failure("maps of its type cannot be read") from err

@@ -46,6 +46,7 @@ struct world {
 	__u32 arrived; /* number of fallback probes that reached the destination, since a router answered one */
 	__u32 is_nat;  /* routers from here on get no guarded probes */
 	__u32 can_fall_back;
+	__u32 flows; /* number of flows to the destination */
 	__u64 seed;
 };
 
@@ -115,7 +116,7 @@ static void packet_leaves(struct world *w)
 		fail(w, "beyond MAX_HOPS", ttl);
 	if (p->distance.length && ttl >= p->distance.length && !(is_exploration && ttl == p->distance.length))
 		fail(w, "the destination is probed though its distance is known", ttl);
-	if (!chance(50)) {
+	if (!chance(50) || !takes_turn(p, ttl, 7 * chance(w->flows), w->now)) {
 		probe_postponed(p, ttl);
 		return;
 	}
@@ -212,6 +213,7 @@ static void simulate(__u64 seed)
 	w.speaks = chance(2);
 	w.is_nat = chance(4) ? 0 : 1 + chance(4);
 	w.can_fall_back = chance(2);
+	w.flows = 1 + chance(3);
 	for (i = 0, n = chance(12); i < n; i++) {
 		go_on(&w, w.now + (1 + chance(chance(4) ? 3000 : 60000)) * MSEC, (1 + chance(20)) * MSEC);
 		change(&w);

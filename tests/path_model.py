@@ -38,6 +38,7 @@ typedef unsigned long long __u64;
 EXPORTED = """\
 int exported_choose_hop(struct path *p, __u64 now, __u64 ticks) { return choose_hop(p, now, ticks); }
 void exported_probe_postponed(struct path *p, __u32 nr) { probe_postponed(p, nr); }
+int exported_takes_turn(struct path *p, __u32 nr, __u64 slot, __u64 now) { return takes_turn(p, nr, slot, now); }
 static __u64 queues[RESPONDERS];
 __u64 exported_probe_reserved(struct path *p, __u32 nr, __u64 now, __u64 ticks)
 { return probe_reserved(p, nr, queues, now, ticks); }
@@ -61,6 +62,15 @@ class Backoff(ctypes.Structure):
     _fields_ = [('level', ctypes.c_uint8), ('state', ctypes.c_uint8), ('false_alarms', ctypes.c_uint8)]
 
 
+class Turns(ctypes.Structure):
+    _fields_ = [
+        ('flows', ctypes.c_uint32),
+        ('since', ctypes.c_uint16),
+        ('taken', ctypes.c_uint8),
+        ('expected', ctypes.c_uint8),
+    ]
+
+
 class Hop(ctypes.Structure):
     _fields_ = [
         ('due', ctypes.c_uint64),
@@ -68,6 +78,7 @@ class Hop(ctypes.Structure):
         ('rtt', ctypes.c_uint32),
         ('unanswered', ctypes.c_uint8),
         ('backoff', Backoff),
+        ('turns', Turns),
     ]
 
 
@@ -210,6 +221,7 @@ class PathModel:
         self._arguments = {
             'choose_hop': (u64, u64),
             'probe_postponed': (u32,),
+            'takes_turn': (u32, u64, u64),
             'probe_reserved': (u32, u64, u64),
             'probe_form': (u32, ctypes.c_int, u64),
             'probe_sent': (u32, u32, u64, u64, u64),

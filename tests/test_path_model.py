@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import Any, Dict
 
@@ -356,6 +357,52 @@ def test_one_destination_needs_no_turns() -> None:
             model.hop_replied(path, hop, USUAL, NOW, hop, hop, NOW)
             due = model.probe_reserved(path, hop, NOW, 0)
             assert due - NOW <= (interval * MS or 1000)
+
+
+FLOWS = {  # intervals between the packets of each flow, us; least share of each; probes in 10 s, at least
+    'one': ([100], 1, 3800),
+    'one with few packets': ([10_100], 1, 900),
+    'two alike': ([100, 100], 0.45, 3800),
+    'eight alike': ([100] * 8, 0.11, 3800),
+    'one with more packets': ([20, 100, 100, 100], 0.2, 3800),
+    'one with fewer packets': ([20, 2000], 0.1, 3500),
+    'one with few packets beside one with many': ([20, 50_000], 0, 3800),
+}
+
+
+@pytest.mark.parametrize('rate_global', [False, True], ids=['per hop', 'global'])
+@pytest.mark.parametrize('intervals, share, least', FLOWS.values(), ids=FLOWS)
+def test_flows_take_turns(intervals: list[int], share: float, least: int, rate_global: bool) -> None:
+    """Each is probed, at all hops, and all together are probed as often as one alone."""
+    model = PathModel(interval_ns=10 * MS // (4 if rate_global else 1), rate_global=rate_global)
+    path = new_path(length=5, proven=4)
+    for hop in range(1, 5):
+        model.hop_replied(path, hop, USUAL, NOW, hop, hop, NOW)
+    found: list[Counter[int]] = [Counter() for _ in intervals]
+    chance = random.Random(1)
+    packets = sorted(
+        (NOW + int((number + chance.random()) * interval * 1000), flow)
+        for flow, interval in enumerate(intervals)
+        for number in range(10_000_000 // interval)
+    )
+    for now, flow in packets:
+        if now < path.pacing.next_due:
+            continue
+        hop = model.choose_hop(path, now, 0)
+        if hop > 0 and model.takes_turn(path, hop, flow, now):
+            model.probe_sent(path, hop, USUAL, now, model.probe_reserved(path, hop, now, 0), now)
+            if hop < 5:
+                model.hop_replied(path, hop, USUAL, now, hop, hop, now)
+                found[flow][hop] += 1
+            else:
+                model.destination_reached(path, hop, now)
+        elif hop > 0:
+            model.probe_postponed(path, hop)
+    probes = [sum(hops.values()) for hops in found]
+    assert least <= sum(probes) <= 4004, probes
+    assert min(probes) >= share * sum(probes), probes
+    for hops in found:
+        assert min(hops[hop] for hop in range(1, 5)) >= sum(hops.values()) / 8 - 5, found
 
 
 def test_probe_that_is_cancelled_is_not_held_against_its_hop(model: PathModel) -> None:
