@@ -112,6 +112,7 @@ from elf.rows import row_function
 from elf.summary import Summary
 from elf.usage import (
     Failure,
+    Once,
     Parser,
     missing_packages,
     not_empty,
@@ -285,7 +286,7 @@ class Config:
     """The command line, checked as far as it can be without looking at the machine. Each field is an option."""
 
     interface: str | None = argument(
-        "-i", "--interface", default=None, type=not_empty,
+        "-i", "--interface", default=None, type=not_empty, action=Once,
         help="the device to attach to (default: by which the addresses are reached; for -a, -P and COMMAND that "
         "of the default route)",
     )  # fmt: skip

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any, Iterator, NamedTuple, Sequence, Tuple
 
@@ -236,16 +237,17 @@ class Run:
 def elfprobe(
     lab: Lab, *arguments: str, cwd: Path, host: Host | None = None, via: Sequence[str] | None = None
 ) -> Iterator[Run]:
-    """elfprobe, on the first device of the client or another host, from the moment it is attached.
+    """elfprobe, on the first device of the client or another host (or as -i says), from when it is attached.
 
     `via` is the command that enters the namespace (default: ip netns exec). At exit it is stopped, if
     it still runs; CommandFailed when it then exits other than 0 (3 if it has sent no probe), or when it has
     never been attached.
     """
     host = host or lab.client
+    device = () if '-i' in takewhile('--'.__ne__, arguments) else ('-i', host.device)
     with tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(
-            [*(via or host.command()), sys.executable, str(ELFPROBE), '-i', host.device, *arguments],
+            [*(via or host.command()), sys.executable, str(ELFPROBE), *device, *arguments],
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=stderr,

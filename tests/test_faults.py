@@ -384,6 +384,7 @@ USAGE = {
     'no rate': (['-i', 'eth0', '--max-rate', '0', ANYWHERE], ['--max-rate', "'0'", 'probes per second']),
     'unknown option': (['-i', 'eth0', '--loud', ANYWHERE], ['--loud']),
     'shortened option': (['-i', 'eth0', '--dur', '1', ANYWHERE], ['--dur']),
+    'two interfaces': (['-i', 'eth0', '-i', 'eth1', ANYWHERE], ['-i/--interface', "'eth1'", 'not supported yet']),
     'no value': (['-i', 'eth0', ANYWHERE, '-p'], ['-p/--probeint']),
     'lines of an interval': (['-i', 'eth0', '-p', '1\n0', ANYWHERE], ['-p/--probeint', "'1\\n0'"]),
     'lines of a rate type': (['-i', 'eth0', '-r', 'g\r\nh', ANYWHERE], ['-r/--ratetype', "'g\\r\\nh'"]),
@@ -658,7 +659,8 @@ def test_bad_input(odd_devices, tmp_path, bad):
         (tmp_path / name).write_text(text, errors='surrogateescape')
     before = attached(client), files(tmp_path)
     with undone(client):
-        ended = client.run(*bad.via, *COMMAND, '-i', 'eth0', *bad.arguments, check=False, cwd=tmp_path)
+        device = () if '-i' in bad.arguments else ('-i', 'eth0')
+        ended = client.run(*bad.via, *COMMAND, *device, *bad.arguments, check=False, cwd=tmp_path)
         more = check_refused(ended, 1, bad.words)
         assert [word for word in bad.more if word not in more] == [], more
         assert bad.more or not more
