@@ -1,6 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-3.0-only
-"""Pictures of what elfprobe.py measured; needs neither root nor bcc.
+"""Pictures of what elfprobe measured; needs neither root nor bcc.
 
 $ python3 elfplot.py --html elf.csv
 10.0.5.2: 3980 probes, latency in ms
@@ -43,7 +43,7 @@ from elf.console import print_lines
 from elf.files import OutputFile
 from elf.rows import joined, open_regular, read_csv, records_in
 from elf.summary import TABLES_MAX, Summary
-from elf.usage import Failure, Parser, missing_packages, not_empty, printable, why_unusable
+from elf.usage import Failure, Parser, as_called, missing_packages, not_empty, printable, why_unusable
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # otherwise it warns about its cache directory
 MISSING: dict[str, str] = {}  # module -> why it cannot be used
@@ -100,16 +100,16 @@ def address(text: str) -> str:
         raise argparse.ArgumentTypeError(f"'{text}' is not an IPv4 or IPv6 address") from None
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """Return the arguments. Raises Failure (status 2) for wrong usage."""
+def argument_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = Parser(
-        prog="elfplot.py",
-        usage="python3 elfplot.py [-h] [-o FILEBASE] [--html] [--dest ADDRESS] CSV",
-        description="Prints the summary of what elfprobe.py measured, and draws it.",
+        prog=as_called("elfplot.py"),
+        usage=as_called("python3 elfplot.py [-h] [-o FILEBASE] [--html] [--dest ADDRESS] CSV"),
+        description="Prints the summary of what elfprobe measured, and draws it.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("csv", type=not_empty, metavar="CSV", help="file of elfprobe.py, which may still be writing it")
+    add("csv", type=not_empty, metavar="CSV", help="file of elfprobe, which may still be writing it")
     add("-o", "--filebase", type=not_empty, metavar="FILEBASE",
         help="draw FILEBASE.png and FILEBASE.html (default: the CSV's name without .csv); "
         "existing files are replaced")  # fmt: skip
@@ -117,7 +117,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--dest", action="append", default=[], type=address, metavar="ADDRESS",
         help=f"only this destination; may be given again (default: the busiest {TABLES_MAX} in the table, "
         f"{SECTIONS_MAX} in the picture)")  # fmt: skip
-    args = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Return the arguments. Raises Failure (status 2) for wrong usage."""
+    args = argument_parser().parse_intermixed_args(argv)
     args.dest = list(dict.fromkeys(args.dest))
     if len(args.dest) > CHOSEN_MAX:
         raise Failure(f"argument --dest: a picture has {CHOSEN_MAX} destinations at most", 2)
@@ -884,7 +889,7 @@ def main(argv: list[str]) -> int:
             raise missing_packages(MISSING)
         run(args)
     except Failure as failure:
-        print(f"elfplot.py: {failure}", file=sys.stderr)
+        print(f"{as_called('elfplot.py')}: {failure}", file=sys.stderr)
         return failure.status
     return 0
 

@@ -114,6 +114,7 @@ from elf.usage import (
     Failure,
     Once,
     Parser,
+    as_called,
     missing_packages,
     not_empty,
     package_version,
@@ -216,7 +217,11 @@ DESCRIPTION = """\
 Shows hop by hop where the latency of a running application comes from, by lowering
 the TTL of copies of the application's own packets. At least one of -a, -P, an address
 and -- COMMAND is needed. COMMAND is started as the user who called sudo; the run ends
-with it."""
+with it.
+
+Without -i elfprobe takes the device by which the addresses are reached; with -a, -P and COMMAND that of the default
+route. 'ip route get ADDRESS' names it. While elfprobe runs, probes ride on packets that the application sends:
+without traffic there are none. On a terminal a table is redrawn each second, unless a command has the terminal."""
 EPILOG = """\
 examples:
   elfprobe.py -- curl -O http://example.net/file
@@ -229,10 +234,6 @@ examples:
                                              all night, in the background (with nohup: after the logout, too)
   elfprobe.py -i wg0 10.8.0.1                inside a tunnel device, whose packets begin with IP
   elfplot.py --html elf.csv                  the summary again, and pictures
-
-Without -i it is the device by which the addresses are reached; with -a, -P and COMMAND that of the default
-route. 'ip route get ADDRESS' names it. While elfprobe runs, probes ride on packets that the application sends:
-without traffic there are none. On a terminal a table is redrawn each second, unless a command has the terminal.
 
 what the summary shows, for each destination and hop (TTL, or hop limit):
   probes, answered   how many probes were sent with that TTL, and what share was answered
@@ -354,7 +355,7 @@ class Config:
     )  # fmt: skip
     hooks: str = argument(
         "-H", "--hooks", default=HOOKS_FILE, metavar="FILE",
-        help="hooks file to compile in (default: elfhooks.c beside elfprobe.py)",
+        help="hooks file to compile in (default: elfprobe's own elfhooks.c, whose hooks do nothing)",
     )  # fmt: skip
     duration: float | None = argument(
         "--duration", default=None, type=positive_seconds, metavar="SECONDS",
@@ -393,7 +394,7 @@ class Config:
 def argument_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, made of the fields of Config."""
     parser = Parser(
-        prog="elfprobe.py", usage=USAGE, description=DESCRIPTION, epilog=EPILOG,
+        prog=as_called("elfprobe.py"), usage=as_called(USAGE), description=DESCRIPTION, epilog=as_called(EPILOG),
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     for field in dataclasses.fields(Config):
@@ -424,7 +425,7 @@ def parse_arguments(argv: list[str]) -> Config:
         **{**given, **lists, "command": tuple(argv), "child": tuple(child), "salt": secrets.randbits(16)}
     )
     if dashes and not (child and child[0]):
-        raise Failure("no command behind --: elfprobe.py [options] -- COMMAND [ARGUMENT ...]", 2)
+        raise Failure(as_called("no command behind --: elfprobe.py [options] -- COMMAND [ARGUMENT ...]"), 2)
     if not (config.addresses or config.by_process):
         raise Failure("nothing to probe: give an address, -a APP, -P PID or -- COMMAND", 2)
     if config.quiet:
@@ -920,7 +921,8 @@ def require_machine(config: Config) -> None:
         raise Failure("cannot run in this time namespace: its CLOCK_MONOTONIC is not the kernel's own")
     missing = missing_capabilities(config.by_process)
     if missing:
-        raise Failure(f"must run as root: sudo python3 elfprobe.py ... (missing: {', '.join(missing)})")
+        how = as_called("sudo python3 elfprobe.py")
+        raise Failure(f"must run as root: {how} ... (missing: {', '.join(missing)})")
 
 
 # ---- Kernel: elfprobe.c compiled and loaded, its maps and events -------------------------------------
@@ -2955,8 +2957,9 @@ def command_in_namespace(pid: int, config: Config) -> str:
     if not (config.apps or config.pids or config.addresses):
         options += ["-P", str(pid)]
     sudo = ["sudo"] if "SUDO_UID" in os.environ else []
-    script = os.path.join(HERE, "elfprobe.py")
-    return shlex.join([*sudo, "nsenter", "-t", str(pid), "-n", sys.executable, script, *options])
+    installed = not as_called("elfprobe.py").endswith(".py")
+    program = [os.path.abspath(sys.argv[0])] if installed else [sys.executable, os.path.join(HERE, "elfprobe.py")]
+    return shlex.join([*sudo, "nsenter", "-t", str(pid), "-n", *program, *options])
 
 
 def peers_of(pid: int, routes: Routes) -> dict[str, frozenset[int]]:
@@ -3263,7 +3266,7 @@ def heading_lines(ipr: Netlink, device: Device, config: Config, clock: Clock) ->
         if message["index"] == device.ifindex
     ]
     return [
-        f"{time.strftime('%Y-%m-%d %H:%M:%S %z (%Z)')}: elfprobe.py {shlex.join(config.command)}",
+        f"{time.strftime('%Y-%m-%d %H:%M:%S %z (%Z)')}: {as_called('elfprobe.py')} {shlex.join(config.command)}",
         f"elfprobe {VERSION}, {os.uname().nodename}, Linux {os.uname().release}, BCC {bcc.__version__}",
         f"{device.name} ({device.driver or 'no driver known'}): {', '.join(addresses) or 'no address'}",
         f"CLOCK_MONOTONIC 0 is {utc_text(clock.mappings[0].zero)}",
@@ -3828,7 +3831,7 @@ def main(argv: list[str], detect: Callable[[], Platform] = Platform.detect) -> i
             console.say(traceback.format_exc().rstrip())
         message = str(err) if isinstance(err, Failure) else printable(str(err))
         hint = "" if debug or isinstance(err, Failure) else f" ({type(err).__name__}; -d shows where)"
-        console.say(f"elfprobe.py: {message}{hint}")
+        console.say(f"{as_called('elfprobe.py')}: {message}{hint}")
         status = err.status if isinstance(err, Failure) else 1
     stop.wait_for_command()
     console.flush()

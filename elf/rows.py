@@ -201,11 +201,11 @@ def read_csv(path: str) -> pd.DataFrame:
         raise Failure(f"cannot read '{path}': {err.strerror or err}") from err
     except (ValueError, OverflowError) as err:
         reason = str(err).strip().splitlines()[0]
-        raise Failure(f"'{path}' is not as elfprobe.py writes it: {reason}") from err
+        raise Failure(f"'{path}' is not as elfprobe writes it: {reason}") from err
     absent = [name for name in READ if name not in rows]
     required = [name for name in absent if name in NAMES[:ALWAYS_THERE]]
     if required:
-        raise Failure(f"'{path}' is not from elfprobe.py: there is no column {', '.join(required)}")
+        raise Failure(f"'{path}' is not from elfprobe: there is no column {', '.join(required)}")
     for name in absent:
         rows[name] = pd.Series(float("nan"), rows.index).astype(types[name])
     for name, values in rows.items():
@@ -215,7 +215,7 @@ def read_csv(path: str) -> pd.DataFrame:
             are_bad = values.isna() & (name == "dest")
         if are_bad.any():
             bad, line = values[are_bad].iloc[0], are_bad.idxmax() + 2
-            raise Failure(f"'{path}' is not as elfprobe.py writes it: {name} is {bad} in line {line}")
+            raise Failure(f"'{path}' is not as elfprobe writes it: {name} is {bad} in line {line}")
     rows["line"] = rows.index
     return rows.sort_values("sendtime", kind="mergesort").reset_index(drop=True)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import os
 import re
 import shlex
 import sys
@@ -56,6 +57,17 @@ class Once(argparse.Action):
             more = "is not supported yet, start one run for each"
             raise argparse.ArgumentError(self, f"'{values}' after '{getattr(namespace, self.dest)}' {more}")
         setattr(namespace, self.dest, values)
+
+
+def as_called(text: str) -> str:
+    """Return a text with both programs' names as they are installed, if this one was called by such a name.
+
+    A comment in the same line, two spaces or more behind the command, stays in its column.
+    """
+    if os.path.basename(sys.argv[0]) not in ("elfprobe", "elfplot"):
+        return text
+    script = r"(?:python3 )?(elfprobe|elfplot)\.py((?:.*?\S(?=  ))?)"
+    return re.sub(script, lambda found: found[1] + found[2] + (" " * len(".py") if found[2] else ""), text)
 
 
 def not_empty(text: str) -> str:

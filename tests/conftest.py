@@ -48,7 +48,7 @@ def pytest_configure() -> None:
 
 
 # What no other test on the machine can disturb, nor it them (see tests/run).
-BESIDE = 'test_driver', 'test_lab', 'test_packets', 'test_plot', 'test_replies'
+BESIDE = 'test_driver', 'test_install', 'test_lab', 'test_packets', 'test_plot', 'test_replies'
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -54,16 +54,46 @@ for script in tests/demo tests/run tests/fresh tests/vm/run; do
 done
 [ "$(dpkg-query -W)" = "$before" ]
 '''
-# A network of its own for the one-line install: its default route leads by a device that is up. It is made with
-# what the line has brought.
+# A network of its own, whose default route leads by a device that is up. It is made with what elfprobe needs.
 NETWORK = '''
 from pyroute2 import IPRoute
 with IPRoute() as ipr:
     ipr.link('add', ifname='uplink', kind='veth', peer='peer')
-    for name in 'uplink', 'peer':
-        ipr.link('set', index=ipr.link_lookup(ifname=name)[0], state='up')
-    ipr.addr('add', index=ipr.link_lookup(ifname='uplink')[0], address='192.0.2.1', prefixlen=24)
+    for name in 'peer', 'uplink':
+        index = ipr.link_lookup(ifname=name)[0]
+        ipr.link('set', index=index, state='up')
+    ipr.addr('add', index=index, address='192.0.2.1', prefixlen=24)
+    ipr.neigh('add', ifindex=index, dst='192.0.2.2', lladdr='02:00:00:00:00:02', state=128)  # permanent
     ipr.route('add', dst='0.0.0.0/0', gateway='192.0.2.2')
+'''
+# Packets that nobody answers, as long as elfprobe needs to see one.
+SENDER = '''
+import socket, time
+with socket.socket(type=socket.SOCK_DGRAM) as sock:
+    for _ in range(50):
+        sock.sendto(b'fresh', ('198.51.100.1', 9))
+        time.sleep(0.02)
+'''
+# make deb, install, measure, purge. Status 0 is a run that has sent probes. /var/log and what apt itself keeps of
+# packages stay; the checkout and this machine's own folders are not looked at.
+PACKAGE = f'''
+sudo apt-get update
+sudo apt-get install -y make python3
+make deb
+sudo apt-get install -y ./elfprobe_*_all.deb
+mkdir ../elsewhere
+cd ../elsewhere
+elfprobe --version
+elfplot -h
+[ -e /usr/share/man/man8/elfprobe.8.gz ]
+run='python3 -c "$1"; elfprobe -l -- python3 -c "$2"'
+sudo unshare --net sh -ec "$run" sh {shlex.quote(NETWORK)} {shlex.quote(SENDER)}
+grep -q 198.51.100.1 elf.csv
+[ -n "$(sudo ls /var/cache/elfprobe)" ]
+sudo apt-get purge -y elfprobe
+left=$(sudo find / -xdev -path /home -prune -o -path /host -prune -o -iname '*elfp*' -print)
+echo "left: $left"
+[ -z "$left" ]
 '''
 
 
@@ -107,13 +137,15 @@ def visits(short: bool, chosen: list[str] | None) -> list[Visit]:
     """Return what is done; `chosen` are pytest's arguments, where that is all that is wanted."""
     asked, line = Command('`-h` of each command', HELP), Command('one-line install', one_line_install())
     demo = Command('`sudo tests/demo`', 'sudo tests/demo')
+    package = Command('the package', PACKAGE)
     if chosen is not None:
         return [Visit(AS_USER, [Command('`sudo tests/run`, a part', f'sudo {TESTS} {shlex.join(chosen)}')])]
     if short:
         sample = Command('`sudo tests/run`, a sample', f'sudo {TESTS} --ignore=test_plot.py -m sample')
-        return [Visit(AS_USER, [asked, line, demo, sample])]
+        return [Visit(AS_USER, [asked, line, demo, sample, package])]
     return [
         Visit(AS_USER, [asked, line]),
+        Visit(AS_USER, [package]),
         Visit(AS_USER, [demo]),
         Visit(AS_ROOT, [Command('`tests/demo` without sudo', 'tests/demo')]),
         Visit(AS_ROOT, [Command('`tests/run` without sudo, a sample', f'{TESTS} -m sample')]),

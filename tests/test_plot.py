@@ -143,15 +143,15 @@ BAD_FILES = {  # content: what the message must name
     '\n\n': ['run 5.csv'],
     'a,b\n1,2\n': ['no column', 'latency', 'dest'],
     GOOD.replace('latency', 'delay'): ['no column latency'],
-    GOOD.replace('1000000', 'soon', 1): ['not as elfprobe.py writes it', 'soon'],
-    GOOD.replace('1000000', '', 1): ['not as elfprobe.py writes it'],
-    GOOD.replace(str(START), '9' * 30): ['not as elfprobe.py writes it'],
-    GOOD + 'x,' * 40 + '\n': ['not as elfprobe.py writes it'],
-    text_of([row(0, 1, 1), row(0, 1, 1, dest='')]): ['not as elfprobe.py writes it', 'dest is nan in line 3'],
-    text_of([row(0, 1, 1, sendtime=2**63 - 1)]): ['not as elfprobe.py writes it', 'sendtime is', 'line 2'],
-    text_of([row(0, 1, 1, latency=-2)]): ['not as elfprobe.py writes it', 'latency is -2 in line 2'],
+    GOOD.replace('1000000', 'soon', 1): ['not as elfprobe writes it', 'soon'],
+    GOOD.replace('1000000', '', 1): ['not as elfprobe writes it'],
+    GOOD.replace(str(START), '9' * 30): ['not as elfprobe writes it'],
+    GOOD + 'x,' * 40 + '\n': ['not as elfprobe writes it'],
+    text_of([row(0, 1, 1), row(0, 1, 1, dest='')]): ['not as elfprobe writes it', 'dest is nan in line 3'],
+    text_of([row(0, 1, 1, sendtime=2**63 - 1)]): ['not as elfprobe writes it', 'sendtime is', 'line 2'],
+    text_of([row(0, 1, 1, latency=-2)]): ['not as elfprobe writes it', 'latency is -2 in line 2'],
     **{
-        text_of([row(0, 1, 1, srtt=value, cwnd=1)]): ['not as elfprobe.py writes it', 'srtt is', 'line 2']
+        text_of([row(0, 1, 1, srtt=value, cwnd=1)]): ['not as elfprobe writes it', 'srtt is', 'line 2']
         for value in ('1e30', 'inf', '-1')
     },
     '\0\1\2\n' * 9: ['run 5.csv'],
