@@ -81,6 +81,7 @@ from elf.counters import UNFIT_PACKETS, accounting, troubles, why_no_probes
 from elf.extensions import MalformedExtension, extension_texts
 from elf.files import DiskUse, FileLog, OutputFile, ReplacedFile, RowFiles, log_renamed, output_files
 from elf.findings import PathRewrites
+from elf.live import FlowEvent, LiveView
 from elf.network import WATCHED_MAX, Routes, RouteWatch, attributes, device_name, in_short, translations
 from elf.processes import (
     TASK_COMM_LEN,
@@ -221,7 +222,8 @@ with it.
 
 Without -i elfprobe takes the device by which the addresses are reached; with -a, -P and COMMAND that of the default
 route. 'ip route get ADDRESS' names it. While elfprobe runs, probes ride on packets that the application sends:
-without traffic there are none. On a terminal a table is redrawn each second, unless a command has the terminal."""
+without traffic there are none. On a terminal a table is redrawn each second, unless a command has the terminal.
+Keys: q ends the run, p pauses the view, d shows the next destination, f shows flows, h helps."""
 EPILOG = """\
 examples:
   elfprobe.py -- curl -O http://example.net/file
@@ -3099,15 +3101,18 @@ class Reasons:
 # ---- Results: rows of probes that have ended, events of flows, the hooks' maps -----------------------
 
 RESULT_PERF_PAGES = 512  # of each CPU's perf buffer, if there is no ring
-FLOW_EVENT_TEXTS = {  # by enum of elfprobe.c
-    1: "{flow}: nothing is acknowledged any more",
-    2: "{flow}: moves again",
-    3: "{dest}: TCP flows stall if they are probed, {flow} last: a firewall may take a low TTL for an attack: "
-       "destination excluded for the rest of this run; open connections anew",
-    4: "{dest}: a filter in front of ours took the copy of a packet, or let it out whole: destination "
-       "excluded for the rest of this run",
-    5: "{dest}: a probe reached it and was answered: a router on the way raises the TTL, or the path is shorter "
-       "than it seemed: probes stop before it from now on",
+FLOW_EVENT_TEXTS = {
+    FlowEvent.STALLED: "{flow}: nothing is acknowledged any more",
+    FlowEvent.RESUMED: "{flow}: moves again",
+    FlowEvent.EXCLUDED:
+        "{dest}: TCP flows stall if they are probed, {flow} last: a firewall may take a low TTL for an attack: "
+        "destination excluded for the rest of this run; open connections anew",
+    FlowEvent.INTERCEPTED:
+        "{dest}: a filter in front of ours took the copy of a packet, or let it out whole: destination "
+        "excluded for the rest of this run",
+    FlowEvent.ARRIVED:
+        "{dest}: a probe reached it and was answered: a router on the way raises the TTL, or the path is shorter "
+        "than it seemed: probes stop before it from now on",
 }  # fmt: skip
 
 
@@ -3177,16 +3182,16 @@ class Results:
             yield "".join(rows)
 
 
-def log_flow_events(kernel: Kernel) -> None:
-    """Log what the kernel finds out about flows and destinations, as it comes."""
+def log_flow_events(kernel: Kernel, view: LiveView) -> None:
+    """Log what the kernel finds out about flows and destinations, as it comes. The live view shows it, too."""
     layout = kernel.layout("flow_event")
 
     def tell(data: bytes) -> None:
         event = layout.read(data)
         flow = event.flow
-        dest = address_text(bytes(flow.dest))
-        text = flow_text(dest, socket.ntohs(flow.sport), socket.ntohs(flow.dport), flow.protocol)
-        log.warning("%s", FLOW_EVENT_TEXTS[event.kind].format(flow=text, dest=dest))
+        key = address_text(bytes(flow.dest)), socket.ntohs(flow.sport), socket.ntohs(flow.dport), flow.protocol
+        log.warning("%s", FLOW_EVENT_TEXTS[event.kind].format(flow=flow_text(*key), dest=key[0]))
+        view.note(event.kind, key)
 
     kernel.on_event("flow_events", tell)
 
@@ -3239,6 +3244,7 @@ JSON_SLICE = 0.05  # s to write at it before results are read again: the ring ho
 CHECK_EVERY = 5.0  # s between two checks that our programs are still attached
 REPORT_EVERY = 10.0  # s between two lines with the counters (-d)
 DRAW_EVERY = 1.0  # s between two tables on a terminal
+KEYS_EVERY = 0.1  # s between two looks at the keyboard, at most
 NO_PROBES = 3  # exit status
 COMMAND_CHECK_EVERY = 0.1  # s, when nothing but the command's end is awaited
 SI_KERNEL = 0x80  # asm-generic/siginfo.h: as of the signals that a terminal sends
@@ -3303,7 +3309,7 @@ class Stop:
         while True:
             found = signal.sigwaitinfo(numbers)
             if not (self.command and self.command.is_running()):
-                self._ask()
+                self.ask()
             elif found.si_code != SI_KERNEL:
                 name = signal.Signals(found.si_signo).name
                 try:
@@ -3311,9 +3317,9 @@ class Stop:
                     log.info("%s goes to %s", name, self.command)
                 except OSError as err:  # the command belongs to another user
                     log.warning("%s cannot go to %s (%s): probing ends", name, self.command, err.strerror)
-                    self._ask()
+                    self.ask()
 
-    def _ask(self) -> None:
+    def ask(self) -> None:
         """Ask for the end, and wake the main thread, which may wait."""
         self.asked += 1
         if self.ends_output:
@@ -3358,10 +3364,10 @@ class Measurement:
         files: tuple[RowFiles, ReplacedFile],
         report: Report,
         clock: Clock,
-        console: Console | None,
+        view: LiveView,
         reasons: Reasons,
     ) -> None:
-        """files are the CSV and FILEBASE.json. console is where the live table is drawn; None: nowhere."""
+        """files are the CSV and FILEBASE.json."""
         self._config = config
         self._attached = attached
         self._reasons = reasons
@@ -3372,7 +3378,7 @@ class Measurement:
         self.json_problem = ""  # why FILEBASE.json could not be written at last; empty: it was
         self._report = report
         self._clock = clock
-        self._console = console
+        self._view = view
         self.probes = 0  # of the whole run, once it has ended
         self.output: list[str] = []  # lines for standard output, once the run has ended
         self._link = LinkState.UP
@@ -3401,6 +3407,10 @@ class Measurement:
         Raises Failure if it cannot go on.
         """
         self._reasons.begin()
+        with self._view.shown():
+            self._measure(stop)
+
+    def _measure(self, stop: Stop) -> None:
         command = stop.command
         if command:
             self._renew_lease()  # its first packet is to be probed
@@ -3412,7 +3422,9 @@ class Measurement:
                 break
             for step in self._steps:
                 step.run()
-            patience = 0 if self._expired else DRAIN_EVERY
+            if self._view.take_keys():
+                stop.ask()
+            patience = 0 if self._expired else KEYS_EVERY if self._view.is_shown else DRAIN_EVERY
             self._kernel.wait_for_events(min(patience, max(self._end - time.monotonic(), 0)))
 
     def drain(self) -> None:
@@ -3538,14 +3550,9 @@ class Measurement:
             self._json.go_on(JSON_SLICE)
 
     def _draw(self) -> None:
-        if self._console:
-            self._console.draw(self._table)
-
-    def _table(self, lines: int, columns: int) -> list[str]:
-        """Return the live table, at most so many lines."""
-        ended = f"{self._results.replies} replies, {self._results.unanswered} unanswered"
-        busiest = self._results.summary.busiest(lines - 1, columns)
-        return [f"{self._attached.device.name}: {ended}", *busiest]
+        if self._view.is_shown:
+            results = self._results
+            self._view.draw(self._kernel.counters()["probes"], results.replies, results.unanswered)
 
     def _look_for_reasons(self) -> None:
         with self._kernel.defects.noted("the reasons for missing probes are not known"):
@@ -3553,8 +3560,7 @@ class Measurement:
 
     def summarise(self, destinations: Destinations, stop: Stop) -> None:
         """Log the accounting, the findings and the tables, and save the hooks' maps."""
-        if self._console:
-            self._console.clear()
+        self._view.clear()
         results, count = self._results, self._kernel.counters()
         self.probes = count["probes"]
         log.info("%d probes, %d replies, %d unanswered", count["probes"], results.replies, results.unanswered)
@@ -3652,7 +3658,8 @@ class ElfProbe:
                 summary = Summary(names.name_of) if names else Summary()
                 clock, processes = Clock(), ProcessLog()
                 heading = heading_lines(ipr, device, config, clock)
-                log_flow_events(attached.kernel)
+                view = LiveView(self._console, device.name, summary)
+                log_flow_events(attached.kernel, view)
                 destinations = Destinations(attached.kernel)
                 for packed in fixed:
                     destinations.add(packed)
@@ -3678,7 +3685,7 @@ class ElfProbe:
                 self._announce(attached, files[0])
                 reasons = Reasons(config, device, routes, apps, destinations, fixed, targets)
                 self._measurement = measurement = Measurement(
-                    config, attached, results, files, report, clock, self._console, reasons
+                    config, attached, results, files, report, clock, view, reasons
                 )
                 stack.callback(measurement.summarise, destinations, self._stop)  # when all is detached
                 try:

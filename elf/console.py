@@ -11,15 +11,19 @@ import select
 import signal
 import sys
 import threading
-from typing import Callable, Iterable
+from typing import Callable, Iterable, Iterator
 
+from elf.lines import Line, Mark, cut, width
 from elf.usage import printable
 
 LINES_MAX = 10000  # that may wait while the console accepts no data
 PATIENCE = 1.0  # s to wait at the end for a console that accepts no data
-CLEAR_BELOW = "\x1b[J"  # ECMA-48: ED
-UP_TO_START = "\x1b[{}F"  # ECMA-48: CPL
 SIZE = 80, 24  # columns and lines of a terminal that does not tell its size
+# ECMA-48: CPL and CNL (to the start of a line above or below), CHA (to a column), EL and ED (erase from here to the
+# end of the line or of the screen), SGR (colour)
+LINES_UP, LINES_DOWN, TO_COLUMN = "\x1b[{}F", "\x1b[{}E", "\x1b[{}G"
+CLEAR_LINE, CLEAR_BELOW, COLOUR = "\x1b[K", "\x1b[J", "\x1b[{}m"
+GAP_MIN = 6  # equal characters between two changes from which on it is shorter to go behind them
 
 
 def open_standard_streams() -> None:
@@ -70,6 +74,93 @@ def terminal_size(fd: int) -> tuple[int, int]:
     return columns or SIZE[0], lines or SIZE[1]
 
 
+def has_terminal(fd: int) -> bool:
+    """Return whether this process is in the foreground of a terminal, or no process is."""
+    try:
+        return os.tcgetpgrp(fd) == os.getpgrp()
+    except OSError:
+        return True
+
+
+class Screen:
+    """Makes a terminal show a table below log lines, in few bytes: only what has changed is written.
+
+    Between two calls, the cursor is at the start of the line below the table.
+    """
+
+    def __init__(self, has_colours: bool) -> None:
+        self._has_colours = has_colours
+        self._table: list[Line] = []  # that is shown
+        self._size = SIZE  # of the terminal, when the table was written
+
+    def draw(self, table: list[Line], size: tuple[int, int]) -> str:
+        """Return what replaces the table. Its lines must be shorter than the terminal's."""
+        if size != self._size:  # the terminal may have moved and broken the lines
+            return self.clear(size) + self._append(table, size)
+        before, row, parts = self._table, len(self._table), []
+        for number, (old, new) in enumerate(zip(before, table)):
+            if old != new:
+                parts += [to_row(row, number), *self._changes(old, new)]
+                row = number
+        kept = min(len(before), len(table))
+        if row != kept:
+            parts.append(to_row(row, kept))
+        if kept < len(before):
+            parts.append(CLEAR_BELOW)
+        self._table = table[:kept]
+        return "".join(parts) + self._append(table[kept:], size)
+
+    def log(self, text: str, size: tuple[int, int]) -> str:
+        """Return what writes a line above the table."""
+        table = self._table
+        return f"{self.clear(size)}{text}\n{self._append(table, size)}"
+
+    def clear(self, size: tuple[int, int]) -> str:
+        """Return what removes the table."""
+        height = sum(max(-(-width(line.text) // size[0]), 1) for line in self._table)
+        self._table = []
+        return LINES_UP.format(height) + CLEAR_BELOW if height else ""
+
+    def leave(self) -> None:
+        """Leave the table as it is, since others have written below it: the next one comes below that."""
+        self._table = []
+
+    def _append(self, lines: list[Line], size: tuple[int, int]) -> str:
+        self._table = self._table + lines
+        self._size = size
+        return "".join(self._coloured(line.text, line.mark) + "\n" for line in lines)
+
+    def _coloured(self, text: str, mark: Mark) -> str:
+        if not (self._has_colours and mark.value and text):
+            return text
+        return COLOUR.format(mark.value) + text + COLOUR.format("")
+
+    def _changes(self, old: Line, new: Line) -> Iterator[str]:
+        """Yield what turns a line, at whose start the cursor is, into another one."""
+        if old.mark != new.mark or not (old.text + new.text).isascii():  # other characters may take two columns
+            yield self._coloured(*new) + CLEAR_LINE
+            return
+        for begin, end in differences(old.text, new.text):
+            yield TO_COLUMN.format(begin + 1) + self._coloured(new.text[begin:end], new.mark)
+        if len(new.text) < len(old.text):
+            yield TO_COLUMN.format(len(new.text) + 1) + CLEAR_LINE
+
+
+def to_row(row: int, to: int) -> str:
+    """Return what moves the cursor from a row to the start of another one."""
+    return LINES_UP.format(row - to) if to < row else LINES_DOWN.format(to - row)
+
+
+def differences(old: str, new: str) -> list[tuple[int, int]]:
+    """Return where the new text is not as the old one: begin and end of each part, at least GAP_MIN apart."""
+    parts: list[tuple[int, int]] = []
+    for at in range(len(new)):
+        if at >= len(old) or old[at] != new[at]:
+            begin = parts.pop()[0] if parts and at - parts[-1][1] < GAP_MIN else at
+            parts.append((begin, at + 1))
+    return parts
+
+
 class LogFormat(logging.Formatter):
     """Formats a log line: time and message. Line breaks in names are escaped, so it stays one line."""
 
@@ -92,7 +183,9 @@ class Console(logging.Handler):
         super().__init__()
         self._fd = os.dup(2)  # descriptor 2 itself is redirected while compiler messages are captured
         self.is_terminal = os.isatty(self._fd) and os.environ.get("TERM") not in (None, "", "dumb")
-        self._texts: queue.Queue[str | list[str] | threading.Event] = queue.Queue(LINES_MAX)
+        self.has_colours = not os.environ.get("NO_COLOR")
+        self._screen = Screen(self.has_colours)
+        self._texts: queue.Queue[str | list[Line] | threading.Event | Callable[[], None]] = queue.Queue(LINES_MAX)
         self._dropped = 0  # lines
         self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
@@ -111,18 +204,25 @@ class Console(logging.Handler):
         except queue.Full:
             self._dropped += 1
 
-    def draw(self, table: Callable[[int, int], list[str]]) -> None:
+    def draw(self, table: Callable[[int, int], list[Line]]) -> None:
         """Replace the live table by what table(lines, columns) returns for the terminal's size.
 
         Does nothing while lines wait to be written, and while another job has the terminal.
         """
         if not self.is_terminal or not self._texts.empty():
             return
-        with contextlib.suppress(OSError):  # if the terminal has no foreground job
-            if os.tcgetpgrp(self._fd) != os.getpgrp():
-                return
+        if not has_terminal(self._fd):
+            self.leave()
+            return
         columns, lines = terminal_size(self._fd)
-        self._texts.put([printable(line)[: columns - 1] for line in table(max(lines - 2, 1), columns - 1)])
+        self._texts.put(
+            [Line(cut(printable(text), columns - 1), mark) for text, mark in table(max(lines - 2, 1), columns - 1)]
+        )
+
+    def leave(self) -> None:
+        """Leave the live table as it is, since others have written below it: the next one comes below that."""
+        with contextlib.suppress(queue.Full):
+            self._texts.put_nowait(self._screen.leave)
 
     def clear(self) -> None:
         """Remove the live table."""
@@ -140,21 +240,21 @@ class Console(logging.Handler):
             written.wait(PATIENCE)
 
     def _write(self) -> None:
-        """Write the texts of the queue: a str is a log line, a list is the new live table. Set its events."""
+        """Write the texts of the queue: a str is a log line, a list is the new live table. Set its events, and
+        call its functions."""
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are the main thread's
-        table: list[str] = []
         while True:
             text = self._texts.get()
             if isinstance(text, threading.Event):
                 text.set()
                 continue
-            columns = terminal_size(self._fd)[0] if table else 1  # a window made narrower wraps the table's lines
-            height = sum(max(-(-len(line) // columns), 1) for line in table)
-            clear = UP_TO_START.format(height) + CLEAR_BELOW if table else ""
-            if isinstance(text, list):
-                table, lines = text, text
+            size = terminal_size(self._fd)
+            if isinstance(text, str):
+                data = self._screen.log(text, size)
+            elif isinstance(text, list):
+                data = self._screen.draw(text, size)
             else:
-                lines = [text, *table]
-            data = (clear + "".join(f"{line}\n" for line in lines)).encode(errors="backslashreplace")
+                text()
+                continue
             with contextlib.suppress(OSError):  # the console is gone
-                write_all(self._fd, data)
+                write_all(self._fd, data.encode(errors="backslashreplace"))

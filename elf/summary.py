@@ -6,14 +6,14 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import textwrap
-from typing import Callable, Iterator, Tuple
+from typing import Callable, Iterable, Iterator, Tuple
 
 from elf.addresses import flow_text
 from elf.findings import findings_on
-from elf.histogram import LatencyHistogram, Stats
+from elf.histogram import Stats
+from elf.lines import Line, Mark, fitting
 from elf.paths import Destination, Hop
-from elf.rows import Record
+from elf.rows import Record, text_of_field
 from elf.usage import printable
 
 HOPS_MAX = 8192  # of all destinations together
@@ -29,8 +29,7 @@ RESPONDERS_SHOWN = 4  # of a hop
 HEADS = dict(zip(Stats._fields, ("min", "median", "95%", "99%", "max", "jitter")))
 WIDE_ONLY = "percentile99", "jitter"  # columns that a narrow table does not have
 WIDE = 100  # columns of a terminal
-WIDTH_MIN = 20  # columns; a narrower terminal breaks the lines itself
-CONTINUED = 4  # columns by which the rest of a broken line is indented
+SWINGS_FACTOR, SWINGS_BY = 3, 10**6  # by how much 95 % exceeds the median where latency rises at times; ns
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +93,21 @@ class Summary:
         for item in self._flows.items():
             found.setdefault(item[0][0], []).append(item)
         return found
+
+    def newest_flows(self) -> Iterator[tuple[FlowKey, Flow]]:
+        """Return the flows that are remembered, the newest first."""
+        return reversed(self._flows.items())
+
+    def flow_label(self, key: FlowKey, flow: Flow) -> str:
+        """Return a flow's description, with its process if that is known."""
+        dest, *others = key
+        process = f"{printable(text_of_field(flow.app))} (pid {flow.pid}): " if flow.pid else ""
+        return process + flow_text(self._label(dest), *others)
+
+    def destination_after(self, dest: str | None) -> str | None:
+        """Return the destination that came after this one, the first for None, None after the last."""
+        known: list[str | None] = [None, *self._destinations, None]
+        return known[known.index(dest) + 1] if dest in known else None
 
     def note(self, probe: Record) -> None:
         """Add a probe that has ended."""
@@ -214,7 +228,7 @@ class Summary:
         With columns, no line is longer than that.
         """
         ordered = self.destinations()
-        lines = [line for item in ordered[:most] for line in self._table(*item, columns)]
+        lines = [line.text for item in ordered[:most] for line in self.table(*item, columns)]
         if len(ordered) > most:
             lines.append(f"{len(ordered) - most} more destinations, with fewer probes each")
         if self._probes_left_out:
@@ -222,41 +236,48 @@ class Summary:
             lines.append(f"{left_out} are only in the rows")
         return lines
 
-    def busiest(self, room: int, columns: int) -> list[str]:
-        """Return at most so many lines: tables of the destinations with most probes lately, for a terminal
-        with so many columns."""
-        lines: list[str] = []
-        for dest, destination in sorted(
+    def busiest(self) -> list[tuple[str, Destination]]:
+        """Return the destinations, those with most probes lately first. Each call makes older probes count less."""
+        ordered = sorted(
             self._destinations.items(), key=lambda item: (-int(math.log2(item[1].recent_probes + 1)), item[0])
-        ):
+        )
+        for _, destination in ordered:
             destination.recent_probes /= 2
-            if len(lines) < room:
-                lines += self._table(dest, destination, columns)
-        return lines[:room]
+        return ordered
 
-    def _table(self, dest: str, destination: Destination, columns: int | None) -> Iterator[str]:
+    def table(
+        self, dest: str, destination: Destination, columns: int | None, flows: Iterable[Line] = ()
+    ) -> Iterator[Line]:
+        """Yield the table of a destination, with findings. flows are lines for below its heading."""
         is_narrow = columns is not None and columns < WIDE
         names = [name for name in Stats._fields if not (is_narrow and name in WIDE_ONLY)]
         answering = [number for number, hop in destination.hops.items() if hop.latency.count]
         heads = " ".join(f"{HEADS[name]:>8}" for name in names)
-        yield ""
-        yield from fitting(f"{self._label(dest)}: {destination.probes} probes, latency in ms", columns)
-        yield f"hop  probes answered {heads}  responder"
+        yield Line("")
+        for text in fitting(f"{self._label(dest)}: {destination.probes} probes, latency in ms", columns):
+            yield Line(text)
+        yield from flows
+        yield Line(f"hop  probes answered {heads}  responder")
         for number, hop in sorted(destination.hops.items()):
             share = f"{number:3} {hop.probes:7} {hop.latency.count / hop.probes:8.1%}"
             if hop.latency.count:
-                for line in self._responders(hop, f"{share} {stats_text(hop.latency, names)}  "):
-                    yield from fitting(line, columns)
+                stats = hop.latency.stats()
+                mark = Mark.NOTABLE if swings(stats) else Mark.NONE
+                for line in self._responders(hop, f"{share} {stats_text(stats, names)}  "):
+                    for text in fitting(line, columns):
+                        yield Line(text, mark)
             else:
                 last = " (or the destination)" if number > max(answering, default=0) else ""
-                yield f"{share}  unresponsive{last}"
+                yield Line(f"{share}  unresponsive{last}", Mark.INACTIVE)
         if destination.srtt.count:
             resent = f"+{destination.retransmitted}, {destination.retransmitted_before} before"
-            srtt = stats_text(destination.srtt, names)
+            srtt = stats_text(destination.srtt.stats(), names)
             line = f"TCP {'':16} {srtt}  round trip by the kernel (srtt); segments retransmitted: {resent}"
-            yield from fitting(line, columns)
+            for text in fitting(line, columns):
+                yield Line(text)
         for finding in findings_on(destination):
-            yield from fitting(finding.text(), columns)
+            for text in fitting(finding.text(), columns):
+                yield Line(text, Mark.NOTABLE)
 
     def _responders(self, hop: Hop, start: str) -> Iterator[str]:
         """Yield the lines of a hop that answers: one for each responder, behind the start or below it."""
@@ -270,15 +291,12 @@ class Summary:
             yield f"{'':{len(start)}}and {len(others) - len(shown)} more"
 
 
-def fitting(line: str, columns: int | None) -> list[str]:
-    """Return the line, or several if it is longer than so many columns, the further ones indented."""
-    if columns is None or len(line) <= columns:
-        return [line]
-    indent = " " * CONTINUED
-    return textwrap.wrap(line, max(columns, WIDTH_MIN), subsequent_indent=indent, break_on_hyphens=False)
+def swings(stats: Stats) -> bool:
+    """Return whether the latency is far above its median at times, as behind a queue that fills."""
+    excess = stats.percentile95 - stats.median
+    return excess > SWINGS_BY and stats.percentile95 > SWINGS_FACTOR * stats.median
 
 
-def stats_text(latencies: LatencyHistogram, names: list[str]) -> str:
+def stats_text(stats: Stats, names: list[str]) -> str:
     """Return the named statistics in ms, in columns."""
-    stats = latencies.stats()
     return " ".join(f"{getattr(stats, name) / 1e6:8.3f}" for name in names)

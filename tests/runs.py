@@ -270,6 +270,19 @@ def elfprobe(
             run.finish()
 
 
+@contextmanager
+def hosts_file(host: Host, text: str) -> Iterator[None]:
+    """What /etc/hosts is for commands in a namespace (ip-netns(8))."""
+    path = Path('/etc/netns', host.name, 'hosts')
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    try:
+        yield
+    finally:
+        path.unlink()
+        path.parent.rmdir()
+
+
 def both(lab: Lab) -> list[str]:
     """The server's addresses."""
     return [lab.server_address(version) for version in VERSIONS]

@@ -6,10 +6,8 @@ client - r1 - r2 - r3 - r4 - server        a probe with TTL k ends at lab.hop(ve
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import os
-import pty
 import random
 import re
 import socket
@@ -17,7 +15,6 @@ import statistics
 import struct
 import subprocess
 import sys
-import termios
 import threading
 import time
 from collections import Counter
@@ -35,8 +32,8 @@ from elf.addresses import ReverseDns
 from elf.histogram import LatencyHistogram
 from elf.rows import Record
 from elf.summary import Summary
-from lab import Host, Lab, end, nft_table, run, wait_until
-from runs import CLOSED, ELFPROBE, FAMILY, HOPS, TCP, UDP, VERSIONS, Run, both, inside, tcp_connected
+from lab import Lab, nft_table, run, wait_until
+from runs import CLOSED, ELFPROBE, FAMILY, HOPS, TCP, UDP, VERSIONS, Run, both, hosts_file, inside, tcp_connected
 from runs import elfprobe as probing
 
 root = pytest.mark.root
@@ -286,7 +283,6 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     text = '\n'.join(noted.tables(100))
     assert 198 <= 6 * text.count('latency in ms') + int(re.search('([0-9]+) probes to dest', text)[1]) == 360
     assert '198.51.100.59: 6 probes' in text and '198.51.100.0: ' not in text  # the latest are there
-    assert len(noted.busiest(11, 80)) == 11
     for number in range(1000):
         noted.note(ended(3, number, f'2001:db8::{number:x}'))
     [more] = re.findall('^ *and ([0-9]+) more$', '\n'.join(noted.tables(100)), re.MULTILINE)
@@ -609,127 +605,6 @@ def test_a_queue_that_grows_for_a_while(make_lab, tmp_path):
     found = figures_of(run.log, lab.server_address(4))
     assert [float(found[hop][4]) > 5 for hop in HOPS] == [False, False, True, True]  # 95 %
     assert any('round trip by the kernel' in line for line in table_of(run.log, lab.server_address(4)))
-
-
-@contextmanager
-def hosts_file(host: Host, text: str) -> Iterator[None]:
-    """What /etc/hosts is for commands in a namespace (ip-netns(8))."""
-    path = Path('/etc/netns', host.name, 'hosts')
-    path.parent.mkdir(parents=True)
-    path.write_text(text)
-    try:
-        yield
-    finally:
-        path.unlink()
-        path.parent.rmdir()
-
-
-@contextmanager
-def on_a_terminal(host: Host, lines: int, columns: int, *arguments: str, cwd: Path) -> Iterator[Any]:
-    """elfprobe there, with a terminal of this size; yields its process, and what reads all it wrote."""
-    ours, its = pty.openpty()
-    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack('4H', lines, columns, 0, 0))
-    said = bytearray()
-
-    def read() -> str:
-        while True:
-            try:
-                data = os.read(ours, 65536)
-            except OSError:  # EAGAIN, or EIO at the end
-                return said.decode().replace('\r\n', '\n')
-            said.extend(data)
-
-    os.set_blocking(ours, False)
-    process = host.popen(
-        sys.executable,
-        str(ELFPROBE),
-        '-i',
-        host.device,
-        *arguments,
-        stdin=its,
-        stdout=its,
-        stderr=its,
-        cwd=cwd,
-        env={**os.environ, 'TERM': 'xterm'},
-    )
-    os.close(its)
-    try:
-        yield process, read
-    finally:
-        end(process)
-        os.close(ours)
-
-
-def screen(written: str) -> list[str]:
-    """The lines that a terminal then shows, as far as elfprobe uses one: lines, CPL, ED."""
-    shown: list[str] = ['']
-    for part in re.split(r'(\n|\x1b\[\d*[A-Z])', written):
-        if part == '\n':
-            shown.append('')
-        elif part.endswith('F') and part.startswith('\x1b['):
-            del shown[len(shown) - 1 - int(part[2:-1]) :]
-            shown.append('')
-        elif part != '\x1b[J':
-            assert '\x1b' not in part
-            shown[-1] += part
-    return shown
-
-
-@root
-@pytest.mark.parametrize('columns', [80, 120])
-def test_table_on_a_terminal(lab4, tmp_path, columns):
-    """Redrawn in place, fitting, with names; log lines stand above it; in the end log and final tables are left,
-    which fit as well, and leave out nothing but columns."""
-    names = ''.join(
-        f'{lab4.hop(version, hop)} r{hop}.{"long-" * 3}example\n' for version in VERSIONS for hop in HOPS
-    )
-    with hosts_file(lab4.client, names), on_a_terminal(lab4.client, 30, columns, *both(lab4), cwd=tmp_path) as (
-        process,
-        written,
-    ):
-
-        def tables() -> list[str]:
-            """Those that have been written whole."""
-            return written().split('\x1b[J')[1:-1]
-
-        wait_until(lambda: 'probing on' in written(), 20, 'it is attached')
-        pings(lab4, '-i.01')
-        wait_until(
-            lambda: len(tables()) > 2 and re.search(r' r4\.long-.*\n.* r4\.long-', tables()[-1], re.DOTALL),
-            20,
-            'names',
-        )
-        process.terminate()
-        wait_until(lambda: process.poll() is not None, 20, 'its end')
-        assert process.returncode == 0
-        shown, final = tables(), screen(written())
-    lab4.client.end_processes()
-    for table in shown:
-        lines = re.sub('\x1b.*', '', table).splitlines()
-        assert len(lines) < 30 and max(map(len, lines)) < columns
-        assert lines[0].startswith('eth0: ')
-        assert (' 99% ' in table) == (columns == 120)
-    assert not any(line.startswith('eth0: ') for line in final)
-    [end_of_log] = [number for number, line in enumerate(final) if line.endswith(' unanswered')]
-    results = final[end_of_log + 1 :]
-    assert sum('latency in ms' in line for line in final) == sum('latency in ms' in line for line in results) == 2
-    assert max(map(len, results)) <= columns and (' 99% ' in ' '.join(results)) == (columns == 120)
-    assert sum('r4.long-long-long-example' in line for line in results) == 2
-
-
-@root
-@pytest.mark.parametrize('option', ['--no-live', '-q'])
-def test_no_table_on_a_terminal(lab4, tmp_path, option):
-    with on_a_terminal(lab4.client, 30, 90, option, '--duration', '2.5', *both(lab4), cwd=tmp_path) as (
-        process,
-        written,
-    ):
-        pings(lab4, '-i.01')
-        assert process.wait(20) == 0
-        assert '\x1b' not in written()
-        assert ('latency in ms' in written()) == (option != '-q')
-    lab4.client.end_processes()
-    assert 'latency in ms' in (tmp_path / 'elf.log').read_text() if option == '-q' else True
 
 
 # Hooks and cost
