@@ -83,6 +83,7 @@ from elf.files import DiskUse, FileLog, OutputFile, ReplacedFile, RowFiles, log_
 from elf.findings import PathRewrites
 from elf.live import FlowEvent, LiveView
 from elf.network import WATCHED_MAX, Routes, RouteWatch, attributes, device_name, in_short, translations
+from elf.pcapng import PacketFile
 from elf.processes import (
     TASK_COMM_LEN,
     AppNames,
@@ -234,6 +235,7 @@ examples:
   elfprobe.py -i eno2 -I pass -T -l @hosts   destinations from a file, payload kept, elf.log too
   elfprobe.py -i eno2 -q -f /var/tmp/night --duration 28800 -a backup &
                                              all night, in the background (with nohup: after the logout, too)
+  elfprobe.py -w probes.pcapng example.net   packets as well: tshark -r probes.pcapng -T fields -e frame.comment
   elfprobe.py -i wg0 10.8.0.1                inside a tunnel device, whose packets begin with IP
   elfplot.py --html elf.csv                  the summary again, and pictures
 
@@ -248,6 +250,7 @@ files:
   FILEBASE.csv       a row for each probe: docs/columns.md explains the columns
   FILEBASE.json      all that the tables say, and more: docs/report.md explains the keys
   FILEBASE.log       log and tables (-l, -q)
+  FILE (-w)          probes and answers as packets: docs/packets.md says what is in it
   FILEBASE.MAP.json  each BPF map that the hooks file (-H) defines, after the run
 
 exit status: 0 after a run, 3 after a run in which no probe was sent, 2 for wrong usage, 1 for every other error;
@@ -260,6 +263,13 @@ def is_rate_global(text: str) -> bool:
     if text not in ("g", "global", "h", "perhop"):
         raise argparse.ArgumentTypeError(f"'{text}' is none of g, global, h, perhop")
     return text.startswith("g")
+
+
+def file_name(text: str) -> str:
+    """Return the name of a file that can be written: an argparse type."""
+    if text == "-":
+        raise argparse.ArgumentTypeError("'-' would be standard output, which has the tables: give a file")
+    return not_empty(text)
 
 
 class ShowVersion(argparse.Action):
@@ -343,6 +353,10 @@ class Config:
     rotate: int | None = argument(
         "--rotate", default=None, metavar="MIB", type=whole_number(1, 10**6, "a whole number of MiB"),
         help="begin a new CSV when this one has so many MiB: FILEBASE.2.csv, FILEBASE.3.csv and so on",
+    )  # fmt: skip
+    capture: str | None = argument(
+        "-w", "--write", default=None, metavar="FILE", type=file_name,
+        help="also write the probes and their answers as packets to FILE (pcapng), for Wireshark and the like",
     )  # fmt: skip
     logfile: bool = argument(
         "-l", "--logfile", default=False, action="store_true", help="also log to FILEBASE.log"
@@ -3121,6 +3135,7 @@ class Results:
 
     def __init__(self, kernel: Kernel, summary: Summary) -> None:
         self._kernel = kernel
+        self.packets: PacketFile | None = None  # to which probes and answers are added
         self.rewrites = PathRewrites()
         self.summary = summary
         self.replies = 0
@@ -3130,6 +3145,7 @@ class Results:
         result = extended.member("result")
         self._result = struct.Struct(result.format)
         self._extended = struct.Struct(extended.format)
+        self.names = result.names
         self._row = row_function(result.names)
         self._unanswered_row = row_function(kernel.outstanding_names)
         self._events: list[bytes] = []
@@ -3155,7 +3171,17 @@ class Results:
             note(probe)
         rows += map(self._extended_row, extended)
         self.replies += len(rows)
+        if self.packets:
+            self._add_packets(self.packets, events)
         return "".join(rows)
+
+    def _add_packets(self, packets: PacketFile, events: Iterable[bytes]) -> None:
+        for data in events:
+            if len(data) >= self._extended.size:
+                *fields, length, extension = self._extended.unpack_from(data)
+                packets.add_answered(fields, extension[:length])
+            else:
+                packets.add_answered(self._result.unpack_from(data), b"")
 
     def _extended_row(self, data: bytes) -> str:
         """Return the row of a reply with an extension."""
@@ -3178,6 +3204,8 @@ class Results:
                 row, probe = self._unanswered_row(fields)
                 rows.append(row)
                 self.summary.note(probe)
+                if self.packets:
+                    self.packets.add_unanswered(fields)
             self.unanswered += len(rows)
             yield "".join(rows)
 
@@ -3374,7 +3402,8 @@ class Measurement:
         self._kernel = attached.kernel
         self._results = results
         self._csv, self._json = files
-        self._disk = DiskUse(self._csv.path)
+        self._packets = results.packets
+        self._disk = DiskUse(self._csv.path, "rows and packets" if self._packets else "rows")
         self.json_problem = ""  # why FILEBASE.json could not be written at last; empty: it was
         self._report = report
         self._clock = clock
@@ -3451,8 +3480,13 @@ class Measurement:
             raise failures[0]
 
     def _write(self, rows: str) -> None:
-        if rows:
-            self._csv.write_lines(rows)
+        """Write rows, and their packets. Raises Failure."""
+        try:
+            if rows:
+                self._csv.write_lines(rows)
+        finally:
+            if self._packets:
+                self._packets.write()
 
     def _take(self) -> None:
         """Write the rows of new replies."""
@@ -3522,7 +3556,8 @@ class Measurement:
 
     def _check_disk(self) -> None:
         results = self._results
-        said = self._disk.look(self._csv.written, results.replies + results.unanswered, results.summary.hops)
+        written = self._csv.written + (self._packets.written if self._packets else 0)
+        said = self._disk.look(written, results.replies + results.unanswered, results.summary.hops)
         if said:
             log.info("%s", said)
 
@@ -3566,6 +3601,8 @@ class Measurement:
         log.info("%d probes, %d replies, %d unanswered", count["probes"], results.replies, results.unanswered)
         if self._csv.lines_lost:
             log.warning("%d rows of them could not be written to %s", self._csv.lines_lost, self._csv.path)
+        if self._packets and self._packets.lost:
+            log.warning("%d packets could not be written to %s", self._packets.lost, self._packets.path)
         reasons: list[Reason] = []
         with self._kernel.defects.noted("the reasons for missing probes are not known"):
             reasons = self._reasons.at_end(count)
@@ -3672,17 +3709,29 @@ class ElfProbe:
                     destinations.spare_lookups(names)
                 # The last ring of all: libbpf ends a look at the rings with the one that has too many events.
                 results = Results(attached.kernel, summary)
+                if config.capture:
+                    results.packets = PacketFile(
+                        config.capture, f"elfprobe {VERSION}", device.name, config.encapsulation != "ethernet",
+                        clock, results.names, attached.kernel.outstanding_names,
+                    )  # fmt: skip
+                    stack.callback(results.packets.close)
                 active.callback(attached.kernel.end_lease)
                 if config.debug and not active.enter_context(attached.kernel.run_time_stats()):
                     log.info("CPU time of the programs is not known: that needs Linux 5.8, new BCC, sys_admin")
                 report = Report(facts(config, attached), clock, summary, results.rewrites, processes)
                 first = report.pieces(attached.kernel.counters(), [], has_ended=False)
                 files = stack.enter_context(
-                    output_files(config.filebase, self._file_log, first, config.rotate and config.rotate << 20)
+                    output_files(
+                        config.filebase,
+                        self._file_log,
+                        first,
+                        config.rotate and config.rotate << 20,
+                        [results.packets] if results.packets else [],
+                    )
                 )
                 if not config.by_process:
                     log_lines(heading)
-                self._announce(attached, files[0])
+                self._announce(attached, files[0], results.packets)
                 reasons = Reasons(config, device, routes, apps, destinations, fixed, targets)
                 self._measurement = measurement = Measurement(
                     config, attached, results, files, report, clock, view, reasons
@@ -3776,11 +3825,11 @@ class ElfProbe:
             stack.enter_context(poller.followed())
             return poller.targets, False
 
-    def _announce(self, attached: Attached, csv: RowFiles) -> None:
+    def _announce(self, attached: Attached, csv: RowFiles, packets: PacketFile | None) -> None:
         fate = "dropped" if self._config.ingress == "drop" else "passed"
         log.info(
-            "probing on %s, answers read at %s, then %s; rows go to %s",
-            attached.device.name, attached.hook, fate, csv.path,
+            "probing on %s, answers read at %s, then %s; rows go to %s%s",
+            attached.device.name, attached.hook, fate, csv.path, f", packets to {packets.path}" if packets else "",
         )  # fmt: skip
 
 

@@ -88,6 +88,5 @@ def interface_text(subtype: int, content: bytes) -> str:
 
 def ones_complement_sum(data: bytes) -> int:
     """Return the one's complement sum in 16 bits (RFC 1071): 0xFFFF where data includes its checksum."""
-    words = struct.unpack(f"!{(len(data) + 1) // 2}H", data + bytes(len(data) % 2))
-    total: int = (sum(words) - 1) % 0xFFFF + 1
-    return total
+    # The sum of 16-bit words and the number that they make are the same modulo 0xFFFF.
+    return (int.from_bytes(data + bytes(len(data) % 2), "big") - 1) % 0xFFFF + 1

@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import time
-from typing import Iterable, Iterator
+from typing import Iterable, Iterator, Protocol, Sequence
 
 from elf.rows import HEADER
 from elf.usage import Failure
@@ -156,18 +156,20 @@ class OutputFile:
         """Append whole lines. If the disk takes only a part, the last, broken line is removed. Raises Failure."""
         self.write_data(encoded(lines))
 
-    def write_data(self, data: bytes) -> None:
-        """Do as write_lines()."""
+    def write_data(self, data: bytes, is_text: bool = True) -> None:
+        """Append whole lines, or other data: if the disk takes only a part of that, nothing is left of it.
+        Raises Failure."""
         start = os.fstat(self.fd).st_size
         try:
             written = os.write(self.fd, data)
             while written < len(data):
                 written += os.write(self.fd, data[written:])
         except OSError as err:
-            kept = data.rfind(b"\n", 0, os.fstat(self.fd).st_size - start) + 1
+            kept = data.rfind(b"\n", 0, os.fstat(self.fd).st_size - start) + 1 if is_text else 0
             with contextlib.suppress(OSError):
                 os.ftruncate(self.fd, start + kept)
-            self.lines_lost += data.count(b"\n", kept)
+            if is_text:
+                self.lines_lost += data.count(b"\n", kept)
             raise Failure(f"cannot write '{self.path}': {err.strerror}") from err
 
     def close(self) -> None:
@@ -176,6 +178,15 @@ class OutputFile:
             with contextlib.suppress(OSError):
                 os.unlink(self._temporary)
         os.close(self.fd)
+
+
+class Publishable(Protocol):
+    """A file as OutputFile, or several."""
+
+    @property
+    def path(self) -> str: ...
+
+    def publish(self) -> str: ...
 
 
 class RowFiles:
@@ -258,8 +269,10 @@ class RowFiles:
 class DiskUse:
     """What the rows of a run take, and whether the disk has room for them."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, what: str) -> None:
+        """what is written, in words."""
         self._folder = os.path.dirname(path) or "."
+        self._what = what
         self._before = time.monotonic(), 0, 0, 0  # time, bytes, rows, hops at the last look
         self._is_told = False
         self._is_short = False
@@ -291,8 +304,10 @@ class DiskUse:
             return ""
         self._is_told = True
         per_second = (rows - rows_before) / (now - then)
-        what = f"{per_second:.0f} probes/s to {hops} hops"
-        return f"rows take {size_text(86400 * rate)} a day at this rate ({what}), and {size_text(free)} are free"
+        at = f"{per_second:.0f} probes/s to {hops} hops"
+        return (
+            f"{self._what} take {size_text(86400 * rate)} a day at this rate ({at}), and {size_text(free)} are free"
+        )
 
 
 def size_text(size: float) -> str:
@@ -412,12 +427,13 @@ class FileLog(logging.Handler):
 
 @contextlib.contextmanager
 def output_files(
-    filebase: str, file_log: FileLog | None, report: Iterable[str], limit: int | None
+    filebase: str, file_log: FileLog | None, report: Iterable[str], limit: int | None, others: Sequence[Publishable]
 ) -> Iterator[tuple[RowFiles, ReplacedFile]]:
     """Create the log with the lines so far, the CSV with its header, and the report. Raises Failure.
 
     Yield the CSV and the report. All get their names when all are complete. Until then, files of earlier runs
     keep theirs. If another run writes one of those, all get the next number that is free. limit: bytes of a CSV.
+    others are further files that get their names then.
     """
     extensions = ".csv", ".json", ".log"
     with contextlib.ExitStack() as stack:
@@ -428,7 +444,7 @@ def output_files(
         stack.callback(csv.close)
         json = ReplacedFile(filebase + ".json", report)
         stack.callback(json.close)
-        files: list[OutputFile | RowFiles | ReplacedFile] = [csv, json]
+        files: list[Publishable] = [csv, json, *others]
         if file_log:
             file = OutputFile(filebase + ".log")
             stack.callback(file.close)

@@ -447,6 +447,33 @@ def parse_packet(data: bytes, at: int = 0) -> Packet:
     )
 
 
+class Block(NamedTuple):
+    """A packet in a file of -w."""
+
+    packet: Packet
+    comment: str
+    is_inbound: bool
+
+
+def blocks_in(path: Path) -> Iterator[Block]:
+    """The packets in a file of -w."""
+    data = path.read_bytes()
+    while data:
+        kind, size = struct.unpack_from('=II', data)
+        assert struct.unpack_from('=I', data, size - 4) == (size,)
+        if kind == 6:
+            high, low, length = struct.unpack_from('=12x3I', data)
+            at, options = 28 + (length + 3) // 4 * 4, {}
+            code, count = struct.unpack_from('=HH', data, at)
+            while code:
+                options[code] = data[at + 4 : at + 4 + count]
+                at += 4 + (count + 3) // 4 * 4
+                code, count = struct.unpack_from('=HH', data, at)
+            packet = parse_packet(data[28 : 28 + length], high << 32 | low)
+            yield Block(packet, options[1].decode(), options[2] == struct.pack('=I', 1))
+        data = data[size:]
+
+
 def ip_packets(capture: Capture) -> list[Packet]:
     """The IP packets among a capture's frames, in order."""
     return [

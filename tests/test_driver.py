@@ -107,6 +107,7 @@ GOOD = {  # arguments in addition to -i none0 and an address: what they change
     '--json': {'json': True},
     '--rotate 1': {'rotate': 1},
     '--rotate 1000000': {'rotate': 1000000},
+    '-w probes.pcapng': {'capture': 'probes.pcapng'},
     '-n': {'numeric': True},
     '--numeric': {'numeric': True},
     '--max-rate 1': {'max_rate': 1},
@@ -133,6 +134,7 @@ DEFAULTS = dict(
     numeric=False,
     json=False,
     rotate=None,
+    capture=None,
 )
 
 
@@ -199,6 +201,8 @@ BAD: list[tuple[list[str], Sequence[str]]] = [  # arguments; what the message mu
     (['--max-rate', '0'], ['--max-rate', "'0'", RATE]),
     (['--max-rate', '1000001'], ['--max-rate', "'1000001'", RATE]),
     (['--max-rate', 'all'], ['--max-rate', "'all'", RATE]),
+    (['-w', '-'], ['-w/--write', "'-'", 'standard output']),
+    (['-w', ''], ['-w/--write', 'empty']),
     (['--rotate', '0'], ['--rotate', "'0'", 'MiB, 1 to 1000000']),
     (['--rotate', '1.5'], ['--rotate', "'1.5'", 'MiB, 1 to 1000000']),
     (['--unknown'], ['--unknown']),
@@ -1164,7 +1168,7 @@ def test_what_rows_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     now, free = 1000.0, 10**12
     monkeypatch.setattr(files.time, 'monotonic', lambda: now)
     monkeypatch.setattr(files.os, 'statvfs', lambda _: SimpleNamespace(f_bavail=free // 4096, f_frsize=4096))
-    use, said = DiskUse(str(tmp_path / 'elf.csv')), []
+    use, said = DiskUse(str(tmp_path / 'elf.csv'), 'rows'), []
     looks = [(0, 0, 12), (400, 3, 12), (400, 4, 12), (400, 4, 12), (0, 4, 12), (400, 4, 8), (400, 4, 8)]
     written = rows = 0
     for per_second, hops, exponent in [*looks, (400, 4, 12), (400, 4, 8)]:

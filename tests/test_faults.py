@@ -1544,18 +1544,23 @@ def test_disk_is_full(busy, tmp_path, filebase, via):
 
 @root
 def test_existing_files_are_renamed_and_new_ones_are_the_users(busy, tmp_path):
-    for name, text in {'elf.csv': OLD, 'elf.1.csv': 'older\n', 'precious': 'to somebody\n'}.items():
+    old_files = {'elf.csv': OLD, 'elf.1.csv': 'older\n', 'precious': 'to somebody\n', 'p.pcapng': 'old packets'}
+    for name, text in old_files.items():
         (tmp_path / name).write_text(text)
     (tmp_path / 'elf.log').symlink_to('precious')
     before = files(tmp_path)
     sudo = busy.client.command('env', 'SUDO_UID=1234', 'SUDO_GID=2345')
-    with elfprobe(busy, '-l', busy.server_address(4), cwd=tmp_path, via=sudo) as measuring:
+    with elfprobe(busy, '-l', '-w', 'p.pcapng', busy.server_address(4), cwd=tmp_path, via=sudo) as measuring:
         has_rows(measuring)
     check_end(measuring)
+    (tmp_path / 'p.pcapng').write_text('packets')  # which are not text
     after = files(tmp_path)
-    moved = {'elf.2.csv': 'elf.csv', 'elf.1.csv': 'elf.1.csv', 'elf.1.log': 'elf.log', 'precious': 'precious'}
+    moved = {
+        'elf.2.csv': 'elf.csv', 'elf.1.csv': 'elf.1.csv', 'elf.1.log': 'elf.log', 'precious': 'precious',
+        'p.1.pcapng': 'p.pcapng',
+    }  # fmt: skip
     assert {name: after.pop(name) for name in moved} == {name: before[old] for name, old in moved.items()}
-    assert sorted(after) == ['elf.csv', 'elf.json', 'elf.log']
+    assert sorted(after) == ['elf.csv', 'elf.json', 'elf.log', 'p.pcapng']
     assert after['elf.log'][1] == measuring.log
     for new, old in ('elf.2.csv', 'elf.csv'), ('elf.1.log', 'elf.log'):
         assert re.search(rf'\b{old}\b.*\b{new}\b', measuring.log)

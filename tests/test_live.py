@@ -311,6 +311,7 @@ def replies(screen: str) -> int:
     return int(re.findall(r'(\d+) replies', screen)[-1])
 
 
+@pytest.mark.sample
 def test_keys() -> None:
     with Terminal(*VIEWED) as terminal:
         screen = terminal.wait_for('h: keys')

@@ -12,11 +12,13 @@ way is odd as intended is not tested here: try a new one with a broken elfprobe.
 from __future__ import annotations
 
 import csv
+import re
 import socket
 import struct
 import subprocess
+import sys
 from collections import Counter, defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -24,6 +26,9 @@ from typing import Any, Callable, Dict, Iterator, NamedTuple
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from elf.extensions import MalformedExtension, extension_texts
 from lab import Lab, end, wait_until
 from odd_routers import (
     HOPS,
@@ -45,8 +50,10 @@ from runs import (
     TCP,
     UDP,
     VERSIONS,
+    Block,
     Packet,
     Row,
+    blocks_in,
     check_delays,
     elfprobe,
     inside,
@@ -199,6 +206,7 @@ class Measured(NamedTuple):
     rows: list[Row]
     answers: list[Answer]
     observed: list[Observed]
+    packets: list[Block]
     passed: list[int]  # time exceeded that the client's stack has seen: IPv4's, IPv6's
 
     def __repr__(self) -> str:
@@ -257,7 +265,7 @@ def lab() -> Iterator[Lab]:
 def measured(lab: Lab, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Measured:
     truncated, offload = request.param[0] == 'truncated', request.param[1] == 'offload'
     directory = tmp_path_factory.mktemp('measured')
-    options = ['-p', '0', *([] if truncated else ['-T'])]
+    options = ['-w', 'answers.pcapng', '-p', '0', *([] if truncated else ['-T'])]
     lab.set_checksum_offload(offload)
     before = time_exceeded_received(lab.client)
     try:
@@ -270,11 +278,11 @@ def measured(lab: Lab, request: pytest.FixtureRequest, tmp_path_factory: pytest.
             rows = run.rows()
             with (directory / 'elf.csv').open() as file:
                 columns = list(csv.DictReader(file))
-            answers = responder.answers()
+            answers, packets = responder.answers(), list(blocks_in(directory / 'answers.pcapng'))
     finally:
         lab.set_checksum_offload(True)
     passed = [now - then for now, then in zip(time_exceeded_received(lab.client), before)]
-    return Measured(offload, rows, answers, pair(list(zip(rows, columns)), answers), passed)
+    return Measured(offload, rows, answers, pair(list(zip(rows, columns)), answers), packets, passed)
 
 
 def test_rows_and_answers_are_one_to_one(measured: Measured) -> None:
@@ -289,6 +297,29 @@ def test_what_makes_no_row_passes(measured: Measured) -> None:
         observed = [one for one in measured.observed if one.answer.probe.version == version]
         sent = sum(len(one.answer.sent) for one in observed)
         assert passed == sent - sum(one.row.is_answered for one in observed) > 0
+
+
+def test_packets_have_the_extensions(measured: Measured) -> None:
+    """Those of -w. The rows have the texts of what was well-formed."""
+    expected = {(one.row.dest, one.row.seq): one.columns for one in measured.observed}
+    seen = Counter()
+    for (probe, comment, _), (answer, _, is_inbound) in zip(measured.packets, measured.packets[1:]):
+        if is_inbound:
+            columns = expected.get((probe.dest, int(re.search(r'seq (\d+)', comment)[1])))
+            icmp = answer.segment
+            length = icmp[5] * 4 if answer.version == 4 else icmp[4] * 8
+            with suppress(MalformedExtension):
+                texts = (
+                    extension_texts(icmp[8 + length :], is_cut=len(icmp) == 8 + length + 252)
+                    if length
+                    else ('', '')
+                )
+                if columns:
+                    labels, interfaces = texts
+                    shown = ''.join(character if character.isprintable() else '?' for character in interfaces)
+                    assert (labels, shown) == (columns['mpls'], columns['ifinfo'])
+                    seen[texts] += 1
+    assert len(seen) > 5 and not any(one.columns['mpls'] for one in measured.observed if not one.row.is_answered)
 
 
 def test_few_probes_go_farther(measured: Measured) -> None:
