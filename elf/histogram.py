@@ -10,9 +10,12 @@ import itertools
 import operator
 from typing import NamedTuple
 
-# ns, 1 us to 11 s, each 2 % above the one before: quantiles are exact to 1 %.
-BOUNDS = [round(1000 * 1.02**number) for number in range(820)]
+# Upper bounds for the metrics: ns, 50 us to 5 s.
+BUCKETS = tuple(round(step * 10**power) for power in range(4, 10) for step in (1, 2.5, 5))[2:]
+# ns, 1 us to 11 s, each at most 2 % above the one before: quantiles are exact to 1 %. The buckets are among them.
+BOUNDS = sorted({*(round(1000 * 1.02**number) for number in range(820)), *BUCKETS})
 MIDDLES = [(low + high) / 2 for low, high in zip([BOUNDS[0], *BOUNDS], [*BOUNDS, BOUNDS[-1]])]
+EDGES = [BOUNDS.index(bound) + 1 for bound in BUCKETS]  # counts of LatencyHistogram up to each bucket
 EXACT_MAX = 512  # values that are kept one by one
 
 
@@ -28,6 +31,27 @@ class Stats(NamedTuple):
     jitter: float
 
 
+class BucketCounts:
+    """A distribution of durations (ns) that is only known by BUCKETS."""
+
+    __slots__ = ("counts", "total")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BUCKETS) + 1)  # between the bounds, each of which belongs to the count before it
+        self.total = 0  # ns
+
+    def add(self, value: int) -> None:
+        self.counts[bisect.bisect_left(BUCKETS, value)] += 1
+        self.total += value
+
+    def without(self, other: BucketCounts) -> BucketCounts:
+        """Return the values that are not in another one, all of whose values are in this one."""
+        rest = BucketCounts()
+        rest.counts = list(map(operator.sub, self.counts, other.counts))
+        rest.total = self.total - other.total
+        return rest
+
+
 class LatencyHistogram:
     """The distribution of durations (ns).
 
@@ -35,16 +59,17 @@ class LatencyHistogram:
     jitter stay exact.
     """
 
-    __slots__ = ("_recent", "_measured", "_binned", "_bins", "_minimum", "_maximum", "_last", "_steps")
+    __slots__ = ("_recent", "_measured", "_binned", "_bins", "_minimum", "_maximum", "_last", "_steps", "_total")
 
     def __init__(self) -> None:
         self._recent = array.array("Q")  # the newest values, in the order in which they came
-        self._measured = 0  # how many of _recent are in _minimum, _maximum, _last and _steps
+        self._measured = 0  # how many of _recent are in _minimum, _maximum, _last, _steps and _total
         self._binned = 0  # how many values have left _recent and are counted in _bins
         self._bins = array.array("Q")  # counts between BOUNDS; empty until _recent is full the first time
         self._minimum = self._maximum = 0
         self._last = 0  # the newest value that is in _steps
         self._steps = 0  # sum of the differences of consecutive values
+        self._total = 0  # sum of the values
 
     @property
     def count(self) -> int:
@@ -70,6 +95,20 @@ class LatencyHistogram:
         jitter = self._steps / max(self.count - 1, 1)
         return Stats(self._minimum, median, percentile95, percentile99, self._maximum, jitter)
 
+    def buckets(self) -> BucketCounts:
+        """Return the distribution by BUCKETS."""
+        found = BucketCounts()
+        if self._bins:
+            self._move_into_bins()
+            found.counts = [sum(self._bins[start:end]) for start, end in zip([0, *EDGES], [*EDGES, len(MIDDLES)])]
+        else:
+            self._measure()
+            values = sorted(self._recent)
+            upto = [0, *(bisect.bisect_right(values, bound) for bound in BUCKETS), len(values)]
+            found.counts = list(map(operator.sub, upto[1:], upto))
+        found.total = self._total
+        return found
+
     def _measure(self) -> None:
         """Update minimum, maximum and steps with the values that came since the last time."""
         new = self._recent[self._measured :]
@@ -81,12 +120,13 @@ class LatencyHistogram:
         before = [new[0] if is_first else self._last, *new]
         self._steps += sum(map(abs, map(operator.sub, new, before)))
         self._last = new[-1]
+        self._total += sum(new)
         self._measured = len(self._recent)
 
     def _move_into_bins(self) -> None:
         self._measure()
         self._bins = self._bins or array.array("Q", bytes(8 * len(MIDDLES)))
-        for number in map(functools.partial(bisect.bisect, BOUNDS), self._recent):
+        for number in map(functools.partial(bisect.bisect_left, BOUNDS), self._recent):
             self._bins[number] += 1
         self._binned += len(self._recent)
         self._measured = 0

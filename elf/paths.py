@@ -7,11 +7,12 @@ import collections
 import math
 from typing import NamedTuple
 
-from elf.histogram import LatencyHistogram
+from elf.histogram import BucketCounts, LatencyHistogram
 
 SIGNIFICANT = 3  # standard errors by which two shares must differ
 OUTAGE_MIN = 3  # s: an outage is longer, and another hop answers in more seconds of it
 OUTAGES_MAX = 5  # of a hop, that are kept
+RESPONDERS_MAX = 64  # of a hop, that are told apart
 
 
 class Outage(NamedTuple):
@@ -29,14 +30,15 @@ class Hop:
     """The probes with one TTL to one destination that have ended."""
 
     __slots__ = (
-        "latency", "unanswered", "responders", "changes", "outages", "active_seconds", "last_second",
+        "latency", "unanswered", "responder", "_others", "changes", "outages", "active_seconds", "last_second",
         "_neighbours_active",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.latency = LatencyHistogram()
         self.unanswered = 0
-        self.responders: collections.Counter[str] = collections.Counter()
+        self.responder = ""  # the first one; all of latency is its, but for what is in _others
+        self._others: dict[str, BucketCounts] = {}  # by responder; "": of those above RESPONDERS_MAX
         self.changes = 0  # how often a flow's responder changed
         self.outages: list[Outage] = []  # those that are over
         self.active_seconds = 0  # seconds in which at least one probe left that was answered
@@ -46,6 +48,34 @@ class Hop:
     @property
     def probes(self) -> int:
         return self.latency.count + self.unanswered
+
+    def note_other(self, responder: str, latency: int) -> None:
+        """Note who answered with this latency, if it is not self.responder."""
+        if not self.responder:
+            self.responder = responder
+            return
+        if responder not in self._others and len(self._others) >= RESPONDERS_MAX - 1:
+            responder = ""
+        self._others.setdefault(responder, BucketCounts()).add(latency)
+
+    @property
+    def responders(self) -> collections.Counter[str]:
+        """How often each responder answered."""
+        if not self.responder:
+            return collections.Counter()
+        others = {responder: sum(its.counts) for responder, its in self._others.items()}
+        first = self.latency.count - sum(others.values())
+        others.pop("", None)
+        return collections.Counter({self.responder: first, **others})
+
+    def by_responder(self) -> dict[str, BucketCounts]:
+        """Return the latencies of each responder."""
+        if not self.responder:
+            return {}
+        first = self.latency.buckets()
+        for other in self._others.values():
+            first = first.without(other)
+        return {self.responder: first, **{who: its for who, its in self._others.items() if who}}
 
     @property
     def unanswered_share(self) -> float:
@@ -95,6 +125,7 @@ class Destination:
         self.srtt = LatencyHistogram()
         self.retransmitted = 0  # segments, by each probed flow since its first probe
         self.retransmitted_before = 0  # by flows that had begun before that
+        self.cwnd = 0  # segments, of the flow with the newest probe on TCP
         self.tcp_probes = 0
         self.tcp_advances = 0  # of these, how many found that their flow had sent data since the one before
         self.recent_probes = 0.0  # halved with each drawing of the live table

@@ -19,7 +19,6 @@ from elf.usage import printable
 HOPS_MAX = 8192  # of all destinations together
 FLOWS_MAX = 32768  # that are remembered
 FLOW_HOPS_MAX = 65536  # of all of them together
-RESPONDERS_MAX = 64  # of a hop
 NEVER = 1 << 63  # ns, above every latency
 REUSE_AFTER = 10**9  # ns without a probe, after which a lower retransmission count is a new connection's
 CHANGES_LOGGED = 10  # changes of a hop's responder; further ones are only counted
@@ -127,6 +126,7 @@ class Summary:
         if cwnd is not None:
             self._note_tcp(destination, flow, sendtime, srtt, retrans or 0)
             destination.tcp_probes += 1
+            destination.cwnd = cwnd
             if origseq != flow.sequence:
                 destination.tcp_advances += 1
                 flow.sequence = origseq
@@ -144,8 +144,8 @@ class Summary:
         second = sendtime // 10**9
         if second > hop.last_second:
             hop.note_second(second, *destination.neighbours(number))
-        if responder in hop.responders or len(hop.responders) < RESPONDERS_MAX:
-            hop.responders[responder] += 1
+        if responder != hop.responder:
+            hop.note_other(responder, latency)
         if of_flow.responder != responder:
             self._note_responder(hop, of_flow, probe)
 

@@ -6,6 +6,7 @@ client - r1 - r2 - r3 - r4 - server        a probe with TTL k ends at lab.hop(ve
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import random
@@ -27,7 +28,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from elf import histogram, summary
+from elf import histogram, paths, summary
 from elf.addresses import ReverseDns
 from elf.histogram import LatencyHistogram
 from elf.rows import Record
@@ -286,7 +287,30 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(1000):
         noted.note(ended(3, number, f'2001:db8::{number:x}'))
     [more] = re.findall('^ *and ([0-9]+) more$', '\n'.join(noted.tables(100)), re.MULTILINE)
-    assert int(more) == summary.RESPONDERS_MAX - summary.RESPONDERS_SHOWN
+    assert int(more) == paths.RESPONDERS_MAX - summary.RESPONDERS_SHOWN
+
+
+def test_latencies_by_responder() -> None:
+    """Each responder's latencies are counted by their bounds, however many there are; above a maximum,
+    together with nobody's."""
+    chance = random.Random(7)
+    hop, expected = paths.Hop(), {}
+    assert (hop.responders, hop.by_responder()) == (Counter(), {})
+    for number in range(5000):
+        who = f'192.0.2.{min(number, chance.randint(0, 99))}'
+        value = chance.choice((*histogram.BUCKETS, chance.randint(0, 10**10)))
+        hop.latency.add(value)
+        if who != hop.responder:
+            hop.note_other(who, value)
+        expected.setdefault(who, []).append(value)
+        if number in (1, 100, 600, 4999):
+            told = dict(list(expected.items())[: paths.RESPONDERS_MAX])
+            assert hop.responders == {who: len(values) for who, values in told.items()}
+            for who, counts in hop.by_responder().items():
+                upto = [sum(value <= bound for value in told[who]) for bound in histogram.BUCKETS]
+                assert [*itertools.accumulate(counts.counts)] == [*upto, len(told[who])]
+                assert counts.total == sum(told[who])
+    assert len(expected) == 100
 
 
 def tcp_probe(sendtime: int, responder: str = A, sport: int = 1, retrans: int = 0) -> Record:
