@@ -82,6 +82,7 @@ from elf.extensions import MalformedExtension, extension_texts
 from elf.files import DiskUse, FileLog, OutputFile, ReplacedFile, RowFiles, log_renamed, output_files
 from elf.findings import PathRewrites
 from elf.live import FlowEvent, LiveView
+from elf.metrics import SERIES_DEFAULT, Figures, Metrics, exporting, listening_address
 from elf.network import WATCHED_MAX, Routes, RouteWatch, attributes, device_name, in_short, translations
 from elf.pcapng import PacketFile
 from elf.processes import (
@@ -385,6 +386,16 @@ class Config:
     json: bool = argument(
         "--json", default=False, action="store_true",
         help="at the end print the content of FILEBASE.json in place of the tables",
+    )  # fmt: skip
+    metrics: tuple[str, int] | None = argument(
+        "--metrics", default=None, type=listening_address, metavar="[ADDRESS:]PORT",
+        help="serve OpenMetrics at http://ADDRESS:PORT/metrics while it runs; an IPv6 address is in brackets "
+        "(default address: 127.0.0.1)",
+    )  # fmt: skip
+    metrics_series: int = argument(
+        "--metrics-series", default=SERIES_DEFAULT, metavar="N",
+        type=whole_number(1, 10**4, "a whole number of combinations"),
+        help="most combinations of destination, hop and responder in the metrics (default: %(default)s)",
     )  # fmt: skip
     live: bool = argument(
         "--no-live", default=True, action="store_false",
@@ -3268,9 +3279,10 @@ STRAY_REPLIES = 0.5  # s to wait for replies after the last probe
 CLOCK_EVERY = 1.0  # s between two checks that CLOCK_MONOTONIC still maps to UTC as before
 DISK_EVERY = 3.0  # s between two checks of how much the rows take
 JSON_EVERY = 10.0  # s between two versions of FILEBASE.json
-JSON_SLICE = 0.05  # s to write at it before results are read again: the ring holds RING_HOLDS at the highest rate
+SLICE = 0.05  # s to write at it, or at metrics, before results are read again: the ring holds RING_HOLDS at best
 CHECK_EVERY = 5.0  # s between two checks that our programs are still attached
 REPORT_EVERY = 10.0  # s between two lines with the counters (-d)
+SCRAPE_EVERY = 0.1  # s between two looks whether somebody asks for metrics
 DRAW_EVERY = 1.0  # s between two tables on a terminal
 KEYS_EVERY = 0.1  # s between two looks at the keyboard, at most
 NO_PROBES = 3  # exit status
@@ -3290,6 +3302,13 @@ def facts(config: Config, attached: Attached) -> dict[str, Any]:
         "bcc": bcc.__version__,
         "interfaces": [attached.interface()],
     }
+
+
+def labels(attached: Attached) -> dict[str, str]:
+    """Return what runs, as the metrics say it."""
+    interface = attached.interface()
+    where = {"interface": interface.pop("name"), **interface}
+    return {"version": VERSION, "kernel": os.uname().release, "bcc": bcc.__version__, **where}
 
 
 def heading_lines(ipr: Netlink, device: Device, config: Config, clock: Clock) -> list[str]:
@@ -3394,6 +3413,7 @@ class Measurement:
         clock: Clock,
         view: LiveView,
         reasons: Reasons,
+        metrics: Metrics | None = None,
     ) -> None:
         """files are the CSV and FILEBASE.json."""
         self._config = config
@@ -3408,6 +3428,7 @@ class Measurement:
         self._report = report
         self._clock = clock
         self._view = view
+        self._metrics = metrics
         self.probes = 0  # of the whole run, once it has ended
         self.output: list[str] = []  # lines for standard output, once the run has ended
         self._link = LinkState.UP
@@ -3427,6 +3448,7 @@ class Measurement:
             Every(JSON_EVERY, self._begin_json),
             Every(0, self._go_on_with_json),
             Every(0, self._take),
+            Every(SCRAPE_EVERY, self._answer_scraper),
             Every(DRAW_EVERY, self._draw),
         )
 
@@ -3582,7 +3604,22 @@ class Measurement:
 
     def _go_on_with_json(self) -> None:
         with self._json_errors():
-            self._json.go_on(JSON_SLICE)
+            self._json.go_on(SLICE)
+
+    def _answer_scraper(self) -> None:
+        if self._metrics:
+            with self._kernel.defects.noted("the metrics are not up to date"):
+                self._metrics.answer(self._figures, SLICE)
+
+    def _figures(self) -> Figures:
+        results = self._results
+        user = {
+            "replies": results.replies,
+            "unanswered": results.unanswered,
+            "malformed_extensions": results.malformed,
+            "rows_lost": self._csv.lines_lost,
+        }
+        return results.rewrites.findings(), {"bpf": self._kernel.counters(), "user": user}
 
     def _draw(self) -> None:
         if self._view.is_shown:
@@ -3684,6 +3721,7 @@ class ElfProbe:
                 stack.callback(self._stop.command.close)
                 pids.append(self._stop.command.pid)
             stack.enter_context(sole_user(device))
+            exporter = stack.enter_context(exporting(config.metrics))
             remove_leftovers(ipr, device)
             active = contextlib.ExitStack()  # while probes may be sent
             attached = self._attach(stack, active, ipr, device)
@@ -3733,8 +3771,9 @@ class ElfProbe:
                     log_lines(heading)
                 self._announce(attached, files[0], results.packets)
                 reasons = Reasons(config, device, routes, apps, destinations, fixed, targets)
+                metrics = Metrics(exporter, labels(attached), summary, config.metrics_series) if exporter else None
                 self._measurement = measurement = Measurement(
-                    config, attached, results, files, report, clock, view, reasons
+                    config, attached, results, files, report, clock, view, reasons, metrics
                 )
                 stack.callback(measurement.summarise, destinations, self._stop)  # when all is detached
                 try:

@@ -3,7 +3,8 @@
 
 Nothing here imports elfprobe.py or BCC, and nothing needs root. Each module imports only from those below it:
 
-    report       command    FILEBASE.json; the command of "-- COMMAND"
+    report       metrics    FILEBASE.json; metrics for scrapers
+    exporter     command    the process that serves them; the command of "-- COMMAND"
     summary                 all probes, by destination, flow and hop; the tables
     findings                what the figures say of a path
     files                   CSV, log and report as files

@@ -13,6 +13,7 @@ from typing import Any, Iterable, Iterator, NamedTuple
 
 PROCESSES_MAX = 4096  # that ProcessLog keeps
 TASK_COMM_LEN = 16  # linux/sched.h: of a command name, the final zero included
+OWN_PIDS = {os.getpid()}  # of processes that are never targets: elfprobe itself, and what it starts for itself
 
 
 class Interpreter(NamedTuple):
@@ -256,9 +257,9 @@ def process_ids() -> list[int]:
 
 
 def running_processes() -> Iterator[Process]:
-    """Yield all processes but this one. One that ends meanwhile may be missing."""
+    """Yield all processes but elfprobe's own. One that ends meanwhile may be missing."""
     for pid in process_ids():
-        if pid != os.getpid():
+        if pid not in OWN_PIDS:
             with contextlib.suppress(OSError):
                 yield look_at_process(pid)
 

@@ -139,8 +139,10 @@ def distribution(paths: Iterable[str] = OS_RELEASE) -> list[str]:
 def how_to_install(modules: Iterable[str], names: Iterable[str]) -> str:
     """Return the command that installs these modules, on a distribution that goes by these names."""
     command, prefix = next((INSTALLERS[name] for name in names if name in INSTALLERS), INSTALLERS["debian"])
-    # Debian's package of bcc has another name.
+    # Some distributions give some packages other names.
     own = {"bcc": "bpfcc"} if command.startswith("apt") else {}
+    if command.startswith("ap"):  # apt, apk: no underscores
+        own["prometheus_client"] = "prometheus-client"
     return " ".join([command, *(prefix + own.get(module, module) for module in modules)])
 
 

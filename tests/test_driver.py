@@ -112,6 +112,10 @@ GOOD = {  # arguments in addition to -i none0 and an address: what they change
     '--numeric': {'numeric': True},
     '--max-rate 1': {'max_rate': 1},
     '--max-rate 1000000': {'max_rate': 1000000},
+    '--metrics 9817': {'metrics': ('127.0.0.1', 9817)},
+    '--metrics 0.0.0.0:1': {'metrics': ('0.0.0.0', 1)},
+    '--metrics [::]:65535': {'metrics': ('::', 65535)},
+    '--metrics [fe80::1%eth0]:9817': {'metrics': ('fe80::1%eth0', 9817)},
     '-dlT -Ipass -p5': {'debug': True, 'logfile': True, 'notrunc': True, 'ingress': 'pass', 'probeint': 5},
     '--probeint=5 --app=a': {'probeint': 5, 'apps': ('a',)},
 }
@@ -129,6 +133,8 @@ DEFAULTS = dict(
     notrunc=False,
     hooks=str(SCRIPT.with_name('elfhooks.c')),
     quiet=False,
+    metrics=None,
+    metrics_series=1000,
     duration=None,
     max_rate=50000,
     numeric=False,
@@ -205,6 +211,22 @@ BAD: list[tuple[list[str], Sequence[str]]] = [  # arguments; what the message mu
     (['-w', ''], ['-w/--write', 'empty']),
     (['--rotate', '0'], ['--rotate', "'0'", 'MiB, 1 to 1000000']),
     (['--rotate', '1.5'], ['--rotate', "'1.5'", 'MiB, 1 to 1000000']),
+    *(
+        (['--metrics', value], ['--metrics', f"'{value}'", 'IPv6 address in brackets', '1 to 65535'])
+        for value in [
+            '0',
+            '65536',
+            '9817x',
+            ':9817',
+            '192.0.2.1',
+            'localhost:9817',
+            '::1:9817',
+            '[192.0.2.1]:9817',
+            '[::1]',
+        ]
+    ),
+    (['--metrics', ''], ['--metrics', 'PORT']),
+    (['--metrics-series', '0'], ['--metrics-series', "'0'", 'combinations, 1 to 10000']),
     (['--unknown'], ['--unknown']),
     (['--debu'], ['--debu']),
     (['-l=yes'], ['-l']),
@@ -262,7 +284,8 @@ def test_not_root(capfd: pytest.CaptureFixture[str], empty: Path, monkeypatch: p
 
 OPTIONS = '''
 -h --help -I --ingress -l --logfile -f --filebase -d --debug -p --probeint -P --pid -a --app -r --ratetype
--i --interface -T --notrunc -e --encapsulation -H --hooks -q --quiet --duration --max-rate --version
+-i --interface -T --notrunc -e --encapsulation -H --hooks -q --quiet --duration --max-rate --version --metrics
+--metrics-series
 '''
 
 
