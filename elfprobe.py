@@ -79,7 +79,7 @@ from elf.command import Command
 from elf.console import Console, LogFormat, open_standard_streams, output_columns, print_lines
 from elf.counters import UNFIT_PACKETS, accounting, troubles, why_no_probes
 from elf.extensions import MalformedExtension, extension_texts
-from elf.files import DiskUse, FileLog, OutputFile, ReplacedFile, RowFiles, log_renamed, output_files
+from elf.files import DiskUse, FileLog, Files, OutputFile, RowFiles, log_renamed, output_files
 from elf.findings import PathRewrites
 from elf.live import FlowEvent, LiveView
 from elf.metrics import SERIES_DEFAULT, Figures, Metrics, exporting, listening_address
@@ -112,6 +112,7 @@ from elf.reasons import (
 )
 from elf.report import Report
 from elf.rows import row_function
+from elf.service import ServiceManager
 from elf.summary import Summary
 from elf.usage import (
     Failure,
@@ -3335,11 +3336,14 @@ class Stop:
     """Counts the signals that ask for the end. While a command runs they go to the command, which ends the run.
 
     A thread takes them, and no handler, because only the one who takes a signal learns whether it comes from the
-    terminal. Such a signal has reached the command already.
+    terminal. Such a signal has reached the command already. Under a service manager SIGHUP is for new
+    files instead.
     """
 
     def __init__(self) -> None:
+        self.service = ServiceManager()
         self.asked = 0
+        self.wants_reopened = False  # the files
         self.command: Command | None = None
         self.ends_output = False  # everything is done but writing to standard output, which may wait for a reader
 
@@ -3355,7 +3359,9 @@ class Stop:
     def _take(self, numbers: set[signal.Signals]) -> None:
         while True:
             found = signal.sigwaitinfo(numbers)
-            if not (self.command and self.command.is_running()):
+            if found.si_signo == signal.SIGHUP and self.service.is_there:
+                self.wants_reopened = True
+            elif not (self.command and self.command.is_running()):
                 self.ask()
             elif found.si_code != SI_KERNEL:
                 name = signal.Signals(found.si_signo).name
@@ -3408,20 +3414,20 @@ class Measurement:
         config: Config,
         attached: Attached,
         results: Results,
-        files: tuple[RowFiles, ReplacedFile],
+        files: Files,
         report: Report,
         clock: Clock,
         view: LiveView,
         reasons: Reasons,
         metrics: Metrics | None = None,
     ) -> None:
-        """files are the CSV and FILEBASE.json."""
         self._config = config
         self._attached = attached
         self._reasons = reasons
         self._kernel = attached.kernel
         self._results = results
-        self._csv, self._json = files
+        self._files = files
+        self._csv, self._json, _ = files
         self._packets = results.packets
         self._disk = DiskUse(self._csv.path, "rows and packets" if self._packets else "rows")
         self.json_problem = ""  # why FILEBASE.json could not be written at last; empty: it was
@@ -3467,7 +3473,13 @@ class Measurement:
             self._renew_lease()  # its first packet is to be probed
             if not stop.asked:
                 command.release()
+        stop.service.tell("READY=1")
+        watchdog = Every(RENEW_EVERY, lambda: stop.service.tell("WATCHDOG=1"))
         while not stop.asked and time.monotonic() < self._end:
+            watchdog.run()
+            if stop.wants_reopened:
+                stop.wants_reopened = False
+                self._reopen_files()
             if command and command.has_ended():
                 log.info("%s", command.end_text())
                 break
@@ -3477,6 +3489,7 @@ class Measurement:
                 stop.ask()
             patience = 0 if self._expired else KEYS_EVERY if self._view.is_shown else DRAIN_EVERY
             self._kernel.wait_for_events(min(patience, max(self._end - time.monotonic(), 0)))
+        stop.service.tell("STOPPING=1")
 
     def drain(self) -> None:
         """End probing. Write the replies that are still on their way, then what is outstanding."""
@@ -3509,6 +3522,12 @@ class Measurement:
         finally:
             if self._packets:
                 self._packets.write()
+
+    def _reopen_files(self) -> None:
+        try:
+            self._files.reopen()
+        except Failure as failure:
+            log.warning("%s: the file that was there goes on", failure)
 
     def _take(self) -> None:
         """Write the rows of new replies."""
@@ -3769,7 +3788,7 @@ class ElfProbe:
                 )
                 if not config.by_process:
                     log_lines(heading)
-                self._announce(attached, files[0], results.packets)
+                self._announce(attached, files.csv, results.packets)
                 reasons = Reasons(config, device, routes, apps, destinations, fixed, targets)
                 metrics = Metrics(exporter, labels(attached), summary, config.metrics_series) if exporter else None
                 self._measurement = measurement = Measurement(

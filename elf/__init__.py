@@ -14,5 +14,6 @@ Nothing here imports elfprobe.py or BCC, and nothing needs root. Each module imp
     network      reasons    routes and translated addresses; why a target has no probes, in words
     addresses    processes  addresses, their names, flows; which processes are targets
     console      extensions log, live table, standard output; what routers append to the packet that they quote
+    service                 the service manager
     usage                   errors and arguments
 """

@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import time
-from typing import Iterable, Iterator, Protocol, Sequence
+from typing import Iterable, Iterator, NamedTuple, Protocol, Sequence
 
 from elf.rows import HEADER
 from elf.usage import Failure
@@ -115,6 +115,17 @@ class OutputFile:
                     os.rename(self.path, renamed)
             self._take_name()
         return renamed
+
+    def publish_after(self, former: OutputFile) -> str:
+        """Do as publish(), with the name of a file of this run that ends. If that fails, the former one goes on."""
+        with contextlib.suppress(OSError):
+            fcntl.flock(former.fd, fcntl.LOCK_UN)
+        try:
+            return self.publish(tries=1)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                fcntl.flock(former.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            raise
 
     def _take_name(self) -> None:
         """Give the file its name, which must be free."""
@@ -227,6 +238,28 @@ class RowFiles:
         self._size = len(HEADER)
         return file
 
+    def reopen(self) -> str:
+        """End the newest file, and begin another one with its name. Raises Failure; then the newest one goes on.
+
+        Return the new name of the file that ends, empty if somebody has renamed it before.
+        """
+        file = OutputFile(self.path)
+        try:
+            file.write_lines(HEADER)
+            renamed = file.publish_after(self._file)
+        except BaseException:
+            file.close()
+            raise
+        self.paths[-1:] = [renamed, file.path] if renamed else [file.path]
+        self._size = len(HEADER)
+        self._replace(file)
+        return renamed
+
+    def _replace(self, file: OutputFile) -> None:
+        self._file.close()
+        self._lost += self._file.lines_lost
+        self._file = file
+
     @property
     def lines_lost(self) -> int:
         """How many rows could not be written."""
@@ -255,9 +288,7 @@ class RowFiles:
         if end:
             return end
         new = self._begin()
-        self._file.close()
-        self._lost += self._file.lines_lost
-        self._file = new
+        self._replace(new)
         log.info("%s is full: rows go to %s from now on", self.paths[-2], new.path)
         return data.index(b"\n") + 1
 
@@ -424,14 +455,57 @@ class FileLog(logging.Handler):
             file.write_lines("".join(self._early))
         self._file = file
 
+    @property
+    def path(self) -> str:
+        return self._file.path if self._file else ""
+
+    def reopen(self) -> str:
+        """As RowFiles.reopen()."""
+        if not self._file:
+            return ""
+        file = OutputFile(self._file.path)
+        try:
+            renamed = file.publish_after(self._file)
+        except BaseException:
+            file.close()
+            raise
+        with self.lock or contextlib.nullcontext():  # other threads log, too
+            former, self._file = self._file, file
+        former.close()
+        return renamed
+
+    def end(self) -> None:
+        """Close the file."""
+        if self._file:
+            self._file.close()
+
+
+class Files(NamedTuple):
+    """The files of a run."""
+
+    csv: RowFiles
+    json: ReplacedFile
+    log: FileLog | None
+
+    def reopen(self) -> None:
+        """Begin a new CSV and a new log with the names that they had. The report is a new file each time anyway.
+
+        A file that nobody has renamed is renamed. Raises Failure.
+        """
+        for file in (self.csv, self.log):
+            if file:
+                renamed = file.reopen()
+                log.info("%s is opened anew", file.path)
+                log_renamed(file.path, renamed)
+
 
 @contextlib.contextmanager
 def output_files(
     filebase: str, file_log: FileLog | None, report: Iterable[str], limit: int | None, others: Sequence[Publishable]
-) -> Iterator[tuple[RowFiles, ReplacedFile]]:
+) -> Iterator[Files]:
     """Create the log with the lines so far, the CSV with its header, and the report. Raises Failure.
 
-    Yield the CSV and the report. All get their names when all are complete. Until then, files of earlier runs
+    Yield the files. All get their names when all are complete. Until then, files of earlier runs
     keep theirs. If another run writes one of those, all get the next number that is free. limit: bytes of a CSV.
     others are further files that get their names then.
     """
@@ -447,7 +521,7 @@ def output_files(
         files: list[Publishable] = [csv, json, *others]
         if file_log:
             file = OutputFile(filebase + ".log")
-            stack.callback(file.close)
+            stack.callback(file_log.end)
             files.append(file)
             with file_log.lock or contextlib.nullcontext():  # other threads log, too
                 file_log.begin(file)
@@ -455,4 +529,4 @@ def output_files(
         renamed = [(file.path, file.publish()) for file in reversed(files)]
         for path, name in renamed:
             log_renamed(path, name)
-        yield csv, json
+        yield Files(csv, json, file_log)
