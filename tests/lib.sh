@@ -53,3 +53,26 @@ need_packages() {
         "$((count / 4 + 5)) to $((count + 10)) seconds, as a rule" >&2
     "${apt[@]}" "${install[@]}" >&2
 }
+
+# need_prometheus: put the distribution's prometheus and promtool on the PATH. They are unpacked into the cache: to install
+# the package would start Prometheus, now and whenever the machine starts.
+need_prometheus() {
+    [[ ! -x $(command -v prometheus) || ! -x $(command -v promtool) ]] || return 0
+    local folder=${ELFPROBE_VM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/elfprobe-vm}/prometheus package
+    if [[ ! -x $folder/usr/bin/promtool ]]; then
+        echo 'fetching prometheus, some 40 MB' >&2
+        rm -rf "$folder" && mkdir -p "$folder" || return 1
+        (
+            cd "$folder"
+            # promtool has a package of its own since Debian 13.
+            apt-get -qq download prometheus $(apt-cache pkgnames promtool) 2>/dev/null || {
+                apt-get -qq update
+                apt-get -qq download prometheus $(apt-cache pkgnames promtool)
+            }
+            for package in *.deb; do
+                dpkg -x "$package" . && rm "$package" || exit
+            done
+        ) >&2 || return 1
+    fi
+    PATH=$PATH:$folder/usr/bin
+}

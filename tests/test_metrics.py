@@ -27,7 +27,7 @@ from elf.rows import Record
 from elf.summary import Summary
 from elf.usage import Failure
 from lab import Host, end, nft_table, wait_until
-from runs import ELFPROBE, HOPS, TCP, both, elfprobe, inside, with_change
+from runs import ELFPROBE, HOPS, TCP, Run, both, elfprobe, inside, with_change
 
 prometheus_client = pytest.importorskip('prometheus_client')
 
@@ -339,6 +339,7 @@ def test_metrics_of_a_run(lab4, tmp_path):
         stack.enter_context(nft_table(lab4.routers[2], silent))
         run = stack.enter_context(elfprobe(lab4, '--metrics', f'[::1]:{PORT}', '-d', *both(lab4), cwd=tmp_path))
         assert f'metrics are at http://[::1]:{PORT}/metrics' in run.log
+        assert rights(exporter_of(run).pid) == (65534, 0)
         hammer = client.popen(sys.executable, '-c', HAMMER)
         transfer = client.popen(sys.executable, '-c', TRANSFER, server)
         ping = client.popen('ping', '-nq', '-i.01', lab4.server_address(6), stdout=subprocess.DEVNULL)
@@ -381,6 +382,22 @@ def test_metrics_of_a_run(lab4, tmp_path):
     assert list(srtt) == [(server,)] and 0 < srtt[server,] <= sum(row.protocol == TCP for row in rows)
     assert values(text, 'elfprobe_info', 'interface', 'hook', 'mode')['eth0', 'tc', 'tcx'] == 1
     check_document(text)
+
+
+def exporter_of(run: Run) -> psutil.Process:
+    """The process that serves the metrics."""
+    [found] = [
+        each for each in psutil.Process(run.process.pid).children() if 'elf.exporter' in ' '.join(each.cmdline())
+    ]
+    return found
+
+
+def rights(pid: int) -> tuple[int, int]:
+    """A process's user, and the capabilities that it could have."""
+    status = Path(f'/proc/{pid}/status').read_text()
+    return int(re.findall(r'^Uid:\t(\d+)', status, re.MULTILINE)[0]), int(
+        re.findall(r'^CapPrm:\t(\w+)', status, re.MULTILINE)[0], 16
+    )
 
 
 def is_settled(text: str) -> bool:
