@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import collections
 import dataclasses
 import datetime
 import hashlib
@@ -32,26 +33,35 @@ import ipaddress
 import json
 import logging
 import os
-import re
 import sys
+import time
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, Sequence
 
-from elf.addresses import PROTOCOLS
-from elf.clock import Mapping, utc_ns, zero_at
 from elf.console import print_lines
 from elf.files import OutputFile
-from elf.rows import joined, open_regular, read_csv, records_in
-from elf.summary import TABLES_MAX, Summary
-from elf.usage import Failure, Parser, as_called, missing_packages, not_empty, printable, why_unusable
+from elf.summary import TABLES_MAX
+from elf.usage import (
+    Failure,
+    Parser,
+    as_called,
+    missing_packages,
+    not_empty,
+    positive_seconds,
+    printable,
+    why_unusable,
+)
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # otherwise it warns about its cache directory
 MISSING: dict[str, str] = {}  # module -> why it cannot be used
 try:
     import numpy as np
-    import pandas as pd
+
+    from elf.compare import comparison
+    from elf.course import SECOND, Bins, Course, Line, round_up
+    from elf.sources import FOREVER, Moment, Results, Window, moment, read, sources_of, span_of
 except Exception as error:  # a broken one raises whatever comes up
-    MISSING["pandas"] = why_unusable("pandas", error)
+    MISSING["numpy"] = why_unusable("numpy", error)
 try:
     import matplotlib
     from matplotlib.cm import plasma
@@ -60,20 +70,10 @@ try:
 except Exception as error:
     MISSING["matplotlib"] = why_unusable("matplotlib", error)
 
-CLOCK_LINE = re.compile(r"CLOCK_MONOTONIC 0 is (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?)Z")
-RUN_SLACK = 5 * 10**9  # ns by which a row may seem to be outside the run: a clock that moves is noticed later
-CLOCK_SLACK = 60.0  # s between the CSV's modification time and its last row
-COPY_SLACK = 600.0  # s that may lie between copying the CSV and the log
-
 SECTIONS_MAX, CHOSEN_MAX = 4, 16  # destinations in a picture, at most: without and with --dest
-RESPONDERS_MAX = 3  # of a hop that get a line of their own
-BINS_MAX = 300
-POINTS_MAX = 2000  # of a line that are drawn
 LOG_FROM = 10.0  # ratio of slowest to fastest answer from which on the axis is logarithmic
-SECOND = 10**9  # ns
-STEPS = [m * 10**e for e in range(3, 10) for m in (1, 2, 5)] + [
-    s * SECOND for s in (10, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400, 21600, 43200, 86400)
-]  # ns, of bins and between ticks
+FORMATS = "png", "svg", "pdf"
+PROGRESS_FROM, PROGRESS_EVERY = 1.0, 0.2  # s: when progress is told first, and how often
 
 DPI = 130
 WIDTH, LEFT, TIME, GAP, HOPS, LIST = 12.4, 0.85, 6.7, 0.12, 1.75, 2.7  # inches
@@ -100,23 +100,63 @@ def address(text: str) -> str:
         raise argparse.ArgumentTypeError(f"'{text}' is not an IPv4 or IPv6 address") from None
 
 
+def when(text: str) -> Moment:
+    """Return the moment: an argparse type."""
+    try:
+        return moment(text)
+    except ValueError:
+        wanted = "a UTC time (2026-11-06T20:15:00) or a number of seconds since the first probe"
+        raise argparse.ArgumentTypeError(f"'{text}' is not {wanted}") from None
+
+
+def limits(text: str) -> tuple[float, float]:
+    """Return the ends of an axis: an argparse type."""
+    try:
+        low, high = map(float, text.split(":"))
+        if -1e12 < low < high < 1e12:
+            return low, high
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"'{text}' is not LOW:HIGH, two numbers that rise")
+
+
+def hop_number(text: str) -> int:
+    """Return the number of a hop: an argparse type."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 255:
+        raise argparse.ArgumentTypeError(f"'{text}' is not the number of a hop, 1 to 255")
+    return int(text)
+
+
 def argument_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = Parser(
         prog=as_called("elfplot.py"),
-        usage=as_called("python3 elfplot.py [-h] [-o FILEBASE] [--html] [--dest ADDRESS] CSV"),
+        usage=as_called("python3 elfplot.py [-h] [options] CSV [CSV ...]"),
         description="Prints the summary of what elfprobe measured, and draws it.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("csv", type=not_empty, metavar="CSV", help="file of elfprobe, which may still be writing it")
+    add("csv", nargs="+", type=not_empty, metavar="CSV", help="file of elfprobe, which may still be writing it. "
+        "Of several files by --rotate the first one; of several hosts one of each")  # fmt: skip
     add("-o", "--filebase", type=not_empty, metavar="FILEBASE",
-        help="draw FILEBASE.png and FILEBASE.html (default: the CSV's name without .csv); "
+        help="draw FILEBASE.png and FILEBASE.html (default: the first CSV's name without .csv); "
         "existing files are replaced")  # fmt: skip
     add("--html", action="store_true", help="make the page, too: table and picture in one file")
+    add("--compare", action="store_true",
+        help="tell what changed from the first CSV to the second, hop by hop, and how sure that is")  # fmt: skip
     add("--dest", action="append", default=[], type=address, metavar="ADDRESS",
         help=f"only this destination; may be given again (default: the busiest {TABLES_MAX} in the table, "
         f"{SECTIONS_MAX} in the picture)")  # fmt: skip
+    add("--from", dest="begin", type=when, metavar="TIME",
+        help="only probes that left from then on: UTC (ISO 8601), or seconds since the first probe")  # fmt: skip
+    add("--to", dest="end", type=when, metavar="TIME", help="only probes that left until then")
+    add("--last", type=positive_seconds, metavar="SECONDS", help="only probes that left in the last SECONDS")
+    add("--format", choices=FORMATS, default=FORMATS[0], help="of the picture (default: png)")
+    add("--cdf", action="store_true", help="draw the latencies' distribution (CDF) by hop, small as for a paper")
+    add("--hop", action="append", default=[], type=hop_number, metavar="HOP",
+        help="draw only this hop; may be given again")  # fmt: skip
+    add("--xlim", type=limits, metavar="LOW:HIGH", help="ends of the x axis with --cdf, ms")
+    add("--ylim", type=limits, metavar="LOW:HIGH", help="ends of the y axis: ms; with --cdf shares, 0 to 1")
     return parser
 
 
@@ -126,242 +166,85 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     args.dest = list(dict.fromkeys(args.dest))
     if len(args.dest) > CHOSEN_MAX:
         raise Failure(f"argument --dest: a picture has {CHOSEN_MAX} destinations at most", 2)
-    args.filebase = args.filebase or os.path.splitext(args.csv)[0]
-    for path in (args.filebase + ".png", args.filebase + ".html"):
-        if os.path.realpath(path) == os.path.realpath(args.csv):
-            raise Failure(f"'{args.csv}' would be overwritten by the picture: choose another name with -o", 2)
+    if args.compare and len(args.csv) != 2:
+        raise Failure("argument --compare: give two CSVs, the one before and the one after", 2)
+    if args.last and (args.begin or args.end):
+        raise Failure("argument --last: not with --from or --to", 2)
+    if args.cdf and args.html:
+        raise Failure("argument --html: not with --cdf", 2)
+    if args.xlim and not args.cdf:
+        raise Failure("argument --xlim: only with --cdf; --from and --to choose the time", 2)
+    args.filebase = args.filebase or os.path.splitext(args.csv[0])[0]
+    written = {os.path.realpath(args.filebase + ending) for ending in (f".{args.format}", ".html")}
+    for csv in args.csv:
+        if os.path.realpath(csv) in written:
+            raise Failure(f"'{csv}' would be overwritten by the picture: choose another name with -o", 2)
     return args
-
-
-# ---- The time of day ------------------------------------------------------------------------------------
-
-
-class Run(NamedTuple):
-    """What FILEBASE.json says of the rows of FILEBASE.csv."""
-
-    started: int  # ns from 1970
-    ended: int | None  # None: it may go on
-    mappings: list[Mapping]
-    files: list[str]
-
-    def has(self, rows: pd.DataFrame) -> bool:
-        """Return whether the rows are of this run. CLOCK_MONOTONIC does not tell: it begins with each boot."""
-        times = [int(rows.sendtime.iloc[i]) for i in (0, -1)] if len(rows) else []
-        return all(
-            self.started - RUN_SLACK <= at + zero_at(self.mappings, at) <= (self.ended or 1 << 63) + RUN_SLACK
-            for at in times
-        )
-
-
-def read_run(csv: str) -> Run | None:
-    """Return what the JSON beside the CSV says, None if there is none, or none of this format."""
-    try:
-        with io.TextIOWrapper(open_regular(os.path.splitext(csv)[0] + ".json"), encoding="utf-8") as file:
-            found = json.load(file)
-        zeros = [Mapping(int(each["since"]), utc_ns(each["utc"])) for each in found["monotonic_zeros"]]
-        ended = found["ended"] and utc_ns(found["ended"])
-        return Run(utc_ns(found["started"]), ended, zeros, list(map(str, found["files"]))) if zeros else None
-    except (OSError, ValueError, TypeError, LookupError):
-        return None
-
-
-def read_rows(csv: str) -> tuple[pd.DataFrame, list[Mapping], list[str]]:
-    """Return the rows of a run by the name of its first CSV, how their clock maps to UTC, and notes for the user.
-
-    The mappings are empty if they are not known. Raises Failure.
-    """
-    rows, run = read_csv(csv), read_run(csv)
-    if run is None:
-        zero, note = utc_of_zero(csv, rows)
-        return rows, [] if zero is None else [Mapping(0, zero)], [note] if note else []
-    if not run.has(rows):
-        return rows, [], [f"'{os.path.splitext(csv)[0]}.json' is of another run: times are not UTC"]
-    parts, notes = [rows], []
-    is_renamed = run.files[:1] != [os.path.basename(csv)]
-    if is_renamed and len(run.files) > 1:
-        notes.append(f"the run has {len(run.files) - 1} more files, under other names by now: they are left out")
-    for name in () if is_renamed else run.files[1:]:
-        path = os.path.join(os.path.dirname(csv), os.path.basename(name))
-        part = read_csv(path) if os.path.exists(path) else None
-        if part is None or not run.has(part):
-            notes.append(f"'{path}' is missing" if part is None else f"'{path}' is of another run, and left out")
-        else:
-            parts.append(part)
-    return joined(parts), run.mappings, notes
-
-
-def in_utc(rows: pd.DataFrame, mappings: list[Mapping]) -> pd.DataFrame:
-    """Return the rows with times that all count from the first mapping's zero, also behind a later mapping."""
-    if len(mappings) < 2:
-        return rows
-    shift = np.zeros(len(rows), "int64")
-    for mapping in mappings:
-        shift[(rows.sendtime >= mapping.since).to_numpy()] = mapping.zero - mappings[0].zero
-    moved = rows.assign(sendtime=rows.sendtime + shift)
-    return moved.sort_values("sendtime", kind="mergesort").reset_index(drop=True)
-
-
-def utc_of_zero(csv: str, rows: pd.DataFrame) -> tuple[int | None, str]:
-    """Return the ns from 1970 to CLOCK_MONOTONIC 0 by the log beside the CSV, and a note for the user.
-
-    Versions without FILEBASE.json need it. The ns are None if there is no such log, or if it is another run's.
-    """
-    path = os.path.splitext(csv)[0] + ".log"
-    try:
-        with io.TextIOWrapper(open_regular(path), encoding="utf-8", errors="replace") as file:
-            found = next(filter(None, map(CLOCK_LINE.search, file)), None)
-        written, logged = os.stat(csv).st_mtime, os.stat(path).st_mtime
-        zero = int(np.datetime64(found[1], "ns").astype("int64")) if found else None
-    except (OSError, ValueError):
-        return None, ""
-    if zero is None or rows.empty:
-        return None, ""
-    first, last = ((zero + int(rows.sendtime.iloc[i])) / SECOND for i in (0, -1))
-    is_older = written - last > CLOCK_SLACK and written - logged > last - first + COPY_SLACK
-    if last > written + CLOCK_SLACK or is_older:
-        return None, f"'{path}' seems to be another run's: times are not UTC"
-    return zero, ""
-
-
-# ---- The table ----------------------------------------------------------------------------------
-
-
-def summary_of(rows: pd.DataFrame) -> list[str]:
-    """Return the summary that elfprobe.py makes of these rows: the lines of a table for each destination, and
-    an empty line at the end."""
-    summary = Summary()
-    for probe in records_in(rows):
-        summary.note(probe)
-    return [*summary.tables()[1:], ""]
-
-
-def busiest(rows: pd.DataFrame, column: str = "dest") -> list[str]:
-    """Return the values of a column, the most frequent first."""
-    counts = {str(name): count for name, count in rows[column].value_counts().items() if count}
-    return sorted(counts, key=lambda name: (-counts[name], name))
 
 
 # ---- What is drawn of a destination ---------------------------------------------------------------
 
 
 @dataclasses.dataclass
-class Line:
-    """The answers of one responder at a hop, or of all further ones if there are many. Latencies in ms."""
-
-    hop: int
-    responder: str
-    rank: int  # among the hop's responders
-    spread: list[float]  # percentiles 5, 25, 50, 75, 95 of all
-    bins: pd.DataFrame  # by number of the bin: t (s, mean), low, median, high (quartiles), max, count
-    points: pd.DataFrame  # t (s), ms
-
-
-@dataclasses.dataclass
 class Section:
-    """A destination. Times are seconds since the first probe of the picture."""
+    """A destination: what its course says, once and for all. Times are as the course has them."""
 
-    dest: str
+    course: Course
     title: str
-    start: float  # s
-    width: int  # ns of a bin
     hops: list[int]
     lines: list[Line]
     slowest: float  # ms, of all answers
     fastest: float
+    first_bin: int
     probes: Any  # array of hops and bins
     unanswered: Any  # the same
-    srtt: pd.DataFrame | None  # as Line.bins
+    srtt: Bins | None
     retrans: Any  # array of bins: segments
+    since: float  # s from the picture's zero to the course's start
+
+    @property
+    def dest(self) -> str:
+        return self.course.dest
+
+    @property
+    def width(self) -> int:
+        """The ns of a bin."""
+        return self.course.width
+
+    @property
+    def start(self) -> float:
+        """When the first bin begins, s since the picture's zero."""
+        return self.since + self.first_bin * self.width / SECOND
 
     def end_of(self, bins: int) -> float:
         return self.start + bins * self.width / SECOND
 
-
-def round_up(ns: float) -> int:
-    """Return the lowest of STEPS, or of whole days, that is not below."""
-    return next((step for step in STEPS if step >= ns), -int(-ns // (86400 * SECOND)) * 86400 * SECOND)
-
-
-def bin_width(span: int, probes: float) -> int:
-    """Return the ns of a bin: it has several of a hop's probes, or, if there are few, one of them."""
-    bins = BINS_MAX if probes <= 40 else min(max(probes / 8, 40), BINS_MAX)
-    return round_up((span or SECOND) / bins)
+    def seconds(self, times: Any) -> Any:
+        """Return times of the course as s since the picture's zero."""
+        return self.since + times / SECOND
 
 
-def binned(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Return Line.bins of each group, computed from t and ms."""
-    groups = rows.groupby(by)
-    bins = groups.ms.quantile([0.25, 0.5, 0.75]).unstack()
-    bins.columns = ["low", "median", "high"]
-    return bins.assign(max=groups.ms.max(), t=groups.t.mean(), count=groups.size())
-
-
-def make_section(dest: str, rows: pd.DataFrame) -> Section:
-    """Return the section of a destination. rows are its rows, with t (s)."""
-    first, last = int(rows.sendtime.iloc[0]), int(rows.sendtime.iloc[-1])
-    per_hop = rows.outttl.value_counts()
-    width = bin_width(last - first, float(per_hop.median()))
-    rows = rows.assign(bin=(rows.sendtime - first) // width, ms=rows.latency.clip(lower=1) / 1e6)
-    hops = sorted(map(int, per_hop.index))
-    count = int(rows.bin.iloc[-1]) + 1
-    answered = rows[rows.latency >= 0]
-
-    def per_bin(some: pd.DataFrame) -> Any:
-        cells = np.searchsorted(hops, some.outttl) * count + some.bin
-        return np.bincount(cells, minlength=len(hops) * count).reshape(len(hops), count)
-
-    probes = per_bin(rows)
-    title = section_title(dest, rows, len(answered))
+def make_section(course: Course, host: str, zero: int, hops: Sequence[int]) -> Section:
+    """Return the section of a course. host: empty if there is only one. hops: which to draw; none: all."""
+    apps = [app for app, _ in sorted(course.apps.items(), key=lambda item: (-item[1], item[0]))]
+    unanswered = course.probes - course.answered
+    parts = [f"to {course.dest}" + f" from {host}" * bool(host),
+             ", ".join(apps[:3]) + (" and others" if len(apps) > 3 else ""), course.flow_text(),
+             f"{course.probes:,} probe{'s' * (course.probes > 1)}, {unanswered:,} unanswered"]  # fmt: skip
+    lines = [line for line in course.lines() if not hops or line.hop in hops]
+    first_bin, by_probes, by_unanswered, retrans = course.by_bin()
+    drawn = [row for row, hop in enumerate(course.hops) if not hops or hop in hops]
     return Section(
-        dest, title, float(rows.t.iloc[0]), width, hops, make_lines(answered),
-        float(answered.ms.max()), float(answered.ms.min()), probes, probes - per_bin(answered),
-        *flow_figures(rows, count),
+        course, "  ·  ".join(filter(None, parts)), [course.hops[row] for row in drawn], lines,
+        max((in_ms(line.values[0][-1]) for line in lines), default=0.0),
+        min((in_ms(line.values[0][0]) for line in lines), default=0.0),
+        first_bin, by_probes[drawn], by_unanswered[drawn], course.srtt(), retrans, (course.start - zero) / SECOND,
     )  # fmt: skip
 
 
-def section_title(dest: str, rows: pd.DataFrame, answered: int) -> str:
-    flows = rows.groupby(["protocol", "dport"]).size().sort_values(ascending=False, kind="mergesort").index
-    protocol, port = map(int, flows[0])
-    flow = PROTOCOLS.get(protocol, f"protocol {protocol}") + (f" port {port}" if port else "")
-    apps = busiest(rows, "app")
-    parts = [f"to {dest}", ", ".join(apps[:3]) + (" and others" if len(apps) > 3 else ""),
-             flow + (" and others" if len(flows) > 1 else ""),
-             f"{len(rows):,} probe{'s' * (len(rows) > 1)}, {len(rows) - answered:,} unanswered"]  # fmt: skip
-    return "  ·  ".join(filter(None, parts))
-
-
-def make_lines(answered: pd.DataFrame) -> list[Line]:
-    counts = answered.groupby(["outttl", "responder"], observed=True).size()
-    counts = counts[counts > 0].sort_values(ascending=False, kind="mergesort")
-    if counts.empty:
-        return []
-    ranks = counts.groupby(level=0).cumcount().clip(upper=RESPONDERS_MAX)
-    keys = pd.MultiIndex.from_arrays([answered.outttl, answered.responder.astype(object)])
-    ranked = answered[["outttl", "bin", "t", "ms"]].assign(rank=ranks.reindex(keys).to_numpy())
-    bins = binned(ranked, ["outttl", "rank", "bin"])
-    spreads = ranked.groupby(["outttl", "rank"]).ms.quantile([0.05, 0.25, 0.5, 0.75, 0.95]).unstack()
-    slowest = ranked.sort_values("ms").drop_duplicates(["outttl", "rank", "bin"], keep="last")
-    sample = ranked.sample(frac=1, random_state=1).groupby(["outttl", "rank"]).head(POINTS_MAX)
-    points = pd.concat([sample, slowest])
-    points = dict(list(points[~points.index.duplicated()].groupby(["outttl", "rank"])))
-    lines = []
-    for hop, rank in spreads.index:
-        names = [str(name) for name, its in ranks[hop].items() if its == rank]
-        name = names[0] if len(names) == 1 else f"{len(names)} others"
-        lines.append(Line(int(hop), name, int(rank), list(spreads.loc[(hop, rank)]),
-                          bins.loc[(hop, rank)], points[hop, rank]))  # fmt: skip
-    return lines
-
-
-def flow_figures(rows: pd.DataFrame, bins: int) -> tuple[pd.DataFrame | None, Any]:
-    """Return the sockets' own round-trip times, and the segments retransmitted in each bin.
-
-    The column retrans counts from the flow's beginning, so each row adds its difference to the one before.
-    """
-    more = rows.groupby(["protocol", "sport", "dport"]).retrans.diff().clip(lower=0).fillna(0)
-    known = rows[rows.srtt.notna()]
-    srtt = None if known.empty else binned(known.assign(ms=known.srtt / 1e3), ["bin"])
-    return srtt, np.bincount(rows.bin, weights=more, minlength=bins)
+def in_ms(latencies: Any) -> Any:
+    """Return latencies (ns) in ms, above 0: the axis may be logarithmic."""
+    return np.maximum(latencies, 1) / 1e6
 
 
 # ---- Drawing ------------------------------------------------------------------------------------
@@ -373,23 +256,23 @@ class TimeScale:
     def __init__(self, span: float, utc: int | None) -> None:
         """span in s; utc: ns from 1970 to the first probe."""
         margin = span * 0.012 or 0.5
-        self.low, self.high, self._utc = -margin, span + margin, utc
+        self.low, self.high, self.utc = -margin, span + margin, utc
         self._step = round_up((self.high - self.low) / 8 * SECOND)
         self._in_seconds = utc is None and span <= 120
 
     def ticks(self) -> dict[float, str]:
-        zero = self._utc or 0
+        zero = self.utc or 0
         first = -int(-(zero + self.low * SECOND) // self._step)
         last = int((zero + self.high * SECOND) // self._step)
         at = [number * self._step for number in range(first, last + 1)]
-        return {(ns - zero) / SECOND: self._text(ns) for ns in at if self._utc or ns >= 0}
+        return {(ns - zero) / SECOND: self._text(ns) for ns in at if self.utc or ns >= 0}
 
     def _text(self, ns: int) -> str:
         if self._in_seconds:
             return f"{ns / SECOND:g}"
         seconds, rest = divmod(ns, SECOND)
         hours = seconds // 3600
-        days = datetime.date(1970, 1, 1) + datetime.timedelta(hours // 24) if self._utc else None
+        days = datetime.date(1970, 1, 1) + datetime.timedelta(hours // 24) if self.utc else None
         if days and seconds % 86400 == rest == 0:
             return str(days)
         text = f"{hours % 24 if days else hours}:{seconds // 60 % 60:02}".zfill(5 if days else 4)
@@ -400,10 +283,10 @@ class TimeScale:
         return text
 
     def label(self) -> str:
-        if self._utc is None:
+        if self.utc is None:
             minutes = "hours:minutes" + ":seconds" * (self._step < 60 * SECOND)
             return f"{'seconds' if self._in_seconds else minutes} since the first probe"
-        ends = [self._utc + x * SECOND for x in (0, self.high)]
+        ends = [self.utc + x * SECOND for x in (0, self.high)]
         first, last = (datetime.date(1970, 1, 1) + datetime.timedelta(ns // (86400 * SECOND)) for ns in ends)
         return f"UTC, {first}" + (f" to {last}" if first != last else "")
 
@@ -449,26 +332,62 @@ class Picture:
     figure: Any
     panels: list[Panels]
     scale: TimeScale
-    utc: int | None  # ns from 1970 to the first probe
     sections: list[Section]
 
 
-def draw(rows: pd.DataFrame, dests: list[str], zero: int | None, heading: str, notes: list[str]) -> Picture:
-    """Draw these destinations of the rows. zero: ns from 1970 to CLOCK_MONOTONIC 0."""
-    rows = rows[rows.dest.isin(dests)]
-    first = 0 if rows.empty else int(rows.sendtime.iloc[0])
-    rows = rows.assign(t=(rows.sendtime - first) / SECOND)
-    utc = None if zero is None else zero + first
-    scale = TimeScale(0.0 if rows.empty else float(rows.t.iloc[-1]), utc)
-    sections = [make_section(dest, rows[rows.dest == dest]) for dest in dests]
-    return Picture(*draw_figure(sections, scale, heading, notes), scale, utc, sections)
+def draw(
+    courses: list[tuple[str, Course]], utc: bool, heading: str, notes: list[str], args: argparse.Namespace
+) -> Picture:
+    """Draw courses, each with its host (empty if there is only one). utc: their times count from 1970."""
+    zero = min((course.first for _, course in courses), default=0)
+    last = max((course.last for _, course in courses), default=0)
+    scale = TimeScale((last - zero) / SECOND, zero if utc and courses else None)
+    sections = [make_section(course, host, zero, args.hop) for host, course in courses]
+    if args.cdf:
+        return Picture(draw_cdf(sections, args), [], scale, sections)
+    return Picture(*draw_figure(sections, scale, heading, notes, args.ylim), scale, sections)
+
+
+def draw_cdf(sections: list[Section], args: argparse.Namespace) -> Any:
+    """Draw how the latencies are distributed, a curve for each hop. Axes are in the size of a paper's column."""
+    start_figure()
+    height = 2.3
+    figure = Figure(figsize=(3.5, height * max(len(sections), 1)), dpi=300, facecolor="white")
+    figure.subplots_adjust(left=0.15, right=0.94, bottom=0.42 / len(sections or "1") / height, top=1 - 0.1 / height,
+                           hspace=0.45)  # fmt: skip
+    for number, section in enumerate(sections):
+        axes = figure.add_subplot(len(sections), 1, number + 1)
+        colours = colours_of(section)
+        for hop in section.hops:
+            its = [line.values for line in section.lines if line.hop == hop]
+            if its:
+                values, counts = (np.concatenate(each) for each in zip(*its))
+                order = np.argsort(values, kind="stable")
+                share = np.cumsum(counts[order]) / counts.sum()
+                axes.step(np.append(in_ms(values[order][:1]), in_ms(values[order])), np.append(0, share),
+                          where="post", color=colours[hop], linewidth=1, label=f"hop {hop}")  # fmt: skip
+        if section.slowest > section.fastest * LOG_FROM and not args.xlim:
+            axes.set_xscale("log")
+        axes.set_xlim(*(args.xlim or ()))
+        axes.set_ylim(*(args.ylim or (0, 1)))
+        axes.set_xlabel("latency, there and back (ms)" + f", to {plain(section.dest)}" * (len(sections) > 1))
+        axes.set_ylabel("share of answers")
+        axes.grid(True, color="#dddddd", linewidth=0.5)
+        if section.lines:
+            axes.legend(fontsize=6, loc="lower right", ncol=1 + len(section.hops) // 10)
+    return figure
+
+
+def start_figure() -> None:
+    """Forget the user's settings: places and colours here depend on each other."""
+    matplotlib.rcdefaults()
+    matplotlib.rcParams.update(RC)
 
 
 def draw_figure(
-    sections: list[Section], scale: TimeScale, heading: str, notes: list[str]
+    sections: list[Section], scale: TimeScale, heading: str, notes: list[str], ylim: tuple[float, float] | None
 ) -> tuple[Any, list[Panels]]:
-    matplotlib.rcdefaults()  # not the user's settings: places and colours here depend on each other
-    matplotlib.rcParams.update(RC)
+    start_figure()
     heights = [section_height(section, len(sections) == 1) for section in sections]
     total = 0.9 + sum(map(sum, heights)) + 0.85 * len(sections) + 0.2 * len(notes)
     figure = Figure(figsize=(WIDTH, total), dpi=DPI, facecolor="white")
@@ -484,7 +403,7 @@ def draw_figure(
     for section, height in zip(sections, heights):
         title = plain(f"{section.title}  ·  bins of {width_text(section.width)}")
         write(title, y + 0.19, LEFT, fontsize=9, fontweight="bold")
-        panels.append(draw_section(figure, section, scale, y + 0.32, height))
+        panels.append(draw_section(figure, section, scale, y + 0.32, height, ylim))
         y += sum(height) + 0.85
     for number, note in enumerate(notes):
         write(plain(note), y + 0.2 * number, color="#444444")
@@ -500,7 +419,12 @@ def section_height(section: Section, alone: bool) -> tuple[float, float, float]:
 
 
 def draw_section(
-    figure: Any, section: Section, scale: TimeScale, top: float, heights: tuple[float, float, float]
+    figure: Any,
+    section: Section,
+    scale: TimeScale,
+    top: float,
+    heights: tuple[float, float, float],
+    ylim: tuple[float, float] | None,
 ) -> Panels:
     total = figure.get_size_inches()[1]
 
@@ -513,6 +437,8 @@ def draw_section(
     panels = Panels(place(LEFT, TIME, top, main), place(LEFT + TIME + GAP, HOPS, top, main))
     draw_latency(panels.time, section, colours)
     draw_spread(panels.hops, section, colours)
+    if ylim and section.lines:
+        panels.time.set_ylim(*ylim)
     panels.hops.set_ylim(panels.time.get_ylim())
     draw_list(place(WIDTH - LIST - 0.1, LIST, top, sum(heights)), section, colours)
     y = top + main
@@ -552,11 +478,13 @@ def scale_latency(axes: Any, section: Section) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: latency_text(ms)))
 
 
-def with_gaps(bins: pd.DataFrame) -> pd.DataFrame:
-    """Return the bins, with a row of NaN where several bins have no answer, so that no line leads across."""
-    apart = np.diff(bins.index, prepend=bins.index[0])
+def with_gaps(section: Section, bins: Bins) -> list[Any]:
+    """Return times (s) and quartiles (ms): low, median, high. Where several bins have no answer there is a NaN, so
+    that no line leads across."""
+    apart = np.diff(bins.number, prepend=bins.number[0])
     wide = np.flatnonzero(apart > max(3, 5 * np.median(apart)))
-    return pd.DataFrame({name: np.insert(bins[name].to_numpy(float), wide, np.nan) for name in bins})
+    figures = section.seconds(bins.t), in_ms(bins.low), in_ms(bins.median), in_ms(bins.high)
+    return [np.insert(values, wide, np.nan) for values in figures]
 
 
 def draw_latency(axes: Any, section: Section, colours: dict[int, Any]) -> None:
@@ -567,12 +495,13 @@ def draw_latency(axes: Any, section: Section, colours: dict[int, Any]) -> None:
         return
     scale_latency(axes, section)
     for line in section.lines:
-        colour, many = colours[line.hop], len(line.points) > 100
-        axes.plot(line.points.t, line.points.ms, linestyle="", marker=".", markersize=3 if many else 6,
-                  markeredgewidth=0, color=colour, alpha=0.5 if many else 0.8, zorder=2)  # fmt: skip
-        bins = with_gaps(line.bins)
-        axes.fill_between(bins.t, bins.low, bins.high, color=colour, alpha=0.25, linewidth=0, zorder=3)
-        axes.plot(bins.t, bins["median"], color=colour, linestyle=STYLES[line.rank], linewidth=1.3, zorder=4,
+        colour, many = colours[line.hop], len(line.points[0]) > 100
+        axes.plot(section.seconds(line.points[0]), in_ms(line.points[1]), linestyle="", marker=".",
+                  markersize=3 if many else 6, markeredgewidth=0, color=colour, alpha=0.5 if many else 0.8,
+                  zorder=2, rasterized=many)  # fmt: skip
+        times, low, median, high = with_gaps(section, line.bins)
+        axes.fill_between(times, low, high, color=colour, alpha=0.25, linewidth=0, zorder=3)
+        axes.plot(times, median, color=colour, linestyle=STYLES[line.rank], linewidth=1.3, zorder=4,
                   label=f"{line.hop} {line.responder}")  # fmt: skip
 
 
@@ -586,7 +515,7 @@ def draw_spread(axes: Any, section: Section, colours: dict[int, Any]) -> None:
     for line in section.lines:
         of_hop = sum(other.hop == line.hop for other in section.lines)
         x = place[line.hop] + 0.7 * ((line.rank + 0.5) / of_hop - 0.5)
-        low, lower, median, upper, high = line.spread
+        low, lower, median, upper, high = in_ms(np.array(line.spread))
         colour = colours[line.hop]
         axes.vlines(x, low, high, color=colour, linewidth=1)
         axes.vlines(x, lower, upper, color=colour, linewidth=4 if len(section.lines) <= 16 else 2.5)
@@ -647,11 +576,10 @@ def draw_lost(axes: Any, section: Section, colours: dict[int, Any]) -> None:
 def draw_flow(axes: Any, section: Section) -> None:
     """Draw the sockets' own round-trip time, and their retransmissions."""
     assert section.srtt is not None
-    bins = with_gaps(section.srtt)
-    axes.fill_between(bins.t, bins.low, bins.high, color=FLOW_COLOUR, alpha=0.15, linewidth=0)
-    axes.plot(bins.t, bins["median"], color=FLOW_COLOUR, linewidth=1.1, label="srtt",
-              marker="." if len(bins) == 1 else "")  # fmt: skip
-    axes.set_ylim(0, max(section.srtt.high.max() * 1.15, 1e-3))
+    times, low, median, high = with_gaps(section, section.srtt)
+    axes.fill_between(times, low, high, color=FLOW_COLOUR, alpha=0.15, linewidth=0)
+    axes.plot(times, median, color=FLOW_COLOUR, linewidth=1.1, label="srtt", marker="." if len(times) == 1 else "")
+    axes.set_ylim(0, max(np.nanmax(high) * 1.15, 1e-3))
     axes.yaxis.set_major_locator(MaxNLocator(3))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: latency_text(ms)))
     axes.set_ylabel("srtt")
@@ -684,14 +612,17 @@ def hover_data(picture: Picture) -> dict[str, Any]:
         at = axes.get_position()
         return [round(value, 5) for value in (at.x0, 1 - at.y1, at.width, at.height)]
 
-    def series(bins: pd.DataFrame) -> dict[str, list[Any]]:
-        names = "low", "median", "high", "max"
-        figures = {name: [float(f"{ms:.4g}") for ms in bins[name]] for name in names}
-        return dict(figures, bin=list(bins.index), t=list(bins.t.round(6)), count=list(bins["count"]))
+    def series(section: Section, bins: Bins) -> dict[str, list[Any]]:
+        return dict(
+            {name: [float(f"{ms:.4g}") for ms in in_ms(getattr(bins, name)).tolist()]
+             for name in ("low", "median", "high", "max")},
+            bin=(bins.number - section.first_bin).tolist(), t=section.seconds(bins.t).round(6).tolist(),
+            count=bins.count.tolist(),
+        )  # fmt: skip
 
     def lines(section: Section) -> list[dict[str, Any]]:
         colours = {hop: matplotlib.colors.to_hex(colour) for hop, colour in colours_of(section).items()}
-        return [dict(series(line.bins), hop=line.hop, responder=printable(line.responder),
+        return [dict(series(section, line.bins), hop=line.hop, responder=printable(line.responder),
                      colour=colours[line.hop]) for line in section.lines]  # fmt: skip
 
     listed = [
@@ -699,11 +630,11 @@ def hover_data(picture: Picture) -> dict[str, Any]:
              time=box(its.time), lost=box(its.lost), flow=box(its.flow), y=list(its.time.get_ylim()),
              log=its.time.get_yscale() == "log", probes=section.probes.tolist(),
              unanswered=section.unanswered.tolist(), retrans=section.retrans.tolist(),
-             srtt=None if section.srtt is None else series(section.srtt))
+             srtt=None if section.srtt is None else series(section, section.srtt))
         for section, its in zip(picture.sections, picture.panels)
     ]  # fmt: skip
     scale = picture.scale
-    return {"utc": picture.utc and picture.utc / 1e6, "x": [scale.low, scale.high], "sections": listed}
+    return {"utc": scale.utc and scale.utc / 1e6, "x": [scale.low, scale.high], "sections": listed}
 
 
 STYLE = """
@@ -825,19 +756,27 @@ def page(heading: str, table: list[str], png: bytes, data: dict[str, Any]) -> st
 # ---- The run --------------------------------------------------------------------------------------
 
 
-def choose(rows: pd.DataFrame, chosen: list[str]) -> tuple[list[str], list[str]]:
-    """Return the destinations to draw, and a note about the others. Raises Failure."""
-    there = busiest(rows)
+def choose(results: Sequence[Results], chosen: list[str]) -> tuple[list[tuple[str, Course]], list[str]]:
+    """Return the courses to draw, each with its host, and a note about the others. Raises Failure."""
+    counts: collections.Counter[str] = collections.Counter()
+    for each in results:
+        counts.update(each.counts)
+    names = sorted(counts, key=lambda dest: (-counts[dest], dest))
     for dest in chosen:
-        if dest not in there:
-            known = ", ".join(there[:5]) + (f" and {len(there) - 5} others" if len(there) > 5 else "")
+        if dest not in counts:
+            known = ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")
             raise Failure(f"argument --dest: no probe went to {dest}, but to {known or 'nobody'}")
-    if chosen or len(there) <= SECTIONS_MAX:
-        return chosen or there, []
-    others = there[SECTIONS_MAX:]
+    there = [(each, dest) for dest in chosen or names for each in results if each.counts[dest]]
+    drawn = [(each, dest) for each, dest in there if dest in each.courses]
+    if not chosen:
+        drawn = drawn[:SECTIONS_MAX]
+    has_hosts = len(results) > 1
+    courses = [(each.source.host * has_hosts, each.courses[dest]) for each, dest in drawn]
+    others = list(dict.fromkeys(dest for each, dest in there if (each, dest) not in drawn))
+    if chosen or not others:
+        return courses, []
     named = ", ".join(others[:4]) + (" ..." if len(others) > 4 else "")
-    note = f"not drawn (--dest draws them): {len(others)} destinations with fewer probes: {named}"
-    return there[:SECTIONS_MAX], [note]
+    return courses, [f"not drawn (--dest draws them): {len(others)} destinations with fewer probes: {named}"]
 
 
 def write(path: str, content: bytes) -> None:
@@ -857,28 +796,82 @@ def say(lines: list[str]) -> None:
         raise Failure(f"cannot write the table: {unwritten}")
 
 
+class Progress:
+    """How much has been read, on the terminal."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done = max(total, 1), 0
+        self._next = time.monotonic() + PROGRESS_FROM
+        self._is_shown = False
+
+    def tell(self, size: int) -> None:
+        self._done += size
+        if time.monotonic() >= self._next and sys.stderr.isatty():
+            print(f"\rreading: {self._done / self._total:4.0%}", end="", file=sys.stderr, flush=True)
+            self._next, self._is_shown = time.monotonic() + PROGRESS_EVERY, True
+
+    def end(self) -> None:
+        if self._is_shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def read_all(args: argparse.Namespace) -> tuple[list[Results], bool, list[str]]:
+    """Return what the CSVs say, whether their times are UTC, and notes for the user. Raises Failure."""
+    sources, notes = sources_of(args.csv, args.compare)
+    in_utc = not args.compare and all(source.is_utc for source in sources)
+    if len(sources) > 1 and not (in_utc or args.compare):
+        notes.append("times are seconds since each host's first probe")
+    progress = Progress(sum(source.size for source in sources))
+    begin, end = span_of(sources, in_utc)
+    first = args.begin.place(begin, in_utc, "--from") if args.begin else -FOREVER
+    last = args.end.place(begin, in_utc, "--to") if args.end else FOREVER
+    if args.last:
+        first = end - round(args.last * SECOND)
+    try:
+        window = Window(first, last, args.dest)
+        return [read(source, in_utc, window, CHOSEN_MAX, progress.tell) for source in sources], in_utc, notes
+    finally:
+        progress.end()
+
+
+def tables(results: Sequence[Results]) -> list[str]:
+    """Return the summaries that elfprobe.py makes of these rows: the lines of a table for each destination."""
+    lines = []
+    for each in results:
+        heading = [f"from {printable(each.source.host) or 'another host'}:"] if len(results) > 1 else []
+        lines += [*heading, *(each.summary.tables()[1:] or ["no probes yet"]), ""]
+    return lines
+
+
 def run(args: argparse.Namespace) -> None:
     """Print the table, and make the picture and the page. Raises Failure."""
-    rows, mappings, said = read_rows(args.csv)
-    chosen, notes = choose(rows, args.dest)
-    zero = mappings[0].zero if mappings else None
-    if args.dest:
-        rows = rows[rows.dest.isin(chosen)]
+    results, in_utc, said = read_all(args)
+    heading = " and ".join(map(os.path.basename, args.csv[:2])) + " and others" * (len(args.csv) > 2)
+    if args.compare:
+        for each, path in zip(results, args.csv):
+            each.source.host = os.path.basename(path)
+    courses, notes = choose(results, args.dest)
     notes += said
-    table = summary_of(rows) if len(rows) else ["no probes yet", ""]
+    table = [*comparison(*results), ""] if args.compare else tables(results)
     say(table + notes)
-    heading = os.path.basename(args.csv)
-    picture = draw(in_utc(rows, mappings), chosen, zero, heading, notes)
-    png = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # characters that no font has
-        picture.figure.savefig(png, format="png")
-    write(args.filebase + ".png", png.getvalue())
-    say([f"picture: {printable(args.filebase)}.png"])
+    picture = draw(courses, in_utc, heading, notes, args)
+    image = picture_bytes(picture, args.format)
+    write(f"{args.filebase}.{args.format}", image)
+    say([f"picture: {printable(args.filebase)}.{args.format}"])
     if args.html:
-        text = page(heading, table, png.getvalue(), hover_data(picture))
+        png = image if args.format == "png" else picture_bytes(picture, "png")
+        text = page(heading, table, png, hover_data(picture))
         write(args.filebase + ".html", text.encode())
         say([f"page: {printable(args.filebase)}.html"])
+
+
+def picture_bytes(picture: Picture, kind: str) -> bytes:
+    """Return the picture as a file of one of FORMATS."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # characters that no font has
+        picture.figure.savefig(file, format=kind)
+    return file.getvalue()
 
 
 def main(argv: list[str]) -> int:

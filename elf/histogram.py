@@ -8,7 +8,7 @@ import bisect
 import functools
 import itertools
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Upper bounds for the metrics: ns, 50 us to 5 s.
 BUCKETS = tuple(round(step * 10**power) for power in range(4, 10) for step in (1, 2.5, 5))[2:]
@@ -79,6 +79,25 @@ class LatencyHistogram:
         self._recent.append(value)
         if len(self._recent) >= EXACT_MAX:
             self._move_into_bins()
+
+    def add_all(self, values: Any) -> None:
+        """Add the values of an array of numpy, in their order: the same as add() for each of them."""
+        if len(self._recent) + len(values) < EXACT_MAX:
+            self._recent.extend(values.tolist())
+            return
+        import numpy as np
+
+        if self._recent or not self._bins:
+            self._move_into_bins()
+        is_first = not self._binned
+        least, most = int(values.min()), int(values.max())
+        self._minimum = least if is_first else min(self._minimum, least)
+        self._maximum = max(self._maximum, most)
+        self._steps += int(np.abs(np.diff(values, prepend=values[:1] if is_first else self._last)).sum())
+        self._last = int(values[-1])
+        bins = np.frombuffer(self._bins, np.uint64)
+        bins += np.bincount(np.searchsorted(BOUNDS, values, "right"), minlength=len(MIDDLES)).astype(np.uint64)
+        self._binned += len(values)
 
     def stats(self) -> Stats:
         """Return the statistics of all values. There must be at least one."""

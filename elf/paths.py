@@ -137,9 +137,14 @@ class Destination:
 
     def neighbours(self, number: int) -> tuple[Hop | None, Hop | None]:
         """Return the nearest hops that answer: in front of this one, and behind it."""
-        answering = [other for other, hop in self.hops.items() if hop.active_seconds]
-        front = max((other for other in answering if other < number), default=0)
-        behind = min((other for other in answering if other > number), default=0)
+        front = behind = 0
+        for other, hop in self.hops.items():
+            if not hop.active_seconds:
+                continue
+            if front < other < number:
+                front = other
+            elif number < other and (not behind or other < behind):
+                behind = other
         return self.hops.get(front), self.hops.get(behind)
 
     def outages(self) -> dict[int, list[Outage]]:

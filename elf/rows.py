@@ -3,28 +3,18 @@
 
     HEADER              the first line of the file
     row_function()      returns a function that makes a row and a Record of a probe that has ended
-    read_csv()          reads a file (needs pandas); joined() makes one of several
-    records_in()        makes the same Records of a file's rows
 
-To add a column, append it to COLUMNS. If the summary is to know it, give Record below a field
-of the same name; if elfplot.py is to draw it, add it to READ.
+elf/batches.py reads a file. To add a column, append it to COLUMNS. If the summary is to know it, give Record below
+a field of the same name; if elfplot.py is to draw it, add it to READ there.
 """
 
 from __future__ import annotations
 
-import errno
 import functools
-import io
-import os
 import socket
-import stat
-from typing import TYPE_CHECKING, Any, BinaryIO, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 from elf.addresses import address_text
-from elf.usage import Failure
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 class Column(NamedTuple):
@@ -70,18 +60,7 @@ COLUMNS = (
 NAMES = tuple(column.name for column in COLUMNS)
 HEADER = ",".join(NAMES) + "\n"
 
-# What read_csv() needs to know of the columns.
 ALWAYS_THERE = 15  # number of columns that every version writes; numbers in them are never empty
-TEXTS = "dest", "responder", "app"  # all others are numbers
-READ = (
-    "origseq", "latency", "sendtime", "dest", "responder", "outttl", "sport", "dport", "protocol",
-    "app", "srtt", "cwnd", "retrans",
-)  # fmt: skip
-LEAST = {"latency": -1}  # the lowest valid value; 0 for other numbers
-LIMITS = {  # by type
-    "int64": 1 << 62,  # ns; the sum of two fits
-    "float64": 1 << 32,  # these fields have 32 bits
-}
 
 
 class Record(NamedTuple):
@@ -160,97 +139,3 @@ def row_function(fields: Sequence[str]) -> Callable[..., tuple[str, Record]]:
     exec("\n".join(source), namespace)
     compiled: Callable[..., tuple[str, Record]] = namespace["row"]
     return compiled
-
-
-def dtype(name: str) -> str:
-    """Return pandas' type for a column. A number that may be unknown is a float, because no int is NaN."""
-    if name in TEXTS:
-        return "category"
-    return "int64" if name in NAMES[:ALWAYS_THERE] else "float64"
-
-
-def open_regular(path: str) -> BinaryIO:
-    """Open a regular file to read. Raises OSError for any other one: a named pipe would wait for a writer."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "Is a directory" if stat.S_ISDIR(mode) else "not a regular file", path)
-    return open(fd, "rb")
-
-
-def read_csv(path: str) -> pd.DataFrame:
-    """Return the columns in READ of a CSV, and the number of each line, ordered by sendtime.
-
-    The last line is left out while elfprobe.py is writing it. Columns that an older version did not write are
-    NaN. Raises Failure for files that cannot be read and for values that elfprobe.py never writes.
-    """
-    import pandas as pd
-
-    types = {name: dtype(name) for name in READ}
-    try:
-        with open_regular(path) as file:
-            whole = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
-            if not whole:
-                raise Failure(f"'{path}': there is no whole line in it yet")
-            file.seek(0)
-            text = io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="")
-            rows = pd.read_csv(text, nrows=whole - 1, usecols=lambda name: name in types, dtype=types,
-                               keep_default_na=False, na_values=[""])  # fmt: skip
-    except OSError as err:
-        raise Failure(f"cannot read '{path}': {err.strerror or err}") from err
-    except (ValueError, OverflowError) as err:
-        reason = str(err).strip().splitlines()[0]
-        raise Failure(f"'{path}' is not as elfprobe writes it: {reason}") from err
-    absent = [name for name in READ if name not in rows]
-    required = [name for name in absent if name in NAMES[:ALWAYS_THERE]]
-    if required:
-        raise Failure(f"'{path}' is not from elfprobe: there is no column {', '.join(required)}")
-    for name in absent:
-        rows[name] = pd.Series(float("nan"), rows.index).astype(types[name])
-    for name, values in rows.items():
-        if types[name] in LIMITS:
-            are_bad = (values < LEAST.get(name, 0)) | (values >= LIMITS[types[name]])  # NaN is neither
-        else:
-            are_bad = values.isna() & (name == "dest")
-        if are_bad.any():
-            bad, line = values[are_bad].iloc[0], are_bad.idxmax() + 2
-            raise Failure(f"'{path}' is not as elfprobe writes it: {name} is {bad} in line {line}")
-    rows["line"] = rows.index
-    return rows.sort_values("sendtime", kind="mergesort").reset_index(drop=True)
-
-
-def joined(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Return the rows of several files, which read_csv() has read, as those of one file."""
-    import pandas as pd
-
-    if len(parts) == 1:
-        return parts[0]
-    before = 0
-    for rows in parts:
-        rows["line"] += before
-        before += len(rows)
-    rows = pd.concat(parts, ignore_index=True)
-    for name in TEXTS:
-        rows[name] = rows[name].astype("category")
-    return rows.sort_values("sendtime", kind="mergesort").reset_index(drop=True)
-
-
-def records_in(rows: pd.DataFrame) -> Iterator[Record]:
-    """Yield a Record for each row that read_csv() has read, in the order of the file."""
-    rows = rows.sort_values("line")
-    names = [name for name in Record._fields if name in rows]
-    columns = []
-    for name in names:
-        values = rows[name]
-        if name == "responder":
-            values = values.astype(object).where(rows.latency >= 0, "").fillna("")
-        elif name == "app":
-            values = values.astype(object).fillna("")
-        elif dtype(name) == "float64":
-            numbers = values.fillna(0).astype("int64").to_numpy(object)
-            numbers[values.isna()] = None
-            values = numbers
-        columns.append(values.tolist())
-    for values in zip(*columns):
-        yield Record(**dict(zip(names, values)))

@@ -124,7 +124,9 @@ class Summary:
         flow = self._flows.get(key) or self._new_flow(key, destination, probe)
         of_flow = flow.hops.get(number) or self._new_flow_hop(flow, number)
         if cwnd is not None:
-            self._note_tcp(destination, flow, sendtime, srtt, retrans or 0)
+            if srtt is not None:
+                destination.srtt.add(srtt * 1000)
+            self._note_retrans(destination, flow, sendtime, retrans or 0)
             destination.tcp_probes += 1
             destination.cwnd = cwnd
             if origseq != flow.sequence:
@@ -147,38 +149,36 @@ class Summary:
         if responder != hop.responder:
             hop.note_other(responder, latency)
         if of_flow.responder != responder:
-            self._note_responder(hop, of_flow, probe)
+            self._note_responder(hop, of_flow, key, number, responder, sendtime)
 
-    def _note_tcp(
-        self, destination: Destination, flow: Flow, sendtime: int, srtt: int | None, retrans: int
-    ) -> None:
+    @staticmethod
+    def _note_retrans(destination: Destination, flow: Flow, sendtime: int, retrans: int) -> None:
         if retrans < flow.retrans and sendtime > flow.last_sent + REUSE_AFTER:
             flow.retrans = 0  # a new connection with the same ports
         if retrans > flow.retrans:
             destination.retransmitted += retrans - flow.retrans
             flow.retrans = retrans
         flow.last_sent = max(flow.last_sent, sendtime)
-        if srtt is not None:
-            destination.srtt.add(srtt * 1000)
 
-    def _note_responder(self, hop: Hop, of_flow: FlowHop, probe: Record) -> None:
+    def _note_responder(
+        self, hop: Hop, of_flow: FlowHop, key: FlowKey, number: int, responder: str, sendtime: int
+    ) -> None:
         """Note the responder of a flow at a hop, if it is the first one or another one than before."""
-        self.name_of(probe.responder)
+        self.name_of(responder)
         if of_flow.responder:
-            if probe.sendtime < of_flow.since:
+            if sendtime < of_flow.since:
                 return  # a late answer, from before the change
-            self._log_change(hop, probe, of_flow.responder)
-        of_flow.responder = probe.responder
-        of_flow.since = probe.sendtime
+            self._log_change(hop, key, number, responder, of_flow.responder)
+        of_flow.responder = responder
+        of_flow.since = sendtime
 
-    def _log_change(self, hop: Hop, probe: Record, before: str) -> None:
+    def _log_change(self, hop: Hop, key: FlowKey, number: int, now: str, before: str) -> None:
         hop.changes += 1
         if hop.changes > CHANGES_LOGGED:
             return
         more = "; from now on its changes are only counted" if hop.changes == CHANGES_LOGGED else ""
-        flow = flow_text(self._label(probe.dest), probe.sport, probe.dport, probe.protocol)
-        now, before = self._label(probe.responder), self._label(before)
-        log.info("%s: hop %d is now %s, no longer %s%s", flow, probe.outttl, now, before, more)
+        flow = flow_text(self._label(key[0]), *key[1:])
+        log.info("%s: hop %d is now %s, no longer %s%s", flow, number, self._label(now), self._label(before), more)
 
     def _new_destination(self, dest: str) -> Destination:
         self.name_of(dest)

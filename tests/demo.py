@@ -22,7 +22,7 @@ ELFPROBE = Path(__file__).resolve().parent.parent / 'elfprobe.py'
 SECONDS, SLOW_FROM, SLOW_UNTIL = 12, 4, 8
 RATE, BURST, QUEUE, LOAD = '50mbit', '32kb', '30ms', '200M'
 FILEBASE = 'elf-demo'
-DRAWN_WITH = 'matplotlib', 'pandas'  # what elfplot.py needs
+DRAWN_WITH = ('matplotlib',)  # what elfplot.py needs; numpy comes with it
 
 
 def probe(lab: Lab, speedtest: Path) -> None:

@@ -7,12 +7,14 @@ import hashlib
 import html
 import json
 import os
+import random
 import re
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from contextlib import contextmanager, suppress
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,13 +26,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import elfplot
 from elf.rows import NAMES as COLUMNS
-from elf.rows import Record, read_csv
+from elf.rows import Record, text_of_field
 from elf.summary import Summary
 from elf.usage import Failure
 
 FigureCanvasAgg: Any = None
 with suppress(ImportError):
+    import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from elf import batches, bulk, compare, course
+    from elf import summary as summary_module
+    from elf.sources import sources_of, utc_of_zero
 if elfplot.MISSING and os.environ.get('ELFPROBE_TESTS_STRICT') != '1':
     pytest.skip(f'not installed: {", ".join(elfplot.MISSING.values())}', allow_module_level=True)
 
@@ -96,10 +103,20 @@ def csv(tmp_path: Path) -> Path:
     return tmp_path / 'run 5.csv'
 
 
-def picture_of(rows: Iterable[dict[str, Any]], csv: Path, zero: int | None = None) -> elfplot.Picture:
+def picture_of(rows: Iterable[dict[str, Any]], csv: Path, *options: str) -> elfplot.Picture:
     csv.write_text(text_of(rows))
-    frame = read_csv(str(csv))
-    return elfplot.draw(frame, elfplot.choose(frame, [])[0], zero, csv.name, [])
+    return picture_of_file(csv, *options)
+
+
+def picture_of_file(csv: Path, *options: str) -> elfplot.Picture:
+    args = elfplot.parse_arguments([*options, str(csv)])
+    results, in_utc, _ = elfplot.read_all(args)
+    return elfplot.draw(elfplot.choose(results, args.dest)[0], in_utc, csv.name, [], args)
+
+
+def rows_of(csv: Path) -> list[Record]:
+    texts = batches.Texts()
+    return [record for batch in batches.read_batches(str(csv), texts) for record in batch.records()]
 
 
 def page_of(*arguments: str) -> tuple[int, str]:
@@ -119,7 +136,13 @@ def lines_of(axes: Any) -> dict[str, Any]:
     'arguments, named',
     [
         ([], ['CSV']),
-        (['a.csv', 'b.csv'], ['b.csv']),
+        (['--compare', 'a.csv'], ['--compare', 'two CSVs']),
+        (['--last', '5', '--from', '1', 'a.csv'], ['--last', '--from']),
+        (['--from', 'noon', 'a.csv'], ['--from', "'noon'", 'UTC', 'seconds']),
+        (['--xlim', '1:2', 'a.csv'], ['--xlim', '--cdf']),
+        (['--cdf', '--xlim', '2:1', 'a.csv'], ['--xlim', "'2:1'", 'LOW:HIGH']),
+        (['--format', 'gif', 'a.csv'], ['--format', 'gif', 'svg']),
+        (['--hop', '0', 'a.csv'], ['--hop', "'0'", '255']),
         (['--dest', 'nowhere', 'a.csv'], ['--dest', "'nowhere'", 'not an IPv4 or IPv6 address']),
         ([*(f'--dest=10.0.0.{i}' for i in range(17)), 'a.csv'], ['--dest', '16']),
         (['-o', '', 'a.csv'], ['-o/--filebase', 'empty']),
@@ -147,7 +170,7 @@ BAD_FILES = {  # content: what the message must name
     GOOD.replace('1000000', '', 1): ['not as elfprobe writes it'],
     GOOD.replace(str(START), '9' * 30): ['not as elfprobe writes it'],
     GOOD + 'x,' * 40 + '\n': ['not as elfprobe writes it'],
-    text_of([row(0, 1, 1), row(0, 1, 1, dest='')]): ['not as elfprobe writes it', 'dest is nan in line 3'],
+    text_of([row(0, 1, 1), row(0, 1, 1, dest='')]): ['not as elfprobe writes it', 'dest is empty in line 3'],
     text_of([row(0, 1, 1, sendtime=2**63 - 1)]): ['not as elfprobe writes it', 'sendtime is', 'line 2'],
     text_of([row(0, 1, 1, latency=-2)]): ['not as elfprobe writes it', 'latency is -2 in line 2'],
     **{
@@ -227,9 +250,9 @@ def test_without_elfprobe_and_bcc(csv: Path, tmp_path: Path) -> None:
 
 
 def test_missing_packages(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(elfplot, 'MISSING', {'pandas': 'python3-pandas', 'matplotlib': 'python3-matplotlib'})
+    monkeypatch.setattr(elfplot, 'MISSING', {'numpy': 'python3-numpy', 'matplotlib': 'python3-matplotlib'})
     assert elfplot.main(['a.csv']) == 1
-    assert capfd.readouterr().err.endswith('apt install python3-pandas python3-matplotlib\n')
+    assert capfd.readouterr().err.endswith('apt install python3-numpy python3-matplotlib\n')
 
 
 def test_reader_of_the_table_who_has_seen_enough(csv: Path) -> None:
@@ -306,12 +329,7 @@ def deadline(seconds: int) -> Iterator[None]:
 def test_incomplete_last_line(cut: int, csv: Path) -> None:
     rows = [row(0, 1, 1, ifinfo='"role=incoming;name=a,b"'), row(1, 2, 2, ifinfo='"role=incoming;name=c,d"')]
     csv.write_text(text_of(rows)[:-cut])
-    assert list(read_csv(str(csv)).outttl) == [1]
-
-
-def test_rows_come_in_the_order_of_sending(csv: Path) -> None:
-    csv.write_text(text_of([row(2, 3, 1), row(0, 1, None), row(1, 2, 1)]))
-    assert list(read_csv(str(csv)).outttl) == [1, 2, 3]
+    assert [row.outttl for row in rows_of(csv)] == [1]
 
 
 @pytest.mark.parametrize('columns', [FIRST, (*FIRST, 'app', 'pid'), (*COLUMNS, 'more')])
@@ -370,8 +388,8 @@ def test_bins_and_lines(csv: Path) -> None:
             statistics.median(hop + i % 50 / 100 for i in range(first, first + 10)) for first in range(0, 1000, 10)
         ]
         assert list(line.get_ydata()) == pytest.approx(expected), label
-        assert list(bins['count']) == [10] * 100
-        assert list(bins.high - bins.low) == pytest.approx([0.045] * 100)
+        assert list(bins.count) == [10] * 100
+        assert list(bins.high - bins.low) == pytest.approx([45000] * 100)
         times = [0.045 + 0.1 * i + 0.001 * (hop - 1) for i in range(100)]
         assert list(line.get_xdata()) == pytest.approx(times)
     low, high = axes.get_ylim()
@@ -467,9 +485,9 @@ def test_colours_get_lighter_hop_by_hop(hops: int, csv: Path) -> None:
 def test_many_probes_are_binned(csv: Path) -> None:
     picture = picture_of(regular(hops=2, probes=20000, every=0.001), csv)
     for line in picture.sections[0].lines:
-        assert elfplot.BINS_MAX / 3 < len(line.bins) <= elfplot.BINS_MAX
-        assert len(line.points) <= elfplot.POINTS_MAX + len(line.bins)
-        assert line.points.ms.max() == pytest.approx(line.hop + 0.49)
+        assert course.BINS_MAX / 3 < len(line.bins) <= course.BINS_MAX
+        assert len(line.points[0]) <= course.POINTS_MAX + len(line.bins)
+        assert line.points[1].max() == (line.hop + 0.49) * MS
 
 
 # Time
@@ -511,7 +529,7 @@ def zero_of(csv: Path, log: str | None, csv_written: float, log_written: float) 
     if log is not None:
         csv.with_suffix('.log').write_text(log)
         os.utime(csv.with_suffix('.log'), (0, (EPOCH + START) / S + log_written))
-    return elfplot.utc_of_zero(str(csv), read_csv(str(csv)))
+    return utc_of_zero(batches.survey(str(csv)))
 
 
 @pytest.mark.parametrize(
@@ -538,7 +556,7 @@ def test_utc_in_picture_and_page(csv: Path) -> None:
     zero_of(csv, LOG, 8, 9)
     _, page = page_of(str(csv))
     assert data_of(page)['utc'] == (EPOCH + START) / MS
-    picture = picture_of(regular(), csv, EPOCH)
+    picture = picture_of_file(csv)
     assert picture.panels[0].time.get_xlabel() == 'UTC, 2026-11-06'
     assert '21:23:22' in [label.get_text() for label in picture.panels[0].time.get_xticklabels()]
 
@@ -569,24 +587,22 @@ def test_utc_by_the_report(changes: dict[str, Any], mappings: int, noted: bool, 
     zero_of(csv, LOG.replace('20:00:00', '19:00:00'), 9000, -5000)
     os.utime(csv.with_suffix('.log'), (0, 0))
     csv.with_suffix('.json').write_text(json.dumps({**REPORT, **changes}))
-    _, found, notes = elfplot.read_rows(str(csv))
-    assert [mapping.zero for mapping in found] == [EPOCH] * mappings
+    [source], notes = sources_of([str(csv)])
+    assert [mapping.zero for mapping in source.files[0][1]] == [EPOCH] * mappings
     assert bool(notes) == noted
 
 
 def test_clock_that_was_set(csv: Path) -> None:
     """Rows before and behind the step are where they belong, for those who look at the picture."""
-    csv.write_text(text_of(row(at, 1, 1) for at in range(10)))
     zeros = [
         {'since': since, 'utc': f'2026-11-06T{utc}Z'}
         for since, utc in ((0, '20:00:00'), (START + 5 * S, '20:10:00'), (START + 7 * S, '19:59:58'))
     ]
     csv.with_suffix('.json').write_text(json.dumps({**REPORT, 'ended': None, 'monotonic_zeros': zeros}))
-    rows, mappings, _ = elfplot.read_rows(str(csv))
-    times = (elfplot.in_utc(rows, mappings).sendtime - START) / S
-    assert list(times) == [0, 1, 2, 3, 4, 5, 6, 7, 605, 606]
-    assert data_of(page_of(str(csv))[1])['utc'] == (EPOCH + START) / MS
-    assert [probe.sendtime for probe in elfplot.records_in(rows)] == [START + at * S for at in range(10)]
+    picture = picture_of([row(at, 1, 1) for at in range(10)], csv)
+    [section] = picture.sections
+    assert list(section.seconds(section.lines[0].points[0])) == [0, 1, 2, 3, 4, 5, 6, 7, 605, 606]
+    assert picture.scale.utc == EPOCH + START
 
 
 def test_rows_of_several_files(csv: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -597,17 +613,13 @@ def test_rows_of_several_files(csv: Path, capfd: pytest.CaptureFixture[str]) -> 
         csv.with_name(name).write_text(text_of(rows[first : first + 100]))
     csv.with_name(names[3]).write_text(text_of([row(9000, 1, 1)]))
     csv.with_suffix('.json').write_text(json.dumps({**REPORT, 'files': names}))
-    parts, _, notes = elfplot.read_rows(str(csv))
-    whole = csv.with_name('whole.csv')
-    whole.write_text(text_of(rows))
-    once = read_csv(str(whole))
-    assert parts.astype(object).equals(once.astype(object)) and list(parts.dtypes.map(str)) == list(
-        once.dtypes.map(str)
-    )
+    [source], notes = sources_of([str(csv)])
+    assert [os.path.basename(part.path) for part, _ in source.files] == names[:3]
     assert len(notes) == 2 and names[3] in notes[0] and names[4] in notes[1]
     assert elfplot.main([str(csv)]) == 0
     assert ': 43 probes' in capfd.readouterr().out
-    assert len(elfplot.read_rows(str(csv.with_name(names[1])))[0]) == 100
+    assert elfplot.main([str(csv.with_name(names[1]))]) == 0
+    assert sum(map(int, re.findall(r': (\d+) probes', capfd.readouterr().out))) == 100
 
 
 # What docs/columns.md says of other programs
@@ -637,6 +649,7 @@ def odd_rows(csv: Path) -> Path:
 
 
 def test_reading_with_pandas(csv: Path) -> None:
+    pytest.importorskip('pandas')
     shown = subprocess.run(
         [sys.executable, '-c', example('python') + CHECK_PANDAS],
         cwd=odd_rows(csv).parent,
@@ -877,6 +890,348 @@ def test_latency_text(ms: float, text: str) -> None:
 
 
 def test_choose_of_nothing(csv: Path) -> None:
-    csv.write_text(text_of([]))
     with pytest.raises(Failure, match='nobody'):
-        elfplot.choose(read_csv(str(csv)), ['10.0.0.1'])
+        picture_of([], csv, '--dest', '10.0.0.1')
+
+
+# Rows in bulk
+
+
+def random_rows(seed: int) -> list[Record]:
+    """Rows in the order of a CSV: flows, their ports used again, several responders, lost and late probes."""
+    chance = random.Random(seed)
+    dests = [f'10.9.0.{number}' for number in range(chance.choice([1, 3, 40]))]
+    ports, hops, alternates = chance.choice([1, 3, 500]), chance.choice([3, 6]), chance.random() < 0.3
+    retrans: Counter[tuple[str, int]] = Counter()
+    found, now = [], START
+    for number in range(1500):
+        now += chance.choice([MS, 100 * MS, 4 * S]) if chance.random() < 0.02 else chance.randrange(20 * MS)
+        flow = chance.choice(dests), chance.randrange(ports)
+        hop = chance.randrange(1, hops)
+        retrans[flow] = 0 if chance.random() < 0.003 else retrans[flow] + (chance.random() < 0.05)
+        is_lost = chance.random() < 0.1 or (hop == 2 and now // (10 * S) % 3 == 0)
+        is_tcp = chance.random() < 0.9
+        changed = alternates or chance.random() < 0.01
+        record = Record(
+            dest=flow[0],
+            sport=flow[1],
+            dport=443,
+            protocol=chance.choice([6, 6, 6, 17]),
+            outttl=hop,
+            sendtime=now,
+            latency=-1 if is_lost else chance.randrange(1, 10 ** chance.randrange(4, 9)),
+            responder='' if is_lost else f'10.0.{hop}.{chance.randrange(100) if changed else 1}',
+            srtt=chance.choice([None, 900, 1000 + number]) if is_tcp else None,
+            cwnd=10 if is_tcp else None,
+            retrans=retrans[flow] if is_tcp else None,
+            origseq=chance.choice([number, 7]),
+            app=chance.choice(['a', '', 'b']),
+        )
+        found.append((now + (chance.randrange(3 * S) if is_lost else 0), record))
+    return [record for _, record in sorted(found, key=lambda item: item[0])]
+
+
+def what_is_known(summary: Summary) -> Any:
+    """All that tables, findings and elf.json are made of."""
+
+    def of(its: Any) -> Any:
+        names = getattr(type(its), '__slots__', None) or vars(its)
+        return {name.lstrip('_'): getattr(its, name) for name in names}
+
+    def hop(its: Any) -> Any:
+        return {
+            **of(its),
+            'latency': its.latency.count and its.latency.stats(),
+            'who': list(its.responders.items()),
+        }
+
+    destinations = [
+        (dest, {number: hop(its) for number, its in found.hops.items()}, found.srtt.count and found.srtt.stats(),
+         {name: value for name, value in vars(found).items() if name not in ('hops', 'srtt')})
+        for dest, found in summary.destinations()
+    ]  # fmt: skip
+    flows = [
+        (key, {**of(flow), 'hops': {number: of(its) for number, its in flow.hops.items()}})
+        for its in summary.flows().values()
+        for key, flow in its
+    ]
+    return summary.tables(), destinations, flows
+
+
+@pytest.mark.parametrize(
+    'limits',
+    [(32768, 65536, 8192), (20, 1000, 1000), (1000, 60, 40), (300, 30, 10)],
+    ids=['room', 'flows', 'hops of flows', 'hops'],
+)
+def test_summary_of_many_rows_at_once(limits: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the same as of one row after the other, also where the oldest destinations and flows are forgotten."""
+    for module in (summary_module, bulk):
+        for name, limit in zip(('FLOWS_MAX', 'FLOW_HOPS_MAX', 'HOPS_MAX'), limits):
+            monkeypatch.setattr(module, name, limit)
+    for seed in range(3):
+        monkeypatch.setattr(bulk, 'NEW_FLOWS_SHARE', (0.01, 10)[seed % 2])
+        records = random_rows(seed)
+        one_by_one, at_once = Summary(), bulk.BulkSummary()
+        for record in records:
+            one_by_one.note(record)
+        texts = batches.Texts()
+        for first in range(0, len(records), 500):
+            its = records[first : first + 500]
+            columns = {
+                name: np.array([texts.number(value) if name in batches.TEXTS else batches.UNKNOWN if value is None
+                                else value for value in (getattr(record, name) for record in its)])
+                for name in batches.READ
+            }  # fmt: skip
+            batch = batches.Batch(texts.names, columns)
+            assert list(batch.records()) == its
+            at_once.note_all(batch)
+        assert what_is_known(at_once) == what_is_known(one_by_one), seed
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of some KiB are read as those of some GiB: surveyed, and in parts, by several processes."""
+    for name, value in (('PART', 8000), ('BLOCK', 1500), ('SURVEY_PIECE', 1000), ('SURVEY_PIECES', 4)):
+        monkeypatch.setattr(batches, name, value)
+    monkeypatch.setattr(batches, 'TEXTS_MAX', 40)
+    monkeypatch.setattr(course, 'EXACT_MAX', 100)
+
+
+def odd_line(number: int) -> dict[str, Any]:
+    """Rows whose fields have many lengths, some quoted."""
+    return row(
+        number / 10,
+        1 + number % 3,
+        None if number % 11 == 0 else 10 ** (number % 7) / 1000,
+        dest=f'2001:db8::{number % 50}',
+        sport=number % 65536,
+        app=('', '"a ""b"", c"', 'NA', 'é', 'of fifteen characters')[number % 5],
+        ifinfo='"role=incoming;name=a,b"' if number % 4 else '',
+        srtt=number if number % 3 else '',
+        cwnd=10,
+        retrans=number,
+    )
+
+
+@pytest.mark.usefixtures('small_parts')
+@pytest.mark.parametrize('ends', ['\n', '\r\n'])
+def test_large_files(ends: str, csv: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = [odd_line(number) for number in range(450)]
+    csv.write_bytes(text_of(rows).replace('\n', ends).encode())
+    found = rows_of(csv)
+    for name in 'sendtime', 'latency', 'dest', 'sport':
+        assert [getattr(row, name) for row in found] == [row[name] for row in rows]
+    assert [row.app for row in found] == [text_of_field(row['app']) for row in rows]
+    assert [(row.srtt, row.retrans) for row in found] == [(row['srtt'] or None, row['retrans']) for row in rows]
+    assert elfplot.main(['--cdf', '--hop', '1', str(csv)]) == 0
+    assert capfd.readouterr().out.count(': 9 probes') == 50
+    csv.write_text(text_of([*rows, row(0, 1, 1, outttl=256), *rows]))
+    assert elfplot.main([str(csv)]) == 1
+    assert 'outttl is 256 in line 452\n' in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures('small_parts')
+def test_figures_of_many_rows(csv: Path) -> None:
+    """They are exact to 1 %, whatever the rows; what is counted is exact."""
+    chance = random.Random(5)
+    rows = [
+        row(number / 100, 1, chance.expovariate(0.1) + 0.0005, app='x' * (number % 16)) for number in range(3000)
+    ]
+    [section] = picture_of(rows, csv).sections
+    [line] = section.lines
+    latencies = np.array([row['latency'] for row in rows])
+    assert line.spread == pytest.approx(list(np.quantile(latencies, course.QUANTILES)), rel=0.01)
+    assert (section.slowest, section.fastest) == pytest.approx(
+        (latencies.max() / MS, latencies.min() / MS), rel=0.01
+    )
+    assert section.probes.sum() == line.bins.count.sum() == 3000
+    in_bin = np.array([row['sendtime'] - START for row in rows]) // section.width
+    for number, low, median, high, most in zip(
+        line.bins.number, line.bins.low, line.bins.median, line.bins.high, line.bins.max
+    ):
+        its = latencies[in_bin == number]
+        assert (low, median, high) == pytest.approx(tuple(np.quantile(its, (0.25, 0.5, 0.75))), rel=0.01)
+        assert most == its.max()
+
+
+def test_bins_that_become_too_many() -> None:
+    """Rows long before and behind those that the survey saw: bins become wider, nothing is lost."""
+    its = course.Course('10.0.0.1', 0, 1000)
+    texts = batches.Texts()
+    texts.number('10.0.0.1')
+    for second in (0, -7, 9000, 20):
+        columns = {name: np.zeros(1, np.int64) for name in batches.READ}
+        its.add(batches.Batch(texts.names, columns), np.array([second * S]))
+    first, probes, unanswered, _ = its.by_bin()
+    assert (probes.sum(), unanswered.sum()) == (4, 0) and probes.shape[1] <= course.BINS
+    [line] = its.lines()
+    assert list(line.bins.t) == [second * S for second in (-7, 0, 20, 9000)]
+    assert first == line.bins.number[0] == -7 * S // its.width
+
+
+@pytest.mark.parametrize(
+    'text, retrans',
+    [
+        ('7.0', 7),  # as pandas writes what it has read
+        ('+7', 7),
+        (' 7', 7),
+    ],
+)
+def test_numbers_of_other_programs(text: str, retrans: int, csv: Path) -> None:
+    csv.write_text(text_of([row(0, 1, 1, retrans=text), row(1, 1, 1)]) + '\n')
+    assert [row.retrans for row in rows_of(csv)] == [retrans, None]
+
+
+# Which rows
+
+
+def probes_at(csv: Path, *options: str) -> list[float]:
+    """The times of the probes that are drawn, s since the first one of the run."""
+    sections = picture_of_file(csv, *options).sections
+    return sorted((section.course.start + at - START) / S for section in sections for line in section.lines
+                  for at in line.points[0])  # fmt: skip
+
+
+def test_part_of_the_time(csv: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    csv.write_text(text_of([row(at, 1, 1) for at in range(10)]))
+    ran = picture_of_file(csv, '--from', '2', '--to', '4').sections
+    assert [section.course.probes for section in ran] == [3]
+    assert elfplot.main(['--last', '2.5', str(csv)]) == 0
+    assert ': 3 probes' in capfd.readouterr().out
+    assert elfplot.main(['--from', '2026-11-06T21:23:25', str(csv)]) == 1
+    assert 'argument --from' in capfd.readouterr().err
+    csv.with_suffix('.json').write_text(json.dumps(REPORT))
+    for begin, end in (('2026-11-06T21:23:22Z', '2026-11-06T22:23:24+01:00'), ('2', '2026-11-06 21:23:24')):
+        assert elfplot.main(['--from', begin, '--to', end, str(csv)]) == 0
+        assert ': 3 probes' in capfd.readouterr().out
+    assert elfplot.main(['--from', '100', str(csv)]) == 0
+    assert 'no probes yet' in capfd.readouterr().out
+
+
+def test_several_hosts(csv: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each has its own path to a destination, and its own clock."""
+    paths = [csv.with_name(f'{host}.csv') for host in ('a', 'b')]
+    for path, hops, later in zip(paths, (2, 3), (0, 4 * S)):
+        path.write_text(text_of(regular(hops)))
+        zero = f'2026-11-06T20:00:0{later // S}.000000Z'
+        report = {**REPORT, 'host': path.stem, 'files': [path.name], 'monotonic_zeros': [{'since': 0, 'utc': zero}]}
+        path.with_suffix('.json').write_text(json.dumps(report))
+    assert elfplot.main([*map(str, paths), '--html']) == 0
+    out = capfd.readouterr().out
+    assert re.findall(r'^from (\S):\n\S+ (\d+) probes', out, re.M) == [('a', '100'), ('b', '150')]
+    sections = data_of(paths[0].with_suffix('.html').read_text())['sections']
+    assert sorted((len(section['hops']), round(section['start'], 3)) for section in sections) == [(2, 0), (3, 4)]
+
+
+def test_files_of_one_run_by_their_names(csv: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Without elf.json, in any order, and none twice."""
+    rows = regular(2, 60)
+    second = csv.with_name('second.csv')
+    csv.write_text(text_of(rows[:70]))
+    second.write_text(text_of(rows[70:]))
+    assert elfplot.main(['-o', str(csv.with_name('x')), str(second), str(csv), str(second)]) == 0
+    out = capfd.readouterr().out
+    summary = Summary()
+    for one in rows:
+        summary.note(Record(*(one[name] for name in Record._fields[:8])))
+    assert out.split('\n')[:-3] == summary.tables()[1:]
+
+
+# Pictures for papers
+
+
+@pytest.mark.parametrize('kind, begins', [('png', b'\x89PNG'), ('svg', b'<?xml'), ('pdf', b'%PDF')])
+def test_formats(kind: str, begins: bytes, csv: Path) -> None:
+    csv.write_text(text_of(regular(2, 5)))
+    assert elfplot.main(['--format', kind, '--cdf', str(csv)]) == 0
+    assert csv.with_suffix('.' + kind).read_bytes().startswith(begins)
+    assert {path.suffix for path in csv.parent.iterdir()} == {'.csv', '.' + kind}
+
+
+def test_distribution_by_hop(csv: Path) -> None:
+    options = '--cdf', '--hop', '2', '--hop', '3', '--xlim', '1.5:3.5', '--ylim', '0.5:1'
+    picture = picture_of(regular(hops=4, probes=50), csv, *options)
+    [axes] = picture.figure.axes
+    drawn = lines_of(axes)
+    assert list(drawn) == ['hop 2', 'hop 3'] and not overlaps(picture.figure)
+    assert (axes.get_xlim(), axes.get_ylim()) == ((1.5, 3.5), (0.5, 1))
+    for hop, line in zip((2, 3), drawn.values()):
+        assert list(line.get_xdata()) == pytest.approx([hop, *(hop + i / 100 for i in range(50))])
+        assert list(line.get_ydata()) == pytest.approx([i / 50 for i in range(51)])
+
+
+def test_hops_and_limits_of_the_picture(csv: Path) -> None:
+    picture = picture_of([*regular(hops=4), row(1, 4, None)], csv, '--hop', '2', '--hop', '4', '--ylim', '1:6')
+    assert list(lines_of(picture.panels[0].time)) == ['2 10.0.2.2', '4 10.0.4.2']
+    assert picture.panels[0].time.get_ylim() == picture.panels[0].hops.get_ylim() == (1, 6)
+    assert [label.get_text() for label in picture.panels[0].lost.get_yticklabels()] == ['4']
+
+
+# Two runs
+
+
+def noise(seed: int, count: int, slowness: float = 0.9) -> list[float]:
+    """Latencies of a queue, in ms: each depends on the one before."""
+    chance, value, found = random.Random(seed), 0.0, []
+    for _ in range(count):
+        value = slowness * value + chance.gauss(0, 1)
+        found.append(value)
+    return found
+
+
+def run_of(seed: int, shift: float = 0.0, lost: float = 0.0, **changes: Any) -> list[dict[str, Any]]:
+    chance = random.Random(seed)
+    rows = []
+    for hop in (1, 2, 3):
+        for i, value in enumerate(noise(seed + 100 * hop, 1500)):
+            more = shift if hop >= 2 else 0
+            its = changes if hop == 2 else {}
+            is_lost = hop == 3 and chance.random() < lost
+            rows.append(row(i / 50 + hop / 1000, hop, None if is_lost else 20 + 5 * hop + value / 5 + more, **its))
+    return sorted(rows, key=lambda row: row['sendtime'])
+
+
+def compared(before: list[dict[str, Any]], after: list[dict[str, Any]], csv: Path) -> dict[int, str]:
+    """What the table says of each hop, of two runs with these rows."""
+    paths = [csv.with_name(name) for name in ('before.csv', 'after.csv')]
+    for path, rows in zip(paths, (before, after)):
+        path.write_text(text_of(rows))
+    args = elfplot.parse_arguments(['--compare', *map(str, paths)])
+    results, _, _ = elfplot.read_all(args)
+    lines = elfplot.comparison(*results)
+    return {int(line.split()[0]): line for line in lines if re.match(r' *\d+ ', line)}
+
+
+def test_what_changed(csv: Path) -> None:
+    said = compared(run_of(1), run_of(2, shift=1, lost=0.2, responder='10.0.99.2'), csv)
+    assert list(said) == [1, 2, 3]
+    assert not re.search('slower|faster|answers|router', said[1])
+    assert said[2].endswith('other router: 10.0.99.2, was 10.0.2.2; slower') and '<0.001' in said[2]
+    assert said[3].endswith('slower; fewer answers') and said[3].count('<0.001') == 2
+    before, after, change = map(float, said[2].split()[1:4])
+    assert change == pytest.approx(after - before, abs=0.002) == pytest.approx(1, abs=0.3)
+
+
+def test_runs_that_do_not_differ() -> None:
+    """Also where latencies depend on those before: of runs alike, few differ, as p says."""
+    found = []
+    for seed in range(100):
+        slow = noise(seed, 2000, 0.99)
+        slices = [statistics.median(slow[i : i + 25]) for i in range(0, 2000, 25)]
+        found.append(compare.rank_sum(np.array(slices[:40]), np.array(slices[40:])))
+    assert sum(p is not None and p < 0.05 for p in found) <= 0.1 * len(found)
+    same = np.arange(20.0)
+    assert compare.rank_sum(same, same) == 1 and compare.rank_sum(same[:7], same) is None
+    shifted = compare.rank_sum(same % 5, same % 5 + 10)
+    assert shifted is not None and shifted < 1e-4
+    assert compare.holm([0.01, 0.9, 0.02, 0.03]) == pytest.approx([0.04, 0.9, 0.06, 0.06])
+
+
+def test_comparison_in_the_picture(csv: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    after = csv.with_name('after.csv')
+    csv.write_text(text_of(regular(2)))
+    after.write_text(text_of(regular(3)))
+    assert elfplot.main(['--compare', '--html', str(csv), str(after)]) == 0
+    out = capfd.readouterr().out
+    assert '203.0.113.80: run 5.csv and after.csv' in out and 'only probed after' in out and 'Holm' in out
+    assert [len(section['hops']) for section in data_of(csv.with_suffix('.html').read_text())['sections']] == [2, 3]

@@ -277,17 +277,13 @@ def test_report_of_a_run(lab4, tmp_path):
     assert report['counters']['probes'] == len(rows) and report['files'] == ['elf.csv']
 
     # elfplot.py takes the right mapping for each time
-    pytest.importorskip('pandas')
-    pytest.importorskip('matplotlib')
-    import elfplot
+    pytest.importorskip('numpy')
+    from elf.sources import sources_of, span_of
 
-    frame, mappings, notes = elfplot.read_rows(str(tmp_path / 'elf.csv'))
-    drawn = elfplot.in_utc(frame, mappings)
-    assert notes == []
-    before, after = frame.sendtime.iloc[0], frame.sendtime.iloc[-1]
-    assert drawn.sendtime.iloc[-1] - drawn.sendtime.iloc[0] == pytest.approx(
-        after - before + 7.25 * SECOND, abs=1e7
-    )
+    sources, notes = sources_of([str(tmp_path / 'elf.csv')])
+    assert notes == [] and sources[0].host == report['host']
+    (first, last), (before, after) = sources[0].files[0][0].span, span_of(sources, True)
+    assert after - before == pytest.approx(last - first + 7.25 * SECOND, abs=1e7)
 
 
 @root
@@ -367,9 +363,9 @@ def test_rows_of_a_run_in_several_files(lab4, tmp_path):
     assert max(sizes) <= 1 << 20 and min(sizes[:-1]) > (1 << 20) - 400
     rows = [row for name in report['files'] for row in read_rows(tmp_path / name)]
     assert len(rows) == run.summary.probes
-    pytest.importorskip('pandas')
-    pytest.importorskip('matplotlib')
-    import elfplot
+    pytest.importorskip('numpy')
+    from elf.sources import sources_of
 
-    frame, mappings, notes = elfplot.read_rows(str(tmp_path / 'elf.csv'))
-    assert (len(frame), len(mappings), notes) == (len(rows), 1, [])
+    [source], notes = sources_of([str(tmp_path / 'elf.csv')])
+    assert sum(len(part.batch) for part, _ in source.files) == len(rows)
+    assert ({len(mappings) for _, mappings in source.files}, notes) == ({1}, [])

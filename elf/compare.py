@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What changed from one run to another, hop by hop, and how sure that is.
+
+Probes of the same moment meet the same queues, so they are no independent evidence. A run is therefore cut into up
+to SLICES slices of time, and each slice gives one value: its median, its share of answers. The Wilcoxon rank-sum
+test compares the values of both runs; its variance is widened for the autocorrelation of neighbouring slices.
+Holm's method corrects for the number of comparisons.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Iterator
+
+import numpy as np
+
+from elf.course import Course, Line
+from elf.sources import Results
+from elf.usage import printable
+
+SLICES = 40
+SLICES_MIN = 8  # of each run, below which nothing is said
+CORRELATION_MAX = 0.9
+SIGNIFICANT = 0.05
+
+
+@dataclasses.dataclass
+class HopValues:
+    """A hop in one of the runs."""
+
+    median: float | None  # ns; None: no answer
+    share: float  # of answers
+    responder: str  # the busiest one
+    medians: Any  # by slice, ns
+    shares: Any
+
+
+@dataclasses.dataclass
+class HopChange:
+    """A hop in both runs. None: not probed."""
+
+    number: int
+    runs: tuple[HopValues | None, HopValues | None]
+    latency: float | None = None  # p, corrected
+    answers: float | None = None
+
+
+def hop_values(course: Course, number: int, lines: list[Line]) -> HopValues:
+    """Return what a run says of a hop."""
+    _, probes, unanswered, _ = course.by_bin()
+    row = course.hops.index(number)
+    probes, answered = probes[row], probes[row] - unanswered[row]
+    slices = np.arange(len(probes)) * min(SLICES, len(probes)) // len(probes)
+    by_slice = [np.bincount(slices, values) for values in (probes, answered)]
+    shares = (by_slice[1] / np.maximum(by_slice[0], 1))[by_slice[0] > 0]
+    its = [line for line in lines if line.hop == number]
+    if not its:
+        return HopValues(None, 0.0, "", np.zeros(0), shares)
+    busiest = max(its, key=lambda line: int(line.bins.count.sum()))
+    bins, _, (values, counts) = course.of_hop(number)
+    of_bins = slices[bins.number - course.by_bin()[0]]
+    medians = np.array([np.median(bins.median[of_bins == each]) for each in np.unique(of_bins)])
+    median = float(values[np.searchsorted(np.cumsum(counts), counts.sum() / 2)])
+    return HopValues(median, float(answered.sum() / probes.sum()), busiest.responder, medians, shares)
+
+
+def ranks(values: Any) -> Any:
+    """Return the ranks of values; equal ones have the same."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[which]
+
+
+def widening(values: Any) -> float:
+    """Return by what factor autocorrelation raises the variance of the mean: (1 + r) / (1 - r)."""
+    apart = values - values.mean()
+    total = float((apart * apart).sum())
+    r = float((apart[1:] * apart[:-1]).sum()) / total if total else 0.0
+    r = min(max(r + (1 + 4 * r) / len(values), 0.0), CORRELATION_MAX)  # r is too low where there are few values
+    return (1 + r) / (1 - r)
+
+
+def rank_sum(before: Any, after: Any) -> float | None:
+    """Return p that both have the same distribution (two-sided), None if there are too few values."""
+    if min(len(before), len(after)) < SLICES_MIN:
+        return None
+    both = ranks(np.concatenate([before, after]))
+    first, second = both[: len(before)], both[len(before) :]
+    variance = float(both.var(ddof=1)) * (widening(first) / len(first) + widening(second) / len(second))
+    if not variance:
+        return 1.0
+    return math.erfc(abs(float(first.mean() - second.mean())) / math.sqrt(2 * variance))
+
+
+def holm(found: list[float]) -> list[float]:
+    """Return p corrected for the number of comparisons."""
+    corrected, highest = [0.0] * len(found), 0.0
+    for place, number in enumerate(sorted(range(len(found)), key=found.__getitem__)):
+        highest = max(highest, min(found[number] * (len(found) - place), 1.0))
+        corrected[number] = highest
+    return corrected
+
+
+def changes(before: Results, after: Results) -> dict[str, list[HopChange]]:
+    """Return the hops of the destinations that both runs probed, those with most probes first."""
+    found: dict[str, list[HopChange]] = {}
+    tests: list[tuple[HopChange, str, float]] = []
+    for dest in (dest for dest in before.courses if dest in after.courses):
+        courses = before.courses[dest], after.courses[dest]
+        lines = [list(course.lines()) for course in courses]
+        for number in sorted({hop for course in courses for hop in course.hops}):
+            first, second = (
+                hop_values(course, number, its) if number in course.hops else None
+                for course, its in zip(courses, lines)
+            )
+            change = HopChange(number, (first, second))
+            found.setdefault(dest, []).append(change)
+            if first and second:
+                for name, values in (("latency", "medians"), ("answers", "shares")):
+                    p = rank_sum(getattr(first, values), getattr(second, values))
+                    if p is not None:
+                        tests.append((change, name, p))
+    for (change, name, _), p in zip(tests, holm([p for _, _, p in tests])):
+        setattr(change, name, p)
+    return found
+
+
+def comparison(before: Results, after: Results) -> list[str]:
+    """Return a table of what changed, for each destination that both runs probed."""
+    found = changes(before, after)
+    names = [printable(each.source.host) for each in (before, after)]
+    lines = []
+    for dest, hops in found.items():
+        lines += [f"{dest}: {names[0]} and {names[1]}, median latency in ms, share of answers",
+                  "hop   before    after   change       p  answered    after       p  what changed",
+                  *map(hop_line, hops), ""]  # fmt: skip
+    if not found:
+        return ["no destination was probed in both runs"]
+    count = sum((hop.latency is not None) + (hop.answers is not None) for hops in found.values() for hop in hops)
+    return [
+        *lines,
+        f"p: Wilcoxon rank-sum test of up to {SLICES} slices of time of each run, widened for autocorrelation,",
+        f"corrected for {count} comparisons (Holm). A change with p below {SIGNIFICANT} is named.",
+    ]
+
+
+def hop_line(hop: HopChange) -> str:
+    first, second = hop.runs
+    medians = [each.median if each else None for each in hop.runs]
+    texts = ["-" if median is None else f"{median / 1e6:.3f}" for median in medians]
+    low, high = medians
+    texts.append("-" if low is None or high is None else f"{(high - low) / 1e6:+.3f}")
+    shares = ["-" if each is None else f"{each.share:.1%}" for each in hop.runs]
+    latency, answers = (
+        "-" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}" for p in (hop.latency, hop.answers)
+    )
+    start = f"{hop.number:3} {texts[0]:>8} {texts[1]:>8} {texts[2]:>8} {latency:>7}  {shares[0]:>8} {shares[1]:>8}"
+    return f"{start} {answers:>7}  {'; '.join(what_changed(hop, first, second))}".rstrip()
+
+
+def what_changed(hop: HopChange, first: HopValues | None, second: HopValues | None) -> Iterator[str]:
+    """Yield the changes in words."""
+    if not first or not second:
+        yield "only probed after" if second else "only probed before"
+        return
+    if first.responder != second.responder:
+        if not first.responder or not second.responder:
+            yield f"answers now: {second.responder}" if second.responder else f"unresponsive, was {first.responder}"
+            return
+        yield f"other router: {printable(second.responder)}, was {printable(first.responder)}"
+    if hop.latency is not None and hop.latency < SIGNIFICANT:
+        yield "slower" if (second.median or 0) > (first.median or 0) else "faster"
+    if hop.answers is not None and hop.answers < SIGNIFICANT:
+        yield "fewer answers" if second.share < first.share else "more answers"

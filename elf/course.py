@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""How the latencies to a destination went: what a picture shows, in memory that does not grow with the rows.
+
+Cells               counts of latencies by line and bin: exact while they are few, then to 1 %
+Course              a destination, fed in bulk; lines() and flow() return what is to be drawn
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import Any, Iterator
+
+import numpy as np
+
+from elf.addresses import PROTOCOLS
+from elf.batches import Batch
+from elf.bulk import Groups
+
+SECOND = 10**9  # ns
+STEPS = [m * 10**e for e in range(3, 10) for m in (1, 2, 5)] + [
+    s * SECOND for s in (10, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400, 21600, 43200, 86400)
+]  # ns, of bins and between ticks
+BINS_MAX = 300
+POINTS_MAX, POINTS_LINES = 2000, 64  # of a line that are kept; fewer if there are more lines
+RANKS_MAX = 3  # responders of a hop that have a line of their own
+RESPONDERS_MAX = 64  # of a hop that are told apart; the busiest of them get lines
+FLOWS_MAX = 1 << 15  # whose retransmissions are followed
+NAMES_MAX = 1000  # kinds of flows and programs that are counted
+
+EXACT_MAX = 1 << 19  # cells of a destination, from which on latencies are rounded
+STEP = np.log(1.02)  # between rounded latencies
+LATENCY_BITS, BIN_BITS = 36, 11  # of a key; the line's number is in the others
+LATENCY_MAX, BINS = (1 << LATENCY_BITS) - 1, 1 << BIN_BITS
+BIN_ZERO = BINS // 4  # place of the first bin: some rows may be older than the survey saw
+QUANTILES = 0.05, 0.25, 0.5, 0.75, 0.95
+
+
+def round_up(ns: float) -> int:
+    """Return the lowest of STEPS, or of whole days, that is not below."""
+    return next((step for step in STEPS if step >= ns), -int(-ns // (86400 * SECOND)) * 86400 * SECOND)
+
+
+def bin_width(span: int, probes: float) -> int:
+    """Return the ns of a bin: it has several of a hop's probes, or, if there are few, one of them."""
+    bins = BINS_MAX if probes <= 40 else min(max(probes / 8, 40), BINS_MAX)
+    return round_up((span or SECOND) / bins)
+
+
+def rounded(latencies: Any) -> Any:
+    """Return latencies (ns) that are at most 1 % off, of which there are few. Rounding again changes nothing."""
+    near = np.rint(np.exp(np.rint(np.log(np.maximum(latencies, 1)) / STEP) * STEP)).astype(np.int64)
+    return np.where(latencies < 200, latencies, near)
+
+
+def quantiles(values: Any, counts: Any, starts: Any, shares: Any) -> Any:
+    """Return quantiles of groups of values that occur so often: an array of groups and shares.
+
+    Values are sorted within each group. Between two values it interpolates, as numpy does.
+    """
+    upto = np.cumsum(counts)
+    before = np.concatenate([[0], upto])[starts]
+    totals = np.add.reduceat(counts, starts)
+    places = (totals[:, None] - 1) * np.asarray(shares)
+    low = np.floor(places).astype(np.int64)
+    high = np.minimum(low + 1, totals[:, None] - 1)
+    lower, upper = (values[np.searchsorted(upto, before[:, None] + at, "right")] for at in (low, high))
+    return lower + (upper - lower) * (places - low)
+
+
+@dataclasses.dataclass
+class Bins:
+    """Figures by bin: arrays. Times are ns since the start of the course, latencies ns."""
+
+    number: Any
+    t: Any  # mean
+    low: Any
+    median: Any
+    high: Any  # quartiles
+    max: Any
+    count: Any
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+
+@dataclasses.dataclass
+class Line:
+    """The answers of one responder at a hop, or of all further ones if there are many. Latencies in ns."""
+
+    hop: int
+    responder: str
+    rank: int  # among the hop's responders
+    spread: list[float]  # QUANTILES of all
+    bins: Bins
+    points: tuple[Any, Any]  # times, latencies: a sample, and each bin's slowest
+    values: tuple[Any, Any]  # latencies in order, and how often each occurs
+
+
+class Cells:
+    """How often each latency occurs, by line and bin; and of each line's bin the times and the slowest."""
+
+    def __init__(self) -> None:
+        self.is_exact = True
+        self._keys = np.zeros(0, np.int64)  # line, bin, latency
+        self._counts = np.zeros(0, np.int64)
+        # By line and bin:
+        self._bins = np.zeros(0, np.int64)
+        self._times = np.zeros(0)  # sums
+        self._slowest = np.zeros((2, 0), np.int64)  # latency, time
+
+    def add(self, lines: Any, bins: Any, latencies: Any, times: Any) -> None:
+        if not len(lines):
+            return
+        keys = (lines << BIN_BITS | bins) << LATENCY_BITS | np.minimum(latencies, LATENCY_MAX)
+        order = np.argsort(keys)
+        keys, times = keys[order], times[order]
+        in_bin = keys >> LATENCY_BITS
+        starts = np.flatnonzero(np.diff(in_bin, prepend=-1))
+        ends = np.append(starts[1:], len(keys)) - 1
+        slowest = np.array([latencies[order[ends]], times[ends]])
+        self._merge_bins(in_bin[starts], np.add.reduceat(times.astype(float), starts), slowest)
+        if not self.is_exact:
+            keys = keys & ~LATENCY_MAX | rounded(keys & LATENCY_MAX)
+        self._merge(keys, np.ones(len(keys), np.int64))
+        if self.is_exact and len(self._keys) > EXACT_MAX:
+            self.is_exact = False
+            keys, counts = self._keys, self._counts
+            self._keys = self._counts = np.zeros(0, np.int64)
+            self._merge(keys & ~LATENCY_MAX | rounded(keys & LATENCY_MAX), counts)
+
+    def _merge(self, keys: Any, counts: Any) -> None:
+        starts = np.flatnonzero(np.diff(keys, prepend=-1)) if (np.diff(keys) >= 0).all() else None
+        if starts is not None:
+            keys, counts = keys[starts], np.add.reduceat(counts, starts)
+        keys, counts = np.concatenate([self._keys, keys]), np.concatenate([self._counts, counts])
+        order = np.argsort(keys, kind="stable")
+        keys, counts = keys[order], counts[order]
+        starts = np.flatnonzero(np.diff(keys, prepend=-1))
+        self._keys, self._counts = keys[starts], np.add.reduceat(counts, starts)
+
+    def _merge_bins(self, bins: Any, times: Any, slowest: Any) -> None:
+        bins, times = np.concatenate([self._bins, bins]), np.concatenate([self._times, times])
+        slowest = np.concatenate([self._slowest, slowest], axis=1)
+        order = np.lexsort((slowest[0], bins))
+        bins, times, slowest = bins[order], times[order], slowest[:, order]
+        starts = np.flatnonzero(np.diff(bins, prepend=-1))
+        ends = np.append(starts[1:], len(bins)) - 1
+        self._bins, self._times, self._slowest = bins[starts], np.add.reduceat(times, starts), slowest[:, ends]
+
+    def fold(self) -> None:
+        """Make the bins twice as wide."""
+
+        def folded(places: Any) -> Any:
+            lines, bins = places >> BIN_BITS, places & (BINS - 1)
+            return lines << BIN_BITS | (bins - BIN_ZERO >> 1) + BIN_ZERO
+
+        keys, counts, bins, times, slowest = self._keys, self._counts, self._bins, self._times, self._slowest
+        self._keys, self._counts, self._bins = (np.zeros(0, np.int64) for _ in range(3))
+        self._times, self._slowest = np.zeros(0), np.zeros((2, 0), np.int64)
+        if not len(keys):
+            return
+        self._merge(folded(keys >> LATENCY_BITS) << LATENCY_BITS | keys & LATENCY_MAX, counts)
+        self._merge_bins(folded(bins), times, slowest)
+
+    def of_lines(self, lines: list[int]) -> tuple[Bins, tuple[Any, Any], tuple[Any, Any]]:
+        """Return the figures by bin of some lines together, the bins' slowest (times, latencies), and how often
+        each latency occurs."""
+
+        def only(keys: Any, shift: int) -> Any:
+            return np.isin(keys >> shift, lines)
+
+        which = only(self._keys, LATENCY_BITS + BIN_BITS)
+        keys, counts = self._keys[which] & (1 << LATENCY_BITS + BIN_BITS) - 1, self._counts[which]
+        order = np.argsort(keys, kind="stable")
+        keys, counts = keys[order], counts[order]
+        starts = np.flatnonzero(np.diff(keys >> LATENCY_BITS, prepend=-1))
+        quarters = quantiles(keys & LATENCY_MAX, counts, starts, (0.25, 0.5, 0.75)).T
+        totals = np.add.reduceat(counts, starts)
+        which = only(self._bins, BIN_BITS)
+        bins, times, slowest = self._bins[which] & (BINS - 1), self._times[which], self._slowest[:, which]
+        order = np.lexsort((slowest[0], bins))
+        bins, times, slowest = bins[order], times[order], slowest[:, order]
+        at = np.flatnonzero(np.diff(bins, prepend=-1))
+        slowest = slowest[:, np.append(at[1:], len(bins)) - 1]
+        mean = np.add.reduceat(times, at) / totals
+        values = keys & LATENCY_MAX
+        order = np.argsort(values, kind="stable")
+        low, median, high = quarters
+        figures = Bins(bins[at] - BIN_ZERO, mean, low, median, high, slowest[0], totals)
+        return figures, (slowest[1], slowest[0]), (values[order], counts[order])
+
+
+class Course:
+    """A destination. Times are ns of the clock of the picture; start and width (ns) are those of the first bin."""
+
+    def __init__(self, dest: str, start: int, width: int) -> None:
+        self.dest = dest
+        self.start = start
+        self.width = width
+        self.first, self.last = 1 << 62, 0  # sent
+        self.probes = self.answered = 0
+        self.fastest, self.slowest = 1 << 62, 0  # ns
+        self.apps: collections.Counter[str] = collections.Counter()
+        self.kinds: collections.Counter[tuple[int, int]] = collections.Counter()  # protocol and port
+        self._cells, self._srtt = Cells(), Cells()
+        self._by_hop: dict[int, Any] = {}  # probes and unanswered ones by bin
+        self._lines: dict[tuple[int, str], int] = {}
+        self._counts: list[int] = []  # answers by line
+        self._points: list[Any] = []  # by line: priority, time, latency
+        self._random = np.random.default_rng(1)
+        self._flows: dict[tuple[str, int, int, int], tuple[int, int]] = {}  # newest time, retransmitted
+        self._retrans = np.zeros(BINS, np.int64)
+
+    def add(self, batch: Batch, times: Any) -> None:
+        """Add rows to this destination, with their times."""
+        self.first, self.last = min(self.first, int(times.min())), max(self.last, int(times.max()))
+        while (
+            not -BIN_ZERO
+            <= (self.first - self.start) // self.width
+            <= ((self.last - self.start) // self.width)
+            < BINS - BIN_ZERO
+        ):
+            self._fold()
+        since = times - self.start
+        bins = since // self.width + BIN_ZERO
+        self._count_names(batch)
+        groups = Groups(batch["outttl"])
+        are_answered = batch["latency"] >= 0
+        for start, end in zip(groups.starts.tolist(), groups.ends.tolist()):
+            rows = groups.order[start:end]
+            by_bin = self._by_hop.setdefault(int(batch["outttl"][rows[0]]), np.zeros((2, BINS), np.int32))
+            by_bin[0] += np.bincount(bins[rows], minlength=BINS)
+            by_bin[1] += np.bincount(bins[rows[~are_answered[rows]]], minlength=BINS)
+        self.probes += len(batch)
+        if are_answered.any():
+            rows = np.flatnonzero(are_answered)
+            self._add_answers(batch.take(rows), bins[rows], since[rows])
+        self._add_flows(batch, bins, times)
+        rows = np.flatnonzero(batch["srtt"] >= 0)
+        self._srtt.add(np.zeros(len(rows), np.int64), bins[rows], batch["srtt"][rows] * 1000, since[rows])
+
+    def _count_names(self, batch: Batch) -> None:
+        counts = np.bincount(batch["app"])
+        for number in np.flatnonzero(counts).tolist():
+            if number and (batch.names[number] in self.apps or len(self.apps) < NAMES_MAX):
+                self.apps[batch.names[number]] += int(counts[number])
+        kinds = batch["protocol"] << 16 | batch["dport"]
+        for kind, count in zip(*(each.tolist() for each in np.unique(kinds, return_counts=True))):
+            if (kind >> 16, kind & 0xFFFF) in self.kinds or len(self.kinds) < NAMES_MAX:
+                self.kinds[kind >> 16, kind & 0xFFFF] += count
+
+    def _add_answers(self, batch: Batch, bins: Any, since: Any) -> None:
+        latencies = batch["latency"]
+        self.answered += len(latencies)
+        self.fastest = min(self.fastest, int(latencies.min()))
+        self.slowest = max(self.slowest, int(latencies.max()))
+        groups = Groups(batch["responder"] << 8 | batch["outttl"])
+        lines = np.zeros(len(latencies), np.int64)
+        for start, end in zip(groups.starts.tolist(), groups.ends.tolist()):
+            rows = groups.order[start:end]
+            line = self._line(int(batch["outttl"][rows[0]]), batch.text("responder", rows[0]))
+            self._counts[line] += len(rows)
+            lines[rows] = line
+            self._sample(line, since[rows], latencies[rows])
+        self._cells.add(lines, bins, latencies, since)
+
+    def _line(self, hop: int, responder: str) -> int:
+        found = self._lines.get((hop, responder))
+        if found is None:
+            is_full = sum(number == hop for number, _ in self._lines) >= RESPONDERS_MAX
+            if is_full and responder:
+                return self._line(hop, "")  # all further ones
+            found = self._lines[hop, responder] = len(self._lines)
+            self._counts.append(0)
+            self._points.append(np.zeros((3, 0)))
+        return found
+
+    def _sample(self, line: int, since: Any, latencies: Any) -> None:
+        """Keep a sample of all answers of a line: those with the lowest random numbers."""
+        most = POINTS_MAX * POINTS_LINES // max(len(self._lines), POINTS_LINES)
+        priorities, points = self._random.random(len(since)), self._points[line]
+        if points.shape[1] >= most:
+            low = np.flatnonzero(priorities < points[0, -1])
+            priorities, since, latencies = priorities[low], since[low], latencies[low]
+        points = np.concatenate([points, [priorities, since, latencies]], axis=1)
+        self._points[line] = points[:, np.argsort(points[0], kind="stable")[:most]]
+
+    def _add_flows(self, batch: Batch, bins: Any, times: Any) -> None:
+        """Add the segments retransmitted in each bin.
+
+        The column counts from the flow's beginning, so each row adds its difference to the one before. A row
+        that is older than those of the last batch, as of an unanswered probe, adds nothing.
+        """
+        rows = np.flatnonzero(batch["retrans"] >= 0)
+        rows = rows[np.argsort(times[rows], kind="stable")]
+        groups = Groups((batch["sport"] << 24 | batch["dport"] << 8 | batch["protocol"])[rows])
+        for start, end in zip(groups.starts.tolist(), groups.ends.tolist()):
+            its = rows[groups.order[start:end]]
+            key = batch.flow(its[0])
+            newest, before = self._flows.pop(key, (0, int(batch["retrans"][its[0]])))
+            its = its[times[its] >= newest]
+            if len(its):
+                counts = batch["retrans"][its]
+                more = np.diff(counts, prepend=before).clip(0)
+                self._retrans += np.bincount(bins[its], more, BINS).astype(np.int64)
+                newest, before = int(times[its[-1]]), int(counts[-1])
+            self._flows[key] = newest, before
+        while len(self._flows) > FLOWS_MAX:
+            del self._flows[next(iter(self._flows))]
+
+    def _fold(self) -> None:
+        self.width *= 2
+
+        def folded(values: Any) -> Any:
+            to = (np.arange(BINS) - BIN_ZERO >> 1) + BIN_ZERO
+            return np.bincount(to, values, BINS).astype(np.int64)
+
+        for hop, by_bin in self._by_hop.items():
+            self._by_hop[hop] = np.array([folded(values) for values in by_bin], np.int32)
+        self._retrans = folded(self._retrans)
+        self._cells.fold()
+        self._srtt.fold()
+
+    @property
+    def hops(self) -> list[int]:
+        return sorted(self._by_hop)
+
+    def by_bin(self) -> tuple[int, Any, Any, Any]:
+        """Return the number of the first bin with probes (it may be below 0), and from there on the probes and
+        the unanswered ones (arrays of hops and bins), and the segments retransmitted."""
+        first, last = ((at - self.start) // self.width + BIN_ZERO for at in (self.first, self.last))
+        both = np.array([self._by_hop[hop][:, first : last + 1] for hop in self.hops])
+        return first - BIN_ZERO, both[:, 0], both[:, 1], self._retrans[first : last + 1]
+
+    def lines(self) -> Iterator[Line]:
+        """Yield the lines, by hop and rank."""
+        for hop in self.hops:
+            ranked = sorted(
+                ((-self._counts[line], responder == "", line, responder)
+                 for (number, responder), line in self._lines.items() if number == hop)
+            )  # fmt: skip
+            ranks = [[each] for each in ranked[:RANKS_MAX]] + [ranked[RANKS_MAX:]]
+            for rank, its in enumerate(filter(None, ranks)):
+                numbers = [line for _, _, line, _ in its]
+                bins, slowest, values = self._cells.of_lines(numbers)
+                points = np.concatenate([self._points[line][1:] for line in numbers], axis=1)[:, :POINTS_MAX]
+                points = np.unique(np.concatenate([points, slowest], axis=1), axis=1)
+                spread = quantiles(*values, np.array([0]), QUANTILES)[0].tolist()
+                name = its[0][3] if len(its) == 1 and its[0][3] else f"{len(its)} others"
+                yield Line(hop, name, rank, spread, bins, tuple(points), values)
+
+    def of_hop(self, hop: int) -> tuple[Bins, Any, tuple[Any, Any]]:
+        """Return of_lines() of all answers at a hop."""
+        return self._cells.of_lines([line for (number, _), line in self._lines.items() if number == hop])
+
+    def srtt(self) -> Bins | None:
+        """Return the sockets' own round-trip times, None if there are none."""
+        return self._srtt.of_lines([0])[0] if len(self._srtt._keys) else None
+
+    def flow_text(self) -> str:
+        """Return what kind of flow it is."""
+        (protocol, port), *others = (kind for kind, _ in self.kinds.most_common())
+        text = PROTOCOLS.get(protocol, f"protocol {protocol}") + (f" port {port}" if port else "")
+        return text + (" and others" if others else "")

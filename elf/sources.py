@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What elfplot.py reads: the CSVs of a host, the time of day of their rows, and what is made of them.
+
+sources_of()        sorts the CSVs by host, and finds those that --rotate has written
+read()              reads a source once: summary and courses
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import datetime
+import io
+import json
+import os
+import re
+from typing import Any, Callable, NamedTuple, Sequence
+
+import numpy as np
+
+from elf.batches import Batch, Survey, Texts, open_regular, read_batches, survey
+from elf.bulk import BulkSummary, Groups
+from elf.clock import Mapping, utc_ns, zero_at
+from elf.course import SECOND, Course, bin_width
+from elf.usage import Failure
+
+CLOCK_LINE = re.compile(r"CLOCK_MONOTONIC 0 is (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?)Z")
+RUN_SLACK = 5 * 10**9  # ns by which a row may seem to be outside the run: a clock that moves is noticed later
+CLOCK_SLACK = 60.0  # s between the CSV's modification time and its last row
+COPY_SLACK = 600.0  # s that may lie between copying the CSV and the log
+NAMES_MAX = 1 << 16  # destinations that are counted
+FOREVER = 1 << 62  # ns
+
+
+class Run(NamedTuple):
+    """What FILEBASE.json says of the rows of FILEBASE.csv."""
+
+    started: int  # ns from 1970
+    ended: int | None  # None: it may go on
+    mappings: list[Mapping]
+    files: list[str]
+    host: str
+
+    def has(self, rows: Survey) -> bool:
+        """Return whether the rows are of this run. CLOCK_MONOTONIC does not tell: it begins with each boot."""
+        return all(
+            self.started - RUN_SLACK <= at + zero_at(self.mappings, at) <= (self.ended or 1 << 63) + RUN_SLACK
+            for at in rows.span or ()
+        )
+
+
+def read_run(csv: str) -> Run | None:
+    """Return what the JSON beside the CSV says, None if there is none, or none of this format."""
+    try:
+        with io.TextIOWrapper(open_regular(os.path.splitext(csv)[0] + ".json"), encoding="utf-8") as file:
+            found = json.load(file)
+        zeros = [Mapping(int(each["since"]), utc_ns(each["utc"])) for each in found["monotonic_zeros"]]
+        ended, files = found["ended"] and utc_ns(found["ended"]), list(map(str, found["files"]))
+        return Run(utc_ns(found["started"]), ended, zeros, files, str(found.get("host", ""))) if zeros else None
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        return None
+
+
+def utc_of_zero(rows: Survey) -> tuple[int | None, str]:
+    """Return the ns from 1970 to CLOCK_MONOTONIC 0 by the log beside the CSV, and a note for the user.
+
+    Versions without FILEBASE.json need it. The ns are None if there is no such log, or if it is another run's.
+    """
+    path = os.path.splitext(rows.path)[0] + ".log"
+    try:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8", errors="replace") as file:
+            found = next(filter(None, map(CLOCK_LINE.search, file)), None)
+        written, logged = os.stat(rows.path).st_mtime, os.stat(path).st_mtime
+        zero = utc_ns(found[1] + "Z") if found else None
+    except (OSError, ValueError):
+        return None, ""
+    if zero is None or not rows.span:
+        return None, ""
+    first, last = ((zero + at) / SECOND for at in rows.span)
+    is_older = written - last > CLOCK_SLACK and written - logged > last - first + COPY_SLACK
+    if last > written + CLOCK_SLACK or is_older:
+        return None, f"'{path}' seems to be another run's: times are not UTC"
+    return zero, ""
+
+
+@dataclasses.dataclass
+class Source:
+    """The files of a host, each with how its clock maps to UTC; no mapping: not known."""
+
+    host: str
+    files: list[tuple[Survey, list[Mapping]]]
+
+    @property
+    def is_utc(self) -> bool:
+        return all(mappings for _, mappings in self.files)
+
+    @property
+    def size(self) -> int:
+        return sum(rows.size for rows, _ in self.files)
+
+    def first(self) -> int:
+        """Return when the first probe left: CLOCK_MONOTONIC, ns."""
+        return min((rows.span[0] for rows, _ in self.files if rows.span), default=0)
+
+    def times(self, mappings: list[Mapping], sendtime: Any, in_utc: bool) -> Any:
+        """Return the times of rows, ns: from 1970, or since the first probe."""
+        if not in_utc:
+            return sendtime - self.first()
+        zeros = np.array([mapping.zero for mapping in mappings])
+        since = np.array([mapping.since for mapping in mappings[1:]], np.int64)
+        return sendtime + zeros[np.searchsorted(np.maximum.accumulate(since), sendtime, "right")]
+
+
+def files_of(csv: str) -> tuple[str, list[tuple[Survey, list[Mapping]]], list[str]]:
+    """Return the host and the files of a run by the name of its first CSV, and notes. Raises Failure."""
+    rows, run = survey(csv), read_run(csv)
+    if run is None:
+        zero, note = utc_of_zero(rows)
+        return "", [(rows, [] if zero is None else [Mapping(0, zero)])], [note] if note else []
+    if not run.has(rows):
+        return "", [(rows, [])], [f"'{os.path.splitext(csv)[0]}.json' is of another run: times are not UTC"]
+    files, notes = [(rows, run.mappings)], []
+    is_renamed = run.files[:1] != [os.path.basename(csv)]
+    if is_renamed and len(run.files) > 1:
+        notes.append(f"the run has {len(run.files) - 1} more files, under other names by now: they are left out")
+    for name in () if is_renamed else run.files[1:]:
+        path = os.path.join(os.path.dirname(csv), os.path.basename(name))
+        part = survey(path) if os.path.exists(path) else None
+        if part is None or not run.has(part):
+            notes.append(f"'{path}' is missing" if part is None else f"'{path}' is of another run, and left out")
+        else:
+            files.append((part, run.mappings))
+    return run.host, files, notes
+
+
+def sources_of(csvs: Sequence[str], apart: bool = False) -> tuple[list[Source], list[str]]:
+    """Return the sources and notes for the user. Raises Failure.
+
+    Files of one host are one source, in the order of their first rows; with apart, each CSV is its own.
+    """
+    found: dict[Any, Source] = {}
+    notes = []
+    seen: set[str] = set()
+    for number, csv in enumerate(csvs):
+        host, files, said = files_of(csv)
+        notes += said
+        source = found.setdefault(number if apart else host, Source(host, []))
+        for rows, mappings in files:
+            if apart or os.path.realpath(rows.path) not in seen:
+                seen.add(os.path.realpath(rows.path))
+                source.files.append((rows, mappings))
+    sources = [source for source in found.values() if source.files]
+    for source in sources:
+        in_utc = source.is_utc
+        source.files.sort(key=lambda file: (file[0].span or (FOREVER, 0))[0] + (file[1][0].zero if in_utc else 0))
+    return sources, notes
+
+
+class Moment(NamedTuple):
+    """A value of --from or --to: seconds since the first probe, or ns from 1970."""
+
+    seconds: float | None
+    utc: int
+
+    def place(self, start: int, in_utc: bool, option: str) -> int:
+        """Return the time in ns of the picture's clock, by which the first probe left at start."""
+        if self.seconds is not None:
+            return start + round(self.seconds * SECOND)
+        if not in_utc:
+            raise Failure(
+                f"argument {option}: the rows' UTC is not known without elf.json: give seconds since the start"
+            )
+        return self.utc
+
+
+def moment(text: str) -> Moment:
+    """Return the moment that an argument names. Raises ValueError."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        at = datetime.datetime.fromisoformat(text.strip().replace("Z", "+00:00").replace("z", "+00:00"))
+        at = at if at.tzinfo else at.replace(tzinfo=datetime.timezone.utc)
+        whole = at - datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+        return Moment(None, (whole.days * 86400 + whole.seconds) * SECOND + whole.microseconds * 1000)
+    if not 0 <= seconds < 1e9:
+        raise ValueError(text)
+    return Moment(seconds, 0)
+
+
+class Window(NamedTuple):
+    """The rows that are wanted: from, to (ns of the picture's clock), and destinations; none: all."""
+
+    begin: int
+    end: int
+    dests: list[str]
+
+
+@dataclasses.dataclass
+class Results:
+    """What the rows of a source say."""
+
+    source: Source
+    summary: BulkSummary
+    courses: dict[str, Course]
+    counts: collections.Counter[str]  # probes by destination, of all rows in the window
+
+
+def span_of(sources: Sequence[Source], in_utc: bool) -> tuple[int, int]:
+    """Return when the first and the last probe left, ns of the picture's clock."""
+    ends = [
+        int(source.times(mappings, np.array([at]), in_utc)[0])
+        for source in sources
+        for rows, mappings in source.files
+        for at in rows.span or ()
+    ]
+    return min(ends, default=0), max(ends, default=0)
+
+
+def planned_courses(source: Source, in_utc: bool, window: Window, most: int) -> dict[str, Course]:
+    """Return the courses of the busiest destinations, as far as surveys tell."""
+    found: collections.defaultdict[str, list[tuple[float, int, int, Any]]] = collections.defaultdict(list)
+    for rows, mappings in source.files:
+        times = source.times(mappings, rows.batch["sendtime"], in_utc)
+        keep = np.flatnonzero(wanted(rows.batch, times, window))
+        groups = Groups(rows.batch["dest"], keep)
+        for start, end in zip(groups.starts.tolist(), groups.ends.tolist()):
+            its = groups.order[start:end]
+            hops = np.bincount(rows.batch["outttl"][its]) / rows.share
+            found[rows.batch.text("dest", its[0])].append(
+                (len(its) / rows.share, times[its].min(), times[its].max(), hops)
+            )
+    courses = {}
+    for dest in sorted(found, key=lambda dest: (-sum(each[0] for each in found[dest]), dest))[:most]:
+        hops = np.zeros(256)
+        for each in found[dest]:
+            hops[: len(each[3])] += each[3]
+        start, end = min(each[1] for each in found[dest]), max(each[2] for each in found[dest])
+        courses[dest] = Course(dest, int(start), bin_width(int(end - start), float(np.median(hops[hops > 0]))))
+    return courses
+
+
+def wanted(batch: Batch, times: Any, window: Window) -> Any:
+    """Return which rows are in the window."""
+    are_wanted = (times >= window.begin) & (times <= window.end)
+    if window.dests:
+        numbers = [number for number, name in enumerate(batch.names) if name in window.dests]
+        are_wanted &= np.isin(batch["dest"], numbers)
+    return are_wanted
+
+
+def read(
+    source: Source, in_utc: bool, window: Window, most: int, tell: Callable[[int], None] = lambda _: None
+) -> Results:
+    """Return what the rows of a source say, with courses of so many destinations. Raises Failure."""
+    courses = planned_courses(source, in_utc, window, most)
+    results = Results(source, BulkSummary(), courses, collections.Counter())
+    texts = Texts()
+    for rows, mappings in source.files:
+        batches = [rows.batch] if rows.share >= 1 else read_batches(rows.path, texts, tell)
+        for batch in batches:
+            times = source.times(mappings, batch["sendtime"], in_utc)
+            count(results.counts, batch, (times >= window.begin) & (times <= window.end))
+            keep = wanted(batch, times, window)
+            if not keep.all():
+                batch, times = batch.take(keep), times[keep]
+            results.summary.note_all(batch)
+            for number in np.flatnonzero(np.bincount(batch["dest"])).tolist():
+                dest = batch.names[number]
+                its = np.flatnonzero(batch["dest"] == number)
+                if dest in window.dests and dest not in courses:  # too few rows for the survey
+                    begin, end = span_of([source], in_utc)
+                    courses[dest] = Course(dest, int(times[its[0]]), bin_width(end - begin, 0))
+                if dest in courses:
+                    courses[dest].add(batch.take(its), times[its])
+    for dest in [dest for dest, course in courses.items() if not course.probes]:
+        del courses[dest]
+    return results
+
+
+def count(counts: collections.Counter[str], batch: Batch, are_wanted: Any) -> None:
+    """Count the probes by destination."""
+    by_number = np.bincount(batch["dest"][are_wanted])
+    for number in np.flatnonzero(by_number).tolist():
+        if batch.names[number] in counts or len(counts) < NAMES_MAX:
+            counts[batch.names[number]] += int(by_number[number])
