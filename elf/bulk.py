@@ -101,11 +101,11 @@ class BulkSummary(Summary):
         """
         while len(batch):
             groups = BatchGroups(batch)
-            row = self._row_that_needs_room(groups)
-            if row < len(batch) and len(groups.flows) > len(batch) * NEW_FLOWS_SHARE:
+            if not self._has_room(groups) and len(groups.flows) > len(batch) * NEW_FLOWS_SHARE:
                 for probe in batch.records():
                     self.note(probe)
                 return
+            row = self._row_that_needs_room(groups)
             if row == len(batch):
                 self._note_groups(groups)
                 return
@@ -114,14 +114,18 @@ class BulkSummary(Summary):
             self.note(batch.record(row))
             batch = batch.take(slice(row + 1, None))
 
-    def _row_that_needs_room(self, groups: BatchGroups) -> int:
-        """Return the first row for which others are forgotten, the number of rows if there is none."""
-        batch = groups.batch
-        if (
+    def _has_room(self, groups: BatchGroups) -> bool:
+        """Return whether there is room, even if all flows and hops are new."""
+        return (
             len(self._flows) + len(groups.flows) <= FLOWS_MAX
             and self._flow_hops + len(groups.flow_hops) <= FLOW_HOPS_MAX
             and self.hops + len(groups.hops) <= HOPS_MAX
-        ):
+        )
+
+    def _row_that_needs_room(self, groups: BatchGroups) -> int:
+        """Return the first row for which others are forgotten, the number of rows if there is none."""
+        batch = groups.batch
+        if self._has_room(groups):
             return len(batch)
         # In the order in which note() does it: 0 is a new hop, 1 a new flow, 2 a new hop of a flow.
         new = []
@@ -208,8 +212,11 @@ class BulkSummary(Summary):
         its_group = numbers[answered.numbers()[events]]
         rows = answered.order[events]
         in_order = rows.argsort()
-        for row, group, second in zip(*(each[in_order].tolist() for each in (rows, its_group, seconds[events]))):
-            hops[group].note_second(second, *destinations[group].neighbours(int(batch["outttl"][row])))
+        hop_numbers = batch["outttl"][rows]
+        for number, group, second in zip(
+            *(each[in_order].tolist() for each in (hop_numbers, its_group, seconds[events]))
+        ):
+            hops[group].note_second(second, *destinations[group].neighbours(number))
 
     def _note_flow_hops(self, groups: BatchGroups, flows: list[Flow], are_answered: Any) -> None:
         batch, by_both = groups.batch, groups.flow_hops

@@ -1235,3 +1235,18 @@ def test_comparison_in_the_picture(csv: Path, capfd: pytest.CaptureFixture[str])
     out = capfd.readouterr().out
     assert '203.0.113.80: run 5.csv and after.csv' in out and 'only probed after' in out and 'Holm' in out
     assert [len(section['hops']) for section in data_of(csv.with_suffix('.html').read_text())['sections']] == [2, 3]
+
+
+@pytest.mark.usefixtures('small_parts')
+def test_progress_on_a_terminal(
+    csv: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is told there only, and nothing of it stays."""
+    csv.write_text(text_of(regular()))
+    monkeypatch.setattr(elfplot, 'PROGRESS_FROM', 0)
+    args = elfplot.parse_arguments([str(csv)])
+    elfplot.read_all(args)
+    assert capsys.readouterr().err == ''
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
+    elfplot.read_all(args)
+    assert re.fullmatch(r'(\rreading: +\d+%)+\r\x1b\[K', capsys.readouterr().err)
