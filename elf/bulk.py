@@ -6,13 +6,14 @@ Needs numpy, which elfprobe.py does without.
 
 from __future__ import annotations
 
+import bisect
 import collections
-from typing import Any, Iterable
+from typing import Any, Iterable, NamedTuple
 
 import numpy as np
 
 from elf.batches import Batch
-from elf.paths import Destination, Hop
+from elf.paths import OUTAGE_MIN, Destination, Hop
 from elf.summary import FLOW_HOPS_MAX, FLOWS_MAX, HOPS_MAX, RESPONDERS_MAX, REUSE_AFTER, Flow, Summary
 
 NEW_FLOWS_SHARE = 1 / 16  # of the rows of a batch, from which on these are noted one by one
@@ -88,6 +89,50 @@ class BatchGroups:
         self.flow_of = self.flows.of_rows()
         self.hops = Groups(batch["dest"] << 8 | batch["outttl"])
         self.flow_hops = Groups(self.flow_of << 8 | batch["outttl"])
+
+
+class Events(NamedTuple):
+    """The rows of a hop with the first answer in their second, and the seconds."""
+
+    hop: Hop
+    number: int
+    rows: Any
+    seconds: Any
+
+
+def note_seconds(destination: Destination, events: list[Events]) -> None:
+    """Do Hop.note_second() for all events of a destination, in the order of their rows.
+
+    An event matters if an outage may end with it, if it is the one before that, or the hop's last one: of the
+    others, only the number of seconds is kept. They are left out if that is quicker.
+    """
+    keys = []
+    for index, (hop, _, _, seconds) in enumerate(events):
+        far = np.flatnonzero(np.diff(seconds, prepend=hop.last_second) > OUTAGE_MIN)
+        for place in {*far.tolist(), *(far[far > 0] - 1).tolist(), len(seconds) - 1}:
+            keys.append((int(events[index].rows[place]), index, place))
+    is_quicker = len(keys) * len(events) < sum(len(each.rows) for each in events)
+    if not is_quicker:
+        keys = [
+            (row, index, place) for index, its in enumerate(events) for place, row in enumerate(its.rows.tolist())
+        ]
+    lists = [
+        (its.hop, its.rows.tolist(), [its.hop.last_second, *its.seconds.tolist()], its.hop.active_seconds)
+        for its in events
+    ]
+
+    def count_until(row: int) -> None:
+        for hop, rows, seconds, before in lists:
+            done = bisect.bisect_left(rows, row)
+            hop.active_seconds, hop.last_second = before + done, seconds[done]
+
+    for row, index, place in sorted(keys):
+        if is_quicker:
+            count_until(row)
+        its = events[index]
+        its.hop.note_second(int(its.seconds[place]), *destination.neighbours(its.number))
+    if is_quicker:
+        count_until(1 << 62)
 
 
 class BulkSummary(Summary):
@@ -208,15 +253,17 @@ class BulkSummary(Summary):
                     hop.responders[responder] += count
         seconds = batch["sendtime"][answered.order] // 10**9
         before = np.array([hops[group].last_second for group in numbers.tolist()])
-        events = seconds > answered.running(seconds, before)
-        its_group = numbers[answered.numbers()[events]]
-        rows = answered.order[events]
-        in_order = rows.argsort()
-        hop_numbers = batch["outttl"][rows]
-        for number, group, second in zip(
-            *(each[in_order].tolist() for each in (hop_numbers, its_group, seconds[events]))
-        ):
-            hops[group].note_second(second, *destinations[group].neighbours(number))
+        are_first = seconds > answered.running(seconds, before)
+        its_group = numbers[answered.numbers()[are_first]]
+        rows, seconds = answered.order[are_first], seconds[are_first]
+        events = Groups(its_group)
+        by_destination: dict[int, tuple[Destination, list[Events]]] = {}
+        for start, end in zip(events.starts.tolist(), events.ends.tolist()):
+            group = int(its_group[start])
+            its = Events(hops[group], int(batch["outttl"][rows[start]]), rows[start:end], seconds[start:end])
+            by_destination.setdefault(id(destinations[group]), (destinations[group], []))[1].append(its)
+        for destination, its_events in by_destination.values():
+            note_seconds(destination, its_events)
 
     def _note_flow_hops(self, groups: BatchGroups, flows: list[Flow], are_answered: Any) -> None:
         batch, by_both = groups.batch, groups.flow_hops
