@@ -15,7 +15,7 @@ from typing import Any, Iterator
 
 import numpy as np
 
-from elf.course import Course, Line
+from elf.course import Course, Line, rounded
 from elf.sources import Results
 from elf.usage import printable
 
@@ -23,6 +23,7 @@ SLICES = 40
 SLICES_MIN = 8  # of each run, below which nothing is said
 CORRELATION_MAX = 0.9
 SIGNIFICANT = 0.05
+ROUNDED_MIN = 1.03  # ratio of medians, below which rounding may be the reason why they differ
 
 
 @dataclasses.dataclass
@@ -46,8 +47,8 @@ class HopChange:
     answers: float | None = None
 
 
-def hop_values(course: Course, number: int, lines: list[Line]) -> HopValues:
-    """Return what a run says of a hop."""
+def hop_values(course: Course, number: int, lines: list[Line], is_exact: bool) -> HopValues:
+    """Return what a run says of a hop. is_exact: latencies need not be rounded, since those of neither run are."""
     _, probes, unanswered, _ = course.by_bin()
     row = course.hops.index(number)
     probes, answered = probes[row], probes[row] - unanswered[row]
@@ -60,9 +61,14 @@ def hop_values(course: Course, number: int, lines: list[Line]) -> HopValues:
     busiest = max(its, key=lambda line: int(line.bins.count.sum()))
     bins, _, (values, counts) = course.of_hop(number)
     of_bins = slices[bins.number - course.by_bin()[0]]
-    medians = np.array([np.median(bins.median[of_bins == each]) for each in np.unique(of_bins)])
-    median = float(values[np.searchsorted(np.cumsum(counts), counts.sum() / 2)])
-    return HopValues(median, float(answered.sum() / probes.sum()), busiest.responder, medians, shares)
+    # No mean of two values, lest rounding before differ from rounding afterwards.
+    medians = np.array([
+        np.sort(its)[(len(its) - 1) // 2] for its in (bins.median[of_bins == each] for each in np.unique(of_bins))
+    ])  # fmt: skip
+    median = values[np.searchsorted(np.cumsum(counts), counts.sum() / 2)]
+    if not is_exact:
+        median, medians = rounded(median), rounded(medians)
+    return HopValues(float(median), float(answered.sum() / probes.sum()), busiest.responder, medians, shares)
 
 
 def ranks(values: Any) -> Any:
@@ -107,10 +113,11 @@ def changes(before: Results, after: Results) -> dict[str, list[HopChange]]:
     tests: list[tuple[HopChange, str, float]] = []
     for dest in (dest for dest in before.courses if dest in after.courses):
         courses = before.courses[dest], after.courses[dest]
+        is_exact = all(course.is_exact for course in courses)
         lines = [list(course.lines()) for course in courses]
         for number in sorted({hop for course in courses for hop in course.hops}):
             first, second = (
-                hop_values(course, number, its) if number in course.hops else None
+                hop_values(course, number, its, is_exact) if number in course.hops else None
                 for course, its in zip(courses, lines)
             )
             change = HopChange(number, (first, second))
@@ -118,6 +125,9 @@ def changes(before: Results, after: Results) -> dict[str, list[HopChange]]:
             if first and second:
                 for name, values in (("latency", "medians"), ("answers", "shares")):
                     p = rank_sum(getattr(first, values), getattr(second, values))
+                    if p is not None and name == "latency" and not is_exact:
+                        low, high = sorted((first.median or 0, second.median or 0))
+                        p = p if high > low * ROUNDED_MIN else 1.0
                     if p is not None:
                         tests.append((change, name, p))
     for (change, name, _), p in zip(tests, holm([p for _, _, p in tests])):

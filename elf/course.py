@@ -323,6 +323,11 @@ class Course:
         self._srtt.fold()
 
     @property
+    def is_exact(self) -> bool:
+        """Whether latencies are as in the rows: not rounded."""
+        return self._cells.is_exact
+
+    @property
     def hops(self) -> list[int]:
         return sorted(self._by_hop)
 
