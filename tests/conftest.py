@@ -47,15 +47,24 @@ def pytest_configure() -> None:
     interrupt_on_signals()
 
 
-# What no other test on the machine can disturb, nor it them (see tests/run).
-BESIDE = 'test_driver', 'test_install', 'test_lab', 'test_packets', 'test_plot', 'test_replies'
+# What no other test on the machine can disturb, nor it them; what follows processes by name, which may be those of
+# other tests, too; what is left. Each group takes about a third of the time (see tests/run).
+BESIDE = {
+    'test_driver', 'test_install', 'test_lab', 'test_packets', 'test_path_model', 'test_plot', 'test_replies',
+    'test_stalls',
+}  # fmt: skip
+BY_NAME = {
+    'test_cache', 'test_command', 'test_fleet', 'test_live', 'test_metrics', 'test_owners', 'test_pcapng',
+    'test_reasons', 'test_report', 'test_summary',
+}  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two groups of modules: these, and those in which elfprobe runs as a whole, one test after the other."""
+    """Three groups of modules. The tests of a group run one after the other."""
     for item in items:
-        beside = item.nodeid.partition('.')[0] in BESIDE
-        item.add_marker(pytest.mark.xdist_group('beside' if beside else 'whole'))
+        module = item.nodeid.partition('.')[0]
+        group = 'beside' if module in BESIDE else 'by name' if module in BY_NAME else 'others'
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures that would need the same
