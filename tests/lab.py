@@ -385,13 +385,13 @@ def attach(device: str, link: int, side: int) -> list[str]:
 
 
 @contextmanager
-def nft_table(host: Host, text: str) -> Iterator[None]:
-    """The nft table `inet elf` of a host; `text` is what is in it."""
-    host.run('nft', '-f', '-', input=f'table inet elf {{\n{text}\n}}\n')
+def nft_table(host: Host, text: str, name: str = 'elf') -> Iterator[None]:
+    """An nft table of a host, of the family inet; `text` is what is in it."""
+    host.run('nft', '-f', '-', input=f'table inet {name} {{\n{text}\n}}\n')
     try:
         yield
     finally:
-        host.run('nft', 'delete', 'table', 'inet', 'elf')
+        host.run('nft', 'delete', 'table', 'inet', name)
 
 
 def kernel_counters(host: Host) -> Counter[str]:

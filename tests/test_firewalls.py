@@ -19,6 +19,7 @@ import pytest
 
 from lab import Lab, address, batch, kernel_counters, nft_table, wait_until
 from runs import CLOSED, ECHO_TYPES, FAMILY, ICMP, ICMPV6, TCP, VERSIONS, both, elfprobe, inside, ones_sum
+from talk import DOWNLOAD, UPLOAD, Talk, blocking, lowering, more_addresses
 from test_harm import (
     OPT_ID,
     OPT_TSONLY,
@@ -196,141 +197,6 @@ def test_packets_that_a_card_stamps(lab4: Lab, tmp_path: Path, version: int) -> 
 
 
 # Firewalls that take a low TTL for an attack, at hop 2, and outages
-
-LOWEST = 6  # TTLs up to this are followed
-UPLOAD, DOWNLOAD = PORT, PORT + 1
-
-
-def addresses_of(version: int) -> tuple[str, str]:
-    """Names of TTL and destination in nft's rules."""
-    return ('ip ttl', 'ip daddr') if version == 4 else ('ip6 hoplimit', 'ip6 daddr')
-
-
-def lowering(name: str, version: int, server: str) -> Iterator[str]:
-    """All of a flow's packets get the lowest TTL that one of them had: ttl-evasion-protection of Cisco's ASA."""
-    ttl, daddr = addresses_of(version)
-    for lowest in range(1, LOWEST + 1):
-        yield f'set {name}low{lowest} {{ type inet_service; flags dynamic; size 1000; }}'
-    yield f'chain {name} {{'
-    yield 'type filter hook forward priority 0'
-    for lowest in range(1, LOWEST + 1):
-        yield f'{daddr} {server} {ttl} {lowest} add @{name}low{lowest} {{ tcp sport }}'
-    for lowest in range(LOWEST, 0, -1):
-        yield f'{daddr} {server} {ttl} > {lowest} tcp sport @{name}low{lowest} {ttl} set {lowest}'
-    yield '}'
-
-
-def blocking(time: str) -> Callable[[str, int, str], Iterator[str]]:
-    """The flow is blocked for so long, in both directions."""
-
-    def rules(name: str, version: int, server: str) -> Iterator[str]:
-        ttl, daddr = addresses_of(version)
-        yield f'set {name} {{ type inet_service; flags dynamic,timeout; timeout {time}; size 1000; }}'
-        yield f'chain {name} {{'
-        yield 'type filter hook forward priority 0'
-        yield f'{daddr} {server} {ttl} < {LOWEST} tcp dport > 0 update @{name} {{ tcp sport }}'
-        yield f'{daddr} {server} tcp sport @{name} drop'
-        yield f'{daddr.replace("daddr", "saddr")} {server} tcp dport @{name} drop'
-        yield '}'
-
-    return rules
-
-
-GIVES_UP = 3.5  # s without anything, after which the application closes the connection and opens another
-INTERVAL = 0.01  # s between two segments
-
-
-class Server:
-    """Answers what comes to one port, sends to who asks on another one, at all addresses. Moved on by `step()`."""
-
-    def __init__(self, lab: Lab, stack: ExitStack) -> None:
-        self._stack, self._uploads, self._downloads = stack, [], []  # type: ignore[var-annotated]
-        self._listeners = []
-        for port in UPLOAD, DOWNLOAD:
-            with inside(lab.server):
-                listener = stack.enter_context(
-                    socket.create_server(('::', port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=100)
-                )
-            listener.setblocking(False)
-            self._listeners.append(listener)
-
-    def step(self) -> None:
-        for listener, accepted in zip(self._listeners, (self._uploads, self._downloads)):
-            with suppress(BlockingIOError):
-                connection = self._stack.enter_context(listener.accept()[0])
-                connection.setblocking(False)
-                accepted.append(connection)
-        for connection in self._uploads:
-            with suppress(OSError):
-                if connection.recv(65536):
-                    connection.send(bytes(100))
-        for connection in self._downloads:
-            with suppress(OSError):
-                connection.send(bytes(500))
-
-
-class Application:
-    """Talks to a server, over one connection after the other. Moved on by `step()`."""
-
-    def __init__(self, lab: Lab, server: str, port: int) -> None:
-        self._lab, self.server, self._port = lab, server, port
-        self._socket: socket.socket | None = None
-        self.lost = self.received = 0
-
-    def step(self) -> None:
-        if self._socket is None:
-            with inside(self._lab.client):
-                self._socket = socket.socket(FAMILY[6 if ':' in self.server else 4])
-            self._socket.setblocking(False)
-            self._heard, self.is_connected = time.monotonic(), False
-            self._socket.connect_ex((self.server, self._port))
-        with suppress(OSError):
-            if self._port == UPLOAD:
-                self._socket.send(bytes(500))
-        with suppress(OSError):
-            self.received += len(self._socket.recv(65536))
-            self._heard, self.is_connected = time.monotonic(), True
-        if time.monotonic() > self._heard + GIVES_UP:
-            self.lost += self.is_connected
-            self.close()
-
-    def close(self) -> None:
-        if self._socket:
-            self._socket.close()
-        self._socket = None
-
-
-class Talk:
-    """Applications that talk to addresses of the server."""
-
-    def __init__(self, lab: Lab, stack: ExitStack, talks: list[tuple[str, int]]) -> None:
-        self._server = Server(lab, stack)
-        self.applications = [Application(lab, server, port) for server, port in talks]
-        for application in self.applications:
-            stack.callback(application.close)
-        self._due = 0.0
-
-    def step(self) -> None:
-        if time.monotonic() >= self._due:
-            self._due = time.monotonic() + INTERVAL
-            self._server.step()
-            for application in self.applications:
-                application.step()
-
-
-def more_addresses(lab: Lab, versions: list[int]) -> list[str]:
-    """Give the server one more address of each of these versions. Routers must take its neighbours for granted."""
-    last = len(lab.routers) + 1
-    servers = [address(version, last, 0x10 + number) for number, version in enumerate(versions)]
-    batch(
-        lab.server.name,
-        (
-            f'address add {server}/{64 if ":" in server else 24} dev eth0 {"nodad" if ":" in server else ""}'
-            for server in servers
-        ),
-    )
-    return servers
-
 
 FIREWALLS = {
     'half': blocking('500ms'),
