@@ -49,7 +49,7 @@ as_typed() { sh -ec "$1"; }
 # -h works before anything is installed, and installs nothing.
 HELP = '''
 before=$(dpkg-query -W)
-for script in tests/demo tests/run tests/fresh tests/vm/run; do
+for script in tests/demo tests/run tests/soak tests/fresh tests/vm/run; do
     "$script" -h | grep "sudo $script"
 done
 [ "$(dpkg-query -W)" = "$before" ]
