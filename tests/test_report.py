@@ -325,6 +325,25 @@ def test_report_after_sigkill(lab4, tmp_path):
 
 
 @root
+def test_report_takes_its_time(lab4, tmp_path):
+    """One that takes more than its share of a processor is written again later. At the end it is complete."""
+    server, versions = lab4.server_address(4), set()
+    change = 'elfprobe.JSON_EVERY, elfprobe.JSON_SHARE = 0.01, 1e-6'
+    with elfprobe(lab4, server, cwd=tmp_path, via=lab4.client.command(*with_change(change))) as run:
+        lab4.client.popen('ping', '-nq', '-i.01', server, stdout=subprocess.DEVNULL)
+
+        def has_rows() -> bool:
+            versions.add((tmp_path / 'elf.json').stat().st_mtime_ns)
+            return len(run.rows()) > 100
+
+        wait_until(has_rows, 20, 'rows')
+        assert run.stop() == 0
+    lab4.client.end_processes()
+    assert len(versions) <= 2
+    assert current(tmp_path / 'elf.json')['counters']['probes'] == len(run.rows())
+
+
+@root
 def test_report_whose_name_somebody_took(lab4, tmp_path):
     """Another run's file is not replaced; one that somebody removed is written again."""
     path, server = tmp_path / 'elf.json', lab4.server_address(4)
