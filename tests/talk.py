@@ -10,7 +10,7 @@ import time
 from contextlib import ExitStack, suppress
 from typing import Callable, Iterator
 
-from lab import Lab, address, batch
+from lab import Lab, address, batch, wait_until
 from runs import FAMILY, inside
 
 UPLOAD, DOWNLOAD = 7000, 7001  # ports of the server: it answers what comes, or sends to who asks
@@ -145,6 +145,15 @@ class Talk:
             self._server.step()
             for application in self.applications:
                 application.step()
+
+    def talk_for(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+
+        def is_over() -> bool:
+            self.step()
+            return time.monotonic() > until
+
+        wait_until(is_over, seconds + 10, 'it has talked')
 
 
 def more_addresses(lab: Lab, versions: list[int]) -> list[str]:

@@ -5,6 +5,7 @@ that take a low TTL for an attack, network cards that stamp packets, and the fir
 from __future__ import annotations
 
 import errno
+import os
 import re
 import socket
 import struct
@@ -18,7 +19,7 @@ from typing import Callable, Iterator
 import pytest
 
 from lab import Lab, address, batch, kernel_counters, nft_table, wait_until
-from runs import CLOSED, ECHO_TYPES, FAMILY, ICMP, ICMPV6, TCP, VERSIONS, both, elfprobe, inside, ones_sum
+from runs import CLOSED, ECHO_TYPES, FAMILY, HOPS, ICMP, ICMPV6, TCP, VERSIONS, both, elfprobe, inside, ones_sum
 from talk import DOWNLOAD, UPLOAD, Talk, blocking, lowering, more_addresses
 from test_harm import (
     OPT_ID,
@@ -190,7 +191,7 @@ def test_packets_that_a_card_stamps(lab4: Lab, tmp_path: Path, version: int) -> 
             send_udp(lab4, version, sockets, 100)
             found[name] = list(time_stamps(sockets[0], version, 100))
             if run:
-                assert run.stop() == 0
+                assert run.stop() in (0, 3)  # 3: no probe
                 stamped = run.counters['carrier_stamped']
                 assert (stamped, run.counters['probes'] > 90) == ((0, True) if name == 'beside' else (100, False))
     assert found['without'] == found['beside'] == found['by the card'] == list(range(100))
@@ -198,6 +199,7 @@ def test_packets_that_a_card_stamps(lab4: Lab, tmp_path: Path, version: int) -> 
 
 # Firewalls that take a low TTL for an attack, at hop 2, and outages
 
+OUTAGES = int(os.environ.get('ELFPROBE_OUTAGES', '10'))  # in a row; tests/soak has more, and longer ones
 FIREWALLS = {
     'half': blocking('500ms'),
     'three': blocking('3s'),
@@ -255,27 +257,18 @@ def test_outages(lab4: Lab, tmp_path: Path) -> None:
         run = stack.enter_context(elfprobe(lab4, '-d', *both(lab4), cwd=tmp_path))
         talk = Talk(lab4, stack, [(server, port) for server in both(lab4) for port in (UPLOAD, DOWNLOAD)])
 
-        def talk_for(seconds: float) -> None:
-            until = time.monotonic() + seconds
-
-            def is_over() -> bool:
-                talk.step()
-                return time.monotonic() > until
-
-            wait_until(is_over, seconds + 10, 'it has talked')
-
         def all_go_on() -> bool:
             talk.step()
             return all(application.received > then for application, then in zip(talk.applications, before))
 
-        talk_for(8)  # until the destinations are trusted
+        talk.talk_for(8)  # until the destinations are trusted
         for near, seconds in outages:
             before = [application.received + 5000 for application in talk.applications]
             with nft_table(lab4.routers[0 if near else 3], CLOSED):
                 times.append((time.monotonic_ns(), int((time.monotonic() + seconds) * 1e9)))
-                talk_for(seconds)
+                talk.talk_for(seconds)
             wait_until(all_go_on, 20, 'all applications go on')
-            talk_for(3)
+            talk.talk_for(3)
         assert run.stop() == 0
     assert run.log.count('excluded') == 0
     rows = run.rows()
@@ -284,14 +277,37 @@ def test_outages(lab4: Lab, tmp_path: Path) -> None:
             during = [row for row in rows if row.dest == server and begin + 5e7 < row.sendtime < end - 5e7]
             hops = {row.outttl for row in during if row.is_answered}
             assert hops == {1} if near else hops <= {1, 2, 3, 4} and {1, 2} <= hops, (server, near, seconds)
-            # In a second there are two retransmissions or three. One may only find that its hop is unresponsive.
-            assert seconds == 1 or any(row.sendtime > begin + 5e8 for row in during), (server, near, seconds)
+            # In 2.5 s there are four retransmissions. One carries no probe, in case that this is a firewall. Others
+            # may only find that their hops are unresponsive.
+            assert seconds < 5 or any(row.sendtime > begin + 5e8 for row in during), (server, near, seconds)
             after = {
                 row.outttl
                 for row in rows
                 if row.dest == server and row.is_answered and end < row.sendtime < end + 9e9
             }
             assert after == {1, 2, 3, 4}, (server, near, seconds)
+
+
+def test_many_outages(lab4: Lab, tmp_path: Path) -> None:
+    """At each router in turn. After each, uploads are measured by all hops again."""
+    with ExitStack() as stack:
+        run = stack.enter_context(elfprobe(lab4, *both(lab4), cwd=tmp_path))
+        talk = Talk(lab4, stack, [(server, UPLOAD) for server in both(lab4)])
+        wanted = {(server, hop) for server in both(lab4) for hop in HOPS}
+
+        def is_measured() -> bool:
+            talk.talk_for(0.2)
+            answered = (row for row in run.rows() if row.is_answered and row.sendtime > until)
+            return wanted == {(row.dest, row.outttl) for row in answered}
+
+        talk.talk_for(8)  # until the destinations are trusted
+        for number in range(OUTAGES):
+            with nft_table(lab4.routers[number % 4], CLOSED):
+                talk.talk_for(1 + number % 3 / 2)
+                until = time.monotonic_ns()
+            wait_until(is_measured, 10, f'the hops are measured again after outage {number}')
+        assert run.stop() == 0
+    assert 'excluded' not in run.log
 
 
 # The first routers, which answer the probes to all destinations
