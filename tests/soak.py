@@ -382,7 +382,7 @@ class Soak:
         with ExitStack() as stack, inside(self._lab.client):
             for _ in range(count):
                 version = self._chance.choice(VERSIONS)
-                dest = there(version, 256 + self._chance.randrange(256), self._chance.randrange(1, 255))
+                dest = there(version, 256 + self._chance.randrange(64), self._chance.randrange(1, 255))
                 datagram = stack.enter_context(socket.socket(FAMILY[version], socket.SOCK_DGRAM))
                 with suppress(OSError):
                     datagram.sendto(bytes(50), (dest, SILENT))
@@ -431,7 +431,7 @@ class Soak:
         """Many short processes, some of which are targets; many connections at once."""
         program = self._folder / 'soakexec'
         shutil.copy('/bin/true', program)
-        script = 'i=0; while [ $i -lt 300 ]; do ./soakexec & i=$((i + 1)); done; wait'
+        script = 'i=0; while [ $i -lt 450 ]; do ./soakexec & i=$((i + 1)); done; wait'
         while True:
             yield min(60, self._length / 6)
             self.did['storms'] += 1
