@@ -7,14 +7,13 @@ Needs numpy, which elfprobe.py does without.
 from __future__ import annotations
 
 import bisect
-import collections
-from typing import Any, Iterable, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from elf.batches import Batch
 from elf.paths import OUTAGE_MIN, Destination, Hop
-from elf.summary import FLOW_HOPS_MAX, FLOWS_MAX, HOPS_MAX, RESPONDERS_MAX, REUSE_AFTER, Flow, Summary
+from elf.summary import FLOW_HOPS_MAX, FLOWS_MAX, HOPS_MAX, REUSE_AFTER, Flow, Summary
 
 NEW_FLOWS_SHARE = 1 / 16  # of the rows of a batch, from which on these are noted one by one
 
@@ -244,13 +243,11 @@ class BulkSummary(Summary):
             hop.unanswered -= end - start
             hop.latency.add_all(latencies[start:end])
             if lowest[index] == highest[index]:
-                counts: Iterable[tuple[int, int]] = [(lowest[index], end - start)]
-            else:
-                counts = collections.Counter(responders[start:end].tolist()).items()
-            for number, count in counts:
-                responder = batch.names[number]
-                if responder in hop.responders or len(hop.responders) < RESPONDERS_MAX:
-                    hop.responders[responder] += count
+                hop.note_answers(batch.names[lowest[index]], latencies[start:end])
+                continue
+            its = responders[start:end]
+            for first in sorted(np.unique(its, return_index=True)[1].tolist()):
+                hop.note_answers(batch.names[int(its[first])], latencies[start:end][its == its[first]])
         seconds = batch["sendtime"][answered.order] // 10**9
         before = np.array([hops[group].last_second for group in numbers.tolist()])
         are_first = seconds > answered.running(seconds, before)
@@ -310,6 +307,11 @@ class BulkSummary(Summary):
         for start, end in zip(by_dest.starts.tolist(), by_dest.ends.tolist()):
             its_rows = by_dest.order[start:end]
             self._destinations[batch.text("dest", int(its_rows[0]))].srtt.add_all(batch["srtt"][its_rows] * 1000)
+        if not len(rows):
+            return
+        with_window = Groups(batch["dest"], rows)
+        for last in with_window.order[with_window.ends - 1].tolist():
+            self._destinations[batch.text("dest", last)].cwnd = int(batch["cwnd"][last])
         by_flow = Groups(groups.flow_of, rows)
         which = groups.flow_of[by_flow.firsts].tolist()
         sequences, sent = batch["origseq"][by_flow.order], batch["sendtime"][by_flow.order]

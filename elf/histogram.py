@@ -44,6 +44,14 @@ class BucketCounts:
         self.counts[bisect.bisect_left(BUCKETS, value)] += 1
         self.total += value
 
+    def add_all(self, values: Any) -> None:
+        """Add the values of an array of numpy."""
+        import numpy as np
+
+        found = np.bincount(np.searchsorted(BUCKETS, values, "left"), minlength=len(self.counts)).tolist()
+        self.counts = list(map(operator.add, self.counts, found))
+        self.total += int(values.sum())
+
     def without(self, other: BucketCounts) -> BucketCounts:
         """Return the values that are not in another one, all of whose values are in this one."""
         rest = BucketCounts()
@@ -95,8 +103,9 @@ class LatencyHistogram:
         self._maximum = max(self._maximum, most)
         self._steps += int(np.abs(np.diff(values, prepend=values[:1] if is_first else self._last)).sum())
         self._last = int(values[-1])
+        self._total += int(values.sum())
         bins = np.frombuffer(self._bins, np.uint64)
-        bins += np.bincount(np.searchsorted(BOUNDS, values, "right"), minlength=len(MIDDLES)).astype(np.uint64)
+        bins += np.bincount(np.searchsorted(BOUNDS, values, "left"), minlength=len(MIDDLES)).astype(np.uint64)
         self._binned += len(values)
 
     def stats(self) -> Stats:

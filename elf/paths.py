@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import collections
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from elf.histogram import BucketCounts, LatencyHistogram
 
@@ -57,6 +57,15 @@ class Hop:
         if responder not in self._others and len(self._others) >= RESPONDERS_MAX - 1:
             responder = ""
         self._others.setdefault(responder, BucketCounts()).add(latency)
+
+    def note_answers(self, responder: str, latencies: Any) -> None:
+        """Do what note_other() does for each latency of an array of numpy."""
+        self.responder = self.responder or responder
+        if responder == self.responder:
+            return
+        if responder not in self._others and len(self._others) >= RESPONDERS_MAX - 1:
+            responder = ""
+        self._others.setdefault(responder, BucketCounts()).add_all(latencies)
 
     @property
     def responders(self) -> collections.Counter[str]:

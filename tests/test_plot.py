@@ -943,6 +943,7 @@ def what_is_known(summary: Summary) -> Any:
             **of(its),
             'latency': its.latency.count and its.latency.stats(),
             'who': list(its.responders.items()),
+            'others': [(who, found.counts, found.total) for who, found in its.by_responder().items()],
         }
 
     destinations = [
