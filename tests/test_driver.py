@@ -146,7 +146,8 @@ DEFAULTS = dict(
 
 @pytest.mark.parametrize('line, changes', GOOD.items(), ids=GOOD)
 def test_options(line: str, changes: dict[str, Any]) -> None:
-    config = elfprobe.parse_arguments(['-i', 'none0', *line.split(), '192.0.2.1'])
+    device = [] if 'interface' in changes else ['-i', 'none0']
+    config = elfprobe.parse_arguments([*device, *line.split(), '192.0.2.1'])
     assert {name: getattr(config, name) for name in DEFAULTS} == {**DEFAULTS, **changes}
 
 

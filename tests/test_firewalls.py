@@ -193,7 +193,7 @@ def test_packets_that_a_card_stamps(lab4: Lab, tmp_path: Path, version: int) -> 
             if run:
                 assert run.stop() in (0, 3)  # 3: no probe
                 stamped = run.counters['carrier_stamped']
-                assert (stamped, run.counters['probes'] > 90) == ((0, True) if name == 'beside' else (100, False))
+                assert (stamped, run.counters['probes'] > 30) == ((0, True) if name == 'beside' else (100, False))
     assert found['without'] == found['beside'] == found['by the card'] == list(range(100))
 
 
@@ -305,7 +305,7 @@ def test_many_outages(lab4: Lab, tmp_path: Path) -> None:
             with nft_table(lab4.routers[number % 4], CLOSED):
                 talk.talk_for(1 + number % 3 / 2)
                 until = time.monotonic_ns()
-            wait_until(is_measured, 10, f'the hops are measured again after outage {number}')
+            wait_until(is_measured, 30, f'the hops are measured again after outage {number}')
         assert run.stop() == 0
     assert 'excluded' not in run.log
 
