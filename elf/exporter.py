@@ -31,6 +31,7 @@ CHUNK = 65536  # bytes of an answer that are handed to the kernel at once
 NICENESS = 10
 NOBODY = 65534
 CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
+PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
 
 
 class Unavailable(Exception):
@@ -246,13 +247,22 @@ class Server:
 
 
 def give_up_rights() -> None:
-    """Become nobody, without capabilities: whoever takes this process over by a request has nothing."""
-    with contextlib.suppress(OSError):  # not root, or root without these rights
+    """Become nobody, without capabilities: whoever takes this process over by a request has nothing.
+
+    Without the right to change users (a container, a service) the user stays. Raises OSError if a capability stays.
+    """
+    with contextlib.suppress(OSError):
         os.setgroups([])
+    with contextlib.suppress(OSError):
         os.setresgid(NOBODY, NOBODY, NOBODY)
+    with contextlib.suppress(OSError):
         os.setresuid(NOBODY, NOBODY, NOBODY)
     header, none = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)()
-    ctypes.CDLL(None).capset(header, none)
+    libc = ctypes.CDLL(None, use_errno=True)
+    # If the user is still root, execve(2) would give it all capabilities of the bounding set again.
+    one, zero = ctypes.c_ulong(1), ctypes.c_ulong(0)
+    if libc.prctl(PR_SET_NO_NEW_PRIVS, one, zero, zero, zero) or libc.capset(header, none):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 async def run(listener: socket.socket, parent: socket.socket, memory: int) -> None:
@@ -276,5 +286,9 @@ def main(listener: int, parent: int, memory: int) -> None:
         to_elfprobe.send(f"missing: {why_unusable('prometheus_client', error)}".encode()[:4000])
         sys.exit(1)
     os.nice(NICENESS)
-    give_up_rights()
+    try:
+        give_up_rights()
+    except OSError as error:
+        to_elfprobe.send(f"its process cannot give up its rights: {error.strerror}".encode())
+        sys.exit(1)
     asyncio.run(run(socket.socket(fileno=listener), to_elfprobe, memory))

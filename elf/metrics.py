@@ -205,7 +205,7 @@ def listen(address: str, port: int) -> socket.socket:
 
 
 class Exporter:
-    """The process that serves metrics. It has a socket that listens, and nobody's rights."""
+    """The process that serves metrics. It has a socket that listens, and no capabilities."""
 
     def __init__(self, address: str, port: int) -> None:
         """Listen, and start the process. Raises Failure."""
