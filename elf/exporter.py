@@ -146,17 +146,21 @@ class Source:
         asyncio.get_running_loop().add_reader(parent, self._receive)
 
     def _receive(self) -> None:
-        """Take the snapshot that has come. Without elfprobe there is nothing left to do."""
+        """Take the snapshot that has come, of no bytes if elfprobe could make none. Without elfprobe, end."""
         told = self._parent.recv(64).split()
         if not told:
             os._exit(0)
         length, took = int(told[0]), float(told[1])
+        asked, self._asked = self._asked, None
+        if not length:
+            if asked:
+                asked.set_exception(Unavailable())
+            return
         self._snapshot = Snapshot(os.pread(self._memory, length, 0))
         self._texts.clear()
         self._good_until = asyncio.get_running_loop().time() + max(FRESH, took / SHARE)
-        if self._asked:
-            self._asked.set_result(None)
-            self._asked = None
+        if asked:
+            asked.set_result(None)
 
     async def text(self, accept: str) -> tuple[str, bytes]:
         """Return the content type that a scraper accepts, and the text of now. Raises Unavailable."""
@@ -164,13 +168,12 @@ class Source:
 
         loop = asyncio.get_running_loop()
         if loop.time() > self._good_until:
-            if not self._asked:
+            if not self._asked:  # elfprobe answers each question once, so the next one waits for that
                 self._asked = loop.create_future()
                 self._parent.send(b"?")
             try:
                 await asyncio.wait_for(asyncio.shield(self._asked), SNAPSHOT_PATIENCE)
             except asyncio.TimeoutError:
-                self._asked = None  # the next scrape asks again
                 raise Unavailable from None
         encode, kind = choose_encoder(accept)
         if kind not in self._texts:

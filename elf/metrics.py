@@ -89,23 +89,23 @@ class Metrics:
         figures returns the header changes that were found, and counters: those of elfprobe.c ("bpf") and of user
         space ("user").
         """
-        if self._more is None:
-            if not self._exporter.asks():
-                return
-            self._lines, self._more, self._took = [], self.snapshot(*figures()), 0.0
+        if self._more is None and not self._exporter.asks():
+            return
         begun = time.monotonic()
         try:
+            if self._more is None:
+                self._lines, self._more, self._took = [], self.snapshot(*figures()), 0.0
             for line in self._more:
                 self._lines.append(line)
                 if time.monotonic() > begun + seconds:
+                    self._took += time.monotonic() - begun
                     return
+            self._more = None
+            self._exporter.give("\n".join(self._lines), self._took + time.monotonic() - begun)
         except BaseException:
             self._more = None
+            self._exporter.give("", 0.0)  # it asks again only when it has an answer
             raise
-        finally:
-            self._took += time.monotonic() - begun
-        self._more = None
-        self._exporter.give("\n".join(self._lines), self._took)
 
     def snapshot(self, rewrites: Iterable[PathRewrite], counters: dict[str, dict[str, int]]) -> Iterator[str]:
         """Yield JSON: what is known of the whole, then each destination."""
