@@ -2,13 +2,15 @@
 """The process that answers scrapers for --metrics. elf/metrics.py starts it, and makes the snapshots.
 
 A scraper that is slow or hostile costs others nothing: each connection has PATIENCE to ask and to take its answer,
-a request has HEAD_MAX bytes, and when there are more than CONNECTIONS_MAX the oldest one is closed. However often
+a request has HEAD_MAX bytes, and when there are more than CONNECTIONS_MAX, the address with most of them loses its
+oldest one. However often
 somebody scrapes, elfprobe makes one snapshot in FRESH seconds at most, and this process one text of it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import ctypes
 import itertools
@@ -219,15 +221,13 @@ class Server:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._open: dict[asyncio.StreamWriter, None] = {}  # the oldest one first
+        self._open: dict[asyncio.StreamWriter, str] = {}  # by whose address; the oldest one first
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer a connection, and close it."""
         if len(self._open) >= CONNECTIONS_MAX:
-            oldest = next(iter(self._open))
-            oldest.transport.abort()
-            del self._open[oldest]
-        self._open[writer] = None
+            self._close_one()
+        self._open[writer] = (writer.get_extra_info("peername") or ("",))[0]
         try:
             await asyncio.wait_for(self._answer(reader, writer), PATIENCE)
         except (asyncio.TimeoutError, asyncio.IncompleteReadError, OSError):
@@ -235,6 +235,13 @@ class Server:
         finally:
             writer.transport.abort()  # nothing, if everything was sent
             self._open.pop(writer, None)
+
+    def _close_one(self) -> None:
+        """Close the oldest connection of the address that has most, so that who opens many closes no one else's."""
+        counts = collections.Counter(self._open.values())
+        oldest = max(self._open, key=lambda writer: counts[self._open[writer]])
+        oldest.transport.abort()
+        del self._open[oldest]
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
