@@ -194,9 +194,10 @@ def place_text(address: str, port: int) -> str:
 def listen(address: str, port: int) -> socket.socket:
     """Return a socket that listens there. :: is IPv4, too. Raises Failure."""
     try:
-        # Of the forms of an address it knows the index of a device behind a link-local one (%eth0).
+        # Of the forms of an address it knows the index of a device behind a link-local one (%eth0). Bytes, because
+        # Python encodes a str as the name of a host, which fails for some names of devices.
         kind, _, _, _, place = socket.getaddrinfo(
-            address, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+            os.fsencode(address), port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
         )[0]
         return socket.create_server(place, family=kind, backlog=BACKLOG, dualstack_ipv6=address == "::")
     except OSError as err:
