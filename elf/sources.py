@@ -120,11 +120,12 @@ def files_of(csv: str) -> tuple[str, list[tuple[Survey, list[Mapping]]], list[st
     if not run.has(rows):
         return "", [(rows, [])], [f"'{os.path.splitext(csv)[0]}.json' is of another run: times are not UTC"]
     files, notes = [(rows, run.mappings)], []
-    is_renamed = run.files[:1] != [os.path.basename(csv)]
+    others = [name for name in map(os.path.basename, run.files) if name != os.path.basename(csv)]
+    is_renamed = len(others) == len(run.files)
     if is_renamed and len(run.files) > 1:
         notes.append(f"the run has {len(run.files) - 1} more files, under other names by now: they are left out")
-    for name in () if is_renamed else run.files[1:]:
-        path = os.path.join(os.path.dirname(csv), os.path.basename(name))
+    for name in () if is_renamed else others:  # SIGHUP renames the files so far: the CSV need not be the first one
+        path = os.path.join(os.path.dirname(csv), name)
         part = survey(path) if os.path.exists(path) else None
         if part is None or not run.has(part):
             notes.append(f"'{path}' is missing" if part is None else f"'{path}' is of another run, and left out")
