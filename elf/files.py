@@ -230,7 +230,10 @@ class RowFiles:
         try:
             file.write_lines(HEADER)
             if self.paths:
-                log_renamed(file.path, file.publish(tries=1))
+                path, renamed = file.path, file.publish(tries=1)
+                log_renamed(path, renamed)
+                if renamed:  # it may be one of this run that reopen() renamed
+                    self.paths = [renamed if each == path else each for each in self.paths]
         except BaseException:
             file.close()
             raise
