@@ -30,7 +30,7 @@ BACKGROUND = {signal.SIGTTIN, signal.SIGTTOU}
 
 HELP = (
     "q  end the run",
-    "p  pause the view: the figures stay as they are until p again; the measurement goes on",
+    "p  pause the view, and go on with it; the measurement goes on all the time",
     "d  one destination, then the next one, then all again",
     "f  flows in place of hops, and back",
     "h  this help, and back",
