@@ -7,6 +7,7 @@ import contextlib
 import enum
 import itertools
 import os
+import re
 import select
 import signal
 import termios
@@ -20,6 +21,8 @@ from elf.summary import Flow, FlowKey, Summary
 ACTIVE_FOR = 3.0  # s after a flow's newest row: a hop that backs off lets others go without one for a while
 FLOWS_WATCHED = 4096  # the newest ones; to look at more takes too long
 FLOWS_NAMED = 2  # of a destination; of more than that only their number is shown
+# Arrows, F1 and the like, whose further characters would be taken for keys (ECMA-48: CSI, SS3), and those with Alt
+MANY_CHARACTERS = re.compile(rb"\x1b+(\[[0-?]*[ -/]*[@-~]|O?.)?", re.DOTALL)
 NOTED_MAX = 32768  # stalled flows, and excluded destinations, that are remembered
 # Signals that stop or end the process at once, and those that a terminal sends to who uses it in the background.
 LEAVING = (
@@ -89,8 +92,7 @@ class Keyboard:
             data = b""
         if not data:  # the terminal is gone
             self._is_there = False
-        # One that begins so is an arrow or another key whose further characters would be taken for keys.
-        return "" if data.startswith(b"\x1b") else data.decode("ascii", "replace").lower()
+        return MANY_CHARACTERS.sub(b"", data).decode("ascii", "replace").lower()
 
     def was_continued(self) -> bool:
         """Return whether the process was stopped and continued since the last call."""
