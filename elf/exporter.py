@@ -16,6 +16,7 @@ import ctypes
 import itertools
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -259,8 +260,10 @@ class Server:
 def give_up_rights() -> None:
     """Become nobody, without capabilities: whoever takes this process over by a request has nothing.
 
-    Without the right to change users (a container, a service) the user stays. Raises OSError if a capability stays.
+    Without the right to change users (a container, a service) the user stays. That user's files, such as programs
+    that elfprobe keeps for its next start, cannot be written either. Raises OSError if a capability stays.
     """
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     with contextlib.suppress(OSError):
         os.setgroups([])
     with contextlib.suppress(OSError):
