@@ -3485,10 +3485,10 @@ class Measurement:
             if command and command.has_ended():
                 log.info("%s", command.end_text())
                 break
+            if self._view.take_keys():  # first: after a stop, log lines must not go where the table was
+                stop.ask()
             for step in self._steps:
                 step.run()
-            if self._view.take_keys():
-                stop.ask()
             patience = 0 if self._expired else KEYS_EVERY if self._view.is_shown else DRAIN_EVERY
             self._kernel.wait_for_events(min(patience, max(self._end - time.monotonic(), 0)))
         stop.service.tell("STOPPING=1")
