@@ -79,7 +79,7 @@ from elf.command import Command
 from elf.console import Console, LogFormat, open_standard_streams, output_columns, print_lines
 from elf.counters import UNFIT_PACKETS, accounting, troubles, why_no_probes
 from elf.extensions import MalformedExtension, extension_texts
-from elf.files import DiskUse, FileLog, Files, OutputFile, RowFiles, log_renamed, output_files
+from elf.files import FILE_EXTENSIONS, DiskUse, FileLog, Files, OutputFile, RowFiles, log_renamed, output_files
 from elf.findings import PathRewrites
 from elf.live import FlowEvent, LiveView
 from elf.metrics import SERIES_DEFAULT, Figures, Metrics, exporting, listening_address
@@ -456,6 +456,9 @@ def parse_arguments(argv: list[str]) -> Config:
         raise Failure(as_called("no command behind --: elfprobe.py [options] -- COMMAND [ARGUMENT ...]"), 2)
     if not (config.addresses or config.by_process):
         raise Failure("nothing to probe: give an address, -a APP, -P PID or -- COMMAND", 2)
+    own = [os.path.abspath(config.filebase + extension) for extension in FILE_EXTENSIONS]
+    if config.capture and os.path.abspath(config.capture) in own:
+        raise Failure(f"argument -w/--write: '{config.capture}' is a file of -f: give another name", 2)
     if config.quiet:
         return dataclasses.replace(config, logfile=True, live=False)
     if config.child:  # the terminal is the command's

@@ -19,6 +19,7 @@ from elf.usage import Failure
 
 log = logging.getLogger("elfprobe")
 
+FILE_EXTENSIONS = ".csv", ".json", ".log"  # behind FILEBASE
 LOCK_TRIES, LOCK_EVERY = 500, 0.01  # to lock the folder of the CSV; s between two tries
 
 
@@ -512,10 +513,9 @@ def output_files(
     keep theirs. If another run writes one of those, all get the next number that is free. limit: bytes of a CSV.
     others are further files that get their names then.
     """
-    extensions = ".csv", ".json", ".log"
     with contextlib.ExitStack() as stack:
-        if any(is_being_written(filebase + extension) for extension in extensions):
-            taken, filebase = filebase, next_free_base(filebase, *extensions)
+        if any(is_being_written(filebase + extension) for extension in FILE_EXTENSIONS):
+            taken, filebase = filebase, next_free_base(filebase, *FILE_EXTENSIONS)
             log.info("another run writes %s.csv: the files of this one are %s.*", taken, filebase)
         csv = RowFiles(filebase, limit)
         stack.callback(csv.close)
