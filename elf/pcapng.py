@@ -122,7 +122,7 @@ def is_v4(address: bytes) -> bool:
     return address.startswith(V4_MAPPED)
 
 
-@functools.lru_cache(maxsize=65536)
+@functools.lru_cache(maxsize=16384)  # as the texts of addresses
 def own_address(dest: bytes, device: str) -> bytes:
     """Return the address that this host takes for packets to a destination, by a device if one is named.
 
