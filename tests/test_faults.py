@@ -1226,7 +1226,7 @@ def test_interface_is_clean_after_a_fault_at_work(busy, tmp_path, stage, fault, 
     before = attached(busy.client)
     with undone(busy.client):
         ended = busy.client.run(
-            *with_fault(stage, fault),
+            *with_fault(stage, fault, 'from elf.files import ReplacedFile\nelfprobe.ReplacedFile = ReplacedFile'),
             *COMMAND,
             '-i',
             'eth0',
