@@ -343,6 +343,10 @@ def draw(
     last = max((course.last for _, course in courses), default=0)
     scale = TimeScale((last - zero) / SECOND, zero if utc and courses else None)
     sections = [make_section(course, host, zero, args.hop) for host, course in courses]
+    if sections and not any(section.hops for section in sections):
+        known = ", ".join(map(str, sorted({hop for _, course in courses for hop in course.hops})))
+        raise Failure(f"argument --hop: no probe went to hop {args.hop[0]}, but to {known}")
+    sections = [section for section in sections if section.hops]
     if args.cdf:
         return Picture(draw_cdf(sections, args), [], scale, sections)
     return Picture(*draw_figure(sections, scale, heading, notes, args.ylim), scale, sections)
@@ -834,27 +838,34 @@ def read_all(args: argparse.Namespace) -> tuple[list[Results], bool, list[str]]:
         progress.end()
 
 
-def tables(results: Sequence[Results]) -> list[str]:
-    """Return the summaries that elfprobe.py makes of these rows: the lines of a table for each destination."""
+def tables(results: Sequence[Results], none: str) -> list[str]:
+    """Return the summaries that elfprobe.py makes of these rows: the lines of a table for each destination.
+
+    none: what to say without a row.
+    """
     lines = []
     for each in results:
         heading = [f"from {printable(each.source.host) or 'another host'}:"] if len(results) > 1 else []
-        lines += [*heading, *(each.summary.tables()[1:] or ["no probes yet"]), ""]
+        lines += [*heading, *(each.summary.tables()[1:] or [none]), ""]
     return lines
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the table, and make the picture and the page. Raises Failure."""
     results, in_utc, said = read_all(args)
-    heading = " and ".join(map(os.path.basename, args.csv[:2])) + " and others" * (len(args.csv) > 2)
+    names = [*map(os.path.basename, args.csv)]
+    if len(set(names)) < len(names):
+        names = args.csv
+    heading = " and ".join(names[:2]) + " and others" * (len(names) > 2)
     if args.compare:
-        for each, path in zip(results, args.csv):
-            each.source.host = os.path.basename(path)
+        for each, name in zip(results, names):
+            each.source.host = name
     courses, notes = choose(results, args.dest)
     notes += said
-    table = [*comparison(*results), ""] if args.compare else tables(results)
-    say(table + notes)
+    none = "no probes in this time" if args.begin or args.end or args.last else "no probes yet"
+    table = [*comparison(*results), ""] if args.compare else tables(results, none)
     picture = draw(courses, in_utc, heading, notes, args)
+    say(table + notes)
     image = picture_bytes(picture, args.format)
     write(f"{args.filebase}.{args.format}", image)
     say([f"picture: {printable(args.filebase)}.{args.format}"])

@@ -22,7 +22,7 @@ from typing import Iterator
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 sys.argv[0] = "elfprobe"  # the name in the texts
-for package in "bcc", "pandas", "matplotlib":  # take long, and no help needs them
+for package in "bcc", "numpy", "matplotlib":  # take long, and no help needs them
     sys.modules[package] = None  # type: ignore[assignment]
 
 import elfplot  # noqa: E402

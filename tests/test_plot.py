@@ -1108,7 +1108,7 @@ def test_part_of_the_time(csv: Path, capfd: pytest.CaptureFixture[str]) -> None:
         assert elfplot.main(['--from', begin, '--to', end, str(csv)]) == 0
         assert ': 3 probes' in capfd.readouterr().out
     assert elfplot.main(['--from', '100', str(csv)]) == 0
-    assert 'no probes yet' in capfd.readouterr().out
+    assert 'no probes in this time' in capfd.readouterr().out
 
 
 def test_several_hosts(csv: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -1161,6 +1161,16 @@ def test_distribution_by_hop(csv: Path) -> None:
     for hop, line in zip((2, 3), drawn.values()):
         assert list(line.get_xdata()) == pytest.approx([hop, *(hop + i / 100 for i in range(50))])
         assert list(line.get_ydata()) == pytest.approx([i / 50 for i in range(51)])
+
+
+def test_hop_that_nobody_probed(csv: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    csv.write_text(text_of(regular(hops=4)))
+    for options in ['--hop', '9'], ['--cdf', '--hop', '9']:
+        assert elfplot.main([*options, str(csv)]) == 1
+        told = capfd.readouterr()
+        assert told.out == ''
+        assert told.err == 'elfplot.py: argument --hop: no probe went to hop 9, but to 1, 2, 3, 4\n'
+    picture_of(regular(hops=4), csv, '--hop', '9', '--hop', '2')
 
 
 def test_hops_and_limits_of_the_picture(csv: Path) -> None:
