@@ -13,7 +13,7 @@ import stat
 import tempfile
 from typing import Any
 
-CACHE_FILES_MAX = 64  # of 200 to 400 KB
+CACHE_FILES_MAX = 64  # of some 170 KB
 CACHE_FILE_MAX = 1 << 22  # bytes
 
 log = logging.getLogger("elfprobe")
