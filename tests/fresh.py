@@ -91,7 +91,7 @@ sudo unshare --net sh -ec "$run" sh {shlex.quote(NETWORK)} {shlex.quote(SENDER)}
 grep -q 198.51.100.1 elf.csv
 [ -n "$(sudo ls /var/cache/elfprobe)" ]
 sudo apt-get purge -y elfprobe
-left=$(sudo find / -xdev -path /home -prune -o -path /host -prune -o -iname '*elfp*' -print)
+left=$(sudo find / -xdev -path /home -prune -o -path /host -prune -o -path /tmp -prune -o -iname '*elfp*' -print)
 echo "left: $left"
 [ -z "$left" ]
 '''

@@ -70,7 +70,8 @@ def shark(path: Path, *fields: str) -> list[dict[str, str]]:
     shown = run(
         'tshark', '-nr', str(path), *options, '-Tfields', '-Eseparator=|', *(f'-e{field}' for field in fields)
     )
-    return [dict(zip(fields, line.split('|'))) for line in shown.stdout.splitlines()]
+    # Some versions write a backslash twice.
+    return [dict(zip(fields, line.replace('\\\\', '\\').split('|'))) for line in shown.stdout.splitlines()]
 
 
 # Of each packet in test_each_kind_of_packet, some fields of tshark's. Those of a quoted packet come second.
