@@ -1210,7 +1210,8 @@ static inline void probe_postponed(struct path *path, __u32 nr)
 	path->pacing.last_probed = nr - 1;
 }
 
-/* Does the packet's flow, of this slot, carry the probe to the chosen hop? If not, it is the turn of another one. */
+/* Does the packet's flow, of this slot, carry the probe to the chosen hop? If not, it is the turn of another one. A
+ * packet whose slot is FLOW_SLOTS always does. */
 static inline int takes_turn(struct path *path, __u32 nr, __u64 slot, __u64 now)
 {
 	struct hop *hop = hop_at(path, nr);
@@ -1219,7 +1220,7 @@ static inline int takes_turn(struct path *path, __u32 nr, __u64 slot, __u64 now)
 	struct turns *turns;
 	__u64 wait = 0;
 
-	if (!hop)
+	if (!hop || slot >= FLOW_SLOTS)
 		return 1;
 	turns = &hop->turns;
 	if (turns->flows & own) {
@@ -3273,7 +3274,7 @@ static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	reason = check_flow(skb, nh, pkt, path, scratch, now);
 	if (scratch->unfit || reason)
 		return scratch->unfit ? scratch->unfit : reason;
-	scratch->reservation.flow = flow_slot(nh, pkt);
+	scratch->reservation.flow = scratch->resent ? FLOW_SLOTS : flow_slot(nh, pkt); /* these are few */
 	reason = reserve_probe(path, &scratch->reservation, can_fall_back(pkt), now);
 	if (reason)
 		return reason;

@@ -199,7 +199,7 @@ def test_packets_that_a_card_stamps(lab4: Lab, tmp_path: Path, version: int) -> 
 
 # Firewalls that take a low TTL for an attack, at hop 2, and outages
 
-OUTAGES = int(os.environ.get('ELFPROBE_OUTAGES', '10'))  # in a row; tests/soak has more, and longer ones
+OUTAGES = int(os.environ.get('ELFPROBE_OUTAGES', '5'))  # in a row; tests/soak has more, and longer ones
 FIREWALLS = {
     'half': blocking('500ms'),
     'three': blocking('3s'),
@@ -276,9 +276,10 @@ def test_outages(lab4: Lab, tmp_path: Path) -> None:
         for (near, seconds), (begin, end) in zip(outages, times):
             during = [row for row in rows if row.dest == server and begin + 5e7 < row.sendtime < end - 5e7]
             hops = {row.outttl for row in during if row.is_answered}
-            assert hops == {1} if near else hops <= {1, 2, 3, 4} and {1, 2} <= hops, (server, near, seconds)
+            assert hops <= ({1} if near else {1, 2, 3, 4}), (server, near, seconds)
             # In 2.5 s there are four retransmissions. One carries no probe, in case that this is a firewall. Others
             # may only find that their hops are unresponsive.
+            assert seconds < 5 or hops >= ({1} if near else {1, 2}), (server, near, seconds)
             assert seconds < 5 or any(row.sendtime > begin + 5e8 for row in during), (server, near, seconds)
             after = {
                 row.outttl
@@ -306,6 +307,7 @@ def test_many_outages(lab4: Lab, tmp_path: Path) -> None:
                 talk.talk_for(1 + number % 3 / 2)
                 until = time.monotonic_ns()
             wait_until(is_measured, 30, f'the hops are measured again after outage {number}')
+            talk.talk_for(4)  # outages in a row, but not one without end: that would be as a firewall
         assert run.stop() == 0
     assert 'excluded' not in run.log
 
