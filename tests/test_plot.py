@@ -669,6 +669,40 @@ assert list(rows.app.unique()) == ['NA', 'a "b", c']
 """
 
 
+DUCKDB = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import duckdb
+connection = duckdb.connect()
+connection.execute(sys.argv[2])
+print(connection.execute(sys.argv[3]).fetchall())
+print(connection.execute('SELECT count(*) - count(latency), count(*) - count(recvtime), count(*) - count(pid), '
+                         'sum(retrans), sum(latency) FROM rows').fetchall())
+print(connection.execute('SELECT DISTINCT app FROM rows ORDER BY app').fetchall())
+"""
+
+
+def test_reading_with_duckdb(csv: Path) -> None:
+    """Where there is one: ELFPROBE_TESTS_DUCKDB names the folder of its package. Debian has none."""
+    load, query = re.findall(r'```sql\n(.*?)```', COLUMNS_DOC.read_text(), re.DOTALL)
+    assert load.count('(') == load.count(')') and query.endswith(';\n')
+    package = os.environ.get('ELFPROBE_TESTS_DUCKDB')
+    if not package:
+        return
+    shown = subprocess.run(
+        [sys.executable, '-c', DUCKDB, package, load, query],
+        cwd=odd_rows(csv).parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert shown.returncode == 0, shown.stderr
+    table, sums, apps = shown.stdout.splitlines()
+    assert "('203.0.113.80', 1, [2000000.0, 2000000.0, 2000000.0])" in table
+    assert sums == f'[(5, 5, 20, 0, {15 * 2000000 + 20 * 3000000})]'
+    assert apps == """[('NA',), ('a "b", c',)]"""
+
+
 @pytest.mark.needs('Rscript')
 def test_reading_with_r(csv: Path) -> None:
     shown = subprocess.run(
