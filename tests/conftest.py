@@ -45,6 +45,9 @@ def obstacle(item: pytest.Item) -> str | None:
 
 def pytest_configure() -> None:
     interrupt_on_signals()
+    for name in [name for name in os.environ if name.startswith('SUDO_')]:
+        del os.environ[name]  # elfprobe would take these tests for the user's who called sudo
+    os.environ['PYTHON_COLORS'] = '0'  # of tracebacks, since Python 3.13
 
 
 # What no other test on the machine can disturb, nor it them; what follows processes by name, which may be those of
