@@ -75,11 +75,12 @@ def drained(programs: Programs, path: Path, rate: int, seconds: float) -> tuple[
     before = results.replies
     feeder = multiprocessing.get_context('fork').Process(target=feed, args=(programs, rate), daemon=True)
     with elfprobe.output_files(
-        str(path), None, report.pieces({}, [], has_ended=False), None
+        str(path), None, report.pieces({}, [], has_ended=False), None, []
     ) as files, elfprobe.Routes() as routes:
         destinations = elfprobe.Destinations(programs.kernel)
         reasons = elfprobe.Reasons(config, LOOPBACK, routes, elfprobe.AppNames(()), destinations, (), tuple)
-        measurement = elfprobe.Measurement(config, attached, results, files, report, clock, None, reasons)
+        view = elfprobe.LiveView(None, LOOPBACK.name, results.summary)
+        measurement = elfprobe.Measurement(config, attached, results, files, report, clock, view, reasons)
         feeder.start()
         try:
             cpu, begun = time.process_time(), time.monotonic()
