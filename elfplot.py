@@ -73,7 +73,7 @@ except Exception as error:
 SECTIONS_MAX, CHOSEN_MAX = 4, 16  # destinations in a picture, at most: without and with --dest
 LOG_FROM = 10.0  # ratio of slowest to fastest answer from which on the axis is logarithmic
 FORMATS = "png", "svg", "pdf"
-PROGRESS_FROM, PROGRESS_EVERY = 1.0, 0.2  # s: when progress is told first, and how often
+PROGRESS_FROM, PROGRESS_EVERY = 1.0, 0.2  # s: when progress is first shown, and how often
 
 DPI = 130
 WIDTH, LEFT, TIME, GAP, HOPS, LIST = 12.4, 0.85, 6.7, 0.12, 1.75, 2.7  # inches

@@ -1306,7 +1306,7 @@ class Map:
 
     @property
     def _stride(self) -> int:
-        """The bytes of one CPU's value."""
+        """Return the bytes of one CPU's value, its padding included."""
         return (ctypes.sizeof(self.value_type) + 7) & ~7
 
     def _key(self, key: Key) -> bytes:

@@ -24,7 +24,7 @@ FLOWS_NAMED = 2  # of a destination; of more than that only their number is show
 # Arrows, F1 and the like, whose further characters would be taken for keys (ECMA-48: CSI, SS3), and those with Alt
 MANY_CHARACTERS = re.compile(rb"\x1b+(\[[0-?]*[ -/]*[@-~]|O?.)?", re.DOTALL)
 NOTED_MAX = 32768  # stalled flows, and excluded destinations, that are remembered
-# Signals that stop or end the process at once, and those that a terminal sends to who uses it in the background.
+# Signals that stop or end the process at once, and those that a terminal sends to a background process.
 LEAVING = (
     signal.SIGTSTP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM,
     signal.SIGPROF, signal.SIGXCPU,
@@ -222,7 +222,7 @@ class LiveView:
             self._has_help = not self._has_help
 
     def draw(self, probes: int, replies: int, unanswered: int) -> None:
-        """Show what is known now, unless the view is paused. probes have been sent so far."""
+        """Show the figures of now, unless the view is paused. probes: how many have been sent."""
         if self._console and not self._is_paused:
             self._look(probes)
             self._figures = probes, replies, unanswered
@@ -296,7 +296,7 @@ class LiveView:
         yield Line("flows: " + ", ".join(f"{sum(1 for _ in group)} {name}" for name, group in same))
 
     def _flows(self, room: int, columns: int) -> Iterator[Line]:
-        """Yield at most so many lines: one or two for each flow, those that stall first."""
+        """Yield at most so many lines: one or two for each flow. Stalled flows come first."""
         keys = [key for key in self._activity if self._destination in (None, key[0])]
         states = sorted((self._state(key), key) for key in keys)
         yield Line("")

@@ -108,7 +108,7 @@ class Metrics:
             raise
 
     def snapshot(self, rewrites: Iterable[PathRewrite], counters: dict[str, dict[str, int]]) -> Iterator[str]:
-        """Yield JSON: what is known of the whole, then each destination."""
+        """Yield lines of JSON: the figures of the whole run, then those of each destination."""
         ordered = self._choose()
         chosen = [item for item in ordered if item[0] in self._chosen]
         left_out = len(ordered) - len(chosen)
@@ -136,7 +136,7 @@ class Metrics:
             yield json.dumps(figures_of(dest, destination, rewritten.get(dest, [])))
 
     def _choose(self) -> list[tuple[str, Destination]]:
-        """Choose the destinations for which there is room. Return all, in the order of their rights to it."""
+        """Choose the destinations for which there is room. Return all, those first that are to have room."""
         ordered = self._summary.destinations()
         idle_before = max((destination.last_sent for _, destination in ordered), default=0) - IDLE
         ordered.sort(key=lambda item: (item[1].last_sent < idle_before, item[0] not in self._chosen))

@@ -237,8 +237,8 @@ class Programs:
         table = self.kernel.map(name)
         for key in [key for key, _ in table.raw_items()]:
             if not table.remove(key):
-                cpus = len(bcc.utils.get_possible_cpus())
-                table.put(key, [table.new()] * cpus if name == 'counters' else table.new())
+                value = table.get(key)
+                table.put(key, [table.new() for _ in value] if isinstance(value, list) else table.new())
 
     def set_alive_until(self, when: int) -> None:
         """The time (CLOCK_MONOTONIC, ns) after which no more probes are made."""

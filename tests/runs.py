@@ -132,6 +132,14 @@ VERSIONS = 4, 6
 HOPS = 1, 2, 3, 4  # of a lab of four routers
 FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 CLOSED = 'chain forward { type filter hook forward priority 0; policy drop; }'  # for nft_table()
+# A connection to port 5001 that carries data until it is killed.
+TRANSFER = """
+import socket, sys, time
+with socket.create_connection((sys.argv[1], 5001)) as connection:
+    while True:
+        connection.send(bytes(1000))
+        time.sleep(0.005)
+"""
 
 # Filters for captures. A probe's TTL is below those that systems begin with, but for multicast.
 PROBES = '((ip and ip[8] <= 32 and ip[16] < 224) or (ip6 and ip6[7] <= 32 and ip6[24] != 255))'

@@ -28,7 +28,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lab import Host, address, batch, end, nft_table, remove, tc, wait_until
-from runs import ELFPROBE, HOPS, Run, elfprobe, read_rows
+from runs import ELFPROBE, HOPS, TRANSFER, Run, elfprobe, read_rows
 from test_metrics import exporter_of, rights
 
 root = pytest.mark.root
@@ -38,14 +38,7 @@ UNIT = DOCS / 'elfprobe.service'
 NOBODY = 65534
 PORT = 9817
 
-# A connection each that carries data until it is killed, and where it ends.
-TRANSFER = """
-import socket, sys, time
-with socket.create_connection((sys.argv[1], 5001)) as connection:
-    while True:
-        connection.send(bytes(1000))
-        time.sleep(0.005)
-"""
+# Where each connection of TRANSFER ends.
 SINK = """
 import socket, threading
 listener = socket.create_server(('', 5001))
@@ -131,7 +124,7 @@ def test_service(lab4, nobodys):
             assert manager.recv(100) == b'READY=1', run.log
         except TimeoutError:
             pytest.fail(run.log)
-        assert 'probing on' in run.log
+        wait_until(lambda: 'probing on' in run.log, 10, 'the log, which another thread writes, says so')
         exporter = exporter_of(run).pid
         assert rights(exporter) == (NOBODY, 0)
         assert [manager.recv(100) for _ in range(3)] == [b'WATCHDOG=1'] * 3

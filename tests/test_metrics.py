@@ -27,7 +27,7 @@ from elf.rows import Record
 from elf.summary import Summary
 from elf.usage import Failure
 from lab import Host, end, nft_table, wait_until
-from runs import ELFPROBE, HOPS, TCP, Run, both, elfprobe, inside, with_change
+from runs import ELFPROBE, HOPS, TCP, TRANSFER, Run, both, elfprobe, inside, with_change
 
 prometheus_client = pytest.importorskip('prometheus_client')
 
@@ -294,13 +294,6 @@ def test_addresses() -> None:
 
 # Runs
 
-TRANSFER = """
-import socket, sys, time
-with socket.create_connection((sys.argv[1], 5001)) as connection:
-    while True:
-        connection.send(bytes(1000))
-        time.sleep(0.005)
-"""
 SINK = """
 import socket, sys
 listener = socket.create_server((sys.argv[1], 5001))
