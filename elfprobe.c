@@ -1735,7 +1735,7 @@ BPF_F_TABLE("hash", struct probe_key, struct probe, in_flight, 1, BPF_F_NO_PREAL
 /* Finds the ident under which the probe is in in_flight. The kernel allocates the whole of it at once. */
 BPF_TABLE("lru_hash", struct udp_partial, __u32, partial_checksums, 1);
 BPF_ARRAY(schedules, struct schedule, 1);
-BPF_ARRAY(alive_until, __u64, 1);   /* the lease: no probe after this time */
+BPF_ARRAY(alive_until, __u64, 1);   /* the lease: no probe after this time. 0: before and after the run */
 BPF_ARRAY(link_up_since, __u64, 1); /* when the device's link came up; in the future while it is down */
 
 static inline __u32 hash_address(const struct in6_addr *a)
@@ -3004,7 +3004,9 @@ static inline int check_carrier(struct __sk_buff *skb, const struct hdr_cursor *
 	if (wants_card_stamp(skb))
 		return REASON(carrier_stamped);
 	lease = alive_until.lookup(&zero);
-	return lease && now <= *lease ? 0 : REASON(lease_expired);
+	if (!lease || !*lease)
+		return NOT_SENT;
+	return now <= *lease ? 0 : REASON(lease_expired);
 }
 
 /* Report an event of the packet's flow. If tcp is 0, it is an event of the destination. */

@@ -79,7 +79,7 @@ from elf.command import Command
 from elf.console import Console, LogFormat, open_standard_streams, output_columns, print_lines
 from elf.counters import UNFIT_PACKETS, accounting, troubles, why_no_probes
 from elf.extensions import MalformedExtension, extension_texts
-from elf.files import FILE_EXTENSIONS, DiskUse, FileLog, Files, OutputFile, RowFiles, log_renamed, output_files
+from elf.files import FILE_EXTENSIONS, DiskUse, FileLog, Files, OutputFile, log_renamed, output_files
 from elf.findings import PathRewrites
 from elf.live import FlowEvent, LiveView
 from elf.metrics import SERIES_DEFAULT, Figures, Metrics, exporting, listening_address
@@ -3449,7 +3449,7 @@ class Measurement:
         self._expired: Iterator[str] | None = None  # portions of rows, while probes in flight are looked through
         self._next_expiry = self._begun_at
         self._steps = (
-            Every(RENEW_EVERY, self._renew_lease, at_once=True),
+            Every(RENEW_EVERY, self._renew_lease),
             Every(0, self._expire),
             Every(CHECK_EVERY, self._check_attachments),
             Every(RENEW_EVERY, self._look_for_reasons),
@@ -3468,16 +3468,25 @@ class Measurement:
 
         Raises Failure if it cannot go on.
         """
+        self._renew_lease()  # before anybody learns that packets are probed
+        self._announce()
         self._reasons.begin()
         with self._view.shown():
             self._measure(stop)
 
+    def _announce(self) -> None:
+        attached = self._attached
+        fate = "dropped" if self._config.ingress == "drop" else "passed"
+        packets = f", packets to {self._packets.path}" if self._packets else ""
+        log.info(
+            "probing on %s, answers read at %s, then %s; rows go to %s%s",
+            attached.device.name, attached.hook, fate, self._csv.path, packets,
+        )  # fmt: skip
+
     def _measure(self, stop: Stop) -> None:
         command = stop.command
-        if command:
-            self._renew_lease()  # its first packet is to be probed
-            if not stop.asked:
-                command.release()
+        if command and not stop.asked:
+            command.release()
         stop.service.tell("READY=1")
         watchdog = Every(RENEW_EVERY, lambda: stop.service.tell("WATCHDOG=1"))
         while not stop.asked and time.monotonic() < self._end:
@@ -3799,7 +3808,6 @@ class ElfProbe:
                 )
                 if not config.by_process:
                     log_lines(heading)
-                self._announce(attached, files.csv, results.packets)
                 reasons = Reasons(config, device, routes, apps, destinations, fixed, targets)
                 metrics = Metrics(exporter, labels(attached), summary, config.metrics_series) if exporter else None
                 self._measurement = measurement = Measurement(
@@ -3893,13 +3901,6 @@ class ElfProbe:
             )  # fmt: skip
             stack.enter_context(poller.followed())
             return poller.targets, False
-
-    def _announce(self, attached: Attached, csv: RowFiles, packets: PacketFile | None) -> None:
-        fate = "dropped" if self._config.ingress == "drop" else "passed"
-        log.info(
-            "probing on %s, answers read at %s, then %s; rows go to %s%s",
-            attached.device.name, attached.hook, fate, csv.path, f", packets to {packets.path}" if packets else "",
-        )  # fmt: skip
 
 
 def set_up_logging(config: Config, console: Console) -> FileLog | None:

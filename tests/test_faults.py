@@ -1135,6 +1135,26 @@ def test_silence_while_stopped(busy, tmp_path):
     check_end(measuring)
 
 
+# Sends a packet at the moment when the log says that packets are probed.
+SENDS_AT_ONCE = """
+import logging, socket
+def send(record):
+    if record.msg.startswith('probing on'):
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(bytes(100), (sys.argv[-1], 9))
+    return True
+elfprobe.log.addFilter(send)
+"""
+
+
+@root
+def test_first_packet_after_the_announcement_is_probed(lab4: Lab, tmp_path: Path) -> None:
+    via = *lab4.client.command(), *with_change(SENDS_AT_ONCE)
+    with elfprobe(lab4, lab4.server_address(4), cwd=tmp_path, via=via) as measuring:
+        assert measuring.stop() == 0
+    check_end(measuring)
+    assert any(row.protocol == UDP and row.dport == 9 for row in measuring.rows())
+
+
 XDP = '--ingress-hook', 'xdp'
 KILLED = {  # when, the command before elfprobe's, its options, whether clsact is others', what is left
     'tcx': ('at work', (), (), False, ''),
