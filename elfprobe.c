@@ -368,19 +368,20 @@ struct counters {
 
 /* How a TCP flow progresses. It moves if something new is acknowledged or received. */
 struct tcp_progress {
-	__u64 moved;        /* when it moved last */
-	__u64 since;        /* and when it had nothing outstanding last, if that is later */
-	__u64 last_probed;  /* when a probe left last */
-	__u64 last_repeat;  /* when the peer had sent data again, in place of new data */
-	__u64 stalled_at;   /* when it was found to be stalled; 0: it is not */
-	__u32 position;     /* number of bytes acknowledged and received, modulo 2^32 */
-	__u32 segments;     /* number of data segments received */
-	__u32 exams;        /* of its destination when it stalled */
-	__u8 repeats;       /* number of times since it moved that the peer had sent data again */
-	__u8 under_probes;  /* it had been probed when it stalled, and that has not counted yet */
-	__u8 resend_probed; /* its last packet during the stall carried a probe */
-	__u8 tries;         /* number of packets in the stall while others were moving */
-	__u8 reported;      /* user space knows that it is stalled */
+	__u64 moved;         /* when it moved last */
+	__u64 since;         /* and when it had nothing outstanding last, if that is later */
+	__u64 last_probed;   /* when a probe left last */
+	__u64 last_unproven; /* when one to a hop that was not proven left last; 0: the flow has moved since */
+	__u64 last_repeat;   /* when the peer had sent data again, in place of new data */
+	__u64 stalled_at;    /* when it was found to be stalled; 0: it is not */
+	__u32 position;      /* number of bytes acknowledged and received, modulo 2^32 */
+	__u32 segments;      /* number of data segments received */
+	__u32 exams;         /* of its destination when it stalled */
+	__u8 repeats;        /* number of times since it moved that the peer had sent data again */
+	__u8 under_probes;   /* it had been probed when it stalled, and that has not counted yet */
+	__u8 resend_probed;  /* its last packet during the stall carried a probe */
+	__u8 tries;          /* number of packets in the stall while others were moving */
+	__u8 reported;       /* user space knows that it is stalled */
 };
 
 /* ---- Types of this file ------------------------------------------------------------------- */
@@ -912,6 +913,7 @@ struct trust {
 	__u64 exam;         /* when the first probe left in this exam; 0: none did */
 	__u64 episode; /* when the last stall began that counts, or may; those at the same time are one with it */
 	__u32 exams;   /* number of all exams that were passed */
+	int suspicion; /* that flows stall by probes to hops that are not proven; negative: they also do without */
 	__u8 awaits;   /* the pause is over as soon as a stalled flow moves */
 	__u8 strikes;  /* signs that stalls are a firewall's doing */
 	__u8 passed;   /* number of exams without a stall */
@@ -1499,13 +1501,18 @@ static inline void destination_reached(struct path *path, __u32 ttl, __u64 now)
  * - If a flow stalls that was not probed, stalls have another cause. That ends the pause and clears the strikes.
  * - Each half second with probes and without a stall is an exam that is passed. After two for each hop the destination is
  *   trusted. There a stall is an outage: retransmissions carry probes, to the nearest hop first. Each fourth does not,
- *   in case that it is a firewall. A connection that is lost nevertheless ends the trust. */
+ *   in case that it is a firewall. A connection that is lost nevertheless ends the trust.
+ * - A firewall that drops the probes themselves only meets those to its own hop and behind it, which are never proven and
+ *   so are rare: exams say little about them. Each stall with such a probe raises a suspicion, each other stall lowers
+ *   it, and a flow that survives such a probe ends it. At SUSPICION_MAX the destination is excluded, trusted or not. */
 #define EXAM (NSEC_PER_SEC / 2)
 #define PAUSE (10 * NSEC_PER_SEC)
 /* After a strike. It doubles with each, to see whether flows stall unprobed. */
 #define PAUSE_CONTROL (NSEC_PER_SEC / 2)
 #define STRIKES_MAX 6
 #define STRIKES_LOST 3
+#define SUSPICION_MAX 3
+#define SUSPICION_MIN (-16)
 #define FORGIVEN (60 * NSEC_PER_SEC) /* after so long without a strike, a trusted destination has none */
 #define SURVIVED \
 	(20 * NSEC_PER_MSEC) /* a flow that moves later than two round trips and this after a probe did so */
@@ -1589,6 +1596,18 @@ static inline void end_exam(struct path *path, __u64 now)
 		trust->strikes = 0;
 }
 
+/* A flow that last moved later than this survived the probe that left at this time. */
+static inline __u64 survived_after(__u64 probed, __u32 srtt)
+{
+	return probed + 2000ULL * srtt + SURVIVED;
+}
+
+/* Can a probe that left at this time be the reason why the flow does not move? */
+static inline int may_have_stopped(const struct tcp_progress *flow, __u64 probed, __u32 srtt)
+{
+	return probed && flow->moved <= survived_after(probed, srtt) && flow->since - flow->moved <= IDLE;
+}
+
 static inline void begin_stall(struct path *path, struct tcp_progress *flow, __u32 srtt, __u64 now)
 {
 	struct trust *trust = &path->trust;
@@ -1596,10 +1615,15 @@ static inline void begin_stall(struct path *path, struct tcp_progress *flow, __u
 	flow->stalled_at = now;
 	flow->tries = 0;
 	flow->exams = trust->exams;
-	flow->under_probes = flow->last_probed && flow->last_probed + 2000ULL * srtt + SURVIVED >= flow->moved &&
-			     flow->since - flow->moved <= IDLE;
+	flow->under_probes = may_have_stopped(flow, flow->last_probed, srtt);
 	if (flow->under_probes)
 		trust->exam = 0;
+	if (may_have_stopped(flow, flow->last_unproven, srtt))
+		trust->suspicion++;
+	else if (trust->suspicion > SUSPICION_MIN)
+		trust->suspicion--;
+	if (trust->suspicion >= SUSPICION_MAX)
+		path->excluded = 1;
 	if (!flow->under_probes && is_paused(path, now)) {
 		pause_probes(trust, 0, 0);
 		trust->strikes = 0;
@@ -1616,6 +1640,7 @@ static inline void end_stall(struct path *path, struct tcp_progress *flow, __u64
 	struct trust *trust = &path->trust;
 
 	flow->stalled_at = 0;
+	flow->last_unproven = 0;
 	trust->exam = 0;
 	if (!flow->under_probes)
 		return;
@@ -1664,6 +1689,11 @@ static inline int flow_looked(struct path *path, struct tcp_progress *flow, cons
 		end_exam(path, now);
 		flow->moved = now;
 		flow->repeats = 0;
+		if (flow->last_unproven && now > survived_after(flow->last_unproven, look->srtt)) {
+			flow->last_unproven = 0;
+			if (path->trust.suspicion > 0)
+				path->trust.suspicion = 0;
+		}
 	} else if (look->segments != flow->segments && flow->repeats < 0xff &&
 		   now - flow->last_repeat > REPEATS_TIME) {
 		flow->repeats++;
@@ -1684,10 +1714,12 @@ static inline int flow_looked(struct path *path, struct tcp_progress *flow, cons
 	return flow->stalled_at ? retries % RETRIES_UNPROBED != 0 : now - flow->moved <= IDLE;
 }
 
-/* The packet carried a probe. */
-static inline void flow_probed(struct path *path, struct tcp_progress *flow, __u64 now)
+/* The packet carried a probe of this form. */
+static inline void flow_probed(struct path *path, struct tcp_progress *flow, enum probe_form form, __u64 now)
 {
 	flow->last_probed = now;
+	if (form != USUAL)
+		flow->last_unproven = now;
 	flow->resend_probed = 1;
 	if (!path->trust.exam)
 		path->trust.exam = now;
@@ -3244,13 +3276,13 @@ static inline void note_owner(struct scratch *scratch, const struct owner *owner
 }
 
 /* The packet carried a probe: note that its flow did, if it is of TCP and has a socket here. */
-static inline void note_flow_probed(struct __sk_buff *skb, struct path *path, __u64 now)
+static inline void note_flow_probed(struct __sk_buff *skb, struct path *path, enum probe_form form, __u64 now)
 {
 	struct bpf_sock *sk = skb->sk ? bpf_sk_fullsock(skb->sk) : 0;
 	struct tcp_progress *progress = sk && sk->type == SOCK_STREAM ? progress_of(skb, sk) : 0;
 
 	if (progress)
-		flow_probed(path, progress, now);
+		flow_probed(path, progress, form, now);
 }
 
 /* A probe is due: send it with this packet. Return 0, the reason why it did not leave, or NOT_SENT. */
@@ -3283,7 +3315,7 @@ static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	take_probe_of(scratch->charged, now);
 	reason = send_probe(skb, pkt, path, scratch);
 	if (!reason)
-		note_flow_probed(skb, path, now);
+		note_flow_probed(skb, path, scratch->reservation.form, now);
 	settle_reservation(path, &scratch->reservation, scratch->probe.sendtime, reason == 0);
 	return reason;
 }

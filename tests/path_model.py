@@ -53,7 +53,8 @@ void exported_destination_seen(struct path *p, __u32 seen, __u64 gap, int is_fir
 { destination_seen(p, seen, gap, is_first, now, ticks); }
 int exported_flow_looked(struct path *p, struct tcp_progress *flow, struct tcp_look *look, int can_stall, __u64 now)
 { return flow_looked(p, flow, look, can_stall, now); }
-void exported_flow_probed(struct path *p, struct tcp_progress *flow, __u64 now) { flow_probed(p, flow, now); }
+void exported_flow_probed(struct path *p, struct tcp_progress *flow, __u32 form, __u64 now)
+{ flow_probed(p, flow, form, now); }
 void exported_destination_reached(struct path *p, __u32 ttl, __u64 now) { destination_reached(p, ttl, now); }
 """
 
@@ -129,6 +130,7 @@ class Trust(ctypes.Structure):
         ('exam', ctypes.c_uint64),
         ('episode', ctypes.c_uint64),
         ('exams', ctypes.c_uint32),
+        ('suspicion', ctypes.c_int),
         ('awaits', ctypes.c_uint8),
         ('strikes', ctypes.c_uint8),
         ('passed', ctypes.c_uint8),
@@ -143,6 +145,7 @@ class Flow(ctypes.Structure):
         ('moved', ctypes.c_uint64),
         ('since', ctypes.c_uint64),
         ('last_probed', ctypes.c_uint64),
+        ('last_unproven', ctypes.c_uint64),
         ('last_repeat', ctypes.c_uint64),
         ('stalled_at', ctypes.c_uint64),
         ('position', ctypes.c_uint32),
@@ -229,7 +232,7 @@ class PathModel:
             'hop_replied': (u32, u32, u64, u32, u32, u64),
             'destination_seen': (u32, u64, ctypes.c_int, u64, u64),
             'flow_looked': (ctypes.POINTER(Flow), ctypes.POINTER(Look), ctypes.c_int, u64),
-            'flow_probed': (ctypes.POINTER(Flow), u64),
+            'flow_probed': (ctypes.POINTER(Flow), u32, u64),
             'destination_reached': (u32, u64),
         }
         for name, arguments in self._arguments.items():

@@ -7,7 +7,7 @@ import random
 from itertools import count
 from typing import Any, Callable, Sequence
 
-from path_model import USUAL, Flow, Look, PathModel, new_path
+from path_model import Flow, Look, PathModel, new_path
 
 MS, SECOND = 10**6, 10**9  # ns
 START = 1000 * SECOND
@@ -18,8 +18,9 @@ class Network:
     """A path of `hops` routers to one destination: outages, loss, a firewall at hop `firewall`.
 
     `block`: ns for which the firewall blocks a flow that had more than `counted` packets with a low TTL; 0: it does
-    not. `lowers`: it lowers the TTL of the flow for good, in the forward direction only. `outages` are (hop, begin,
-    end), for one connection out of `share`. `forgets`: ns after which a NAT forgets an idle flow.
+    not. `drops`: it also drops these packets, so that nobody answers them. `lowers`: it lowers the TTL of the flow
+    for good, in the forward direction only. `outages` are (hop, begin, end), for one connection out of `share`.
+    Routers from `silent` on do not answer. `forgets`: ns after which a NAT forgets an idle flow.
     """
 
     def __init__(
@@ -30,17 +31,20 @@ class Network:
         block: int = 0,
         counted: int = 0,
         lowers: bool = False,
+        drops: bool = False,
         outages: Sequence[tuple[int, int, int]] = (),
         share: int = 1,
         firewall: int = 2,
         loss: float = 0.0,
         forgets: int = 0,
+        silent: int = 1 << 8,
     ) -> None:
         self.share, self.forgets, self.firewall = share, forgets, firewall
         self._seen: dict[Any, int] = {}
-        self.model, self.hops, self.rtt, self.block, self.lowers = model, hops, rtt, block, lowers
+        self.model, self.hops, self.rtt = model, hops, rtt
+        self.block, self.lowers, self.drops = block, lowers, drops
         self.outages = [(hop, START + begin, START + end) for hop, begin, end in outages]
-        self.loss, self.random, self.counted = loss, random.Random(1), counted
+        self.loss, self.random, self.counted, self.silent = loss, random.Random(1), counted, silent
         self.path = new_path(length=hops + 1, reverse=hops + 1)
         self.now, self._events, self._number = START, [], count()
         self.rows: list[tuple[int, int, bool]] = []  # sent, TTL, whether it is answered
@@ -86,19 +90,20 @@ class Network:
         ttl = model.choose_hop(path, now, 0)
         if ttl <= 0:
             return
-        model.probe_sent(path, ttl, USUAL, now, model.probe_reserved(path, ttl, now, 0), now)
-        model.flow_probed(path, connection.flow, now)
-        answered = self.passes(connection, ttl)
+        form = model.probe_form(path, ttl, 0, 0)
+        model.probe_sent(path, ttl, form, now, model.probe_reserved(path, ttl, now, 0), now)
+        model.flow_probed(path, connection.flow, form, now)
+        answered = self.passes(connection, ttl) and not (self.drops and ttl >= self.firewall)
         self.rows.append((now, ttl, answered))
-        if answered and ttl <= self.hops:
-            self.after(self.rtt * ttl // (self.hops + 1), lambda: self._reply(ttl, now))
+        if answered and ttl <= self.hops and ttl < self.silent:
+            self.after(self.rtt * ttl // (self.hops + 1), lambda: self._reply(ttl, form, now))
         if ttl >= self.firewall and (self.block or self.lowers) and not self.is_down(connection, self.firewall):
             self.low[connection] = self.low.get(connection, 0) + 1
             if self.low[connection] > self.counted:
                 self.blocked[connection] = now + (self.block or 1 << 60)
 
-    def _reply(self, ttl: int, sent: int) -> None:
-        self.model.hop_replied(self.path, ttl, USUAL, sent, ttl, 0, self.now)
+    def _reply(self, ttl: int, form: int, sent: int) -> None:
+        self.model.hop_replied(self.path, ttl, form, sent, ttl, 0, self.now)
 
 
 class Connection:

@@ -42,6 +42,16 @@ FIREWALLS: dict[str, tuple[Arguments, Arguments, int]] = {
             ('lowers the TTL', dict(lowers=True), (2, 2)),
         )
     },
+    **{
+        f'upload, drops the probes, and blocks for {block:g} s at hop {hop}': (
+            dict(block=int(block * S), drops=True, firewall=hop),
+            dict(interval=interval * MS),
+            lost,
+        )
+        for hop, interval in ((1, 10), (2, 50), (3, 10))
+        for block, lost in ((0.5, 0), (3, 0), (60, 2))
+    },
+    'download, drops the probes': (dict(block=60 * S, drops=True), dict(kind='download'), 2),
     'connections are reset': (dict(block=FOR_EVER), dict(reset=True), 2),
     'one packet a second': (dict(block=FOR_EVER), dict(interval=S), 2),
     'short connections': (dict(block=FOR_EVER), dict(life=2 * S), 2),
@@ -87,6 +97,8 @@ HARMLESS: dict[str, tuple[Arguments, list[Arguments]]] = {
     ),
     'idle connections that a NAT forgets': (dict(forgets=80 * S), [dict(interval=100 * S)] * 3),
     'and that are closed': (dict(forgets=80 * S), [dict(interval=100 * S, life=90 * S)] * 3),
+    'silent routers and outages': (dict(silent=2, outages=outages(0.3, 1, every=7, count=40)), [SLOW, DOWNLOAD]),
+    'silent routers and loss': (dict(silent=2, loss=0.05), [SLOW, DOWNLOAD, dict(interval=S)]),
     '5 % loss': (dict(loss=0.05), [SLOW, DOWNLOAD]),
     '20 % loss': (dict(loss=0.2), [SLOW, DOWNLOAD, dict(interval=S)]),
 }
