@@ -229,7 +229,8 @@ COMMAND = sys.executable, str(ELFPROBE)
 def attached(host: Host, device: str = 'eth0') -> dict[str, Any]:
     """What is attached to a device of a host, whoever did that."""
     said = run('ip', '-n', host.name, '-d', '-j', 'link', 'show', device).stdout
-    link = json.loads(re.sub(r'"\w+_timer":[^,}]+', '"timer":0', said))[0]
+    # Timers, and the number of addresses that a bridge knows, change by themselves.
+    link = json.loads(re.sub(r'"(\w+_timer|fdb_n_learned)":[^,}]+', r'"\1":0', said))[0]
     shown = {
         'qdisc': ['qdisc', 'show', 'dev', device],
         'egress': ['filter', 'show', 'dev', device, 'egress'],
