@@ -250,9 +250,10 @@ struct app_name {
 
 /* State of the TCP connection of a socket; all 0 if there is none. */
 struct tcp_state {
-	__u32 srtt;    /* smoothed round-trip time, us; 0: not measured yet */
-	__u32 cwnd;    /* congestion window, segments */
-	__u32 retrans; /* segments retransmitted so far */
+	__u32 srtt;     /* smoothed round-trip time, us; 0: not measured yet */
+	__u32 cwnd;     /* congestion window, segments */
+	__u32 retrans;  /* segments retransmitted so far */
+	__u32 inflight; /* segments sent and not acknowledged, without the packet itself */
 };
 
 struct probe {
@@ -268,15 +269,21 @@ struct probe {
 	__u8 outtos;        /* DSCP and ECN */
 	__u8 form;          /* enum probe_form */
 	struct tcp_state tcp; /* of the socket that sent the packet */
+	struct in6_addr source;
 };
 
 struct reply {
 	__u64 recvtime;
 	struct in6_addr responder;
 	__u32 recvcpu;
-	__u16 inipid;
-	__u8 recvttl;
-	__u8 intos; /* DSCP and ECN of the quoted packet */
+	__u16 inipid; /* this, intos, qttl and qlen (total length) are the quoted packet's */
+	__u8 recvttl; /* this, rtos, ripid and rsize (total length) are the reply's own */
+	__u8 intos;   /* DSCP and ECN */
+	__u8 qttl;
+	__u8 rtos; /* DSCP and ECN */
+	__u16 ripid;
+	__u16 qlen;
+	__u16 rsize;
 };
 
 struct result {
@@ -2081,6 +2088,15 @@ static inline void map_v4(struct in6_addr *a, __be32 v4)
 	a->s6_addr32[3] = v4;
 }
 
+/* Return the length of the packet by its IP header. An IPv6 header can tell more than 65535 bytes, which no device
+ * here sends. */
+static inline __u16 total_len(const struct packet *pkt)
+{
+	__u32 len = pkt->ip_len + pkt->l4_len;
+
+	return len < 0xffff ? len : 0xffff;
+}
+
 static inline __u32 which_fragment(__be16 offset, __be16 more)
 {
 	return offset ? LATER_FRAGMENT : more ? FIRST_FRAGMENT : 0;
@@ -2937,6 +2953,7 @@ static inline int record_probe(const struct clone *clone, struct scratch *scratc
 	scratch->probe.outttl = scratch->reservation.ttl;
 	scratch->probe.outipid = clone->pkt.ip_id;
 	scratch->probe.outtos = clone->pkt.tos;
+	scratch->probe.source = clone->pkt.saddr;
 	scratch->probe.form = scratch->reservation.form;
 	scratch->probe.sendtime = bpf_ktime_get_ns();
 	err = in_flight.insert(&scratch->key, &scratch->probe);
@@ -3180,6 +3197,7 @@ static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	state->srtt = tp->srtt_us >> 3; /* the kernel stores eighths */
 	state->cwnd = tp->snd_cwnd;
 	state->retrans = tp->total_retrans;
+	state->inflight = tp->packets_out;
 	scratch->resent = (__s32)(bpf_ntohl(tcp->seq) - tp->snd_nxt) < 0;
 	is_early = tp->bytes_acked <= 1 && !tp->bytes_received; /* 1: the SYN */
 	progress = progress_of(skb, sk);
@@ -3510,6 +3528,11 @@ static inline enum answer receive_error(struct xdp_md *ctx, struct hdr_cursor *n
 	result->reply.inipid = quote.ip_id;
 	result->reply.recvttl = outer->ttl;
 	result->reply.intos = quote.tos;
+	result->reply.qttl = quote.ttl;
+	result->reply.qlen = total_len(&quote);
+	result->reply.rtos = outer->tos;
+	result->reply.ripid = outer->ip_id;
+	result->reply.rsize = total_len(outer);
 	result->translated = outer->version == quote.version && !is_same(&quote.saddr, &outer->daddr);
 	if (path)
 		note_reply(path, &result->probe, &result->reply.responder, outer->ttl, now);

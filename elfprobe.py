@@ -974,7 +974,7 @@ FLOW_DESTINATIONS_MAX = 16384  # destinations of processes' flows
 IN_FLIGHT_MAX = 1 << 20
 RING_HOLDS = 0.25  # s of results at the highest rate
 RING_PAGES_MIN = 64  # replies may come in bursts at any rate
-RESULT_BYTES = 128  # of struct result in the ring, at most
+RESULT_BYTES = 160  # of struct result in the ring, at most
 TRACEPOINTS = {  # program of elfprobe.c -> raw tracepoint
     "elf_exit": "sched_process_exit",
     "elf_fork": "sched_wakeup_new",
@@ -3788,8 +3788,8 @@ class ElfProbe:
                 results = Results(attached.kernel, summary)
                 if config.capture:
                     results.packets = PacketFile(
-                        config.capture, f"elfprobe {VERSION}", device.name, config.encapsulation != "ethernet",
-                        clock, results.names, attached.kernel.outstanding_names,
+                        config.capture, f"elfprobe {VERSION}", device.name, clock, results.names,
+                        attached.kernel.outstanding_names,
                     )  # fmt: skip
                     stack.callback(results.packets.close)
                 active.callback(attached.kernel.end_lease)

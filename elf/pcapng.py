@@ -42,16 +42,15 @@ PADDED = 128  # bytes of the quoted packet in front of an extension (RFC 4884)
 
 NOTE = (
     "elfprobe made these packets of what it records of its probes; it captured none. Recorded: both times; of "
-    "a probe its destination, protocol, ports, TTL or hop limit, DSCP/ECN, IP identification (IPv6: the low 16 "
+    "a probe its addresses, protocol, ports, TTL or hop limit, DSCP/ECN, IP identification (IPv6: the low 16 "
     "bits of the flow label), TCP sequence number, UDP length, checksum and 2 bytes of payload if it was "
     "trimmed to these, ICMP echo identifier and sequence number; of an answer its source, TTL or hop limit, "
-    "ICMP extension, and of the quoted packet the DSCP/ECN and identification. All else is reconstructed: this "
-    "host's address is the one that the route to the destination has; TCP's only flag is ACK, its window "
-    "65535; fields that nobody knows are 0 (TCP acknowledgement number and checksum; checksum of echo "
-    "requests; flags of IPv4; identification and DSCP/ECN of answers); there are no options of IP and TCP; a "
-    "quoted packet has TTL 1 and 8 bytes behind its IP header; lengths, and the checksums of IPv4 headers and "
-    "answers, fit this. Checksums of UDP are as a device completes them; those of guarded probes are wrong on "
-    "purpose."
+    "DSCP/ECN, identification, ICMP extension, and of the quoted packet the TTL, DSCP/ECN, identification and "
+    "length. All else is reconstructed: an answer goes to the source of the probe, and quotes it; TCP's only "
+    "flag is ACK, its window 65535; fields that nobody knows are 0 (TCP acknowledgement number and checksum; "
+    "checksum of echo requests; flags of IPv4); there are no options of IP and TCP; a quoted packet has 8 bytes "
+    "behind its IP header; other lengths, and the checksums of IPv4 headers and answers, fit this. Checksums of "
+    "UDP are as a device completes them; those of guarded probes are wrong on purpose."
 )
 
 
@@ -67,6 +66,7 @@ class Probe(NamedTuple):
     outtos: int
     payload_len: int
     compensation: int
+    source: bytes
     dest: bytes
     sport: int
     dport: int
@@ -82,6 +82,10 @@ class Reply(NamedTuple):
     recvttl: int
     inipid: int
     intos: int
+    qttl: int
+    qlen: int
+    rtos: int
+    ripid: int
 
 
 def option(code: int, value: bytes) -> bytes:
@@ -123,16 +127,11 @@ def is_v4(address: bytes) -> bool:
 
 
 @functools.lru_cache(maxsize=16384)  # as the texts of addresses
-def own_address(dest: bytes, device: str) -> bytes:
-    """Return the address that this host takes for packets to a destination, by a device if one is named.
-
-    Without a route it is the unspecified address.
-    """
+def own_address(dest: bytes) -> bytes:
+    """Return the address that this host takes for packets to a destination, without a route the unspecified one."""
     family = socket.AF_INET if is_v4(dest) else socket.AF_INET6
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as sock:
-            if device:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
             sock.connect((address_text(dest), QUOTED))  # any port: nothing is sent
             return pack_address(sock.getsockname()[0])
     except OSError:
@@ -169,18 +168,19 @@ def l4_packet(probe: Probe) -> tuple[bytes, int]:
     return packet, len(packet) + probe.payload_len
 
 
-def quote(probe: Probe, reply: Reply, source: bytes, l4: bytes, size: int) -> bytes:
-    """Return the packet that an answer quotes: its IP header, and QUOTED bytes of the so many behind it."""
-    header = ip_header(source, probe.dest, reply.intos, reply.inipid, 1, probe.protocol, size)
-    quoted = header + l4[:QUOTED]
+def quote(probe: Probe, reply: Reply, l4: bytes) -> bytes:
+    """Return the packet that an answer quotes: its IP header, and QUOTED bytes of those behind it."""
+    length = max(reply.qlen - (20 if is_v4(probe.dest) else 40), 0)
+    fields = reply.intos, reply.inipid, reply.qttl, probe.protocol, length
+    quoted = ip_header(probe.source, probe.dest, *fields) + l4[:QUOTED]
     if is_v4(reply.responder) and not is_v4(probe.dest):  # the TTL of the IPv4 header around it expired
-        outer = own_address(reply.responder, ""), V4_MAPPED + bytes(4)
-        return ip_header(*outer, 0, 0, 1, IPV6_IN_IPV4, len(header) + size) + quoted
+        outer = own_address(reply.responder), V4_MAPPED + bytes(4)
+        return ip_header(*outer, 0, 0, 1, IPV6_IN_IPV4, min(reply.qlen, 0xFFFF - 20)) + quoted
     return quoted
 
 
-def answer(reply: Reply, source: bytes, quoted: bytes, extension: bytes) -> bytes:
-    """Return the answer, a time exceeded. source is the address to which it is sent."""
+def answer(reply: Reply, dest: bytes, quoted: bytes, extension: bytes) -> bytes:
+    """Return the answer, a time exceeded, to an address."""
     length = 0
     if extension:
         quoted, length = quoted.ljust(PADDED, b"\0"), PADDED
@@ -188,23 +188,16 @@ def answer(reply: Reply, source: bytes, quoted: bytes, extension: bytes) -> byte
     lengths = (0, length // 4) if protocol == ICMP else (length // 8, 0)
     rest = struct.pack("!BBH", *lengths, 0) + quoted + extension
     kind = struct.pack("!BB", TIME_EXCEEDED[protocol], 0)
-    pseudo = b"" if protocol == ICMP else reply.responder + source + struct.pack("!II", 4 + len(rest), protocol)
+    pseudo = b"" if protocol == ICMP else reply.responder + dest + struct.pack("!II", 4 + len(rest), protocol)
     packet = kind + checksum(pseudo + kind + bytes(2) + rest) + rest
-    return ip_header(reply.responder, source, 0, 0, reply.recvttl, protocol, len(packet)) + packet
+    return ip_header(reply.responder, dest, reply.rtos, reply.ripid, reply.recvttl, protocol, len(packet)) + packet
 
 
 class PacketFile:
     """A pcapng file. It gets its name by publish(), as all files of a run do."""
 
     def __init__(
-        self,
-        path: str,
-        program: str,
-        device: str,
-        is_encapsulated: bool,
-        clock: Clock,
-        answered: Sequence[str],
-        unanswered: Sequence[str],
+        self, path: str, program: str, device: str, clock: Clock, answered: Sequence[str], unanswered: Sequence[str]
     ) -> None:
         """answered and unanswered are the names of the values that add_answered() and add_unanswered() take.
 
@@ -212,7 +205,6 @@ class PacketFile:
         """
         if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
             raise Failure(f"argument -w/--write: '{path}' is there, and no regular file")
-        self._bound_to = "" if is_encapsulated else device  # the routes of encapsulated packets are other devices'
         self._clock = clock
         self._probe_of_answered = operator.itemgetter(*map(answered.index, Probe._fields))
         self._reply = operator.itemgetter(*map(answered.index, Reply._fields))
@@ -240,9 +232,9 @@ class PacketFile:
         """Add a probe and its answer, with its ICMP extension (RFC 4884) if it has one."""
         probe, reply = Probe(*self._probe_of_answered(values)), Reply(*self._reply(values))
         hop = f"hop {probe.outttl}, latency {(reply.recvtime - probe.sendtime) / 1e6:.6f} ms"
-        source, l4, size = self._add(probe, f"{hop}: answered in frame {self._packets + 2}")
-        own = source if is_v4(source) == is_v4(reply.responder) else own_address(reply.responder, "")
-        packet = answer(reply, own, quote(probe, reply, source, l4, size), extension)
+        l4 = self._add(probe, f"{hop}: answered in frame {self._packets + 2}")
+        own = probe.source if is_v4(probe.source) == is_v4(reply.responder) else own_address(reply.responder)
+        packet = answer(reply, own, quote(probe, reply, l4), extension)
         self._append(reply.recvtime, packet, len(packet), INBOUND, f"{hop}: answers frame {self._packets}")
 
     def add_unanswered(self, values: Sequence[Any]) -> None:
@@ -250,16 +242,16 @@ class PacketFile:
         probe = Probe(*self._probe_of_unanswered(values))
         self._add(probe, f"hop {probe.outttl}, no answer")
 
-    def _add(self, probe: Probe, text: str) -> tuple[bytes, bytes, int]:
-        """Add a probe. Return its source, what is behind its IP header, and how many bytes that was."""
-        source = own_address(probe.dest, self._bound_to)
+    def _add(self, probe: Probe, text: str) -> bytes:
+        """Add a probe. Return what is recorded of it behind its IP header."""
         l4, size = l4_packet(probe)
-        header = ip_header(source, probe.dest, probe.outtos, probe.outipid, probe.outttl, probe.protocol, size)
+        fields = probe.outtos, probe.outipid, probe.outttl, probe.protocol, size
+        header = ip_header(probe.source, probe.dest, *fields)
         row = f"row: seq {probe.seq}, sendtime {probe.sendtime}"
         if probe.pid:
             row += f", app {printable(probe.app.split(bytes(1))[0].decode(errors='replace'))}, pid {probe.pid}"
         self._append(probe.sendtime, header + l4, len(header) + size, OUTBOUND, f"{text}; {row}")
-        return source, l4, size
+        return l4
 
     def _append(self, time: int, packet: bytes, size: int, direction: int, text: str) -> None:
         self._packets += 1

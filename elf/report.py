@@ -98,7 +98,7 @@ class Report:
             self._processes.met(flow.pid, app)
         hops = sorted(flow.hops.items())
         return {
-            "source": None,
+            "source": flow.source or None,
             "sport": sport,
             "dport": dport,
             "protocol": protocol,

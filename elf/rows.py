@@ -56,6 +56,13 @@ COLUMNS = (
     Column("intos", "intos", "None"),
     Column("mpls", "mpls", "None"),
     Column("ifinfo", "ifinfo and csv_field(ifinfo)", "None"),
+    Column("source", "address_text(source)", "address_text(source)"),
+    Column("inflight", "inflight if cwnd else None", "inflight if cwnd else None"),
+    Column("qttl", "qttl", "None"),
+    Column("qlen", "qlen", "None"),
+    Column("rsize", "rsize", "None"),
+    Column("rtos", "rtos", "None"),
+    Column("ripid", "ripid", "None"),
 )
 NAMES = tuple(column.name for column in COLUMNS)
 HEADER = ",".join(NAMES) + "\n"
@@ -87,6 +94,7 @@ class Record(NamedTuple):
     translated: int = 0
     app: str = ""  # as in the CSV: text_of_field() tells the name
     pid: int | None = None
+    source: str = ""
 
 
 def csv_field(text: str) -> str:

@@ -51,11 +51,12 @@ class FlowHop:
 class Flow:
     """What the probes of a flow showed."""
 
-    __slots__ = ("app", "pid", "hops", "retrans", "last_sent", "sequence")
+    __slots__ = ("app", "pid", "source", "hops", "retrans", "last_sent", "sequence")
 
-    def __init__(self, app: str, pid: int | None, retrans: int) -> None:
+    def __init__(self, app: str, pid: int | None, source: str, retrans: int) -> None:
         self.app = app
         self.pid = pid
+        self.source = source  # address; empty if it is not known
         self.hops: dict[int, FlowHop] = {}
         self.retrans = retrans  # segments, the highest count so far
         self.sequence = 0  # TCP sequence number of the newest packet that was cloned
@@ -113,7 +114,7 @@ class Summary:
         # Unpack all at once: each attribute of a NamedTuple takes as long as a look-up in a dict.
         (
             dest, sport, dport, protocol, number, sendtime, latency, responder, srtt, cwnd, retrans, _, _,
-            origseq, _, _, _,
+            origseq, _, _, _, _,
         ) = probe  # fmt: skip
         destination = self._destinations.get(dest) or self._new_destination(dest)
         hop = destination.hops.get(number) or self._new_hop(destination, number)
@@ -214,7 +215,7 @@ class Summary:
         retrans = probe.retrans or 0
         if not self._flows_are_forgotten:
             destination.retransmitted_before += retrans
-        flow = self._flows[key] = Flow(probe.app, probe.pid, retrans)
+        flow = self._flows[key] = Flow(probe.app, probe.pid, probe.source, retrans)
         return flow
 
     def _new_flow_hop(self, flow: Flow, number: int) -> FlowHop:

@@ -447,7 +447,7 @@ def time_exceeded(way: Way, packet: bytes, hop: int) -> bytes:
             0x45 + len(way.header) // 4,
             0xC0,
             20 + len(way.header) + len(message),
-            0,
+            0x5EED,
             0,
             ttl,
             protocol,
@@ -456,7 +456,7 @@ def time_exceeded(way: Way, packet: bytes, hop: int) -> bytes:
         return replaced(header + source + dest + way.header + message, 0, header[:1])
     own = bytes([protocol]) + way.header if way.header else b''
     return (
-        struct.pack('!IHBB', 6 << 28, len(own) + len(message), HOP_BY_HOP if own else protocol, ttl)
+        struct.pack('!IHBB', 0x6C0A5EED, len(own) + len(message), HOP_BY_HOP if own else protocol, ttl)
         + source
         + dest
         + own

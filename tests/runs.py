@@ -149,7 +149,7 @@ Flow = Tuple[str, int, int, int]  # dest, sport, dport, protocol
 
 
 class Row(NamedTuple):
-    """A row of the CSV: its first fifteen columns, which are always there."""
+    """A row of the CSV: its first fifteen columns, which are always there, and those of headers behind them."""
 
     recvcpu: int
     seq: int
@@ -166,6 +166,12 @@ class Row(NamedTuple):
     protocol: int
     outipid: int
     inipid: int
+    source: str
+    qttl: int | None
+    qlen: int | None
+    rsize: int | None
+    rtos: int | None
+    ripid: int | None
 
     @property
     def is_answered(self) -> bool:
@@ -340,17 +346,11 @@ def read_rows(path: Path) -> list[Row]:
     """The whole lines of a CSV file, which may be growing."""
     text = path.read_text(encoding='utf-8')
     header, *lines = csv.reader(text[: text.rfind('\n') + 1].splitlines())
-    columns = Row._fields
-    if tuple(header[: len(columns)]) != columns:
+    if tuple(header[:15]) != Row._fields[:15]:
         raise ValueError(f'{path}: header {header}')
-    strings = 'dest', 'responder'
+    columns = [(header.index(name), name in ('dest', 'responder', 'source')) for name in Row._fields]
     return [
-        Row(
-            *(
-                value if column in strings else int(value)  # type: ignore[arg-type]
-                for column, value in zip(columns, line)
-            )
-        )
+        Row._make(line[at] if is_text else int(line[at]) if line[at] else None for at, is_text in columns)
         for line in lines
     ]
 
@@ -367,6 +367,7 @@ class Packet(NamedTuple):
     ip_id: int  # IPv6: low 16 bits of the flow label, as in the rows
     label: int  # IPv6's flow label
     protocol: int
+    length: int  # as the IP header tells it
     header: bytes  # of IP
     segment: bytes  # what follows it
 
@@ -448,10 +449,10 @@ def parse_packet(data: bytes, at: int = 0) -> Packet:
         first, length, protocol, ttl = struct.unpack_from('!IHBB', data)
         tos, label, offset, family = first >> 20 & 0xFF, first & 0xFFFFF, 40, socket.AF_INET6
         ip_id, addresses = label & 0xFFFF, (data[8:24], data[24:40])
-        length += offset
+        length += offset  # with the header, as IPv4 counts
     source, dest = (socket.inet_ntop(family, address) for address in addresses)
     return Packet(
-        at, data[0] >> 4, source, dest, ttl, tos, ip_id, label, protocol, data[:offset], data[offset:length]
+        at, data[0] >> 4, source, dest, ttl, tos, ip_id, label, protocol, length, data[:offset], data[offset:length]
     )
 
 

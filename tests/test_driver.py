@@ -784,18 +784,22 @@ PROBE: dict[str, Any] = dict(
     srtt=1500,
     cwnd=10,
     retrans=0,
+    inflight=3,
+    source=pack_address('192.0.2.77'),
 )
 KEY: dict[str, Any] = dict(
     dest=pack_address('198.51.100.9'), sport=socket.htons(40112), dport=socket.htons(443), ident=99, protocol=6
 )
 REPLY: dict[str, Any] = dict(
-    recvcpu=5, recvtime=1000000250001, responder=pack_address('192.0.2.1'), recvttl=62, inipid=0, intos=0
-)
+    recvcpu=5, recvtime=1000000250001, responder=pack_address('192.0.2.1'), recvttl=62, inipid=0, intos=0, qttl=1,
+    qlen=52, rsize=80, rtos=192, ripid=0
+)  # fmt: skip
 VERSION_6: dict[str, Any] = dict(
     app=bytes(16),
     pid=0,
     dest=pack_address('2001:db8::9'),
     responder=pack_address('2001:db8:1::1'),
+    source=pack_address('2001:db8::77'),
     protocol=17,
     cwnd=0,
 )
@@ -803,20 +807,22 @@ ROWS = {
     'answered': (
         {**PROBE, **REPLY, **KEY},
         '5,7,4294967295,250000,1000000000001,1000000250001,198.51.100.9,192.0.2.1,3,62,40112,443,6,65535,0,tool,77'
-        ',1500,10,0,72,0,,\n',
+        ',1500,10,0,72,0,,,192.0.2.77,3,1,52,80,192,0\n',
     ),
     'answered, IPv6': (
         {**PROBE, **REPLY, **KEY, **VERSION_6},
         '5,7,4294967295,250000,1000000000001,1000000250001,2001:db8::9,2001:db8:1::1,3,62,40112,443,17,65535,0,,'
-        ',,,,72,0,,\n',
+        ',,,,72,0,,,2001:db8::77,,1,52,80,192,0\n',
     ),
     'unanswered': (
         {**PROBE, **KEY},
-        '0,7,4294967295,-1,1000000000001,-1,198.51.100.9,,3,-1,40112,443,6,65535,-1,tool,77,1500,10,0,72,,,\n',
+        '0,7,4294967295,-1,1000000000001,-1,198.51.100.9,,3,-1,40112,443,6,65535,-1,tool,77,1500,10,0,72,,,'
+        ',192.0.2.77,3,,,,,\n',
     ),
     'unanswered, IPv6': (
         {**KEY, **PROBE, 'dest': VERSION_6['dest'], 'srtt': 0},
-        '0,7,4294967295,-1,1000000000001,-1,2001:db8::9,,3,-1,40112,443,6,65535,-1,tool,77,,10,0,72,,,\n',
+        '0,7,4294967295,-1,1000000000001,-1,2001:db8::9,,3,-1,40112,443,6,65535,-1,tool,77,,10,0,72,,,'
+        ',192.0.2.77,3,,,,,\n',
     ),
 }
 
@@ -832,7 +838,7 @@ def test_rows(values: dict[str, Any], row: str) -> None:
 def test_row_with_an_extension() -> None:
     values = {**PROBE, **REPLY, **KEY}
     row, _ = row_function(list(values))(tuple(values.values()), '16/0/1/1', 'role=incoming;name=a,b')
-    assert row.endswith(',72,0,16/0/1/1,"role=incoming;name=a,b"\n')
+    assert ',72,0,16/0/1/1,"role=incoming;name=a,b",192.0.2.77,' in row
 
 
 RECORD = dict(
@@ -852,6 +858,7 @@ RECORD = dict(
     app='tool',
     pid=77,
     origseq=4294967295,
+    source='192.0.2.77',
 )
 
 
@@ -890,7 +897,8 @@ def test_columns() -> None:
         'outipid',
         'inipid',
     ]
-    assert names[15:] == ['app', 'pid', 'srtt', 'cwnd', 'retrans', 'outtos', 'intos', 'mpls', 'ifinfo']
+    assert names[15:24] == ['app', 'pid', 'srtt', 'cwnd', 'retrans', 'outtos', 'intos', 'mpls', 'ifinfo']
+    assert names[24:] == ['source', 'inflight', 'qttl', 'qlen', 'rsize', 'rtos', 'ripid']
 
 
 def extension(*objects: tuple[int, int, bytes], version: int = 2, checksum: int | None = None) -> bytes:

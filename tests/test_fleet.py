@@ -288,7 +288,7 @@ def answer_of_sqlite(folders: dict[str, Path]) -> list[tuple[Any, ...]]:
     for number, (host, folder) in enumerate(folders.items()):
         with open(folder / 'elf.csv', newline='') as file:
             names, *rows = csv.reader(file)
-        numbers = {'dest': str, 'responder': str, 'app': str, 'mpls': str, 'ifinfo': str}
+        numbers = {'dest': str, 'responder': str, 'app': str, 'mpls': str, 'ifinfo': str, 'source': str}
         if not number:
             database.execute(f'CREATE TABLE probes (host, {", ".join(names)})')
         database.executemany(

@@ -1022,6 +1022,8 @@ def test_rows_of_unanswered_probes(load: Load, version: int, protocol: str) -> N
         '',
         '',
         '',
+        '::',  # not set
+        *[''] * 6,
     ]
     assert programs.expired(5000) == [dict(zip(NAMES, map(str, wanted)))]
     assert programs.in_flight() == [new]

@@ -279,7 +279,9 @@ def test_rows_name_the_right_hop(lab4, measured, version, protocol):
         assert row.inipid == row.outipid
         assert row.recvcpu in range(os.cpu_count())
     nothing = dict(recvcpu=0, latency=-1, recvtime=-1, responder='', recvttl=-1, inipid=-1)
+    nothing.update(dict.fromkeys(['qttl', 'qlen', 'rsize', 'rtos', 'ripid']))
     assert all(row.is_answered or row == row._replace(**nothing) for row in rows)
+    assert {row.source for row in rows} == {lab4.client_address(version)}
 
 
 @CELLS
@@ -297,7 +299,10 @@ def test_rows_agree_with_the_packets(measured, version, protocol):
     delays = []
     for row, probe in answered:
         (reply,) = quoting[probe.identity]
-        assert (row.responder, row.recvttl, row.inipid) == (reply.source, reply.ttl, reply.quote.ip_id)
+        quote = reply.quote
+        assert (row.responder, row.recvttl, row.rsize, row.rtos, row.ripid, row.inipid, row.qttl, row.qlen) == (
+            reply.source, reply.ttl, reply.length, reply.tos, reply.ip_id, quote.ip_id, quote.ttl, quote.length
+        )  # fmt: skip
         delays.append(row.recvtime + measured.offset - reply.time)
     check_delays(delays, CLOCKS_AGREE, CLOCKS_AGREE)
 
@@ -566,6 +571,7 @@ def test_what_the_network_changes(lab4, tmp_path):
     with open(tmp_path / 'elf.csv', newline='') as file:
         rows = [row for row in csv.DictReader(file) if row['recvtime'] != '-1']
     assert {row['outtos'] for row in rows} == {str(TOS)}
+    assert {row['source'] for row in rows} == {client, lab4.client_address(6)}
     assert {(int(row['outttl']) > 2, row['intos']) for row in rows} == {(False, str(TOS)), (True, '0')}
     for version, server in servers.items():
         where = rf'before hop 3 \({re.escape(lab4.hop(version, 3))}\)'

@@ -332,7 +332,7 @@ def test_incomplete_last_line(cut: int, csv: Path) -> None:
     assert [row.outttl for row in rows_of(csv)] == [1]
 
 
-@pytest.mark.parametrize('columns', [FIRST, (*FIRST, 'app', 'pid'), (*COLUMNS, 'more')])
+@pytest.mark.parametrize('columns', [FIRST, (*FIRST, 'app', 'pid'), COLUMNS[:24], (*COLUMNS, 'more')])
 def test_columns_of_other_versions(columns: tuple[str, ...], csv: Path) -> None:
     rows = [dict(row, more='x', srtt=100, retrans=0) for row in regular()]
     csv.write_text(text_of(rows, columns))
@@ -639,9 +639,8 @@ def odd_rows(csv: Path) -> Path:
         row(0.1 * i, 1, None if i % 4 == 0 else 2, app='NA', pid='', inipid=-1 if i % 4 == 0 else 7)
         for i in range(20)
     ]
-    rows += [
-        row(0.1 * i, 2, 3, app='a "b", c', srtt=900, cwnd=10, retrans=0, ifinfo='role=incoming') for i in range(20)
-    ]
+    tcp = dict(srtt=900, cwnd=10, retrans=0, inflight=3)
+    rows += [row(0.1 * i, 2, 3, app='a "b", c', **tcp, ifinfo='role=incoming', qttl=1) for i in range(20)]
     path = csv.with_name('elf.csv')
     text = text_of(rows).replace('a "b", c', '"a ""b"", c"')
     path.write_text(text)
@@ -664,6 +663,7 @@ def test_reading_with_pandas(csv: Path) -> None:
 CHECK_PANDAS = """
 assert rows.latency.isna().sum() == rows.recvtime.isna().sum() == rows.inipid.isna().sum() == 5
 assert rows.pid.isna().sum() == rows.srtt.isna().sum() == 20 and rows.retrans.sum() == 0
+assert rows.inflight.sum() == 60 and rows.qttl.sum() == 20 and str(rows.qlen.dtype) == 'Int64'
 assert rows.latency.sum() == 15 * 2000000 + 20 * 3000000 and str(rows.latency.dtype) == 'Int64'
 assert list(rows.app.unique()) == ['NA', 'a "b", c']
 """

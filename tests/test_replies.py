@@ -383,6 +383,8 @@ def assert_right(one: Observed) -> None:
     if way.source is own_address:
         assert row.responder == hop_address(reply.version, row.outttl)
     assert row.latency == row.recvtime - row.sendtime > way.delay * 1e9
+    assert (row.source, row.qttl, row.qlen) == (answer.probe.source, quote.ttl, quote.length)
+    assert (row.rsize, row.rtos, row.ripid) == (reply.length, reply.tos, reply.ip_id)
     expected = dict(outtos=answer.probe.tos, intos=quote.tos, mpls=way.mpls, ifinfo=way.ifinfo)
     for name, value in expected.items():
         assert value is None or column(columns, name) in (None, str(value)), name

@@ -139,8 +139,9 @@ def test_report_on_nothing() -> None:
 def test_report_on_flows() -> None:
     """Each probe is counted once by hop and once by flow and hop; findings are data."""
     tcp: dict[str, Any] = dict(
-        protocol=TCP, app='"a ""b"", c"', pid=2**22 + 1, srtt=900, cwnd=10, outtos=0, intos=0
-    )
+        protocol=TCP, app='"a ""b"", c"', pid=2**22 + 1, srtt=900, cwnd=10, outtos=0, intos=0,
+        source='192.0.2.77'
+    )  # fmt: skip
 
     def probe(sent: int, sport: int, hop: int, latency: int, **more: Any) -> Record:
         responder = f'192.0.2.{hop}' if latency >= 0 else ''
@@ -160,6 +161,7 @@ def test_report_on_flows() -> None:
     assert (destination['tcp']['retransmitted'], destination['tcp']['retransmitted_before']) == (49, 3)
     first, second = destination['flows']
     assert (first['app'], first['pid'], first['sport'], first['probes']) == ('a "b", c', 2**22 + 1, 1, 50)
+    assert first['source'] == '192.0.2.77'
     assert first['hops'] == [
         dict(
             hop=1,

@@ -542,6 +542,12 @@ def tcp_info(connection: socket.socket) -> tuple[int, int, int]:
     return rtt, cwnd, retrans
 
 
+def unacknowledged(connection: socket.socket) -> int:
+    """Segments sent and not acknowledged (tcpi_unacked)."""
+    number: int = struct.unpack_from('=I', connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 24)[0]
+    return number
+
+
 def csv_rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline='') as file:
         return list(csv.DictReader(file))
@@ -550,11 +556,29 @@ def csv_rows(path: Path) -> list[dict[str, str]]:
 @root
 @pytest.mark.parametrize('version', VERSIONS)
 def test_tcp_state_beside_each_probe(lab4, tmp_path, version):
-    """What the kernel itself says of the socket, before and after; nothing for UDP."""
+    """What the kernel itself says of the socket, before and after; nothing for UDP.
+
+    Then no acknowledgement comes back, and each segment of 100 bytes leaves with one more in front of it.
+    """
+    deaf = 'chain forward { type filter hook forward priority 0; tcp sport 7 drop; }'
     loss = 'chain forward { type filter hook forward priority 0; tcp dport 7 numgen random mod 30 < 1 drop; }'
     server = lab4.server_address(version)
     with probing(lab4, '-p0', server, cwd=tmp_path) as run, tcp_stream(lab4, version) as sender:
         before = tcp_info(sender)
+        sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sender.send(bytes(100))
+        wait_until(lambda: not unacknowledged(sender), 10, 'the peer has acknowledged it')
+        with nft_table(lab4.routers[1], deaf):
+            begun = time.monotonic_ns()
+            for _ in range(8):
+                sender.send(bytes(100))
+            wait_until(
+                lambda: any(int(row['inflight'] or 0) == 7 for row in csv_rows(tmp_path / 'elf.csv')),
+                10,
+                'rows of segments that nobody acknowledges',
+            )
+        wait_until(lambda: not unacknowledged(sender), 10, 'the peer has acknowledged all')
+        heard = time.monotonic_ns()
         with nft_table(lab4.routers[1], loss):
             wait_until(lambda: sender.send(bytes(20000)) and tcp_info(sender)[2] > 5, 20, 'segments are lost')
         last = tcp_info(sender)[2] - 1
@@ -571,9 +595,15 @@ def test_tcp_state_beside_each_probe(lab4, tmp_path, version):
         assert run.stop() == 0
         after = tcp_info(sender)
     rows = csv_rows(tmp_path / 'elf.csv')
-    assert [(row['srtt'], row['cwnd'], row['retrans']) for row in rows if row['protocol'] == str(UDP)] == [
-        ('', '', '')
-    ]
+    columns = 'srtt', 'cwnd', 'retrans', 'inflight'
+    assert [[row[name] for name in columns] for row in rows if row['protocol'] == str(UDP)] == [[''] * 4]
+    waiting = {
+        int(row['origseq']): int(row['inflight'])
+        for row in rows
+        if row['protocol'] == str(TCP) and begun < int(row['sendtime']) < heard
+    }
+    zero = min(waiting)
+    assert len(waiting) > 3 and all(inflight == (seq - zero) // 100 for seq, inflight in waiting.items())
     tcp = [row for row in rows if row['protocol'] == str(TCP)]
     retrans = [int(row['retrans']) for row in sorted(tcp, key=lambda row: int(row['sendtime']))]
     assert retrans == sorted(retrans)
