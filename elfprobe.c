@@ -240,8 +240,8 @@ struct icmphdr {
 struct probe_key {
 	struct in6_addr dest;
 	__be16 sport, dport; /* ICMP: echo identifier, 0 */
-	__u32 ident;         /* TCP: sequence number. ICMP: echo sequence. UDP: length << 16 | checksum */
 	__u32 protocol;
+	__u32 ident; /* TCP: sequence number. ICMP: echo sequence. UDP: length << 16 | checksum */
 };
 
 struct app_name {
@@ -256,41 +256,44 @@ struct tcp_state {
 	__u32 inflight; /* segments sent and not acknowledged, without the packet itself */
 };
 
+/* In a struct result, the fields that mostly are the same for each probe of a flow to a hop are next to each other,
+ * from outttl to qttl and from translated to protocol: user space makes rows faster then. See SHARED in elf/rows.py. */
 struct probe {
 	__u64 sendtime; /* CLOCK_MONOTONIC, ns, as all times in this file */
 	__u32 seq;
 	__u32 origseq;
-	__u32 pid; /* of the socket's owner; 0: not known */
-	__u16 outipid;
-	__u8 outttl;
-	__u8 payload_len; /* payload bytes of a trimmed UDP or ICMP probe; else 0 */
-	struct app_name app;
-	__u16 compensation; /* trimmed UDP: payload word that makes the checksum right, in network order; else 0 */
-	__u8 outtos;        /* DSCP and ECN */
-	__u8 form;          /* enum probe_form */
 	struct tcp_state tcp; /* of the socket that sent the packet */
+	__u32 unused;
+	__u16 outipid;
+	__u16 compensation; /* trimmed UDP: payload word that makes the checksum right, in network order; else 0 */
+	__u8 payload_len;   /* payload bytes of a trimmed UDP or ICMP probe; else 0 */
+	__u8 form;          /* enum probe_form */
+	__u8 outttl;
+	__u8 outtos; /* DSCP and ECN */
+	__u32 pid;   /* of the socket's owner; 0: not known */
+	struct app_name app;
 	struct in6_addr source;
 };
 
 struct reply {
-	__u64 recvtime;
 	struct in6_addr responder;
-	__u32 recvcpu;
-	__u16 inipid; /* this, intos, qttl and qlen (total length) are the quoted packet's */
-	__u8 recvttl; /* this, rtos, ripid and rsize (total length) are the reply's own */
-	__u8 intos;   /* DSCP and ECN */
+	__u8 recvttl; /* this, rtos, rsize (total length) and ripid are the reply's own */
+	__u8 rtos;    /* DSCP and ECN */
+	__u8 intos;   /* DSCP and ECN; this, qttl, qlen (total length) and inipid are the quoted packet's */
 	__u8 qttl;
-	__u8 rtos; /* DSCP and ECN */
-	__u16 ripid;
 	__u16 qlen;
 	__u16 rsize;
+	__u16 inipid;
+	__u16 ripid;
+	__u32 recvcpu;
+	__u64 recvtime;
 };
 
 struct result {
 	struct probe probe;
 	struct reply reply;
-	struct probe_key key;
 	__u32 translated; /* the source of the quoted packet is not the address to which the reply was sent */
+	struct probe_key key;
 };
 
 /* A result with the ICMP extension (RFC 4884) that follows the quoted packet. The extension begins with its header

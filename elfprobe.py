@@ -54,6 +54,7 @@ import queue
 import re
 import resource
 import secrets
+import select
 import shlex
 import signal
 import socket
@@ -111,7 +112,8 @@ from elf.reasons import (
     reasons_in_short,
 )
 from elf.report import Report
-from elf.rows import row_function
+from elf.ring import HEADER, Events, Ring, framed, framed_size
+from elf.rows import Record, RowMaker
 from elf.service import ServiceManager
 from elf.summary import Summary
 from elf.usage import (
@@ -477,8 +479,8 @@ BPF_STATS_RUN_TIME = 0  # enum bpf_stats_type
 BTF_KIND_STRUCT = 4  # linux/btf.h
 BPF_SYSCALL = {"x86_64": 321, "ppc64": 361, "ppc64le": 361, "s390x": 351}  # asm/unistd.h
 BPF_SYSCALL_ELSEWHERE = 280  # asm-generic/unistd.h
-RING_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)  # as BCC has them
-PERF_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.py_object, ctypes.c_void_p, ctypes.c_int)
+EPOLL_EVENT_BYTES = 16  # sys/epoll.h, at most
+PERF_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.py_object, ctypes.c_void_p, ctypes.c_int)  # as BCC has them
 LOST_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.py_object, ctypes.c_ulonglong)
 
 
@@ -966,7 +968,6 @@ PARAMETERS = "INTERVAL_NS", "MAX_RATE", "WAKE_EVERY"  # by their numbers in elfp
 PER_CPU_MAPS = 5, 6, 10, 21  # enum bpf_map_type, linux/bpf.h: hash, array, lru_hash, cgroup_storage
 BPF_MAP_TYPE_QUEUE, BPF_MAP_TYPE_STACK = 22, 23
 BATCH = 4096  # entries of a map that are read at once
-EVENTS_AT_ONCE = 1 << 15  # libbpf goes on for as long as more events come than are handled
 EVENT_PERF_PAGES = 64  # of each CPU's perf buffer, if there are no ring buffers
 PARTIAL_CHECKSUMS_MAX = 1 << 16  # probes with a partial checksum: 1.3 s of them at 50,000 a second
 FLOW_DESTINATIONS_MAX = 16384  # destinations of processes' flows
@@ -1534,11 +1535,11 @@ class Kernel:
         self._specs: dict[str, MapSpec] = {}
         self._maps: dict[str, Map] = {}
         self.tracepoint_fds: dict[str, int] = {}
-        self._ring: Any = None  # libbpf's ring buffers
+        self._rings: list[tuple[Ring, Callable[[Events], None]]] = []
+        self._epoll = select.epoll()
         self._readers: list[int] = []  # BCC's perf buffers
         self._callbacks: list[Any] = []  # as long as the library may call them
         self._events_failed = 0
-        self._events_left = 0  # that the call of libbpf which runs may still handle
         flags = [f"-D{name}={value}" for name, value in build_flags(config, build, platform).items()]
         flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"] if with_warnings else ["-w"]
         text = program_text(config.hooks)
@@ -1555,9 +1556,9 @@ class Kernel:
         schedules.put(0, schedules.new(salt=config.salt))
         self._in_flight = self.map("in_flight")
         probe, key = Layout(self._in_flight.value_type), Layout(self._in_flight.key_type)
-        self._outstanding = struct.Struct(probe.format + key.format[1:])
-        self.outstanding_names = probe.names + key.names  # of the values that take_expired() returns
-        self._sendtime = self.outstanding_names.index("sendtime")
+        # Format and names of what take_expired() yields.
+        self.outstanding = probe.format + key.format[1:], probe.names + key.names
+        self._sendtime: int = self._in_flight.value_type.sendtime.offset
         self.oldest_in_flight = 0  # CLOCK_MONOTONIC, ns
 
     def _load_all(self, config: Config, build: Build, text: str, flags: list[str]) -> None:
@@ -1617,11 +1618,12 @@ class Kernel:
 
     def close(self) -> None:
         """Close everything, once."""
-        if self._ring:
-            bcc.lib.bpf_free_ringbuf(self._ring)
+        for ring, _ in self._rings:
+            ring.close()
         for reader in self._readers:
             bcc.lib.perf_reader_free(reader)
-        self._ring, self._readers = None, []
+        self._rings, self._readers = [], []
+        self._epoll.close()
         self._close_files()
 
     # Programs
@@ -1704,8 +1706,8 @@ class Kernel:
         """Set the time when the device's link came up (CLOCK_MONOTONIC, ns). A future time says that it is down."""
         self.map("link_up_since").put(0, when)
 
-    def take_expired(self, sent_before: int) -> Iterator[list[tuple[Any, ...]]]:
-        """Remove the probes in flight that left before a time (CLOCK_MONOTONIC, ns). Yield their values.
+    def take_expired(self, sent_before: int) -> Iterator[list[bytes]]:
+        """Remove the probes in flight that left before a time (CLOCK_MONOTONIC, ns). Yield each, and its key.
 
         It yields, perhaps an empty list, after each BATCH of probes that it has looked at: there may be so many
         that the caller has to do something else meanwhile. At the end, oldest_in_flight is when the oldest of the
@@ -1715,12 +1717,12 @@ class Kernel:
         for batch in self._in_flight.raw_batches():
             found = []
             for key, probe in batch:
-                values = self._outstanding.unpack(probe + key)
-                if values[self._sendtime] >= sent_before:
-                    oldest = min(oldest, values[self._sendtime])
+                (sendtime,) = struct.unpack_from("=Q", probe, self._sendtime)
+                if sendtime >= sent_before:
+                    oldest = min(oldest, sendtime)
                 # If the probe cannot be removed, its reply has come meanwhile: whoever removes a probe owns it.
                 elif self._in_flight.remove(key):
-                    found.append(values)
+                    found.append(probe + key)
             yield found
         self.oldest_in_flight = oldest
 
@@ -1750,36 +1752,30 @@ class Kernel:
 
     # Events
 
-    def on_event(self, name: str, take: Callable[[bytes], object], pages: int = EVENT_PERF_PAGES) -> None:
-        """Call a function with each event of a ring buffer, inside take_events() and wait_for_events().
+    def on_events(self, name: str, take: Callable[[Events], object], pages: int = EVENT_PERF_PAGES) -> None:
+        """Call a function with the events of a ring buffer, inside take_events() and wait_for_events().
 
-        Without ring buffers it is a perf buffer with so many pages for each CPU. Padding may follow its events.
+        Without ring buffers it is a perf buffer with so many pages for each CPU.
         """
-        read = ctypes.string_at
 
-        def receive(_context: Any, data: int, size: int) -> int:
+        def receive(events: Events) -> None:
             try:
-                take(read(data, size))
-            except Exception:  # which ctypes would print, and ignore
-                self._events_failed += 1
+                take(events)
+            except Exception:
+                self._events_failed += len(events)
                 self.defects.note(f"an event of {name} could not be handled")
-            self._events_left -= 1
-            return 0 if self._events_left > 0 else -1  # -1 ends the call of libbpf
 
-        fd, lib = self._map_fds[name], bcc.lib
-        if not self.platform.has_ring_buffer:
-            self._open_perf_buffers(fd, receive, pages)
-            return
-        function = RING_CALLBACK(receive)
-        self._callbacks.append(function)
-        if self._ring:
-            bpf_call("bpf_add_ringbuf", self._ring, fd, function, None)
+        if self.platform.has_ring_buffer:
+            ring = Ring(self._map_fds[name], self._specs[name].max_entries)
+            self._rings.append((ring, receive))
+            self._epoll.register(ring.fd, select.EPOLLIN)
         else:
-            self._ring = ctypes.c_void_p(lib.bpf_new_ringbuf(fd, function, None))
+            self._open_perf_buffers(name, receive, pages)
 
-    def _open_perf_buffers(self, fd: int, receive: Callable[[Any, int, int], object], pages: int) -> None:
+    def _open_perf_buffers(self, name: str, receive: Callable[[Events], None], pages: int) -> None:
         """Open the perf buffers of all CPUs that are online."""
-        function = PERF_CALLBACK(receive)
+        read = ctypes.string_at
+        function = PERF_CALLBACK(lambda _, data, size: receive(Events.of_perf_buffer(read(data, size))))
         self._callbacks.append(function)
         for cpu in bcc.utils.get_online_cpus():
             reader = bcc.lib.bpf_open_perf_buffer(function, LOST_CALLBACK(), None, -1, cpu, pages)
@@ -1787,7 +1783,7 @@ class Kernel:
                 raise Failure(f"the kernel opens no perf buffer: {os.strerror(ctypes.get_errno())}")
             self._readers.append(reader)
             index, target = ctypes.c_int(cpu), ctypes.c_int(bcc.lib.perf_reader_fd(reader))
-            bpf_call("bpf_update_elem", fd, ctypes.byref(index), ctypes.byref(target), 0)
+            bpf_call("bpf_update_elem", self._map_fds[name], ctypes.byref(index), ctypes.byref(target), 0)
 
     def _poll_perf_buffers(self, milliseconds: int) -> None:
         """Wait at most so long for events of perf buffers, and handle them."""
@@ -1795,18 +1791,21 @@ class Kernel:
         bcc.lib.perf_reader_poll(len(readers), readers, milliseconds)
 
     def take_events(self) -> None:
-        """Handle the events that are there, but no more than EVENTS_AT_ONCE of a ring buffer."""
-        self._events_left = EVENTS_AT_ONCE
+        """Handle the events that are there."""
         if self.platform.has_ring_buffer:
-            bcc.lib.bpf_consume_ringbuf(self._ring)
+            for ring, receive in self._rings:
+                for events in ring.take():
+                    receive(events)
         else:
             self._poll_perf_buffers(0)
 
     def wait_for_events(self, seconds: float) -> None:
-        """Wait at most so long for enough events, and handle some of them."""
-        self._events_left = EVENTS_AT_ONCE
+        """Wait at most so long for enough events, or a signal, and handle the events."""
         if self.platform.has_ring_buffer:
-            bcc.lib.bpf_poll_ringbuf(self._ring, int(1000 * seconds))
+            # select.epoll.poll() would not end with a signal.
+            ready = ctypes.create_string_buffer(EPOLL_EVENT_BYTES)
+            LIBC.epoll_wait(self._epoll.fileno(), ready, 1, int(1000 * seconds))
+            self.take_events()
         else:
             self._poll_perf_buffers(int(1000 * seconds))
 
@@ -2671,7 +2670,7 @@ class ProcessFollower:
             self._processes.add(
                 time.monotonic_ns(), os.getpid(), "", OURSELVES
             )  # look-ups of names are no target's
-            self._kernel.on_event("process_events", self._take_event)
+            self._kernel.on_events("process_events", self._take_events)
             for program in TRACEPOINTS:
                 self._kernel.attach_tracepoint(program)
                 stack.callback(self._kernel.detach_tracepoint, program)
@@ -2684,12 +2683,13 @@ class ProcessFollower:
             stack.callback(self._end)
             yield
 
-    def _take_event(self, data: bytes) -> None:
-        if self._events.qsize() < EVENTS_MAX:
-            self._events.put(self._read_event(data))
-        else:
-            self._events_left_out += 1
-            self._kernel.defects.note("an event of a process could not wait", f"{EVENTS_MAX} others do")
+    def _take_events(self, events: Events) -> None:
+        for event in map(self._read_event, events.each()):
+            if self._events.qsize() < EVENTS_MAX:
+                self._events.put(event)
+            else:
+                self._events_left_out += 1
+                self._kernel.defects.note("an event of a process could not wait", f"{EVENTS_MAX} others do")
 
     def _end(self) -> None:
         """Have the thread end."""
@@ -3158,69 +3158,66 @@ class Results:
         self.malformed = 0  # number of replies with a malformed extension
         extended = kernel.layout("result")  # a struct result, then an extension
         result = extended.member("result")
-        self._result = struct.Struct(result.format)
-        self._extended = struct.Struct(extended.format)
+        self._result, self._extended = struct.Struct(result.format), struct.Struct(extended.format)
+        outstanding, self.outstanding_names = kernel.outstanding
+        self._outstanding = struct.Struct(outstanding)
         self.names = result.names
-        self._row = row_function(result.names)
-        self._unanswered_row = row_function(kernel.outstanding_names)
-        self._events: list[bytes] = []
-        kernel.on_event("results", self._events.append, RESULT_PERF_PAGES)
+        self._answered_rows = RowMaker(framed(result.format), self.names, self._place, summary.note_at)
+        self._unanswered_rows = RowMaker(outstanding, self.outstanding_names, self._place, summary.note_at)
+        self._events: list[Events] = []
+        kernel.on_events("results", self._events.append, RESULT_PERF_PAGES)
+
+    def _place(self, probe: Record) -> object:
+        """Return where the summary notes probes like this one."""
+        if probe.responder:
+            self.rewrites.note(probe)
+        forgotten = self.summary.forgotten
+        place = self.summary.place(probe)
+        if self.summary.forgotten != forgotten:
+            self._answered_rows.forget_places()
+            self._unanswered_rows.forget_places()
+        return place
 
     def take(self) -> str:
         """Return the rows of all replies that came since the last call."""
         self._kernel.take_events()
-        if not self._events:
-            return ""
-        events = self._events[:]
+        rows: list[str] = []
+        for events in self._events:
+            if events.size < self._extended.size:
+                rows += self._answered_rows.rows(events.data)
+            else:
+                rows += itertools.chain.from_iterable(map(self._extended_row, events.frames()))
+            if self.packets:
+                self._add_packets(self.packets, events)
         self._events.clear()
-        rows, extended = [], []
-        make_row, unpack, size = self._row, self._result.unpack_from, self._extended.size
-        note_rewrites, note = self.rewrites.note, self.summary.note
-        for data in events:
-            if len(data) >= size:
-                extended.append(data)
-                continue
-            row, probe = make_row(unpack(data))
-            rows.append(row)
-            note_rewrites(probe)
-            note(probe)
-        rows += map(self._extended_row, extended)
         self.replies += len(rows)
-        if self.packets:
-            self._add_packets(self.packets, events)
         return "".join(rows)
 
-    def _add_packets(self, packets: PacketFile, events: Iterable[bytes]) -> None:
-        for data in events:
-            if len(data) >= self._extended.size:
+    def _add_packets(self, packets: PacketFile, events: Events) -> None:
+        for data in events.each():
+            if events.size < self._extended.size:
+                packets.add_answered(self._result.unpack_from(data), b"")
+            else:
                 *fields, length, extension = self._extended.unpack_from(data)
                 packets.add_answered(fields, extension[:length])
-            else:
-                packets.add_answered(self._result.unpack_from(data), b"")
 
-    def _extended_row(self, data: bytes) -> str:
+    def _extended_row(self, frame: bytes) -> list[str]:
         """Return the row of a reply with an extension."""
-        *fields, length, extension = self._extended.unpack_from(data)
+        *_, length, extension = self._extended.unpack_from(frame, HEADER.size)
         try:
             texts = extension_texts(extension[:length], is_cut=length == len(extension))
         except MalformedExtension:
             self.malformed += 1
             texts = "", ""
-        row, probe = self._row(fields, *texts)
-        self.rewrites.note(probe)
-        self.summary.note(probe)
-        return row
+        return self._answered_rows.rows(frame[: framed_size(self._result.size)], *texts)
 
     def expire(self, sent_before: int) -> Iterator[str]:
         """Yield rows, in portions, of probes in flight that left before this time (CLOCK_MONOTONIC, ns)."""
-        for portion in self._kernel.take_expired(sent_before):
-            rows = []
-            for fields in portion:
-                row, probe = self._unanswered_row(fields)
-                rows.append(row)
-                self.summary.note(probe)
-                if self.packets:
-                    self.packets.add_unanswered(fields)
+        for probes in self._kernel.take_expired(sent_before):
+            if self.packets:
+                for probe in probes:
+                    self.packets.add_unanswered(self._outstanding.unpack(probe))
+            rows = self._unanswered_rows.rows(b"".join(probes))
             self.unanswered += len(rows)
             yield "".join(rows)
 
@@ -3229,14 +3226,14 @@ def log_flow_events(kernel: Kernel, view: LiveView) -> None:
     """Log what the kernel finds out about flows and destinations, as it comes. The live view shows it, too."""
     layout = kernel.layout("flow_event")
 
-    def tell(data: bytes) -> None:
-        event = layout.read(data)
-        flow = event.flow
-        key = address_text(bytes(flow.dest)), socket.ntohs(flow.sport), socket.ntohs(flow.dport), flow.protocol
-        log.warning("%s", FLOW_EVENT_TEXTS[event.kind].format(flow=flow_text(*key), dest=key[0]))
-        view.note(event.kind, key)
+    def tell(events: Events) -> None:
+        for event in map(layout.read, events.each()):
+            flow = event.flow
+            key = address_text(bytes(flow.dest)), socket.ntohs(flow.sport), socket.ntohs(flow.dport), flow.protocol
+            log.warning("%s", FLOW_EVENT_TEXTS[event.kind].format(flow=flow_text(*key), dest=key[0]))
+            view.note(event.kind, key)
 
-    kernel.on_event("flow_events", tell)
+    kernel.on_events("flow_events", tell)
 
 
 def save_maps(kernel: Kernel, filebase: str, stop: Stop) -> None:
@@ -3784,12 +3781,11 @@ class ElfProbe:
                 targets, is_exact = self._follow_processes(active, attached, poller, apps, pids, processes)
                 if names and not is_exact:  # exact programs know the sockets of elfprobe itself
                     destinations.spare_lookups(names)
-                # The last ring of all: libbpf ends a look at the rings with the one that has too many events.
                 results = Results(attached.kernel, summary)
                 if config.capture:
                     results.packets = PacketFile(
                         config.capture, f"elfprobe {VERSION}", device.name, clock, results.names,
-                        attached.kernel.outstanding_names,
+                        results.outstanding_names,
                     )  # fmt: skip
                     stack.callback(results.packets.close)
                 active.callback(attached.kernel.end_lease)

@@ -215,16 +215,14 @@ class BulkSummary(Summary):
     def _hops_of(self, groups: BatchGroups) -> tuple[list[Destination], list[Hop]]:
         """Return the destination and the hop of each group."""
         batch, by_hop = groups.batch, groups.hops
-        newest = by_hop.reduce(np.maximum, batch["sendtime"][by_hop.order]).tolist()
-        sizes = by_hop.sizes.tolist()
+        newest = by_hop.reduce(np.maximum, batch["sendtime"][by_hop.order] // 10**9).tolist()
         found: list[Any] = [None] * len(by_hop)
         for group in by_hop.firsts.argsort().tolist():
             row = int(by_hop.firsts[group])
             dest, number = batch.text("dest", row), int(batch["outttl"][row])
             destination = self._destinations.get(dest) or self._new_destination(dest)
             found[group] = destination, destination.hops.get(number) or self._new_hop(destination, number)
-            destination.recent_probes += sizes[group]
-            destination.last_sent = max(destination.last_sent, newest[group])
+            destination.note_second(newest[group])
         return [each[0] for each in found], [each[1] for each in found]
 
     def _note_hops(

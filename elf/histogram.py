@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import array
 import bisect
-import functools
 import itertools
 import operator
 from typing import Any, NamedTuple
@@ -67,13 +66,13 @@ class LatencyHistogram:
     jitter stay exact.
     """
 
-    __slots__ = ("_recent", "_measured", "_binned", "_bins", "_minimum", "_maximum", "_last", "_steps", "_total")
+    __slots__ = ("recent", "_measured", "_binned", "_bins", "_minimum", "_maximum", "_last", "_steps", "_total")
 
     def __init__(self) -> None:
-        self._recent = array.array("Q")  # the newest values, in the order in which they came
-        self._measured = 0  # how many of _recent are in _minimum, _maximum, _last, _steps and _total
-        self._binned = 0  # how many values have left _recent and are counted in _bins
-        self._bins = array.array("Q")  # counts between BOUNDS; empty until _recent is full the first time
+        self.recent = array.array("Q")  # the newest values, in the order in which they came
+        self._measured = 0  # how many of recent are in _minimum, _maximum, _last, _steps and _total
+        self._binned = 0  # how many values have left recent and are counted in _bins
+        self._bins = array.array("Q")  # counts between BOUNDS; empty until recent is full the first time
         self._minimum = self._maximum = 0
         self._last = 0  # the newest value that is in _steps
         self._steps = 0  # sum of the differences of consecutive values
@@ -81,21 +80,25 @@ class LatencyHistogram:
 
     @property
     def count(self) -> int:
-        return self._binned + len(self._recent)
+        return self._binned + len(self.recent)
 
     def add(self, value: int) -> None:
-        self._recent.append(value)
-        if len(self._recent) >= EXACT_MAX:
+        self.recent.append(value)
+        self.limit()
+
+    def limit(self) -> None:
+        """Take no more memory than necessary, after values have been appended to `recent`."""
+        if len(self.recent) >= EXACT_MAX:
             self._move_into_bins()
 
     def add_all(self, values: Any) -> None:
         """Add the values of an array of numpy, in their order: the same as add() for each of them."""
-        if len(self._recent) + len(values) < EXACT_MAX:
-            self._recent.extend(values.tolist())
+        if len(self.recent) + len(values) < EXACT_MAX:
+            self.recent.extend(values.tolist())
             return
         import numpy as np
 
-        if self._recent or not self._bins:
+        if self.recent or not self._bins:
             self._move_into_bins()
         is_first = not self._binned
         least, most = int(values.min()), int(values.max())
@@ -110,12 +113,13 @@ class LatencyHistogram:
 
     def stats(self) -> Stats:
         """Return the statistics of all values. There must be at least one."""
+        self.limit()
         if self._bins:
             self._move_into_bins()
             values, upto = MIDDLES, list(itertools.accumulate(self._bins))
         else:
             self._measure()
-            values, upto = sorted(self._recent), list(range(1, self.count + 1))
+            values, upto = sorted(self.recent), list(range(1, self.count + 1))
         median, percentile95, percentile99 = (
             min(max(values[bisect.bisect_left(upto, share * self.count)], self._minimum), self._maximum)
             for share in (0.5, 0.95, 0.99)
@@ -125,13 +129,14 @@ class LatencyHistogram:
 
     def buckets(self) -> BucketCounts:
         """Return the distribution by BUCKETS."""
+        self.limit()
         found = BucketCounts()
         if self._bins:
             self._move_into_bins()
             found.counts = [sum(self._bins[start:end]) for start, end in zip([0, *EDGES], [*EDGES, len(MIDDLES)])]
         else:
             self._measure()
-            values = sorted(self._recent)
+            values = sorted(self.recent)
             upto = [0, *(bisect.bisect_right(values, bound) for bound in BUCKETS), len(values)]
             found.counts = list(map(operator.sub, upto[1:], upto))
         found.total = self._total
@@ -139,23 +144,27 @@ class LatencyHistogram:
 
     def _measure(self) -> None:
         """Update minimum, maximum and steps with the values that came since the last time."""
-        new = self._recent[self._measured :]
+        new = self.recent[self._measured :].tolist()
         if not new:
             return
         is_first = not self._binned and not self._measured
-        self._minimum = min(new) if is_first else min(self._minimum, *new)
-        self._maximum = max(self._maximum, *new)
-        before = [new[0] if is_first else self._last, *new]
-        self._steps += sum(map(abs, map(operator.sub, new, before)))
+        self._minimum = min(new) if is_first else min(self._minimum, min(new))
+        self._maximum = max(self._maximum, max(new))
+        first = new[0] if is_first else self._last
+        self._steps += abs(new[0] - first) + sum(map(abs, map(operator.sub, new[1:], new)))
         self._last = new[-1]
         self._total += sum(new)
-        self._measured = len(self._recent)
+        self._measured = len(self.recent)
 
     def _move_into_bins(self) -> None:
         self._measure()
         self._bins = self._bins or array.array("Q", bytes(8 * len(MIDDLES)))
-        for number in map(functools.partial(bisect.bisect_left, BOUNDS), self._recent):
-            self._bins[number] += 1
-        self._binned += len(self._recent)
+        values, done = sorted(self.recent), 0
+        while done < len(values):
+            number = bisect.bisect_left(BOUNDS, values[done])
+            end = bisect.bisect_right(values, BOUNDS[number], done) if number < len(BOUNDS) else len(values)
+            self._bins[number] += end - done
+            done = end
+        self._binned += len(self.recent)
         self._measured = 0
-        del self._recent[:]
+        del self.recent[:]

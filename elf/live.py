@@ -241,7 +241,7 @@ class LiveView:
         self._looked_at = now
         before, self._activity = self._activity, {}
         for key, flow in itertools.islice(self._summary.newest_flows(), FLOWS_WATCHED):
-            rows = sum(hop.answered + hop.unanswered for hop in flow.hops.values())
+            rows = sum(hop.answered + hop.unanswered for hop in flow.updated_hops().values())
             found = before.get(key)
             if not found or found.flow is not flow:  # it was forgotten meanwhile, and found again
                 found = Activity(flow, now)

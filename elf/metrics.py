@@ -35,7 +35,7 @@ from elf.summary import Summary
 from elf.usage import Failure, missing_packages
 
 SERIES_DEFAULT = 1000  # of --metrics-series
-IDLE = 600 * 10**9  # ns without a probe, after which a destination makes room for others
+IDLE = 600  # s without a probe, after which a destination makes room for others
 START_PATIENCE = 30.0  # s for the exporter to start
 END_PATIENCE = 2.0  # s for it to end by itself; at the highest --metrics-series it may be making a text
 BACKLOG = 128  # connections that wait to be accepted
@@ -138,8 +138,8 @@ class Metrics:
     def _choose(self) -> list[tuple[str, Destination]]:
         """Choose the destinations for which there is room. Return all, those first that are to have room."""
         ordered = self._summary.destinations()
-        idle_before = max((destination.last_sent for _, destination in ordered), default=0) - IDLE
-        ordered.sort(key=lambda item: (item[1].last_sent < idle_before, item[0] not in self._chosen))
+        idle_before = max((destination.last_second for _, destination in ordered), default=0) - IDLE
+        ordered.sort(key=lambda item: (item[1].last_second < idle_before, item[0] not in self._chosen))
         self._chosen, room = set(), self._series_max
         for dest, destination in ordered:
             needed = sum(max(len(hop.responders), 1) for hop in destination.hops.values())

@@ -137,12 +137,25 @@ class Destination:
         self.cwnd = 0  # segments, of the flow with the newest probe on TCP
         self.tcp_probes = 0
         self.tcp_advances = 0  # of these, how many found that their flow had sent data since the one before
-        self.recent_probes = 0.0  # halved with each drawing of the live table
-        self.last_sent = 0  # when the newest probe left, ns
+        self._lately = 0.0  # as of the last probes_lately()
+        self._probes_before = 0  # then
+        self.last_second = 0  # in which the newest probe left, CLOCK_MONOTONIC
 
     @property
     def probes(self) -> int:
         return sum(hop.probes for hop in self.hops.values())
+
+    def probes_lately(self) -> float:
+        """Return the number of probes, of which those before the last call count half, and so on."""
+        probes = self.probes
+        self._lately = self._lately / 2 + probes - self._probes_before
+        self._probes_before = probes
+        return self._lately
+
+    def note_second(self, second: int) -> None:
+        """Note that a probe left in this second."""
+        self.last_second = max(self.last_second, second)
+        self.srtt.limit()
 
     def neighbours(self, number: int) -> tuple[Hop | None, Hop | None]:
         """Return the nearest hops that answer: in front of this one, and behind it."""
@@ -158,9 +171,8 @@ class Destination:
 
     def outages(self) -> dict[int, list[Outage]]:
         """Return the outages by hop, including those that still last."""
-        now = self.last_sent // 10**9
         found = {}
         for number, hop in self.hops.items():
-            lasting = hop.outage_until(now, *self.neighbours(number))
+            lasting = hop.outage_until(self.last_second, *self.neighbours(number))
             found[number] = [*hop.outages, lasting] if lasting else hop.outages
         return found

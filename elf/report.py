@@ -96,7 +96,7 @@ class Report:
         app = text_of_field(flow.app)
         if flow.pid:
             self._processes.met(flow.pid, app)
-        hops = sorted(flow.hops.items())
+        hops = sorted(flow.updated_hops().items())
         return {
             "source": flow.source or None,
             "sport": sport,

@@ -2,7 +2,7 @@
 """The rows of elf.csv: COLUMNS is the one table from which all else follows.
 
     HEADER              the first line of the file
-    row_function()      returns a function that makes a row and a Record of a probe that has ended
+    RowMaker            makes rows of probes that have ended, and tells the summary of them
 
 elf/batches.py reads a file. To add a column, append it to COLUMNS. If the summary is to know it, give Record below
 a field of the same name; if elfplot.py is to draw it, add it to READ there.
@@ -11,8 +11,11 @@ a field of the same name; if elfplot.py is to draw it, add it to READ there.
 from __future__ import annotations
 
 import functools
+import itertools
+import re
 import socket
-from typing import Any, Callable, NamedTuple, Sequence
+import struct
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 from elf.addresses import address_text
 
@@ -21,7 +24,7 @@ class Column(NamedTuple):
     """A column's name, and its value for answered and for unanswered probes, as Python expressions.
 
     An expression may use the fields of elfprobe.c's struct result (unanswered: of struct probe and struct
-    probe_key) by name, mpls and ifinfo (see row_function), and the functions in IN_EXPRESSIONS. None means
+    probe_key) by name, mpls and ifinfo (see RowMaker.rows), and the functions in IN_EXPRESSIONS. None means
     that the value is not known: the field is empty.
     """
 
@@ -116,34 +119,171 @@ def app_text(comm: bytes) -> str:
 
 IN_EXPRESSIONS = {"address_text": address_text, "app_text": app_text, "csv_field": csv_field, "ntohs": socket.ntohs}
 
+# Fields that mostly are the same in all rows of a flow and hop. Rows are right with any choice, but made faster if
+# these are next to each other in elfprobe.c's structs.
+SHARED = frozenset({
+    "dest", "sport", "dport", "protocol", "source", "outttl", "outtos", "pid", "app", "responder", "recvttl",
+    "rtos", "intos", "qttl", "translated",
+})  # fmt: skip
+NOTED = "sendtime", "latency", "origseq", "srtt", "cwnd", "retrans"  # fields of Record that differ by probe
+ALIKE_MAX = 16384  # some 600 bytes each
+NUMBER, NUMBER_OR_NONE = "\1", "\2"  # in the text of a row, before a number is filled in
 
-def row_function(fields: Sequence[str]) -> Callable[..., tuple[str, Record]]:
-    """Return a function that makes a row and a Record of the values of these fields, given as one tuple.
 
-    mpls and ifinfo, the texts of a reply's extension, are its optional second and third argument. If
-    "recvtime" is not a field, the probes are unanswered. The function is compiled from COLUMNS, as
-    collections.namedtuple does it: a loop over the columns takes several times as long for each row.
+class Alike:
+    """What rows have in common whose SHARED fields are the same."""
+
+    __slots__ = ("values", "template", "template_of_texts", "place")
+
+    def __init__(self, values: dict[str, Any], text: str) -> None:
+        """values: the fields of Record that are the same. text: the row, with marks where numbers are missing."""
+        text = text.replace("%", "%%").replace(NUMBER, "%d")
+        self.values = values
+        self.template = text.replace(NUMBER_OR_NONE, "%d")
+        self.template_of_texts = text.replace(NUMBER_OR_NONE, "%s")
+        self.place: Any = None  # where the summary notes these probes
+
+
+class RowMaker:
+    """Makes rows of probes that have ended, and tells the summary of each probe.
+
+    What SHARED fields say is put into words once, for all rows that have it in common. The other columns are filled
+    in by a function that is compiled from COLUMNS, as collections.namedtuple does it: a loop over the columns would
+    take several times as long for each row.
     """
-    is_answered = "recvtime" in fields
-    values = {column.name: column.answered if is_answered else column.unanswered for column in COLUMNS}
-    # An expression that is more than a name gets a variable of its own, so that it is evaluated only once.
-    computed = {name: value for name, value in values.items() if not value.isidentifier()}
-    variables = {name: f"its_{name}" if name in computed else value for name, value in values.items()}
-    can_be_none = {name for name, value in values.items() if "None" in value}
-    row = ",".join(
-        f"{{'' if {variable} is None else {variable}}}" if name in can_be_none else f"{{{variable}}}"
-        for name, variable in variables.items()
-    )
-    without_column = {name: name if name in fields else repr(default)
-                      for name, default in Record._field_defaults.items()}  # fmt: skip
-    record = ({**without_column, **variables}[name] for name in Record._fields)
-    source = [
-        "def row(fields, mpls='', ifinfo=''):",
+
+    def __init__(
+        self, layout: str, names: Sequence[str], place: Callable[[Record], object], note: Callable[..., None]
+    ) -> None:
+        """layout and names: the struct module's format of a probe, and the names of the values in it.
+
+        If "recvtime" is not among the names, the probes are unanswered. place returns where probes are noted that
+        are like this one. note takes such a place, and the NOTED fields of a probe.
+        """
+        values = {column.name: column.answered if "recvtime" in names else column.unanswered for column in COLUMNS}
+        for name, default in Record._field_defaults.items():
+            values.setdefault(name, name if name in names else repr(default))
+        used = {name: words(value).intersection(names) for name, value in values.items()}
+        same = {name: value for name, value in values.items() if used[name] <= SHARED}
+        others = {name: value for name, value in values.items() if name not in same}
+        self._place = place
+        self._known: dict[tuple[Any, ...], Alike] = {}
+        found = list(values_of(layout, names))
+        self._keys, self._parts, shared = shared_parts(found)
+        self._fields, fields = fields_of(found, set().union(*(used[name] for name in others)))
+        namespace: dict[str, Any] = {
+            **IN_EXPRESSIONS, "Alike": Alike, "known": self._known.get, "new": self._new, "begin": self._begin,
+            "note": note,
+        }  # fmt: skip
+        exec(alike_source(shared, same, others), namespace)
+        exec(rows_source(fields, others, same), namespace)
+        self._alike, self._rows = namespace["alike"], namespace["rows"]
+
+    def rows(self, data: bytes, *texts: str) -> list[str]:
+        """Return the rows of probes, one behind the other in data. texts: mpls and ifinfo of all of them."""
+        keys: Iterable[tuple[Any, ...]] = self._keys.iter_unpack(data)
+        if texts:
+            keys = (key + texts for key in keys)
+        rows: list[str] = self._rows(zip(keys, self._fields.iter_unpack(data)))
+        return rows
+
+    def forget_places(self) -> None:
+        """Ask again for the place of each probe."""
+        self._known.clear()
+
+    def _new(self, key: tuple[Any, ...]) -> Alike:
+        if len(self._known) >= ALIKE_MAX:
+            self._known.clear()
+        count = len(self._parts)
+        fields = [value for part, data in zip(self._parts, key) for value in part.unpack(data)]
+        alike: Alike = self._alike(fields, *key[count:])
+        self._known[key] = alike
+        return alike
+
+    def _begin(self, alike: Alike, noted: tuple[Any, ...]) -> object:
+        alike.place = self._place(Record(**{**alike.values, **dict(zip(NOTED, noted))}))
+        return alike.place
+
+
+def words(expression: str) -> set[str]:
+    """Return the names in an expression."""
+    return set(re.findall(r"[a-z_]\w*", expression))
+
+
+class Value(NamedTuple):
+    """A value, or padding, in a format of the struct module."""
+
+    name: str  # empty: padding
+    code: str
+
+
+def values_of(layout: str, names: Iterable[str]) -> Iterator[Value]:
+    """Yield the values, and the padding, of a format of the struct module."""
+    its_names = iter(names)
+    for code in re.findall(r"\d*[a-zA-Z]", layout):
+        if code != "0x":
+            yield Value("" if code.endswith("x") else next(its_names), code)
+
+
+def size_of(values: Iterable[Value]) -> int:
+    return struct.calcsize("=" + "".join(value.code for value in values))
+
+
+def shared_parts(values: Iterable[Value]) -> tuple[struct.Struct, list[struct.Struct], list[str]]:
+    """Return a layout that yields each part of SHARED fields as bytes, the layouts of the parts, and all names."""
+    whole, parts, names = "=", [], []
+    for is_shared, group in itertools.groupby(values, lambda value: value.name in SHARED):
+        part = list(group)
+        whole += f"{size_of(part)}{'s' if is_shared else 'x'}"
+        if is_shared:
+            parts.append(struct.Struct("=" + "".join(value.code for value in part)))
+            names += [value.name for value in part]
+    return struct.Struct(whole), parts, names
+
+
+def fields_of(values: Iterable[Value], chosen: set[str]) -> tuple[struct.Struct, list[str]]:
+    """Return a layout that yields only the chosen fields, and their names in its order."""
+    codes, names = [], []
+    for value in values:
+        codes.append(value.code if value.name in chosen else f"{size_of([value])}x")
+        names += [value.name] if value.name in chosen else []
+    return struct.Struct("=" + "".join(codes)), names
+
+
+def alike_source(fields: list[str], values: dict[str, str], others: dict[str, str]) -> str:
+    """Return the source of a function that makes an Alike of the SHARED fields."""
+    marks = {name: NUMBER_OR_NONE if "None" in value else NUMBER for name, value in others.items()}
+    row = ",".join(marks.get(name) or f"{{'' if its_{name} is None else its_{name}}}" for name in NAMES)
+    kept = ", ".join(f"{name}=its_{name}" for name in values if name in Record._fields)
+    return "\n".join((
+        "def alike(fields, mpls='', ifinfo=''):",
         f"    {', '.join(fields)} = fields",
-        *(f"    its_{name} = {value}" for name, value in computed.items()),
-        f'    return f"{row}\\n", new(Record, ({", ".join(record)}))',
-    ]
-    namespace: dict[str, Any] = {**IN_EXPRESSIONS, "Record": Record, "new": tuple.__new__}
-    exec("\n".join(source), namespace)
-    compiled: Callable[..., tuple[str, Record]] = namespace["row"]
-    return compiled
+        *(f"    its_{name} = {value}" for name, value in values.items()),
+        f'    return Alike(dict({kept}), f"{row}\\n")',
+    ))  # fmt: skip
+
+
+def rows_source(fields: list[str], values: dict[str, str], same: dict[str, str]) -> str:
+    """Return the source of a function that makes rows of pairs of a key and the fields that are not SHARED.
+
+    values: of columns and of Record, by name. same: those that an Alike has.
+    """
+    columns = [name for name in NAMES if name in values]
+    can_be_none = [name for name in columns if "None" in values[name]]
+    numbers = ", ".join(f"its_{name}" for name in columns)
+    texts = ", ".join(
+        f"'' if its_{name} is None else its_{name}" if name in can_be_none else f"its_{name}" for name in columns
+    )
+    are_numbers = " and ".join(f"its_{name} is not None" for name in can_be_none) or "True"
+    noted = ", ".join(f"its_{name}" if name in values else same[name] for name in NOTED)
+    return "\n".join((
+        "def rows(probes):",
+        "    made = []",
+        "    append = made.append",
+        f"    for key, ({', '.join(fields)}) in probes:",
+        "        alike = known(key) or new(key)",
+        *(f"        its_{name} = {value}" for name, value in values.items()),
+        f"        append(alike.template % ({numbers}) if {are_numbers} else alike.template_of_texts % ({texts}))",
+        f"        note(alike.place or begin(alike, ({noted})), {noted})",
+        "    return made",
+    ))  # fmt: skip

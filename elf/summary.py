@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
+import array
 import itertools
 import logging
 import math
-from typing import Callable, Iterable, Iterator, Tuple
+from typing import Callable, Iterable, Iterator, NamedTuple, Tuple
 
 from elf.addresses import flow_text
 from elf.findings import findings_on
 from elf.histogram import Stats
 from elf.lines import Line, Mark, fitting
 from elf.paths import Destination, Hop
-from elf.rows import Record, text_of_field
+from elf.rows import NOTED, Record, text_of_field
 from elf.usage import printable
 
 HOPS_MAX = 8192  # of all destinations together
@@ -38,7 +39,7 @@ FlowKey = Tuple[str, int, int, int]  # destination, ports, protocol: the first f
 class FlowHop:
     """The probes of a flow to a hop that have ended, and who answers there."""
 
-    __slots__ = ("answered", "unanswered", "total", "minimum", "maximum", "responder", "since")
+    __slots__ = ("answered", "unanswered", "total", "minimum", "maximum", "responder", "since", "recent", "until")
 
     def __init__(self) -> None:
         self.answered = self.unanswered = 0
@@ -46,6 +47,18 @@ class FlowHop:
         self.minimum, self.maximum = NEVER, 0  # ns
         self.responder = ""
         self.since = 0  # when the first probe left that this responder answered, ns
+        self.recent = array.array("Q")  # latencies that are not in the figures yet
+        self.until = 0  # end of the second in which the newest answered probe left, ns
+
+    def update(self) -> None:
+        """Add the newest latencies to the figures."""
+        new = self.recent
+        if new:
+            self.answered += len(new)
+            self.total += sum(new)
+            self.minimum = min(self.minimum, min(new))
+            self.maximum = max(self.maximum, max(new))
+            del new[:]
 
 
 class Flow:
@@ -61,6 +74,27 @@ class Flow:
         self.retrans = retrans  # segments, the highest count so far
         self.sequence = 0  # TCP sequence number of the newest packet that was cloned
         self.last_sent = 0  # when the newest probe with a retransmission count left, ns
+
+    def updated_hops(self) -> dict[int, FlowHop]:
+        """Return the hops, with all probes in their figures."""
+        for of_flow in self.hops.values():
+            of_flow.update()
+        return self.hops
+
+
+class Place(NamedTuple):
+    """Where a Summary notes the probes of a flow to a hop that a responder answers, or that nobody answers."""
+
+    destination: Destination
+    hop: Hop
+    flow: Flow
+    of_flow: FlowHop
+    key: FlowKey
+    number: int  # of the hop
+    responder: str
+    add_latency: Callable[[int], None]  # to the hop's
+    add_of_flow: Callable[[int], None]  # to the flow's at this hop
+    add_srtt: Callable[[int], None]
 
 
 class Summary:
@@ -78,6 +112,7 @@ class Summary:
         self.hops = 0  # of all destinations together
         self._flow_hops = 0
         self._probes_left_out = 0
+        self.forgotten = 0  # how often destinations or flows were forgotten
 
     def _label(self, address: str) -> str:
         """Return the address, followed by its name if that is known."""
@@ -111,23 +146,40 @@ class Summary:
 
     def note(self, probe: Record) -> None:
         """Add a probe that has ended."""
-        # Unpack all at once: each attribute of a NamedTuple takes as long as a look-up in a dict.
-        (
-            dest, sport, dport, protocol, number, sendtime, latency, responder, srtt, cwnd, retrans, _, _,
-            origseq, _, _, _, _,
-        ) = probe  # fmt: skip
+        self.note_at(self.place(probe), *map(probe.__getattribute__, NOTED))
+
+    def place(self, probe: Record) -> Place:
+        """Return where to note probes like this one, until `forgotten` grows."""
+        dest, number, key = probe.dest, probe.outttl, (probe.dest, probe.sport, probe.dport, probe.protocol)
         destination = self._destinations.get(dest) or self._new_destination(dest)
         hop = destination.hops.get(number) or self._new_hop(destination, number)
-        destination.recent_probes += 1
-        if sendtime > destination.last_sent:
-            destination.last_sent = sendtime
-        key = dest, sport, dport, protocol
         flow = self._flows.get(key) or self._new_flow(key, destination, probe)
         of_flow = flow.hops.get(number) or self._new_flow_hop(flow, number)
+        adding = hop.latency.recent.append, of_flow.recent.append, destination.srtt.recent.append
+        return Place(destination, hop, flow, of_flow, key, number, probe.responder, *adding)
+
+    def note_at(
+        self,
+        place: Place,
+        sendtime: int,
+        latency: int,
+        origseq: int,
+        srtt: int | None,
+        cwnd: int | None,
+        retrans: int | None,
+    ) -> None:
+        """Add a probe that has ended, at its place. The others are the NOTED fields of Record.
+
+        This runs for each row. What can wait is done once a second.
+        """
+        destination, hop, flow, of_flow, _, _, responder, add_latency, add_of_flow, add_srtt = place
         if cwnd is not None:
             if srtt is not None:
-                destination.srtt.add(srtt * 1000)
-            self._note_retrans(destination, flow, sendtime, retrans or 0)
+                add_srtt(srtt * 1000)
+            if retrans != flow.retrans:
+                self._note_retrans(destination, flow, sendtime, retrans or 0)
+            elif sendtime > flow.last_sent:
+                flow.last_sent = sendtime
             destination.tcp_probes += 1
             destination.cwnd = cwnd
             if origseq != flow.sequence:
@@ -136,21 +188,27 @@ class Summary:
         if not responder:
             hop.unanswered += 1
             of_flow.unanswered += 1
+            destination.note_second(sendtime // 10**9)
             return
-        hop.latency.add(latency)
-        of_flow.answered += 1
-        of_flow.total += latency
-        if latency < of_flow.minimum:
-            of_flow.minimum = latency
-        if latency > of_flow.maximum:
-            of_flow.maximum = latency
-        second = sendtime // 10**9
-        if second > hop.last_second:
-            hop.note_second(second, *destination.neighbours(number))
+        add_latency(latency)
+        add_of_flow(latency)
+        if sendtime >= of_flow.until:
+            self._note_second(place, sendtime // 10**9)
         if responder != hop.responder:
             hop.note_other(responder, latency)
-        if of_flow.responder != responder:
-            self._note_responder(hop, of_flow, key, number, responder, sendtime)
+        if responder != of_flow.responder:
+            self._note_responder(hop, of_flow, place.key, place.number, responder, sendtime)
+
+    @staticmethod
+    def _note_second(place: Place, second: int) -> None:
+        """Note that an answered probe of the flow left in a later second than those before."""
+        destination, hop, of_flow = place.destination, place.hop, place.of_flow
+        of_flow.until = (second + 1) * 10**9
+        of_flow.update()
+        hop.latency.limit()
+        destination.note_second(second)
+        if second > hop.last_second:
+            hop.note_second(second, *destination.neighbours(place.number))
 
     @staticmethod
     def _note_retrans(destination: Destination, flow: Flow, sendtime: int, retrans: int) -> None:
@@ -195,7 +253,8 @@ class Summary:
 
     def _make_room(self, newest: Destination) -> None:
         """Forget a quarter of the destinations: those whose last probe is oldest."""
-        ordered = sorted(self._destinations.items(), key=lambda item: item[1].last_sent)
+        self.forgotten += 1
+        ordered = sorted(self._destinations.items(), key=lambda item: item[1].last_second)
         for dest, destination in ordered[: len(ordered) // 4 + 1]:
             if destination is not newest:
                 self._probes_left_out += destination.probes
@@ -209,6 +268,7 @@ class Summary:
         of them: then its retransmissions so far have been counted already.
         """
         if len(self._flows) >= FLOWS_MAX or self._flow_hops >= FLOW_HOPS_MAX:
+            self.forgotten += 1
             self._flows_are_forgotten = True
             for oldest in list(itertools.islice(self._flows, len(self._flows) // 4 + 1)):
                 self._flow_hops -= len(self._flows.pop(oldest).hops)
@@ -239,12 +299,8 @@ class Summary:
 
     def busiest(self) -> list[tuple[str, Destination]]:
         """Return the destinations, those with most probes lately first. Each call makes older probes count less."""
-        ordered = sorted(
-            self._destinations.items(), key=lambda item: (-int(math.log2(item[1].recent_probes + 1)), item[0])
-        )
-        for _, destination in ordered:
-            destination.recent_probes /= 2
-        return ordered
+        lately = {dest: destination.probes_lately() for dest, destination in self._destinations.items()}
+        return sorted(self._destinations.items(), key=lambda item: (-int(math.log2(lately[item[0]] + 1)), item[0]))
 
     def table(
         self, dest: str, destination: Destination, columns: int | None, flows: Iterable[Line] = ()

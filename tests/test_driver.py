@@ -33,7 +33,7 @@ from elf.console import LogFormat
 from elf.extensions import MalformedExtension, extension_texts, ones_complement_sum
 from elf.files import DiskUse, OutputFile, RowFiles
 from elf.processes import AppNames, Process
-from elf.rows import HEADER, Record, app_text, row_function
+from elf.rows import HEADER, NOTED, Record, RowMaker, app_text
 from elf.usage import Failure
 from elfprobe import Config
 from lab import wait_until
@@ -827,18 +827,49 @@ ROWS = {
 }
 
 
+CODES = {bytes: '16s', int: 'Q'}
+
+
+def made(values: dict[str, Any], *texts: str, count: int = 1) -> tuple[list[str], list[Record]]:
+    """Rows of so many probes with these values, and what the summary gets of the probes."""
+    layout = '=' + 'x'.join(CODES[type(value)] for value in values.values())
+    records = []
+
+    def note(place: Record, *noted: Any) -> None:
+        records.append(place._replace(**dict(zip(NOTED, noted))))
+
+    maker = RowMaker(layout, list(values), lambda probe: probe, note)
+    return maker.rows(count * struct.pack(layout, *values.values()), *texts), records
+
+
 @pytest.mark.parametrize('values, row', ROWS.values(), ids=ROWS)
 def test_rows(values: dict[str, Any], row: str) -> None:
-    assert row_function(list(values))(tuple(values.values()))[0] == row
     backwards = dict(reversed(list(values.items())))
-    assert row_function(list(backwards))(tuple(backwards.values()))[0] == row
+    assert made(values, count=3)[0] == made(backwards, count=3)[0] == 3 * [row]
     assert row.count(',') == HEADER.count(',')
 
 
-def test_row_with_an_extension() -> None:
+def test_rows_differ_in_each_field() -> None:
+    """What rows have in common is not taken for what they have not."""
     values = {**PROBE, **REPLY, **KEY}
-    row, _ = row_function(list(values))(tuple(values.values()), '16/0/1/1', 'role=incoming;name=a,b')
-    assert ',72,0,16/0/1/1,"role=incoming;name=a,b",192.0.2.77,' in row
+    layout = '=' + ''.join(CODES[type(value)] for value in values.values())
+    others = [
+        {**values, name: value + 1 if isinstance(value, int) else bytes(15) + b'1'}
+        for name, value in values.items()
+    ]
+    maker = RowMaker(layout, list(values), lambda probe: probe, lambda *_: None)
+    rows = maker.rows(b''.join(struct.pack(layout, *each.values()) for each in [values, *others, values]))
+    assert rows == [row for each in [values, *others, values] for row in made(each)[0]]
+    assert len(set(rows)) == len(others)  # no column depends on `ident`
+
+
+def test_row_with_texts() -> None:
+    """Texts of an extension and names of programs may have any characters, and those of formats."""
+    values = {**PROBE, **REPLY, **KEY, 'app': b'100%d,%s'}
+    rows, _ = made(values, '16/0/1/1', 'role=incoming;name=a,%b', count=2)
+    (row,) = set(rows)
+    assert ',"100%d,%s",' in row
+    assert ',72,0,16/0/1/1,"role=incoming;name=a,%b",192.0.2.77,' in row
 
 
 RECORD = dict(
@@ -875,7 +906,7 @@ RECORD = dict(
 def test_records(values: dict[str, Any], changes: dict[str, Any]) -> None:
     """What the summary gets of a probe is what its row says, with None for what is not known."""
     values = {**PROBE, **KEY, **values}
-    assert row_function(list(values))(tuple(values.values()))[1] == Record(**{**RECORD, **changes})
+    assert made(values, count=2)[1] == 2 * [Record(**{**RECORD, **changes})]
 
 
 def test_columns() -> None:

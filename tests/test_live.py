@@ -470,6 +470,7 @@ def test_table_on_a_terminal(lab4, tmp_path, columns):
         assert len(table) < 40 and max(map(len, table)) < columns
         assert (' 99% ' in ' '.join(table)) == (columns == 120)
         assert 'active: ICMP echo ' in terminal.screen
+        terminal.wait_for(' a day at this rate')  # the last line of the log before the end
         terminal.type('p')
         paused = terminal.wait_for(', paused, ')
         written = len(read_rows(tmp_path / 'elf.csv'))

@@ -191,7 +191,7 @@ def test_series_are_bounded(caplog: pytest.LogCaptureFixture) -> None:
         note(probe('198.51.100.4', 1, 1000, sent=1))
         wait_until(lambda: values(ask(serving.port)[1], 'elfprobe_metrics_series') == {(): 5}, 5, 'one more')
         assert values(ask(serving.port)[1], 'elfprobe_metrics_destinations_left_out') == {(): 1}
-        for number, sent in (2, IDLE), (3, IDLE + 2):
+        for number, sent in (2, IDLE * 10**9), (3, (IDLE + 2) * 10**9):
             note(probe(f'198.51.100.{number}', 1, 1000, sent=sent))
         probes = {('198.51.100.2', '1'): 2, ('198.51.100.3', '1'): 3}
         probes.update({(f'198.51.100.{number}', '2'): 1 for number in (2, 3)})

@@ -50,6 +50,7 @@ from scapy.layers.l2 import ARP, GRE, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
 from lab import run, wait_until
+from odd_routers import ONE_LABEL, structure
 from progtest import (
     DROP,
     FALLBACK,
@@ -1094,6 +1095,25 @@ def test_result_ring_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
         assert programs.counters()['replies'] == 60
 
 
+def test_results_of_two_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without an extension they are read in their order, all around the ring, and more than once."""
+    monkeypatch.setattr(elfprobe, 'RING_HOLDS', 0)
+    monkeypatch.setattr(elfprobe, 'RING_PAGES_MIN', 1)
+    probe, label = PROBES['TCP'](4), structure(ONE_LABEL)
+    plain = time_exceeded(4, probe.payload)
+    extended = time_exceeded(4, bytes(probe.payload).ljust(128, b'\0') + label)
+    chance, expected, found = random.Random(1), [], []
+    with Programs(max_rate=1) as programs:
+        for number in range(200):
+            has_label = chance.random() < (number % 50) / 50
+            expected.append((str(number), '16001/5/1/254' if has_label else ''))
+            programs.put_in_flight(flight_of(probe, **{**KNOWN, 'seq': number}))
+            assert programs.receive(extended if has_label else plain).verdict == DROP
+            if chance.random() < 0.2 or len(expected) - len(found) >= 8 or number == 199:
+                found += [(row['seq'], row['mpls']) for row in programs.rows()]
+    assert found == expected and len({label for _, label in found}) == 2
+
+
 # What stands in front of the flow's own headers, and in front of those of replies
 
 
@@ -1768,7 +1788,7 @@ def test_probes_expire_in_portions(load: Load) -> None:
     in_flight, number = programs.kernel.map('in_flight'), 3 * elfprobe.BATCH
     for ident in range(number):
         in_flight.put(
-            struct.pack('=16sHHII', elfprobe.pack_address(SERVER[4]), 1, 2, ident, 17), in_flight.new(sendtime=1)
+            struct.pack('=16sHHII', elfprobe.pack_address(SERVER[4]), 1, 2, 17, ident), in_flight.new(sendtime=1)
         )
     portions = [rows.count('\n') for rows in programs.results.expire(2)]
     assert sum(portions) == number

@@ -986,7 +986,10 @@ def what_is_known(summary: Summary) -> Any:
         for dest, found in summary.destinations()
     ]  # fmt: skip
     flows = [
-        (key, {**of(flow), 'hops': {number: of(its) for number, its in flow.hops.items()}})
+        (
+            key,
+            {**of(flow), 'hops': {number: {**of(its), 'until': 0} for number, its in flow.updated_hops().items()}},
+        )
         for its in summary.flows().values()
         for key, flow in its
     ]
