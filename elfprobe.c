@@ -9,6 +9,7 @@
  *                                    (a trimmed clone passes elf_egress once more)
  *
  *   process --> cgroup sock_create: elf_sock_create stores the owning process with the socket;
+ *               accept(), getpeername(): elf_accept_v4, elf_accept_v6 do so with accepted ones;
  *               elf_exec, elf_fork, elf_exit and user space keep the set of target processes up to date
  *
  *   device --> XDP or TC ingress: elf_ingress -- time exceeded, quotes a probe in flight --> results --> user space
@@ -77,6 +78,9 @@
 #ifndef RT4_GATEWAY
 #error "RT4_GATEWAY, RT6_FLAGS: offsets of rt_gw_family in struct rtable, of rt6i_flags in struct rt6_info"
 #endif
+#ifndef SKB_SK
+#error "SKB_SK, SOCK_OWNED: offsets of sk in struct sk_buff, of sk_lock.owned in struct sock; 0 if unknown"
+#endif
 #ifndef TX_FLAGS
 #error "TX_FLAGS: offset of tx_flags in struct skb_shared_info"
 #endif
@@ -138,6 +142,7 @@
 #define IPV6_EXTENSIONS_MAX 4
 #define IPV6_EXTENSIONS_MASK 1023 /* maximum length of all extension headers; a power of two less 1 */
 #define IPPROTO_ICMPV6 58
+#define IPPROTO_MPTCP 262 /* of sockets, never of packets */
 #define IP_MF 0x2000
 #define IP_OFFSET 0x1fff
 #define IP6_MF 0x0001
@@ -317,9 +322,11 @@ struct process {
 	__u64 new_paths;
 };
 
-/* The process that created a socket. Stored with the socket and inherited by the sockets that it accepts. */
+/* The process that created a socket, or has used it since. Stored with the socket. A connection inherits the owner of
+ * its listener, until a process accepts it or sends by it. */
 struct owner {
 	__u64 process; /* its id */
+	__u64 socket; /* cookie of the socket. Another one: this is inherited. 0: MPTCP, which sends by other sockets */
 	__u32 status;
 	__u32 pid;
 	struct app_name app;
@@ -2841,35 +2848,82 @@ int elf_exit(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* cgroup sock_create, in the creating process. Always returns 1, which allows the socket. */
-int elf_sock_create(struct bpf_sock *sk)
+/* Return the entry of the current process, 0 if it is no target. Enters a process that has the name of a target. */
+static inline struct process *current_process(void)
 {
 	__u64 ids = bpf_get_current_pid_tgid();
 	struct process_event event = { .pid = ids >> 32 };
 	struct process *process;
-	struct owner owner = {};
 	struct app_name app;
 
 	process = processes.lookup(&event.pid);
-	if (!process) {
-		if (event.pid != (__u32)ids)
-			return 1;
-		app = current_app(); /* the process may have changed its name since user space checked it */
-		event.status = status_by_name(&app);
-		if (!event.status)
-			return 1;
-		enter_process(&event, &app);
-		report_process(&event);
-		process = processes.lookup(&event.pid);
-		if (!process)
-			return 1;
-	}
-	owner.process = process->id;
-	owner.status = process->status;
-	owner.pid = event.pid;
-	owner.app = event.pid == (__u32)ids ? current_app() : process->app; /* threads have names of their own */
+	if (process || event.pid != (__u32)ids)
+		return process;
+	app = current_app(); /* the process may have changed its name since user space checked it */
+	event.status = status_by_name(&app);
+	if (!event.status)
+		return 0;
+	enter_process(&event, &app);
+	report_process(&event);
+	return processes.lookup(&event.pid);
+}
+
+/* Fill in the owner of a socket: the current process, which has this entry. */
+static inline void set_owner(struct owner *owner, const struct process *process, __u32 protocol, __u64 cookie)
+{
+	__u64 ids = bpf_get_current_pid_tgid();
+
+	owner->process = process->id;
+	owner->socket = protocol == IPPROTO_MPTCP ? 0 : cookie;
+	owner->status = process->status;
+	owner->pid = ids >> 32;
+	owner->app = owner->pid == (__u32)ids ? current_app() : process->app; /* threads have names of their own */
+}
+
+/* cgroup sock_create, in the creating process. Always returns 1, which allows the socket. */
+int elf_sock_create(struct bpf_sock *sk)
+{
+	struct process *process = current_process();
+	struct owner owner = {};
+
+	if (!process)
+		return 1;
+	set_owner(&owner, process, sk->protocol, bpf_get_socket_cookie(sk));
 	sockets.sk_storage_get(sk, &owner, BPF_SK_STORAGE_GET_F_CREATE);
 	return 1;
+}
+
+/* A process accepts a connection, or asks for the peer of one that it was given. If it is a target, it owns the
+ * connection. If it is not, and the connection has the owner of its listener, that target does not get it. */
+static inline int note_user(struct bpf_sock_addr *ctx)
+{
+	struct process *process = current_process();
+	struct owner owner = {}, *stored;
+	struct bpf_sock *sk = ctx->sk;
+	__u64 cookie = bpf_get_socket_cookie(ctx);
+
+	if (!sk || (process && process->status == OURSELVES))
+		return 1;
+	if (process)
+		set_owner(&owner, process, ctx->protocol, cookie);
+	stored = sockets.sk_storage_get(sk, process ? &owner : 0, process ? BPF_SK_STORAGE_GET_F_CREATE : 0);
+	if (stored && process)
+		*stored = owner;
+	else if (stored && stored->socket != cookie)
+		stored->status = 0;
+	return 1;
+}
+
+/* cgroup getpeername, in the calling process. The kernel also runs it in accept() and accept4() if they return an
+ * address. Always returns 1: the address stays as it is. */
+int elf_accept_v4(struct bpf_sock_addr *ctx)
+{
+	return note_user(ctx);
+}
+
+int elf_accept_v6(struct bpf_sock_addr *ctx)
+{
+	return note_user(ctx);
 }
 
 /* Return the entry of the owning process, 0 if it has ended or is no target. */
@@ -2916,6 +2970,51 @@ static inline struct owner *packet_owner(struct __sk_buff *skb)
 	return owner && is_known(owner) ? owner : 0;
 }
 
+/* Return the PID of the process in whose system call the packet is sent, 0 if there is none. A process that sends holds
+ * the lock of its TCP socket. Interrupts that find a socket locked do not send by it. */
+static inline __u32 sending_process(struct __sk_buff *skb)
+{
+	__u32 owned = 0, pid = 0, *offset;
+	__u64 sk = 0;
+	int zero = 0;
+
+	probe_read_kernel(&sk, sizeof(sk), (void *)skb + SKB_SK);
+	probe_read_kernel(&owned, sizeof(owned), (void *)(sk + SOCK_OWNED));
+	offset = task_pid_offset.lookup(&zero);
+	if (!owned || !offset ||
+	    probe_read_kernel(&pid, sizeof(pid), (void *)(bpf_get_current_task() + *offset + sizeof(pid))))
+		return 0;
+	return pid;
+}
+
+/* Does the socket of the packet belong to its owner, or to another target? That is its owner then. Of a connection
+ * that has the owner of its listener, nobody knows who gets it, until a process sends. */
+static inline int is_owned(struct __sk_buff *skb, struct owner *owner)
+{
+	struct process *process;
+	__u64 cookie;
+	__u32 pid;
+
+	if (!SOCK_OWNED)
+		return 1;
+	cookie = bpf_get_socket_cookie(skb);
+	pid = sending_process(skb);
+	if (pid && pid != owner->pid) {
+		process = processes.lookup(&pid);
+		if (process && process->status == TARGET) {
+			owner->process = process->id;
+			owner->pid = pid;
+			owner->app = process->app;
+		} else if (owner->socket && owner->socket != cookie) {
+			owner->status = 0;
+			return 0;
+		}
+	}
+	if (pid && owner->socket)
+		owner->socket = cookie;
+	return !owner->socket || owner->socket == cookie;
+}
+
 #else
 
 static inline struct process *process_of(const struct owner *owner)
@@ -2928,6 +3027,11 @@ static inline void take_probe_of(__u32 pid, __u64 now)
 }
 
 static inline struct owner *packet_owner(struct __sk_buff *skb)
+{
+	return 0;
+}
+
+static inline int is_owned(struct __sk_buff *skb, struct owner *owner)
 {
 	return 0;
 }
@@ -3372,6 +3476,11 @@ int elf_egress(struct __sk_buff *skb)
 	now = bpf_ktime_get_ns();
 	if (path && now < path->pacing.next_due)
 		return TC_ACT_UNSPEC;
+	if (owner && !is_owned(skb, owner)) {
+		if (!path || path->flows_only)
+			return TC_ACT_UNSPEC;
+		owner = 0;
+	}
 	process = owner ? process_of(owner) : 0;
 	if (!path)
 		path = add_flow_path(&pkt.daddr, slot, process, now);

@@ -474,9 +474,11 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 BPF_MAP_TYPE_RINGBUF = 27  # enum bpf_map_type, linux/bpf.h
 BPF_PROG_TYPE_SCHED_CLS = 3  # enum bpf_prog_type
 BPF_XDP, BPF_TCX_INGRESS, BPF_TCX_EGRESS = 37, 46, 47  # enum bpf_attach_type; tcx since Linux 6.6
-BPF_CGROUP_INET_SOCK_CREATE = 2  # enum bpf_attach_type
+# enum bpf_attach_type
+BPF_CGROUP_INET_SOCK_CREATE, BPF_CGROUP_INET4_GETPEERNAME, BPF_CGROUP_INET6_GETPEERNAME = 2, 29, 30
 BPF_STATS_RUN_TIME = 0  # enum bpf_stats_type
-BTF_KIND_STRUCT = 4  # linux/btf.h
+BTF_KIND_STRUCT, BTF_KIND_TYPEDEF = 4, 8  # linux/btf.h
+VERIFIER_LOG = (1 << 24) - 1  # bytes, the most that every kernel takes
 BPF_SYSCALL = {"x86_64": 321, "ppc64": 361, "ppc64le": 361, "s390x": 351}  # asm/unistd.h
 BPF_SYSCALL_ELSEWHERE = 280  # asm-generic/unistd.h
 EPOLL_EVENT_BYTES = 16  # sys/epoll.h, at most
@@ -498,6 +500,7 @@ class BpfCommand(enum.IntEnum):
     """Numbers of commands of bpf(2): enum bpf_cmd, linux/bpf.h."""
 
     MAP_CREATE = 0
+    PROG_LOAD = 5
     BTF_LOAD = 18
 
 
@@ -586,11 +589,8 @@ class Instruction(ctypes.Structure):
 def takes_program(instructions: Sequence[tuple[int, int, int, int, int]]) -> bool:
     """Return whether the kernel takes these instructions as a TC program."""
     program = (Instruction * len(instructions))(*(Instruction(*each) for each in instructions))
-    size = ctypes.sizeof(program)
-    with captured_stderr([]), contextlib.suppress(OSError):
-        os.close(
-            bpf_call("bcc_prog_load", BPF_PROG_TYPE_SCHED_CLS, b"elfprobe", program, size, b"GPL", 0, 0, None, 0)
-        )
+    with contextlib.suppress(OSError):
+        os.close(program_descriptor("elfprobe", BPF_PROG_TYPE_SCHED_CLS, bytes(program)))
         return True
     return False
 
@@ -684,17 +684,32 @@ def load_btf(data: bytes) -> int:
         raise Failure(f"the kernel (Linux {os.uname().release}) takes no BTF: {err.strerror}") from err
 
 
-def load_program(name: str, kind: int, code: bytes, lines: int) -> int:
-    """Return the descriptor of a program with these instructions; kind is enum bpf_prog_type.
+def program_descriptor(name: str, kind: int, code: bytes, attach_type: int = 0, messages: Any = None) -> int:
+    """Return the descriptor of a program with these instructions. Raises OSError.
+
+    kind is enum bpf_prog_type. messages is a buffer for the verifier's.
+    """
+    kept, license_name = ctypes.create_string_buffer(code, len(code)), ctypes.create_string_buffer(b"GPL")
+    log_to = (1, len(messages), ctypes.addressof(messages)) if messages else (0, 0, 0)
+    attributes = struct.pack(
+        "=IIQQIIQII16sII", kind, len(code) // ctypes.sizeof(Instruction), ctypes.addressof(kept),
+        ctypes.addressof(license_name), *log_to, 0, 0, name[:15].encode(), 0, attach_type,
+    )  # fmt: skip
+    return bpf(BpfCommand.PROG_LOAD, attributes)
+
+
+def load_program(name: str, kind: int, code: bytes, lines: int, attach_type: int = 0) -> int:
+    """Return the descriptor of a program, as program_descriptor() does.
 
     Raises Failure, with so many lines of the verifier's log at most.
     """
-    messages: list[str] = []
     try:
-        with captured_stderr(messages):
-            return bpf_call("bcc_prog_load", kind, name.encode(), code, len(code), b"GPL", 0, 0, None, 0)
+        return program_descriptor(name, kind, code, attach_type)
     except OSError as err:
-        detail = "\n".join(messages[-1].strip().splitlines()[-lines:])
+        messages = ctypes.create_string_buffer(VERIFIER_LOG)
+        with contextlib.suppress(OSError):
+            os.close(program_descriptor(name, kind, code, attach_type, messages))
+        detail = "\n".join(messages.value.decode(errors="replace").strip().splitlines()[-lines:])
         kernel = f"the kernel (Linux {os.uname().release})"
         raise Failure(f"{kernel} does not take {name}: {err.strerror}", detail=detail) from err
 
@@ -774,13 +789,19 @@ def kernel_btf(load: str) -> Iterator[ctypes.c_void_p]:
 
 
 def struct_offsets(btf: ctypes.c_void_p, name: bytes) -> dict[bytes, int]:
-    """Return the byte offsets of a kernel struct's own members, by name. Raises LookupError."""
+    """Return the byte offsets of a kernel struct's own members, by name. Raises LookupError.
+
+    name is that of the struct or of a typedef.
+    """
     lib = bcc.lib
     lib.btf__type_by_id.restype = ctypes.c_void_p
     lib.btf__name_by_offset.restype = ctypes.c_char_p
     found = lib.btf__find_by_name_kind(btf, name, BTF_KIND_STRUCT)
-    if found < 0:
-        raise LookupError(name)
+    if found < 0:  # it may have no name but that of its typedef
+        typedef = lib.btf__find_by_name_kind(btf, name, BTF_KIND_TYPEDEF)
+        if typedef < 0:
+            raise LookupError(name)
+        found = BtfType.from_address(lib.btf__type_by_id(btf, typedef)).size  # the type
     address = lib.btf__type_by_id(btf, found)
     kind = BtfType.from_address(address)
     members = (BtfMember * (kind.info & 0xFFFF)).from_address(address + ctypes.sizeof(BtfType))
@@ -793,9 +814,10 @@ def struct_offsets(btf: ctypes.c_void_p, name: bytes) -> dict[bytes, int]:
 
 PAGE = os.sysconf("SC_PAGESIZE")
 CLOCK_MONOTONIC_COARSE = 6  # linux/time.h
-# Two programs that call one helper each. BPF instructions: code, destination, source, offset, immediate value.
+# Programs that call one helper each. BPF instructions: code, destination, source, offset, immediate value.
 CALL, EXIT, ZERO_R0 = 0x85, (0x95, 0, 0, 0, 0), (0xB7, 0, 0, 0, 0)
 CALLS_JIFFIES64 = ((CALL, 0, 0, 0, 118), ZERO_R0, EXIT)  # bpf_jiffies64()
+CALLS_GET_CURRENT_TASK = ((CALL, 0, 0, 0, 35), ZERO_R0, EXIT)  # bpf_get_current_task()
 CALLS_PROBE_READ_KERNEL = (  # bpf_probe_read_kernel(r10 - 8, 8, 0)
     (0x7A, 10, 0, -8, 0), (0xBF, 1, 10, 0, 0), (0x07, 1, 0, 0, -8), (0xB7, 2, 0, 0, 8), (0xB7, 3, 0, 0, 0),
     (CALL, 0, 0, 0, 113), ZERO_R0, EXIT,
@@ -841,6 +863,16 @@ class SharedInfo(NamedTuple):
     tx_flags: int = 0
 
 
+class SocketLock(NamedTuple):
+    """Where the kernel keeps whether a process holds the lock of a packet's socket.
+
+    skb_sk is an offset in struct sk_buff, owned one in struct sock. Both are 0 if the kernel does not tell them.
+    """
+
+    skb_sk: int = 0
+    owned: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Platform:
     """What the kernel and BCC can do. The defaults are those of the oldest ones: BCC 0.12, Linux 5.4.
@@ -860,6 +892,7 @@ class Platform:
     tick: int = 0  # ns between two values of bpf_jiffies64() (Linux 5.6); 0: programs cannot call it
     shared_info: SharedInfo = SharedInfo()
     routes: RouteOffsets = RouteOffsets()
+    socket_lock: SocketLock = SocketLock()
 
     @classmethod
     def detect(cls) -> Platform:
@@ -868,7 +901,8 @@ class Platform:
         has_links = hasattr(bcc.lib, "bpf_link_create")
         tick = round(time.clock_getres(CLOCK_MONOTONIC_COARSE) * 1e9)
         can_read = takes_program(CALLS_PROBE_READ_KERNEL)
-        shared_info, routes = find_offsets() if can_read else (SharedInfo(), RouteOffsets())
+        none = SharedInfo(), RouteOffsets(), SocketLock()
+        shared_info, routes, socket_lock = find_offsets() if can_read else none
         return cls(
             version=version,
             has_links=has_links,
@@ -883,6 +917,7 @@ class Platform:
             tick=tick if takes_program(CALLS_JIFFIES64) else 0,
             shared_info=shared_info,
             routes=routes,
+            socket_lock=socket_lock if takes_program(CALLS_GET_CURRENT_TASK) else SocketLock(),
         )
 
 
@@ -893,9 +928,9 @@ def linux_version() -> tuple[int, int, int]:
     return first, second, third
 
 
-def find_offsets() -> tuple[SharedInfo, RouteOffsets]:
+def find_offsets() -> tuple[SharedInfo, RouteOffsets, SocketLock]:
     """Return offsets from the kernel's BTF. Those that it does not have, or all without BTF, are 0."""
-    shared_info, routes = SharedInfo(), RouteOffsets()
+    shared_info, routes, socket_lock = SharedInfo(), RouteOffsets(), SocketLock()
     new, old = "btf__load_vmlinux_btf", "libbpf_find_kernel_btf"  # the old name is from before libbpf 0.5
     with contextlib.suppress(AttributeError, LookupError), kernel_btf(new if hasattr(bcc.lib, new) else old) as btf:
         skb = struct_offsets(btf, b"sk_buff")
@@ -905,7 +940,11 @@ def find_offsets() -> tuple[SharedInfo, RouteOffsets]:
             dst, route, route6 = (struct_offsets(btf, name) for name in (b"dst_entry", b"rtable", b"rt6_info"))
             # _skb_refdst is in a union without a name, just behind the 48 bytes of cb.
             routes = RouteOffsets(skb[b"cb"] + 48, dst[b"flags"], route[b"rt_gw_family"], route6[b"rt6i_flags"])
-    return shared_info, routes
+        with contextlib.suppress(LookupError):
+            lock, owned = struct_offsets(btf, b"sock")[b"sk_lock"], struct_offsets(btf, b"socket_lock_t")[b"owned"]
+            # sk may be in a union without a name, 16 bytes before cb.
+            socket_lock = SocketLock(skb[b"cb"] - 16, lock + owned)
+    return shared_info, routes, socket_lock
 
 
 def shared_info_offsets(skb: dict[bytes, int], shared: dict[bytes, int]) -> SharedInfo:
@@ -976,6 +1015,11 @@ IN_FLIGHT_MAX = 1 << 20
 RING_HOLDS = 0.25  # s of results at the highest rate
 RING_PAGES_MIN = 64  # replies may come in bursts at any rate
 RESULT_BYTES = 160  # of struct result in the ring, at most
+CGROUP_PROGRAMS = {  # program of elfprobe.c -> enum bpf_attach_type
+    "elf_sock_create": BPF_CGROUP_INET_SOCK_CREATE,
+    "elf_accept_v4": BPF_CGROUP_INET4_GETPEERNAME,
+    "elf_accept_v6": BPF_CGROUP_INET6_GETPEERNAME,
+}
 TRACEPOINTS = {  # program of elfprobe.c -> raw tracepoint
     "elf_exit": "sched_process_exit",
     "elf_fork": "sched_wakeup_new",
@@ -1041,6 +1085,8 @@ def build_flags(config: Config, build: Build, platform: Platform) -> dict[str, s
         "DST_FLAGS": str(platform.routes.dst_flags),
         "RT4_GATEWAY": str(platform.routes.gateway_family),
         "RT6_FLAGS": str(platform.routes.route6_flags),
+        "SKB_SK": str(platform.socket_lock.skb_sk),
+        "SOCK_OWNED": str(platform.socket_lock.owned),
         "TICK_NS": f"{platform.tick}ULL",
         "BY_OWNER": str(int(build.by_owner)),
         "BY_APP": str(int(build.by_owner and bool(config.apps))),
@@ -1078,8 +1124,7 @@ def program_types(build: Build) -> dict[str, int]:
     if not build.ingress_tc:
         kinds["elf_ingress"] = types.XDP
     if build.by_owner:
-        # Older BCC cannot pass on an attach type. Without one, the kernel takes the program for sock_create.
-        kinds["elf_sock_create"] = types.CGROUP_SOCK
+        kinds.update(dict.fromkeys(CGROUP_PROGRAMS, types.CGROUP_SOCK_ADDR), elf_sock_create=types.CGROUP_SOCK)
         kinds.update(dict.fromkeys(TRACEPOINTS, types.RAW_TRACEPOINT))
     return kinds
 
@@ -1607,7 +1652,8 @@ class Kernel:
                 code = compiled.programs[name].linked(values)
             except (KeyError, IndexError) as err:
                 raise Failure(f"{name} is not whole") from err
-            self._program_fds[name] = load_program(name, kind, code, 40 if config.debug else 3)
+            attach_type = CGROUP_PROGRAMS.get(name, 0)
+            self._program_fds[name] = load_program(name, kind, code, 40 if config.debug else 3, attach_type)
 
     def _close_files(self) -> None:
         """Close the programs and maps."""
@@ -2359,6 +2405,7 @@ FORKS_SAMPLED, FORKS_SAMPLED_MAX = 3, 30  # to find where a task has its PID; of
 LINGER = 30.0  # s that a destination stays a target after its last connection ended (polling only)
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, linux/proc_ns.h: its inode number, always
 FSCONFIG_CMD_CREATE = 6  # linux/mount.h
+SO_COOKIE, IPPROTO_MPTCP = 57, 262  # asm-generic/socket.h, linux/in.h
 
 
 def filter_slot(packed: bytes) -> int:
@@ -2565,7 +2612,9 @@ class SocketTagger:
         try:
             for found in duplicated_sockets(pid):
                 known = self._kernel.socket_owner(found.fileno(), self._owner)
-                if known is None or known.status != TARGET:
+                (cookie,) = struct.unpack("=Q", found.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))
+                owner.socket = 0 if found.proto == IPPROTO_MPTCP else cookie
+                if known is None or known.status != TARGET or known.socket != owner.socket:
                     self._kernel.set_socket_owner(found.fileno(), owner)
         except OSError as err:
             if err.errno not in (errno.ESRCH, errno.ENOENT):
@@ -2622,8 +2671,9 @@ class ProcessTable:
 class ProcessFollower:
     """Follows the target processes, exactly and from their first packet.
 
-    The programs of elfprobe.c store the creating process with each socket, and follow exec, fork and exit of
-    target processes. This class adds what only user space sees when a process starts: executable and script.
+    The programs of elfprobe.c store with each socket the process that creates or accepts it, and follow exec, fork
+    and exit of target processes. This class adds what only user space sees when a process starts: executable and
+    script.
     """
 
     def __init__(
@@ -2707,7 +2757,7 @@ class ProcessFollower:
             table.put(comm_bytes(app), len(os.fsencode(app)) < TASK_COMM_LEN - 1)
 
     def _attach_to_cgroup(self, stack: contextlib.ExitStack) -> None:
-        """Attach elf_sock_create by a BPF link, which goes when this process ends, however it ends."""
+        """Attach CGROUP_PROGRAMS by BPF links, which go when this process ends, however it ends."""
         try:
             cgroup = open_cgroup_root()
         except OSError as err:
@@ -2715,11 +2765,12 @@ class ProcessFollower:
         stack.callback(os.close, cgroup)
         if not covers_all_processes(cgroup):
             raise Unsupported("a cgroup that all processes here belong to")
-        try:
-            link = create_link(self._kernel.program("elf_sock_create"), cgroup, BPF_CGROUP_INET_SOCK_CREATE)
-        except OSError as err:
-            raise Unsupported(f"a BPF link to the cgroup ({err.strerror})") from err
-        stack.callback(os.close, link)
+        for program, attach_type in CGROUP_PROGRAMS.items():
+            try:
+                link = create_link(self._kernel.program(program), cgroup, attach_type)
+            except OSError as err:
+                raise Unsupported(f"a BPF link to the cgroup ({err.strerror})") from err
+            stack.callback(os.close, link)
 
     def _adopt_running(self) -> None:
         """Adopt the target processes that run already, and the children that they have forked so far.

@@ -86,7 +86,11 @@ ODD_NAMES = {  # -> as in the CSV
     'comma,quote"': 'comma,quote"', '"': '"', 'a\nb\tc\r': 'a?b?c?', '\udcff\udcfe': '\ufffd\ufffd',
     'm\xfcnchen': 'm\xfcnchen', '\x85': '?', 'a\u2028b': 'a?b', ' ': ' ',
 }  # fmt: skip
-ATTACHED = 'cgroup_sock', 'raw_tracepoint'  # what kinds of programs are, beside those of the interface
+ATTACHED = (
+    'cgroup_sock',
+    'cgroup_sock_addr',
+    'raw_tracepoint',
+)  # what kinds of programs are, beside those of the interface
 
 # Sends back whatever comes, from the address that it came to.
 ECHO = """
@@ -169,6 +173,51 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
             struct.pack_into('I', shared, 0, number)
         [number] = struct.unpack('I', shared)
         udp.sendto(b'x', ('198.18.%d.%d' % (number // 250, number % 250 + 1), 9))
+"""
+
+# A server whose connections are not for the process that listens. The file has who answers which peer's port. To
+# accept without an address tells less.
+SERVER = """
+import ctypes, os, socket, sys
+how, port, notes = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+
+def answer(connection):
+    data = connection.recv(100, socket.MSG_WAITALL)
+    with open(notes, 'a') as file:
+        file.write(f'{port} {os.getpid()} {int(data)}\\n')
+    while data:
+        connection.sendall(data)
+        data = connection.recv(100)
+
+def accept():
+    if how != 'blind':
+        return listener.accept()[0]
+    number = ctypes.CDLL(None).accept(listener.fileno(), None, None)
+    return socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, number)
+
+if how == 'activated':
+    listener = socket.socket(fileno=3)
+else:
+    listener = socket.create_server(('', port))
+if how != 'handing' and os.fork() and os.fork():
+    os.wait()
+while True:
+    connection = accept()
+    if how == 'handing' and os.fork():
+        connection.close()
+        continue
+    answer(connection)
+"""
+# Has two connections to each of the ports at a time, and says on each which port is its own.
+CLIENT = """
+import socket, sys, time
+connections = [socket.create_connection((sys.argv[1], port)) for port in map(int, sys.argv[2:]) for _ in range(2)]
+while True:
+    for connection in connections:
+        connection.sendall(b'%100d' % connection.getsockname()[1])
+    for connection in connections:
+        connection.recv(100, socket.MSG_WAITALL)
+    time.sleep(0.005)
 """
 
 # talk.py. Files PORT.pids get who has had the socket, PORT.sent, at the end, how many packets were sent.
@@ -333,6 +382,7 @@ class Row(NamedTuple):
     protocol: int
     app: str
     pid: str
+    dport: int = 7
 
 
 def read_rows(elf: Run) -> list[Row]:
@@ -341,8 +391,10 @@ def read_rows(elf: Run) -> list[Row]:
     header, *lines = csv.reader(io.StringIO(text[: text.rfind('\n') + 1], newline=''), strict=True)
     assert header[15:17] == ['app', 'pid']
     assert {len(line) for line in lines} <= {len(header)}
-    dest, sport, protocol = (header.index(name) for name in Row._fields[:3])
-    return [Row(line[dest], int(line[sport]), int(line[protocol]), *line[15:17]) for line in lines]
+    dest, sport, protocol, dport = (header.index(name) for name in ('dest', 'sport', 'protocol', 'dport'))
+    return [
+        Row(line[dest], int(line[sport]), int(line[protocol]), *line[15:17], int(line[dport])) for line in lines
+    ]
 
 
 def wait_for_rows(elf: Run, number: int = ENOUGH, **values: object) -> None:
@@ -744,6 +796,66 @@ def test_by_pid(by_pid, name):
     check(DESCENDANTS[name], *by_pid[name])
 
 
+class Server(NamedTuple):
+    name: str
+    how: str
+    by_pid: bool = False  # one of its two workers is a target by its PID, and it alone
+    older: bool = False
+
+
+SERVERS = (
+    Server('other', 'prefork', by_pid=True, older=True),
+    Server('other', 'blind', by_pid=True, older=True),
+    Server('speedtest', 'prefork', older=True),
+    Server('speedtest', 'blind'),
+    Server('speedtest', 'handing'),  # as postgres and sshd
+    Server('speedtest', 'activated'),
+)
+
+
+@pytest.mark.needs('systemd-socket-activate')
+def test_who_has_a_connection(net, programs, tmp_path):
+    """Not the process that listens, but the one that accepts, or that was handed the connection."""
+    ports = {next(PORTS): server for server in SERVERS}
+    notes = tmp_path / 'notes'
+    workers, handing = [], 0
+
+    def start(older: bool) -> None:
+        nonlocal handing
+        for port, server in ports.items():
+            if server.older == older:
+                command = [str(programs / server.name), '-c', SERVER, server.how, str(port), str(notes)]
+                if server.how == 'activated':
+                    command = ['systemd-socket-activate', f'--listen={port}', *command]
+                started = net.client.popen(*command, stderr=subprocess.DEVNULL)
+                wait_until(lambda port=port: net.client.listens(port), 10, f'{server} listens')
+                if server.how == 'handing':
+                    handing = started.pid
+                if server.by_pid:
+                    children = wait_until(psutil.Process(started.pid).children, 10, 'it has a worker')
+                    workers.append(children[0].pid)
+
+    start(older=True)
+    options = [word for pid in workers for word in ('-P', str(pid))]
+    with elfprobe(net, '-a', 'speedtest', *options, '-p', '0', cwd=tmp_path) as elf:
+        start(older=False)
+        client = net.server.popen(sys.executable, '-c', CLIENT, net.client_address(4), *map(str, ports))
+        wait_until(lambda: notes.exists() and len(notes.read_text().splitlines()) == 2 * len(ports), 20, 'answers')
+        answered = {
+            (port, peer): (ports[port].name, pid)
+            for port, pid, peer in (map(int, line.split()) for line in notes.read_text().splitlines())
+            if not ports[port].by_pid or pid in workers
+        }
+        with suppress(TimeoutError):  # the difference is shown below
+            wait_until(lambda: {(row.sport, row.dport) for row in read_rows(elf)} >= answered.keys(), 10, 'all')
+        end(client)
+        net.client.end_processes()
+    assert len({pid for _, pid in answered.values()}) == 1 + 1 + 2 + 2 + 2 + 2  # each worker has one
+    owners = {((row.sport, row.dport), (row.app, int(row.pid))) for row in read_rows(elf)}
+    owners = {(connection, (app, pid)) for connection, (app, pid) in owners if pid != handing}  # it had them first
+    assert owners == set(answered.items())
+
+
 # Beside others
 
 
@@ -940,7 +1052,7 @@ def test_addresses_only(net, stage, tmp_path):
         program = stage.talk('./speedtest')
         wait_for_rows(elf, sport=program.port)
         stage.finish(program)
-    assert {row[3:] for row in read_rows(elf)} == {('', '')}
+    assert {row[3:5] for row in read_rows(elf)} == {('', '')}
     header = (tmp_path / 'elf.csv').read_text().splitlines()[0].split(',')
     assert header[13:17] == ['outipid', 'inipid', 'app', 'pid']
 
@@ -1017,7 +1129,7 @@ def test_namespaces(net, stage, tmp_path, own_cgroup, enter, unshare, polling):
         stage.finish(program)
     assert is_polling(elf, 'cgroup') == polling
     if not polling:
-        assert [row[3:] for row in read_rows(elf)] == [('speedtest', str(program.pids[0]))] * program.sent
+        assert [row[3:5] for row in read_rows(elf)] == [('speedtest', str(program.pids[0]))] * program.sent
 
 
 @pytest.mark.parametrize(
