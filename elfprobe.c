@@ -81,6 +81,9 @@
 #ifndef SKB_SK
 #error "SKB_SK, SOCK_OWNED: offsets of sk in struct sk_buff, of sk_lock.owned in struct sock; 0 if unknown"
 #endif
+#ifndef MPTCP
+#error "MPTCP: 1 if TC programs can find the MPTCP socket of a TCP socket (Linux 5.19), 0 if not"
+#endif
 #ifndef TX_FLAGS
 #error "TX_FLAGS: offset of tx_flags in struct skb_shared_info"
 #endif
@@ -2960,13 +2963,20 @@ static inline int is_known(struct owner *owner)
 	return owner->status == TARGET;
 }
 
+static void *(*skc_to_mptcp_sock)(void *sk) = (void *)196; /* BCC before 0.25 does not declare it */
+
 /* Return the target process that the packet comes from, or elfprobe itself, 0 for all others. */
 static inline struct owner *packet_owner(struct __sk_buff *skb)
 {
 	struct bpf_sock *sk = skb->sk; /* the helper itself checks that it is a full socket (Linux 5.10) */
 	struct owner *owner;
+	void *mptcp;
 
 	owner = sk ? sockets.sk_storage_get(sk, 0, 0) : 0;
+	if (MPTCP && sk && !owner) { /* the kernel itself makes the TCP sockets below one of MPTCP */
+		mptcp = skc_to_mptcp_sock(sk);
+		owner = mptcp ? sockets.sk_storage_get(mptcp, 0, 0) : 0;
+	}
 	return owner && is_known(owner) ? owner : 0;
 }
 

@@ -818,6 +818,9 @@ CLOCK_MONOTONIC_COARSE = 6  # linux/time.h
 CALL, EXIT, ZERO_R0 = 0x85, (0x95, 0, 0, 0, 0), (0xB7, 0, 0, 0, 0)
 CALLS_JIFFIES64 = ((CALL, 0, 0, 0, 118), ZERO_R0, EXIT)  # bpf_jiffies64()
 CALLS_GET_CURRENT_TASK = ((CALL, 0, 0, 0, 35), ZERO_R0, EXIT)  # bpf_get_current_task()
+CALLS_SKC_TO_MPTCP_SOCK = (  # bpf_skc_to_mptcp_sock(skb->sk), if that is not NULL
+    (0x79, 1, 1, 168, 0), (0x55, 1, 0, 2, 0), ZERO_R0, EXIT, (CALL, 0, 0, 0, 196), ZERO_R0, EXIT,
+)  # fmt: skip
 CALLS_PROBE_READ_KERNEL = (  # bpf_probe_read_kernel(r10 - 8, 8, 0)
     (0x7A, 10, 0, -8, 0), (0xBF, 1, 10, 0, 0), (0x07, 1, 0, 0, -8), (0xB7, 2, 0, 0, 8), (0xB7, 3, 0, 0, 0),
     (CALL, 0, 0, 0, 113), ZERO_R0, EXIT,
@@ -888,6 +891,7 @@ class Platform:
     has_batches: bool = False  # BCC 0.19 reads maps in batches. Only reading shows whether Linux does (5.6)
     has_run_time_stats: bool = False  # BCC exports bpf_enable_stats(), Linux 5.8
     has_malloc_trim: bool = False  # the C library is glibc
+    has_mptcp: bool = False  # TC programs can find the MPTCP socket of a TCP socket (Linux 5.19)
     is_preemptible: bool = False  # another program run may preempt a program run on its CPU
     tick: int = 0  # ns between two values of bpf_jiffies64() (Linux 5.6); 0: programs cannot call it
     shared_info: SharedInfo = SharedInfo()
@@ -911,6 +915,7 @@ class Platform:
             has_batches=hasattr(bcc.lib, "bpf_lookup_batch"),
             has_run_time_stats=hasattr(bcc.lib, "bpf_enable_stats"),
             has_malloc_trim=hasattr(LIBC, "malloc_trim"),
+            has_mptcp=takes_program(CALLS_SKC_TO_MPTCP_SOCK),
             # Since Linux 6.18, PREEMPT_RT disables softirqs without a lock, so that runs can preempt each other
             # (CONFIG_PREEMPT_RT_NEEDS_BH_LOCK). Older kernels with PREEMPT_RT are treated alike.
             is_preemptible="PREEMPT_RT" in os.uname().version,
@@ -1087,6 +1092,7 @@ def build_flags(config: Config, build: Build, platform: Platform) -> dict[str, s
         "RT6_FLAGS": str(platform.routes.route6_flags),
         "SKB_SK": str(platform.socket_lock.skb_sk),
         "SOCK_OWNED": str(platform.socket_lock.owned),
+        "MPTCP": str(int(platform.has_mptcp)),
         "TICK_NS": f"{platform.tick}ULL",
         "BY_OWNER": str(int(build.by_owner)),
         "BY_APP": str(int(build.by_owner and bool(config.apps))),

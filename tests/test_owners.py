@@ -57,6 +57,8 @@ pytestmark = [
     ),
 ]
 
+LINUX = tuple(map(int, os.uname().release.split('.')[:2]))
+HAS_MPTCP = Path('/proc/sys/net/mptcp').exists() and LINUX >= (5, 19)
 SECONDS = float(os.environ.get('ELFPROBE_TESTS_SECONDS', 5))  # beside somebody else's flows
 SHORT_FLOWS = 200
 ENOUGH = 20  # packets of each program, at least
@@ -255,6 +257,8 @@ class Flow:
             except socket.timeout:
                 pass
 
+MPTCP = 262  # socket.IPPROTO_MPTCP since Python 3.10
+
 def bound(kind, protocol=0):
     sock = socket.socket(FAMILY, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -267,13 +271,14 @@ def connected(sock):
     return Flow(sock)
 
 def tcp(): return connected(bound(socket.SOCK_STREAM))
+def mptcp(): return connected(bound(socket.SOCK_STREAM, MPTCP))
 def udp(): return connected(bound(socket.SOCK_DGRAM))
 def ping(): return connected(bound(socket.SOCK_DGRAM, ICMP))
 def raw_ping(): return connected(bound(socket.SOCK_RAW, ICMP))
 def sendto(): return Flow(bound(socket.SOCK_DGRAM), [(server, SERVER_PORT) for server in SERVERS])
 
-def listening():
-    sock = bound(socket.SOCK_STREAM)
+def listening(protocol=0):
+    sock = bound(socket.SOCK_STREAM, protocol)
     sock.listen()
     note_pid()
     return sock
@@ -708,6 +713,18 @@ NAMED = {  # with -a SpeedTest -a LONG -a FIFTEEN
         './other', 'execute("./speedtest", handed(listening()))', 'speedtest', late=True, peer='after'
     ),
     'accepted by another': Case('./other', 'answer(listening())', peer='after'),
+    **{  # as every server in Go since 1.24
+        f'{which}accepted by MPTCP': Case(
+            './speedtest', 'answer(listening(MPTCP))', 'speedtest', older=bool(which), peer='after'
+        )
+        for which in ('', 'older ')
+        if HAS_MPTCP
+    },
+    **{
+        f'{which}MPTCP': Case('./speedtest', 'talk(mptcp())', 'speedtest', older=bool(which))
+        for which in ('', 'older ')
+        if HAS_MPTCP
+    },
     'older TCP': Case('./speedtest', 'talk(tcp())', 'speedtest', older=True),
     'older UDP': Case('./speedtest', 'talk(udp())', 'speedtest', older=True),
     'older sendto': Case('./speedtest', 'talk(sendto())', 'speedtest', older=True, servers=MANY),
@@ -854,6 +871,44 @@ def test_who_has_a_connection(net, programs, tmp_path):
     owners = {((row.sport, row.dport), (row.app, int(row.pid))) for row in read_rows(elf)}
     owners = {(connection, (app, pid)) for connection, (app, pid) in owners if pid != handing}  # it had them first
     assert owners == set(answered.items())
+
+
+# Sends all that it can by MPTCP, or receives all that comes, at port 8.
+MPTCP_BULK = """
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262) as mptcp:
+    if sys.argv[1:]:
+        mptcp.connect((sys.argv[1], 8))
+        while True:
+            mptcp.sendall(bytes(1 << 20))
+    mptcp.bind(('', 8))
+    mptcp.listen()
+    connection = mptcp.accept()[0]
+    while connection.recv(1 << 20):
+        pass
+"""
+
+
+@pytest.mark.skipif(not HAS_MPTCP, reason='programs cannot know MPTCP sockets, or there are none')
+def test_mptcp_subflows(net, programs, tmp_path):
+    """Those that the kernel adds by itself belong to the process, too."""
+    second = '10.0.1.77'
+    net.client.run('ip', 'address', 'add', f'{second}/24', 'dev', net.client_device)
+    for host in net.client, net.server:
+        host.run('ip', 'mptcp', 'limits', 'set', 'subflow', '2', 'add_addr_accepted', '2')
+    net.client.run('ip', 'mptcp', 'endpoint', 'add', second, 'dev', net.client_device, 'subflow')
+    server = net.server.popen(sys.executable, '-c', MPTCP_BULK)
+    try:
+        wait_until(lambda: net.server.listens(8), 10, 'the server listens')
+        with elfprobe(net, '-a', 'speedtest', cwd=tmp_path) as elf:
+            client = net.client.popen(str(programs / 'speedtest'), '-c', MPTCP_BULK, net.server_address(4))
+            wait_until(lambda: len({row.sport for row in read_rows(elf)}) == 2, 20, 'rows of two subflows')
+    finally:
+        net.client.end_processes()
+        end(server)
+        net.client.run('ip', 'mptcp', 'endpoint', 'flush')
+        net.client.run('ip', 'address', 'del', f'{second}/24', 'dev', net.client_device)
+    assert {(row.app, row.pid) for row in read_rows(elf)} == {('speedtest', str(client.pid))}
 
 
 # Beside others
