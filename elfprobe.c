@@ -1787,8 +1787,9 @@ BPF_F_TABLE("hash", struct probe_key, struct probe, in_flight, 1, BPF_F_NO_PREAL
 /* Finds the ident under which the probe is in in_flight. The kernel allocates the whole of it at once. */
 BPF_TABLE("lru_hash", struct udp_partial, __u32, partial_checksums, 1);
 BPF_ARRAY(schedules, struct schedule, 1);
-BPF_ARRAY(alive_until, __u64, 1);   /* the lease: no probe after this time. 0: before and after the run */
-BPF_ARRAY(link_up_since, __u64, 1); /* when the device's link came up; in the future while it is down */
+BPF_ARRAY(alive_until, __u64, 1); /* the lease: no probe after this time. 0: before and after the run */
+/* When a device's link came up, by ifindex; in the future while it is down. No entry: it never was down. */
+BPF_HASH(link_up_since, __u32, __u64, 1024);
 
 static inline __u32 hash_address(const struct in6_addr *a)
 {
@@ -3191,14 +3192,14 @@ static inline void report_flow(struct __sk_buff *skb, const struct packet *pkt, 
 		COUNT(events_lost);
 }
 
-/* Has the device had its carrier since this time? A lost carrier is no sign of a firewall: cables are pulled, and some
- * drivers take the link down for seconds when XDP is attached. */
-static inline int had_carrier(__u64 since)
+/* Has the packet's device had its carrier since this time? A lost carrier is no sign of a firewall: cables are pulled,
+ * and some drivers take the link down for seconds when XDP is attached. */
+static inline int had_carrier(struct __sk_buff *skb, __u64 since)
 {
+	__u32 device = skb->ifindex;
 	__u64 *link_since;
-	int zero = 0;
 
-	link_since = link_up_since.lookup(&zero);
+	link_since = link_up_since.lookup(&device);
 	return !link_since || *link_since < since;
 }
 
@@ -3215,7 +3216,7 @@ static inline int look_at_flow(struct __sk_buff *skb, const struct packet *pkt, 
 		.outstanding = tp->packets_out,
 		.srtt = tp->srtt_us >> 3, /* the kernel stores eighths */
 	};
-	int may_carry, can_stall = had_carrier(progress->since);
+	int may_carry, can_stall = had_carrier(skb, progress->since);
 	struct schedule *all = lookup_schedule();
 	__u32 kind = 0;
 

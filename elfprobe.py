@@ -118,7 +118,6 @@ from elf.service import ServiceManager
 from elf.summary import Summary
 from elf.usage import (
     Failure,
-    Once,
     Parser,
     as_called,
     missing_packages,
@@ -302,10 +301,10 @@ def argument(*flags: str, default: object, **how: object) -> Any:
 class Config:
     """The command line, checked as far as it can be without looking at the machine. Each field is an option."""
 
-    interface: str | None = argument(
-        "-i", "--interface", default=None, type=not_empty, action=Once,
+    interfaces: tuple[str, ...] = argument(
+        "-i", "--interface", default=(), action="append", type=not_empty, metavar="INTERFACE",
         help="the device to attach to (default: by which the addresses are reached; for -a, -P and COMMAND that "
-        "of the default route)",
+        "of the default route); may be given again, for devices of the same kind",
     )  # fmt: skip
     addresses: tuple[str, ...] = argument(
         "addresses", default=(), nargs="*", type=not_empty, metavar="address",
@@ -458,6 +457,9 @@ def parse_arguments(argv: list[str]) -> Config:
         raise Failure(as_called("no command behind --: elfprobe.py [options] -- COMMAND [ARGUMENT ...]"), 2)
     if not (config.addresses or config.by_process):
         raise Failure("nothing to probe: give an address, -a APP, -P PID or -- COMMAND", 2)
+    twice = [name for number, name in enumerate(config.interfaces) if name in config.interfaces[:number]]
+    if twice:
+        raise Failure(f"argument -i/--interface: '{twice[0]}' is given twice", 2)
     own = [os.path.abspath(config.filebase + extension) for extension in FILE_EXTENSIONS]
     if config.capture and os.path.abspath(config.capture) in own:
         raise Failure(f"argument -w/--write: '{config.capture}' is a file of -f: give another name", 2)
@@ -1754,9 +1756,9 @@ class Kernel:
         """Allow no more probes."""
         self.renew_lease(0)
 
-    def set_link_up_since(self, when: int) -> None:
+    def set_link_up_since(self, device: Device, when: int) -> None:
         """Set the time when the device's link came up (CLOCK_MONOTONIC, ns). A future time says that it is down."""
-        self.map("link_up_since").put(0, when)
+        self.map("link_up_since").put(device.ifindex, when)
 
     def take_expired(self, sent_before: int) -> Iterator[list[bytes]]:
         """Remove the probes in flight that left before a time (CLOCK_MONOTONIC, ns). Yield each, and its key.
@@ -1862,7 +1864,7 @@ class Kernel:
             self._poll_perf_buffers(int(1000 * seconds))
 
 
-# ---- Attachments: the device, and the programs that are attached to it -------------------------------
+# ---- Attachments: the devices, and the programs that are attached to them -----------------------------
 
 ARPHRD_ETHER, ARPHRD_TUNNEL, ARPHRD_LOOPBACK, ARPHRD_SIT = 1, 768, 772, 776  # linux/if_arp.h
 # Links whose packets begin with IP; "none" are TUN, WireGuard and the like.
@@ -1907,12 +1909,17 @@ def interface_failure(message: str) -> Failure:
 
 
 class Device(NamedTuple):
-    """The network device of a run."""
+    """A network device of a run."""
 
     name: str
     ifindex: int
     frame: Frame = Frame.ETHERNET
     driver: str = ""  # the kernel's name of its driver
+
+
+def names_of(devices: Iterable[Device], separator: str = ", ") -> str:
+    """Return the names of devices in a row."""
+    return separator.join(device.name for device in devices)
 
 
 class LinkState(enum.Enum):
@@ -1970,6 +1977,17 @@ def find_device(ipr: Netlink, name: str, encapsulation: str = "ethernet") -> Dev
     return Device(name, ifindex, frame, driver_of(name))
 
 
+def find_devices(ipr: Netlink, names: Iterable[str], encapsulation: str) -> list[Device]:
+    """Return the devices of these names, as find_device() does. Raises Failure unless the same programs fit all."""
+    devices = [find_device(ipr, name, encapsulation) for name in names]
+    for device in devices:
+        if device.frame != devices[0].frame:
+            begins = {Frame.ETHERNET: "Ethernet", Frame.IP: "IP", Frame.TUNNEL: "IP, in a tunnel"}
+            kinds = (f"'{each.name}' ({begins[each.frame]})" for each in (devices[0], device))
+            raise interface_failure(f"{' and '.join(kinds)} are not of the same kind: start a run for each")
+    return devices
+
+
 def find_interface(routes: Routes, fixed: dict[bytes, str], by_process: bool) -> str:
     """Return the name of the device by which the targets are reached. Raises Failure unless it is one.
 
@@ -1987,29 +2005,29 @@ def find_interface(routes: Routes, fixed: dict[bytes, str], by_process: bool) ->
         raise interface_failure(f"{nowhere}: name the device")
     if len(users) > 1:
         devices = "; ".join(f"{device_name(ifindex)} to {in_short(names)}" for ifindex, names in users.items())
-        raise interface_failure(f"the targets are reached by several devices, name one of them: {devices}")
+        raise interface_failure(f"the targets are reached by several devices, name one or more: {devices}")
     return device_name(*users)
 
 
 @contextlib.contextmanager
-def sole_user(device: Device) -> Iterator[None]:
-    """Make sure that no other elfprobe uses the device. Raises Failure, with the PID of the other one.
+def sole_user(devices: Iterable[Device]) -> Iterator[None]:
+    """Make sure that no other elfprobe uses the devices. Raises Failure, with the PID of the other one.
 
-    The lock is a record lock, fcntl(2), on DEVICE_LOCKS: the byte with the number of the device. The file belongs
-    to the network namespace, as the device does. To open it for writing takes the same right as to attach a
-    program (CAP_NET_ADMIN), so that nobody else can keep elfprobe from starting. The lock goes with this process,
+    The locks are record locks, fcntl(2), on DEVICE_LOCKS: the bytes with the numbers of the devices. The file
+    belongs to the network namespace, as the devices do. To open it for writing takes the same right as to attach a
+    program (CAP_NET_ADMIN), so that nobody else can keep elfprobe from starting. The locks go with this process,
     however it ends.
     """
     with contextlib.ExitStack() as stack:
         try:
             file = os.open(DEVICE_LOCKS, os.O_WRONLY | os.O_CLOEXEC)
         except OSError as err:
-            log.warning(
-                "another elfprobe on %s would not be noticed: %s: %s", device.name, DEVICE_LOCKS, err.strerror
-            )
+            names = names_of(devices)
+            log.warning("another elfprobe on %s would not be noticed: %s: %s", names, DEVICE_LOCKS, err.strerror)
         else:
             stack.callback(os.close, file)
-            lock_device(file, device)
+            for device in devices:
+                lock_device(file, device)
         yield
 
 
@@ -2035,7 +2053,7 @@ class Attachment:
 
     def __init__(self, ipr: Netlink, device: Device, program: int) -> None:
         self._ipr = ipr
-        self._device = device
+        self.device = device
         self._program = program
         self._link = -1
 
@@ -2067,11 +2085,11 @@ class Attachment:
     def _quietly(self, remove: Callable[..., None], *args: Any) -> None:
         """Call a function that detaches. Ignore it if there is nothing to detach any more."""
         try:
-            remove(self._ipr, self._device, *args)
+            remove(self._ipr, self.device, *args)
         except (pyroute2.NetlinkError, OSError) as err:
             code = getattr(err, "code", None) or getattr(err, "errno", None)
             if code not in (errno.ENODEV, errno.ENOENT, errno.EINVAL):
-                log.error("could not detach from %s: %s", self._device.name, err)
+                log.error("could not detach from %s: %s", self.device.name, err)
 
 
 class XdpAttached(NamedTuple):
@@ -2148,8 +2166,8 @@ class XdpAttachment(Attachment):
         self._offloads: list[str] = []
 
     def attach(self) -> None:
-        name, is_native = self._device.name, self._mode == XDP_FLAGS_DRV_MODE
-        found = attached_xdp(self._ipr, self._device)
+        name, is_native = self.device.name, self._mode == XDP_FLAGS_DRV_MODE
+        found = attached_xdp(self._ipr, self.device)
         if found:
             theirs = program_name(found.prog_id) or "without a name"
             raise interface_failure(
@@ -2169,16 +2187,16 @@ class XdpAttachment(Attachment):
     def _attach(self) -> None:
         if self._has_links:
             try:
-                self._link = create_link(self._program, self._device.ifindex, BPF_XDP, self._mode)
+                self._link = create_link(self._program, self.device.ifindex, BPF_XDP, self._mode)
                 return
             except OSError as err:
                 if err.errno != errno.EINVAL:
                     raise
-        name = socket.if_indextoname(self._device.ifindex)
+        name = socket.if_indextoname(self.device.ifindex)
         set_xdp(name, self._program, self._mode | XDP_FLAGS_UPDATE_IF_NOEXIST)
 
     def is_attached(self) -> bool:
-        found = attached_xdp(self._ipr, self._device)
+        found = attached_xdp(self._ipr, self.device)
         return found is not None and found.prog_id == self._prog_id
 
     def detach(self) -> None:
@@ -2202,9 +2220,9 @@ class TcxAttachment(Attachment):
         self._attach_type = attach_type
 
     def attach(self) -> None:
-        others = count_attached(self._device.ifindex, self._attach_type)
+        others = count_attached(self.device.ifindex, self._attach_type)
         try:
-            self._link = create_link(self._program, self._device.ifindex, self._attach_type)
+            self._link = create_link(self._program, self.device.ifindex, self._attach_type)
         except OSError as err:
             raise Unsupported(f"tcx ({err.strerror})") from err
         if others:
@@ -2291,7 +2309,7 @@ class ClsactAttachment(Attachment):
 
     def attach(self) -> None:
         name = FILTER_NAME
-        if not has_clsact(self._ipr, self._device):
+        if not has_clsact(self._ipr, self.device):
             name = FILTER_NAME_QDISC_OURS
             self._add_clsact()
         with contextlib.ExitStack() as stack:
@@ -2302,17 +2320,17 @@ class ClsactAttachment(Attachment):
 
     def _add_clsact(self) -> None:
         try:
-            self._ipr.tc("add", "clsact", self._device.ifindex)
+            self._ipr.tc("add", "clsact", self.device.ifindex)
         except pyroute2.NetlinkError as err:
             if err.code == errno.EEXIST:
                 raise interface_failure(
-                    f"'{self._device.name}' has an ingress qdisc, which excludes clsact: replace it by clsact, "
+                    f"'{self.device.name}' has an ingress qdisc, which excludes clsact: replace it by clsact, "
                     "where its filters work as well"
                 ) from err
-            raise Failure(f"'{self._device.name}' takes no clsact qdisc: {err}") from err
+            raise Failure(f"'{self.device.name}' takes no clsact qdisc: {err}") from err
 
     def _add_filter(self, name: str) -> None:
-        taken = {found.prio for found in tc_filters(self._ipr, self._device, self._parent)}
+        taken = {found.prio for found in tc_filters(self._ipr, self.device, self._parent)}
         prio = next(free for free in range(1, 0x10000) if free not in taken)
         if prio > 1:
             direction = "egress" if self._parent == CLSACT_EGRESS else "ingress"
@@ -2320,14 +2338,14 @@ class ClsactAttachment(Attachment):
         self._filter = TcFilter("bpf", prio, ETH_P_ALL, 1, name)
         try:
             self._ipr.tc(
-                "add-filter", "bpf", self._device.ifindex, handle=1, prio=prio, fd=self._program, name=name,
+                "add-filter", "bpf", self.device.ifindex, handle=1, prio=prio, fd=self._program, name=name,
                 parent=self._parent, protocol=ETH_P_ALL, direct_action=True, classid=1,
             )  # fmt: skip
         except pyroute2.NetlinkError as err:
-            raise Failure(f"'{self._device.name}' takes no TC filter: {err}") from err
+            raise Failure(f"'{self.device.name}' takes no TC filter: {err}") from err
 
     def is_attached(self) -> bool:
-        return self._filter in tc_filters(self._ipr, self._device, self._parent)
+        return self._filter in tc_filters(self._ipr, self.device, self._parent)
 
     def detach(self) -> None:
         if self._filter:
@@ -2359,15 +2377,19 @@ class Hook(NamedTuple):
         return f"{place} ({self.reason})"
 
 
-def ingress_hooks(ipr: Netlink, device: Device, wanted: str) -> list[Hook]:
-    """Return where answers may be read, the first choice first. wanted is the choice of --ingress-hook."""
+def ingress_hooks(ipr: Netlink, devices: Sequence[Device], wanted: str) -> list[Hook]:
+    """Return where answers may be read, the first choice first. wanted is the choice of --ingress-hook.
+
+    All devices have the same hook, because the programs are compiled for it.
+    """
     if wanted != "auto":
         return [Hook(wanted, "as asked for")]
-    reason = why_not_native_xdp(ipr, device)
-    if reason:
-        return [Hook("tc", reason)]
-    free = f"the driver {device.driver} takes a program without a reset"
-    return [Hook("xdp", free), Hook("tc", f"{device.driver} refuses native XDP")]
+    for reason in (why_not_native_xdp(ipr, device) for device in devices):
+        if reason:
+            return [Hook("tc", reason)]
+    drivers = " and ".join(sorted({device.driver for device in devices}))
+    free = f"the driver {drivers} takes a program without a reset"
+    return [Hook("xdp", free), Hook("tc", f"{drivers} refuses native XDP")]
 
 
 def why_not_native_xdp(ipr: Netlink, device: Device) -> str:
@@ -2382,19 +2404,23 @@ def why_not_native_xdp(ipr: Netlink, device: Device) -> str:
     return f"native XDP would take {' and '.join(offloads)}" if offloads else ""
 
 
-def attachments(ipr: Netlink, device: Device, kernel: Kernel, hook: Hook, tcx: bool) -> list[Attachment]:
-    """Return what a run attaches, in this order: the receiving program comes first, so that no answer is missed."""
+def attachments(
+    ipr: Netlink, devices: Iterable[Device], kernel: Kernel, hook: Hook, tcx: bool
+) -> Iterator[Attachment]:
+    """Yield what a run attaches, in this order: the receiving programs come first, so that no answer is missed."""
     ingress, egress = kernel.program("elf_ingress"), kernel.program("elf_egress")
-    receiving: Attachment
-    if hook.name != "tc":
-        receiving = XdpAttachment(ipr, device, ingress, hook.name == "xdp", kernel.platform.has_links)
-    elif tcx:
-        receiving = TcxAttachment(ipr, device, ingress, BPF_TCX_INGRESS)
-    else:
-        receiving = ClsactAttachment(ipr, device, ingress, CLSACT_INGRESS)
-    if tcx:
-        return [receiving, TcxAttachment(ipr, device, egress, BPF_TCX_EGRESS)]
-    return [receiving, ClsactAttachment(ipr, device, egress, CLSACT_EGRESS)]
+    for device in devices:
+        if hook.name != "tc":
+            yield XdpAttachment(ipr, device, ingress, hook.name == "xdp", kernel.platform.has_links)
+        elif tcx:
+            yield TcxAttachment(ipr, device, ingress, BPF_TCX_INGRESS)
+        else:
+            yield ClsactAttachment(ipr, device, ingress, CLSACT_INGRESS)
+    for device in devices:
+        if tcx:
+            yield TcxAttachment(ipr, device, egress, BPF_TCX_EGRESS)
+        else:
+            yield ClsactAttachment(ipr, device, egress, CLSACT_EGRESS)
 
 
 # ---- Targets: destinations, target processes and their sockets ---------------------------------------
@@ -3072,14 +3098,15 @@ class Reasons:
     """Finds out why targets have no probes, and tells each reason as soon as it is known."""
 
     def __init__(
-        self, config: Config, device: Device, routes: Routes, apps: AppNames, destinations: Destinations,
+        self, config: Config, devices: Sequence[Device], routes: Routes, apps: AppNames, destinations: Destinations,
         fixed: Iterable[bytes], targets: Callable[[], Iterable[int]],
     ) -> None:  # fmt: skip
         """targets returns the PIDs of the target processes."""
         self._config = config
-        self._device = device
+        self._devices = frozenset(device.ifindex for device in devices)
+        self._device_names = names_of(devices, " or ")
         self._routes = routes
-        self._watch = RouteWatch(routes, device.ifindex, fixed)
+        self._watch = RouteWatch(routes, self._devices, fixed)
         self._apps = apps
         self._destinations = destinations
         self._fixed = list(fixed)[:WATCHED_MAX]
@@ -3148,12 +3175,12 @@ class Reasons:
         if os.stat(f"/proc/{pid}/ns/net").st_ino != self._namespace:
             yield OtherNamespace(about, command_in_namespace(pid, self._config))
             return
-        ours, loopback, peers = self._device.ifindex, socket.if_nametoindex("lo"), peers_of(pid, self._routes)
-        by_ours = [peer for peer, devices in peers.items() if ours in devices]
-        elsewhere = [peer for peer, devices in peers.items() if devices and not devices & {ours, loopback}]
+        ours, loopback, peers = self._devices, socket.if_nametoindex("lo"), peers_of(pid, self._routes)
+        by_ours = [peer for peer, devices in peers.items() if ours & devices]
+        elsewhere = [peer for peer, devices in peers.items() if devices and not devices & {*ours, loopback}]
         if elsewhere:
             device = device_name(min(peers[elsewhere[0]]))
-            yield OtherDevice(about, elsewhere[0], device, self._device.name)
+            yield OtherDevice(about, elsewhere[0], device, self._device_names)
         elif by_ours:
             yield Idle(about, by_ours[0])
         elif peers:
@@ -3173,12 +3200,12 @@ class Reasons:
 
     def _addresses(self, silent: dict[bytes, CStruct], has_unfit: bool) -> Iterator[Reason]:
         """Yield why addresses have no probes. silent are these, with their struct path."""
-        ours = self._device.name
+        ours = self._device_names
         for packed, path in silent.items():
             about, devices = address_text(packed), self._routes.devices_to(packed)
             if (Translated, about) in self._told or path.distance.length == 1 or path.excluded:
                 continue
-            if devices and self._device.ifindex not in devices:
+            if devices and not self._devices & devices:
                 yield ByOtherDevice(about, device_name(min(devices)), ours)
             else:
                 yield NobodySends(about, ours, bool(path.liveness.last_received), has_unfit)
@@ -3359,28 +3386,31 @@ def facts(config: Config, attached: Attached) -> dict[str, Any]:
         "host": os.uname().nodename,
         "kernel": os.uname().release,
         "bcc": bcc.__version__,
-        "interfaces": [attached.interface()],
+        "interfaces": attached.interfaces(),
     }
 
 
 def labels(attached: Attached) -> dict[str, str]:
     """Return what runs, as the metrics say it."""
-    interface = attached.interface()
-    where = {"interface": interface.pop("name"), **interface}
+    where = {**attached.interfaces()[0], "interface": names_of(attached.devices, ",")}
+    del where["name"]  # the other facts are those of all devices
     return {"version": VERSION, "kernel": os.uname().release, "bcc": bcc.__version__, **where}
 
 
-def heading_lines(ipr: Netlink, device: Device, config: Config, clock: Clock) -> list[str]:
+def heading_lines(ipr: Netlink, devices: Iterable[Device], config: Config, clock: Clock) -> list[str]:
     """Return the first lines of the log: when, what, where, and how CLOCK_MONOTONIC maps to UTC."""
-    addresses = [
-        f"{message.get_attr('IFA_LOCAL') or message.get_attr('IFA_ADDRESS')}/{message['prefixlen']}"
-        for message in ipr.get_addr()
-        if message["index"] == device.ifindex
-    ]
+    addresses: dict[int, list[str]] = {}
+    for message in ipr.get_addr():
+        address = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
+        addresses.setdefault(message["index"], []).append(f"{address}/{message['prefixlen']}")
     return [
         f"{time.strftime('%Y-%m-%d %H:%M:%S %z (%Z)')}: {as_called('elfprobe.py')} {shlex.join(config.command)}",
         f"elfprobe {VERSION}, {os.uname().nodename}, Linux {os.uname().release}, BCC {bcc.__version__}",
-        f"{device.name} ({device.driver or 'no driver known'}): {', '.join(addresses) or 'no address'}",
+        *(
+            f"{device.name} ({device.driver or 'no driver known'}): "
+            f"{', '.join(addresses.get(device.ifindex, ['no address']))}"
+            for device in devices
+        ),
         f"CLOCK_MONOTONIC 0 is {utc_text(clock.mappings[0].zero)}",
     ]
 
@@ -3450,18 +3480,19 @@ class Stop:
 class Attached:
     """The programs of a run, loaded and attached."""
 
-    device: Device
+    devices: list[Device]
     hook: Hook
     kernel: Kernel
     attachments: list[Attachment]
     why_no_owners: str  # why the programs do not know the owner of a packet's socket; empty: they do
 
-    def interface(self) -> dict[str, str]:
-        """Return the device as FILEBASE.json names it."""
+    def interfaces(self) -> list[dict[str, str]]:
+        """Return the devices as FILEBASE.json names them."""
         modes = {"xdp": "native", "generic": "generic"}
         tc = "tcx" if any(isinstance(each, TcxAttachment) for each in self.attachments) else "clsact"
         hook = "xdp" if self.hook.name in modes else "tc"
-        return {"name": self.device.name, "hook": hook, "mode": modes.get(self.hook.name, tc)}
+        mode = modes.get(self.hook.name, tc)
+        return [{"name": device.name, "hook": hook, "mode": mode} for device in self.devices]
 
 
 class Measurement:
@@ -3495,7 +3526,7 @@ class Measurement:
         self._metrics = metrics
         self.probes = 0  # of the whole run, once it has ended
         self.output: list[str] = []  # lines for standard output, once the run has ended
-        self._link = LinkState.UP
+        self._links = dict.fromkeys(attached.devices, LinkState.UP)
         self._begun_at = self._ended_at = time.monotonic()
         self._lease_until = math.inf  # until the first renewal
         self._end = self._begun_at + (config.duration or math.inf)
@@ -3534,7 +3565,7 @@ class Measurement:
         packets = f", packets to {self._packets.path}" if self._packets else ""
         log.info(
             "probing on %s, answers read at %s, then %s; rows go to %s%s",
-            attached.device.name, attached.hook, fate, self._csv.path, packets,
+            names_of(attached.devices), attached.hook, fate, self._csv.path, packets,
         )  # fmt: skip
 
     def _measure(self, stop: Stop) -> None:
@@ -3623,36 +3654,37 @@ class Measurement:
                 self._write(rows)
 
     def _renew_lease(self) -> None:
-        """Allow probes for another LEASE seconds, if the device is still there. Raises Failure if it is not."""
+        """Allow probes for another LEASE seconds, if the devices are still there. Raises Failure if one is not."""
         now = time.monotonic()
         if now > self._lease_until:
             why = "elfprobe was stopped, or waited for a processor or its file"
             log.warning("no probes for %.1f s: %s", now - self._lease_until, why)
-        try:
-            state = LinkState.of(self._attached.device)
-        except OSError as err:
-            raise Failure(f"the interface '{self._attached.device.name}' is gone") from err
-        if state != self._link:
-            self._link = state
-            self._log_link()
-            self._kernel.set_link_up_since(time.monotonic_ns() if state == LinkState.UP else 1 << 63)
+        for device, former in self._links.items():
+            try:
+                state = LinkState.of(device)
+            except OSError as err:
+                raise Failure(f"the interface '{device.name}' is gone") from err
+            if state != former:
+                self._links[device] = state
+                self._log_link(device, state)
+                self._kernel.set_link_up_since(device, time.monotonic_ns() if state == LinkState.UP else 1 << 63)
         self._lease_until = now + LEASE
         self._kernel.renew_lease(self._lease_until)
 
-    def _log_link(self) -> None:
-        log.warning("the interface %s", self._link.value)
+    def _log_link(self, device: Device, state: LinkState) -> None:
+        log.warning("the interface %s %s", device.name, state.value)
         is_new = time.monotonic() < self._begun_at + RESET_FOR
-        if self._link == LinkState.NO_CARRIER and self._attached.hook.name == "xdp" and is_new:
+        if state == LinkState.NO_CARRIER and self._attached.hook.name == "xdp" and is_new:
             log.warning(
                 "the driver %s may have taken the link down for our XDP program: use --ingress-hook tc",
-                self._attached.device.driver,
+                device.driver,
             )
 
     def _check_attachments(self) -> None:
         """Raise Failure if a program is no longer attached."""
         for attachment in self._attached.attachments:
             if not attachment.is_attached():
-                raise Failure(f"somebody has removed our {attachment.what} from '{self._attached.device.name}'")
+                raise Failure(f"somebody has removed our {attachment.what} from '{attachment.device.name}'")
 
     def _log_counters(self) -> None:
         log.debug("counters: %s", self._kernel.counters())
@@ -3740,7 +3772,9 @@ class Measurement:
             accounting(count, results.replies + results.unanswered),
             (finding.text() for finding in results.rewrites.findings()),
             reasons_in_short(reasons),
-            why_no_probes(count, destinations.one_hop_away(), self._attached.device.name, bool(reasons)),
+            why_no_probes(
+                count, destinations.one_hop_away(), names_of(self._attached.devices, " or "), bool(reasons)
+            ),
             troubles(count, results.malformed),
             self._kernel.defects.texts(),
         ):
@@ -3799,25 +3833,25 @@ class ElfProbe:
         with contextlib.ExitStack() as stack:
             ipr = stack.enter_context(pyroute2.IPRoute())
             routes = stack.enter_context(Routes())
-            if config.interface:
-                device = find_device(ipr, config.interface, config.encapsulation)
+            devices = find_devices(ipr, config.interfaces, config.encapsulation)
             pids = list(config.pids)
             for pid in pids:
                 if not psutil.pid_exists(pid):
                     raise Failure(f"argument -P/--pid: there is no process {pid}")
             fixed = resolve_all(config.addresses, DESTINATIONS_MAX)
-            if not config.interface:
+            if not devices:
                 name = find_interface(routes, fixed, config.by_process)
-                device = find_device(ipr, name, config.encapsulation)
+                devices = find_devices(ipr, [name], config.encapsulation)
             if config.child:
                 self._stop.command = Command(config.child)
                 stack.callback(self._stop.command.close)
                 pids.append(self._stop.command.pid)
-            stack.enter_context(sole_user(device))
+            stack.enter_context(sole_user(devices))
             exporter = stack.enter_context(exporting(config.metrics))
-            remove_leftovers(ipr, device)
+            for device in devices:
+                remove_leftovers(ipr, device)
             active = contextlib.ExitStack()  # while probes may be sent
-            attached = self._attach(stack, active, ipr, device)
+            attached = self._attach(stack, active, ipr, devices)
             if attached is None:
                 log.info("ended before anything was attached or written")
                 return
@@ -3825,8 +3859,8 @@ class ElfProbe:
                 names = None if config.numeric else ReverseDns()
                 summary = Summary(names.name_of) if names else Summary()
                 clock, processes = Clock(), ProcessLog()
-                heading = heading_lines(ipr, device, config, clock)
-                view = LiveView(self._console, device.name, summary)
+                heading = heading_lines(ipr, devices, config, clock)
+                view = LiveView(self._console, names_of(devices), summary)
                 log_flow_events(attached.kernel, view)
                 destinations = Destinations(attached.kernel)
                 for packed in fixed:
@@ -3841,7 +3875,7 @@ class ElfProbe:
                 results = Results(attached.kernel, summary)
                 if config.capture:
                     results.packets = PacketFile(
-                        config.capture, f"elfprobe {VERSION}", device.name, clock, results.names,
+                        config.capture, f"elfprobe {VERSION}", names_of(devices), clock, results.names,
                         results.outstanding_names,
                     )  # fmt: skip
                     stack.callback(results.packets.close)
@@ -3861,7 +3895,7 @@ class ElfProbe:
                 )
                 if not config.by_process:
                     log_lines(heading)
-                reasons = Reasons(config, device, routes, apps, destinations, fixed, targets)
+                reasons = Reasons(config, devices, routes, apps, destinations, fixed, targets)
                 metrics = Metrics(exporter, labels(attached), summary, config.metrics_series) if exporter else None
                 self._measurement = measurement = Measurement(
                     config, attached, results, files, report, clock, view, reasons, metrics
@@ -3873,22 +3907,22 @@ class ElfProbe:
                     measurement.drain()
 
     def _attach(
-        self, stack: contextlib.ExitStack, active: contextlib.ExitStack, ipr: Netlink, device: Device
+        self, stack: contextlib.ExitStack, active: contextlib.ExitStack, ipr: Netlink, devices: list[Device]
     ) -> Attached | None:
         """Load the programs, and attach them at the first of the possible hooks that takes them.
 
         stack unloads them, active detaches them. Return None if a stop was asked for before. Raises Failure.
         """
-        hooks = ingress_hooks(ipr, device, self._config.ingress_hook)
+        hooks = ingress_hooks(ipr, devices, self._config.ingress_hook)
         choices = [(hook, tcx) for hook in hooks for tcx in (True, False) if self._platform.has_tcx or not tcx]
         while True:
             hook, tcx = choices.pop(0)
             with contextlib.ExitStack() as loaded:
-                kernel, why_no_owners = self._load(Build(device.frame, hook.name == "tc", tcx))
+                kernel, why_no_owners = self._load(Build(devices[0].frame, hook.name == "tc", tcx))
                 loaded.callback(kernel.close)
                 if self._stop.asked:
                     return None
-                found = attachments(ipr, device, kernel, hook, tcx)
+                found = list(attachments(ipr, devices, kernel, hook, tcx))
                 try:
                     with contextlib.ExitStack() as done:
                         for attachment in found:
@@ -3902,7 +3936,7 @@ class ElfProbe:
                     reason = err
                 else:
                     stack.push(loaded.pop_all())
-                    return Attached(device, hook, kernel, found, why_no_owners)
+                    return Attached(devices, hook, kernel, found, why_no_owners)
             log.debug("%s: %s", hook, reason)
             if not choices:
                 raise Failure(str(reason)) from reason

@@ -50,6 +50,11 @@ def device_name(ifindex: int) -> str:
         return f"device {ifindex}"
 
 
+def either(devices: Iterable[int]) -> str:
+    """Return the names of devices of which any will do."""
+    return " or ".join(map(device_name, sorted(devices)))
+
+
 def in_short(names: list[str]) -> str:
     """Return the first of the names, and how many more there are."""
     more = f" and {len(names) - NAMED_MAX} more" if len(names) > NAMED_MAX else ""
@@ -119,17 +124,19 @@ def next_hop_devices(data: bytes) -> Iterator[int]:
 
 
 class RouteWatch:
-    """Tells when routes lead to another device than that of this run."""
+    """Tells when routes lead to other devices than those of this run, or to another one of these."""
 
-    def __init__(self, routes: Routes, ifindex: int, fixed: Iterable[bytes]) -> None:
-        """fixed are the destinations. Without any, the default routes are watched."""
+    def __init__(self, routes: Routes, ours: frozenset[int], fixed: Iterable[bytes]) -> None:
+        """ours are the devices of this run, fixed the destinations. Without any, the default routes are watched."""
         self._routes = routes
-        self._ours = ifindex
+        self._ours = ours
         self._names = {packed: f"the route to {address_text(packed)}" for packed in list(fixed)[:WATCHED_MAX]}
-        self._known = dict.fromkeys(self._names, frozenset((ifindex,)))
-        if not self._names:
+        is_default = not self._names
+        if is_default:
             self._names = dict(zip(FAR_AWAY, ("the default route of IPv4", "the default route of IPv6")))
-            self._known = self._look()  # the user may have chosen another device
+        self._known = self._look()
+        if not is_default:  # for the default route, the user may have chosen another device
+            self._known = {packed: devices & ours or ours for packed, devices in self._known.items()}
 
     def _look(self) -> dict[bytes, frozenset[int]]:
         return {packed: self._routes.devices_to(packed) for packed in self._names}
@@ -139,23 +146,21 @@ class RouteWatch:
         return self._routes.have_changed()
 
     def news(self) -> list[str]:
-        """Return a sentence for each route that leads elsewhere since the last call, or by our device again."""
+        """Return a sentence for each route that leads elsewhere since the last call, or by our devices again."""
         before, self._known = self._known, self._look()
-        moved = [packed for packed, devices in self._known.items() if devices != before[packed]]
         lines = [
-            self._sentence(self._names[packed], self._known[packed])
-            for packed in moved
-            if self._ours in before[packed] ^ self._known[packed]
+            self._sentence(self._names[packed], bool(before[packed] & self._ours), devices)
+            for packed, devices in self._known.items()
+            if devices & self._ours != before[packed] & self._ours
         ]
         return lines[:NEWS_MAX] + ([f"{len(lines) - NEWS_MAX} more routes as well"] if lines[NEWS_MAX:] else [])
 
-    def _sentence(self, route: str, devices: frozenset[int]) -> str:
-        ours = device_name(self._ours)
-        if self._ours in devices:
-            return f"{route} leads by {ours} again"
+    def _sentence(self, route: str, was_ours: bool, devices: frozenset[int]) -> str:
+        if devices & self._ours:
+            return f"{route} leads by {either(devices & self._ours)} {'now' if was_ours else 'again'}"
         if not devices:
             return f"{route} is gone: no packets until there is one"
-        return f"{route} leads by {' or '.join(map(device_name, devices))}, not by {ours}: no probes there"
+        return f"{route} leads by {either(devices)}, not by {either(self._ours)}: no probes there"
 
 
 def translations(wanted: Iterable[bytes]) -> dict[bytes, set[bytes]]:

@@ -49,16 +49,6 @@ class Parser(argparse.ArgumentParser):
         raise Failure(message, 2)
 
 
-class Once(argparse.Action):
-    """Store the value of an option, and refuse a second one."""
-
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        if getattr(namespace, self.dest) is not None:
-            more = "is not supported yet, start one run for each"
-            raise argparse.ArgumentError(self, f"'{values}' after '{getattr(namespace, self.dest)}' {more}")
-        setattr(namespace, self.dest, values)
-
-
 def as_called(text: str) -> str:
     """Return a text with both programs' names as they are installed, if this one was called by such a name.
 

@@ -157,7 +157,7 @@ class Programs:
         if not has_routes:  # everything is on-link at the loopback device
             changes['routes'] = elfprobe.RouteOffsets()
         self.platform = dataclasses.replace(elfprobe.Platform.detect(), **changes)
-        options = elfprobe.Config('none', cache=not with_warnings, **config)
+        options = elfprobe.Config(('none',), cache=not with_warnings, **config)
         self.kernel = elfprobe.Kernel(options, build, self.platform, with_warnings, more_programs)
         self.results = elfprobe.Results(self.kernel, Summary())
         self._verdicts = {XDP_DROP: DROP, XDP_PASS: PASS}

@@ -13,12 +13,12 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 import pytest
 
 from lab import Host, Lab, address, attach, batch, end, wait_for_line, wait_until
-from runs import Run, elfprobe, inside
+from runs import ELFPROBE, Run, elfprobe, inside
 
 pytestmark = pytest.mark.root
 
@@ -265,3 +265,41 @@ def test_queue_of_the_probe(make_lab, tmp_path, is_steered):
             os.sched_setaffinity(0, usable)
     assert later[0] == packets
     assert (later[1] == packets) == (not is_steered)
+
+
+# Several devices
+
+
+@pytest.mark.skipif(not Path('/dev/net/tun').exists(), reason='no TUN here')
+def test_two_devices(make_lab: Callable[..., Lab], tmp_path: Path) -> None:
+    """Two ways to r1, each with its destination. Answers to probes on one may arrive on the other."""
+
+    def hops() -> set[tuple[str, int]]:
+        return {(row.dest, row.outttl) for row in measuring.rows() if row.is_answered}
+
+    lab = make_lab(routers=2)
+    client, r1 = lab.client, lab.routers[0]
+    batch(client.name, [
+        f'link add eth1 type veth peer eth2 netns {r1.name}', 'address add 10.9.1.1/24 dev eth1',
+        'link set eth1 up', 'tuntap add dev tun9 mode tun', 'link set tun9 up',
+    ])  # fmt: skip
+    batch(r1.name, ['address add 10.9.1.2/24 dev eth2', 'link set eth2 up'])
+    server, r2 = lab.server_address(4), lab.hop(4, 2)
+    batch(client.name, [f'route add {r2}/32 via 10.9.1.2 dev eth1 src {lab.client_address(4)}'])
+    command = sys.executable, str(ELFPROBE), '-i', 'eth0', '-i', 'tun9', server
+    ended = client.run(*command, check=False, cwd=tmp_path)
+    assert ended.returncode == 1
+    assert "'eth0' (Ethernet) and 'tun9' (IP) are not of the same kind" in ended.stderr
+    for target in server, r2:
+        client.popen('ping', '-nqi.02', target, stdout=subprocess.DEVNULL)
+    with elfprobe(lab, '-i', 'eth0', '-i', 'eth1', '-w', 'packets', server, r2, cwd=tmp_path) as measuring:
+        wait_until(lambda: hops() == {(server, 1), (server, 2), (r2, 1)}, 20, 'rows of both')
+        batch(client.name, [f'route replace {r2}/32 via {lab.hop(4, 1)} dev eth0'])
+        wait_until(lambda: f'the route to {r2} leads by eth0 now' in measuring.log, 10, 'that is told')
+        batch(r1.name, ['link set eth2 down'])
+        wait_until(lambda: 'the interface eth1 has no carrier' in measuring.log, 10, 'that is told, too')
+        assert measuring.stop() == 0
+    report = json.loads((tmp_path / 'elf.json').read_text())
+    assert [each['name'] for each in report['interfaces']] == ['eth0', 'eth1']
+    assert 'probing on eth0, eth1,' in measuring.log
+    assert hops() == {(server, 1), (server, 2), (r2, 1)}

@@ -120,7 +120,7 @@ GOOD = {  # arguments in addition to -i none0 and an address: what they change
     '--probeint=5 --app=a': {'probeint': 5, 'apps': ('a',)},
 }
 DEFAULTS = dict(
-    interface='none0',
+    interfaces=('none0',),
     addresses=('192.0.2.1',),
     apps=(),
     pids=(),
@@ -153,7 +153,7 @@ def test_options(line: str, changes: dict[str, Any]) -> None:
 
 def test_defaults_stand_once() -> None:
     config = elfprobe.parse_arguments(['-i', 'none0', '192.0.2.1'])
-    assert dataclasses.replace(config, salt=0) == Config('none0', ('192.0.2.1',))
+    assert dataclasses.replace(config, salt=0) == Config(('none0',), ('192.0.2.1',))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_defaults_stand_once() -> None:
 )
 def test_addresses_before_between_and_behind_options(line: str) -> None:
     config = elfprobe.parse_arguments(line.split())
-    assert (config.addresses, config.interface, config.notrunc) == (('a', 'b', 'c'), 'none0', True)
+    assert (config.addresses, config.interfaces, config.notrunc) == (('a', 'b', 'c'), ('none0',), True)
 
 
 @pytest.mark.parametrize('line', ['-a ping', '-P 1', 'example.net', '@hosts', '-- curl'])
@@ -171,7 +171,7 @@ def test_one_kind_of_target_is_enough(line: str) -> None:
 
 def test_options_behind_the_command_are_its_own() -> None:
     config = elfprobe.parse_arguments(['-T', '--', 'curl', '-i', 'none0', '--', '-p', '5'])
-    assert (config.interface, config.notrunc, config.probeint) == (None, True, 10)
+    assert (config.interfaces, config.notrunc, config.probeint) == ((), True, 10)
     assert config.child == ('curl', '-i', 'none0', '--', '-p', '5')
 
 
@@ -1349,7 +1349,7 @@ def test_bad_hooks_file(content: bytes | None, reason: str, tmp_path: Path) -> N
 def test_build_flags(changes: dict[str, Any], flags: dict[str, str]) -> None:
     """Mere numbers are not among them, so that programs are compiled once for all."""
     usual, built = (
-        elfprobe.build_flags(Config('none0', **options), elfprobe.Build(), elfprobe.Platform())
+        elfprobe.build_flags(Config(('none0',), **options), elfprobe.Build(), elfprobe.Platform())
         for options in ({}, changes)
     )
     assert built == {**usual, **flags}
@@ -1357,7 +1357,7 @@ def test_build_flags(changes: dict[str, Any], flags: dict[str, str]) -> None:
 
 @pytest.mark.parametrize('rate', [1, 50000, 10**6])
 def test_sizes_and_parameters_follow_the_rate(rate: int) -> None:
-    config = Config('none0', max_rate=rate, probeint=20)
+    config = Config(('none0',), max_rate=rate, probeint=20)
     sizes = elfprobe.map_sizes(config, elfprobe.Build(), elfprobe.Platform(has_ring_buffer=True))
     waiting = sizes['in_flight']
     assert waiting & (waiting - 1) == 0 and waiting >= 1024

@@ -385,7 +385,7 @@ USAGE = {
     'no rate': (['-i', 'eth0', '--max-rate', '0', ANYWHERE], ['--max-rate', "'0'", 'probes per second']),
     'unknown option': (['-i', 'eth0', '--loud', ANYWHERE], ['--loud']),
     'shortened option': (['-i', 'eth0', '--dur', '1', ANYWHERE], ['--dur']),
-    'two interfaces': (['-i', 'eth0', '-i', 'eth1', ANYWHERE], ['-i/--interface', "'eth1'", 'not supported yet']),
+    'interface twice': (['-i', 'eth0', '-i', 'eth0', ANYWHERE], ['-i/--interface', "'eth0' is given twice"]),
     'no value': (['-i', 'eth0', ANYWHERE, '-p'], ['-p/--probeint']),
     'lines of an interval': (['-i', 'eth0', '-p', '1\n0', ANYWHERE], ['-p/--probeint', "'1\\n0'"]),
     'lines of a rate type': (['-i', 'eth0', '-r', 'g\r\nh', ANYWHERE], ['-r/--ratetype', "'g\\r\\nh'"]),

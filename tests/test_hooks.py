@@ -195,9 +195,9 @@ def test_lost_carrier_is_told(make_lab: Callable[..., Lab], tmp_path: Path) -> N
     lab = make_lab(routers=1)
     with elfprobe(lab, '--ingress-hook', 'xdp', lab.server_address(4), cwd=tmp_path) as measuring:
         batch(lab.routers[0].name, ['link set eth0 down'])
-        wait_until(lambda: 'the interface has no carrier' in measuring.log, 5, 'elfprobe sees that')
+        wait_until(lambda: 'the interface eth0 has no carrier' in measuring.log, 5, 'elfprobe sees that')
         batch(lab.routers[0].name, ['link set eth0 up'])
-        wait_until(lambda: 'the interface is up again' in measuring.log, 5, 'elfprobe sees that')
+        wait_until(lambda: 'the interface eth0 is up again' in measuring.log, 5, 'elfprobe sees that')
         assert measuring.stop() == 3
     assert 'use --ingress-hook tc' in measuring.log
 
@@ -223,7 +223,7 @@ def test_stall_without_carrier_is_held_against_no_flow(
             )
         assert measuring.stop() == 0
     assert ('nothing is acknowledged' in measuring.log) == has_carrier
-    assert ('the interface has no carrier' in measuring.log) != has_carrier
+    assert ('the interface eth0 has no carrier' in measuring.log) != has_carrier
 
 
 # Packets in pieces

@@ -762,7 +762,7 @@ def tell_address(module):
 elfprobe.map_descriptors = tell_address
 
 def find():
-    config = elfprobe.Config('lo', hooks=sys.argv[2], cache=False)
+    config = elfprobe.Config(('lo',), hooks=sys.argv[2], cache=False)
     kernel = elfprobe.Kernel(config, elfprobe.Build(), elfprobe.Platform.detect())
     print(*kernel.hook_maps())
     kernel.close()
