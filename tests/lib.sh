@@ -6,7 +6,7 @@ elfprobe_packages=(python3-bpfcc python3-pyroute2 python3-psutil)
 lab_packages=("${elfprobe_packages[@]}" iproute2 iperf3 iputils-ping procps)
 test_packages=("${lab_packages[@]}" python3-pytest python3-scapy tcpdump nftables ethtool mount traceroute)
 host_packages=(python3-jsonschema jq tshark make man-db zsh)  # of tests that do not run in virtual machines
-host_packages+=(python3-prometheus-client curl gcc libc6-dev)
+host_packages+=(python3-prometheus-client curl gcc libc6-dev systemd)
 vm_packages=("${test_packages[@]}" bpftool ppp)
 
 # asks_for_help ARGUMENT...: whether there is -h or --help among them, before any --.
@@ -54,25 +54,24 @@ need_packages() {
     "${apt[@]}" "${install[@]}" >&2
 }
 
-# need_prometheus: put the distribution's prometheus and promtool on the PATH. They are unpacked into the cache: to install
-# the package would start Prometheus, now and whenever the machine starts.
-need_prometheus() {
-    [[ ! -x $(command -v prometheus) || ! -x $(command -v promtool) ]] || return 0
-    local folder=${ELFPROBE_VM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/elfprobe-vm}/prometheus package
-    if [[ ! -x $folder/usr/bin/promtool ]]; then
-        echo 'fetching prometheus, some 40 MB' >&2
+# need_unpacked PROGRAM PACKAGE...: put the distribution's program on the PATH. Its packages are unpacked into the cache:
+# to install them would start a service, now and whenever the machine starts.
+need_unpacked() {
+    [[ ! -x $(command -v "$1") ]] || return 0
+    local folder=${ELFPROBE_VM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/elfprobe-vm}/$2 package
+    if [[ ! -x $folder/usr/bin/$1 && ! -x $folder/usr/sbin/$1 ]]; then
+        echo "fetching ${*:2}" >&2
         rm -rf "$folder" && mkdir -p "$folder" || return 1
         (
             cd "$folder"
-            # promtool has a package of its own since Debian 13.
-            apt-get -qq download prometheus $(apt-cache pkgnames promtool) 2>/dev/null || {
+            apt-get -qq download "${@:2}" 2>/dev/null || {
                 apt-get -qq update
-                apt-get -qq download prometheus $(apt-cache pkgnames promtool)
+                apt-get -qq download "${@:2}"
             }
             for package in *.deb; do
                 dpkg -x "$package" . && rm "$package" || exit
             done
         ) >&2 || return 1
     fi
-    PATH=$PATH:$folder/usr/bin
+    PATH=$PATH:$folder/usr/bin:$folder/usr/sbin
 }

@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from ast import literal_eval
 from collections import Counter
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -871,6 +872,61 @@ def test_who_has_a_connection(net, programs, tmp_path):
     owners = {((row.sport, row.dport), (row.app, int(row.pid))) for row in read_rows(elf)}
     owners = {(connection, (app, pid)) for connection, (app, pid) in owners if pid != handing}  # it had them first
     assert owners == set(answered.items())
+
+
+NGINX = """
+daemon off; pid nginx.pid; worker_processes 2; user root; error_log stderr crit;
+events { }
+http {
+    access_log off; keepalive_requests 1000000; client_body_temp_path body; proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi; scgi_temp_path scgi;
+    server { listen 8080; location / { return 200 $pid; } }
+}
+"""
+# Opens connections until both workers have answered, says who has which, and goes on with all of them.
+NGINX_CLIENT = """
+import http.client, itertools, sys, time
+connections, workers = [], {}
+def ask(connection):
+    connection.request('GET', '/')
+    return int(connection.getresponse().read())
+while len(set(workers.values())) < 2:
+    connections.append(http.client.HTTPConnection(sys.argv[1], 8080))
+    connections[-1].connect()
+    workers[connections[-1].sock.getsockname()[1]] = ask(connections[-1])
+print(workers, flush=True)
+while True:
+    for connection in connections:
+        ask(connection)
+    time.sleep(0.005)
+"""
+
+
+@pytest.mark.needs('nginx')
+def test_worker_of_nginx(net, tmp_path):
+    """-P names one of two workers: the connections of the other one have no rows."""
+    (tmp_path / 'nginx.conf').write_text(NGINX)
+    master = net.client.popen('nginx', '-p', str(tmp_path), '-c', 'nginx.conf', '-e', 'stderr')
+    wait_until(lambda: net.client.listens(8080), 10, 'nginx listens')
+    worker, _ = wait_until(
+        lambda: len(psutil.Process(master.pid).children()) == 2 and psutil.Process(master.pid).children(),
+        10,
+        'both',
+    )
+    try:
+        with elfprobe(net, '-P', str(worker.pid), '-p', '0', cwd=tmp_path) as elf:
+            client = net.server.popen(
+                sys.executable, '-c', NGINX_CLIENT, net.client_address(4), stdout=subprocess.PIPE
+            )
+            workers = literal_eval(client.stdout.readline())
+            ports = {port for port, pid in workers.items() if pid == worker.pid}
+            wait_until(lambda: {row.dport for row in read_rows(elf)} >= ports, 20, 'rows of its connections')
+            end(client)
+    finally:
+        net.client.end_processes()
+    assert {(row.dport, row.app, row.pid) for row in read_rows(elf)} == {
+        (port, 'nginx', str(worker.pid)) for port in ports
+    }
 
 
 # Sends all that it can by MPTCP, or receives all that comes, at port 8.
