@@ -1555,10 +1555,11 @@ def test_program_that_follows_one_that_is_forgotten(net, tmp_path):
     (tmp_path / 'speedtest').write_text(SENDING)
     via = *net.client.command(), *with_change(SLOW_TO_FORGET)
     with elfprobe(net, '-a', 'speedtest', cwd=tmp_path, via=via) as elf:
-        net.client.popen(
+        sending = net.client.popen(
             'sh', '-c', 'sleep 0.1; exec "$0" speedtest "$1"', sys.executable, net.server_address(4), cwd=tmp_path
         )
         wait_until(elf.rows, 20, 'it is probed')
+        end(sending)
         assert elf.stop() == 0
 
 
