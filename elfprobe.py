@@ -244,8 +244,9 @@ examples:
 
 what the summary shows, for each destination and hop (TTL, or hop limit):
   probes, answered   how many probes were sent with that TTL, and what share was answered
-  min ... max        time to that router and back, ms; what a hop adds is the difference to the one before
+  min ... max        time to that router and back, ms
   jitter             mean difference of one latency to the next, ms
+  adds               what the link in front adds, ms: median difference in the same flow and moment
   responder          who answered; if there are several, with the share of each
   TCP                round-trip time by the kernel's TCP (srtt), and segments that it retransmitted
 

@@ -13,7 +13,18 @@ import numpy as np
 
 from elf.batches import Batch
 from elf.paths import OUTAGE_MIN, Destination, Hop
-from elf.summary import FLOW_HOPS_MAX, FLOWS_MAX, HOPS_MAX, REUSE_AFTER, Flow, Summary
+from elf.summary import (
+    FLOW_HOPS_MAX,
+    FLOWS_MAX,
+    HOPS_MAX,
+    MOMENT,
+    MOMENTS_APART,
+    MOMENTS_KEPT,
+    REUSE_AFTER,
+    Flow,
+    FlowHop,
+    Summary,
+)
 
 NEW_FLOWS_SHARE = 1 / 16  # of the rows of a batch, from which on these are noted one by one
 
@@ -69,8 +80,8 @@ class Groups:
         return function.reduceat(values, self.starts) if len(self) else values[:0]
 
     def running(self, values: Any, before: Any) -> Any:
-        """Return the highest value before each one in its group. values: in order, below 2^33; before: by group."""
-        step = self.numbers() << 34
+        """Return the highest value before each one in its group. values: in order, below 2^35; before: by group."""
+        step = self.numbers() << 35
         raised = values + step
         firsts = before + step[self.starts]
         shifted = np.concatenate([[0], raised[:-1]])[: len(raised)]
@@ -88,6 +99,42 @@ class BatchGroups:
         self.flow_of = self.flows.of_rows()
         self.hops = Groups(batch["dest"] << 8 | batch["outttl"])
         self.flow_hops = Groups(self.flow_of << 8 | batch["outttl"])
+
+
+class Fronts:
+    """For each hop of a batch's destinations: the hops in front of it that answer."""
+
+    def __init__(self, groups: BatchGroups, destinations: list[Destination], are_answered: Any) -> None:
+        """The summary does not have the batch's answers yet."""
+        batch, by_hop = groups.batch, groups.hops
+        answered, which = by_hop.only(are_answered)
+        dests = batch["dest"][by_hop.firsts].tolist()
+        rows = {
+            dest << 8 | number: -1
+            for dest, destination in dict(zip(dests, destinations)).items()
+            for number, hop in destination.hops.items()
+            if hop.latency.count
+        }
+        numbers = batch["outttl"][by_hop.firsts].tolist()
+        for group, row in zip(which.tolist(), answered.firsts.tolist()):
+            rows.setdefault(dests[group] << 8 | numbers[group], row)
+        self._keys = np.array(sorted(rows), int)
+        self._rows = np.array([rows[key] for key in sorted(rows)], int)  # of their first answers
+
+    def of(self, dests: Any, numbers: Any, rows: Any) -> Any:
+        """Return what Destination.front() is, when such rows come."""
+        found = np.zeros(len(rows), int)
+        left = np.arange(len(rows))
+        for step in range(1, 1 << 8):
+            left = left[numbers[left] > step]
+            if not len(left):
+                break
+            keys = dests[left] << 8 | numbers[left] - step
+            at = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+            are_found = (self._keys[at] == keys) & (self._rows[at] < rows[left])
+            found[left[are_found]] = numbers[left[are_found]] - step
+            left = left[~are_found]
+        return found
 
 
 class Events(NamedTuple):
@@ -201,6 +248,7 @@ class BulkSummary(Summary):
         batch = groups.batch
         are_answered = batch["latency"] >= 0
         destinations, hops = self._hops_of(groups)
+        fronts = Fronts(groups, destinations, are_answered)
         self._note_hops(groups, destinations, hops, are_answered)
         flows: list[Any] = [None] * len(groups.flows)
         for group in groups.flows.firsts.argsort().tolist():
@@ -209,7 +257,7 @@ class BulkSummary(Summary):
             flows[group] = self._flows.get(key) or self._new_flow(
                 key, self._destinations[key[0]], batch.record(row)
             )
-        self._note_flow_hops(groups, flows, are_answered)
+        self._note_flow_hops(groups, flows, fronts, are_answered)
         self._note_tcp(groups, flows)
 
     def _hops_of(self, groups: BatchGroups) -> tuple[list[Destination], list[Hop]]:
@@ -260,7 +308,7 @@ class BulkSummary(Summary):
         for destination, its_events in by_destination.values():
             note_seconds(destination, its_events)
 
-    def _note_flow_hops(self, groups: BatchGroups, flows: list[Flow], are_answered: Any) -> None:
+    def _note_flow_hops(self, groups: BatchGroups, flows: list[Flow], fronts: Fronts, are_answered: Any) -> None:
         batch, by_both = groups.batch, groups.flow_hops
         found = []
         rows = by_both.firsts
@@ -270,6 +318,7 @@ class BulkSummary(Summary):
             of_flow.unanswered += size
             found.append(of_flow)
         answered, which = by_both.only(are_answered)
+        self._note_moments(groups, flows, fronts, answered, [found[group] for group in which.tolist()])
         latencies, responders = (batch[name][answered.order] for name in ("latency", "responder"))
         figures = [
             answered.reduce(function, values).tolist()
@@ -297,6 +346,62 @@ class BulkSummary(Summary):
                     self._note_responder(hop, of_flow, key, number, responder, sendtime)
                 elif lowest == highest:
                     break  # it stays
+
+    def _note_moments(
+        self, groups: BatchGroups, flows: list[Flow], fronts: Fronts, answered: Groups, flow_hops: list[FlowHop]
+    ) -> None:
+        """Compare latencies with those of the hops in front. answered: the rows of each of flow_hops."""
+        batch = groups.batch
+        moments = batch["sendtime"][answered.order] // MOMENT
+        are_first = moments > answered.running(
+            moments, np.array([its.until // MOMENT - 1 for its in flow_hops], int)
+        )
+        rows, moments = answered.order[are_first], moments[are_first]
+        if not len(rows):
+            return
+        numbers, latencies, dests = (batch[name][rows] for name in ("outttl", "latency", "dest"))
+        keys = groups.flow_of[rows] << 8 | numbers
+        # What is known, each in front of all rows.
+        known = [
+            (flow << 8 | number, at // 2 - MOMENTS_KEPT, its.moments[at], its.moments[at + 1])
+            for flow, its_flow in enumerate(flows)
+            for number, its in its_flow.hops.items()
+            for at in range(0, len(its.moments), 2)
+        ]
+        all_keys, all_rows, all_moments, all_latencies = (
+            np.concatenate([before, now])
+            for before, now in zip(np.array(known, int).reshape(-1, 4).T, (keys, rows, moments, latencies))
+        )
+        order = np.lexsort((all_rows, all_keys))  # by time, too: moments only grow
+        all_keys, all_rows, all_moments, all_latencies = (
+            values[order] for values in (all_keys, all_rows, all_moments, all_latencies)
+        )
+        front = fronts.of(dests, numbers, rows)
+        its_keys = groups.flow_of[rows] << 8 | front
+        oldest = int(all_moments.min())
+        newest = np.searchsorted(all_keys << 32 | all_rows + MOMENTS_KEPT, its_keys << 32 | rows + MOMENTS_KEPT) - 1
+        at = np.searchsorted(all_keys << 35 | all_moments - oldest, its_keys << 35 | moments - oldest, "right") - 1
+        at = np.minimum(at, newest)
+        are_compared = (
+            (front > 0)
+            & (at >= 0)
+            & (newest - at < MOMENTS_KEPT)
+            & (all_keys[at] == its_keys)
+            & (moments - all_moments[at] <= MOMENTS_APART)
+        )
+        differences = (latencies - all_latencies[at])[are_compared]
+        by_hop = Groups((dests << 8 | numbers)[are_compared])
+        compared = rows[are_compared]
+        for start, end in zip(by_hop.starts.tolist(), by_hop.ends.tolist()):
+            row = int(compared[by_hop.order[start]])
+            hop = self._destinations[batch.text("dest", row)].hops[int(batch["outttl"][row])]
+            hop.added.add_all(differences[by_hop.order[start:end]])
+        its_numbers = answered.numbers()[are_first]
+        starts = np.flatnonzero(np.diff(its_numbers, prepend=-1))
+        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(rows)]):
+            newest_ones = slice(max(start, end - MOMENTS_KEPT), end)
+            for each in zip(moments[newest_ones].tolist(), latencies[newest_ones].tolist()):
+                flow_hops[int(its_numbers[start])].note_moment(*each)
 
     def _note_tcp(self, groups: BatchGroups, flows: list[Flow]) -> None:
         batch = groups.batch

@@ -59,6 +59,51 @@ class BucketCounts:
         return rest
 
 
+class Differences:
+    """The distribution of differences of durations (ns), as far as its median needs it.
+
+    Up to EXACT_MAX values it is exact. Above, the median comes from counts between BOUNDS, of both signs.
+    """
+
+    __slots__ = ("_recent", "_bins")
+
+    def __init__(self) -> None:
+        self._recent = array.array("q")
+        self._bins = array.array("I")  # the largest negative differences first; empty until _recent is full
+
+    @property
+    def count(self) -> int:
+        return sum(self._bins) + len(self._recent)
+
+    def add(self, value: int) -> None:
+        self._recent.append(value)
+        if len(self._recent) >= EXACT_MAX:
+            self._move_into_bins()
+
+    def add_all(self, values: Any) -> None:
+        """Do what add() does for each value of an array of numpy."""
+        for first in range(0, len(values), EXACT_MAX):
+            self._recent.extend(values[first : first + EXACT_MAX].tolist())
+            if len(self._recent) >= EXACT_MAX:
+                self._move_into_bins()
+
+    def median(self) -> float:
+        """Return the median of all values. There must be at least one."""
+        if self._bins:
+            self._move_into_bins()
+            upto = list(itertools.accumulate(self._bins))
+            number = bisect.bisect_left(upto, 0.5 * upto[-1]) - len(MIDDLES)
+            return MIDDLES[number] if number >= 0 else -MIDDLES[-1 - number]
+        return sorted(self._recent)[(len(self._recent) - 1) // 2]
+
+    def _move_into_bins(self) -> None:
+        self._bins = self._bins or array.array("I", bytes(8 * len(MIDDLES)))
+        for value in self._recent:
+            number = bisect.bisect_left(BOUNDS, abs(value))
+            self._bins[len(MIDDLES) + (number if value >= 0 else -1 - number)] += 1
+        del self._recent[:]
+
+
 class LatencyHistogram:
     """The distribution of durations (ns).
 

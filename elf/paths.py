@@ -7,7 +7,7 @@ import collections
 import math
 from typing import Any, NamedTuple
 
-from elf.histogram import BucketCounts, LatencyHistogram
+from elf.histogram import BucketCounts, Differences, LatencyHistogram
 
 SIGNIFICANT = 3  # standard errors by which two shares must differ
 OUTAGE_MIN = 3  # s: an outage is longer, and another hop answers in more seconds of it
@@ -30,12 +30,13 @@ class Hop:
     """The probes with one TTL to one destination that have ended."""
 
     __slots__ = (
-        "latency", "unanswered", "responder", "_others", "changes", "outages", "active_seconds", "last_second",
-        "_neighbours_active",
+        "latency", "added", "unanswered", "responder", "_others", "changes", "outages", "active_seconds",
+        "last_second", "_neighbours_active",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.latency = LatencyHistogram()
+        self.added = Differences()  # from the latency of the last hop in front that answers
         self.unanswered = 0
         self.responder = ""  # the first one; all of latency is its, but for what is in _others
         self._others: dict[str, BucketCounts] = {}  # by responder; "": of those above RESPONDERS_MAX
@@ -168,6 +169,24 @@ class Destination:
             elif number < other and (not behind or other < behind):
                 behind = other
         return self.hops.get(front), self.hops.get(behind)
+
+    def front(self, number: int) -> int:
+        """Return the number of the last hop in front of this one that answers, 0 if there is none."""
+        for front in range(number - 1, 0, -1):
+            hop = self.hops.get(front)
+            if hop and hop.responder:
+                return front
+        return 0
+
+    def adds(self, number: int) -> float | None:
+        """Return what the link in front of a hop that answers adds, ns: the median. None: not known.
+
+        It is the whole latency if no hop in front answers.
+        """
+        hop = self.hops[number]
+        if hop.added.count:
+            return hop.added.median()
+        return None if self.front(number) else hop.latency.stats().median
 
     def outages(self) -> dict[int, list[Outage]]:
         """Return the outages by hop, including those that still last."""

@@ -75,16 +75,18 @@ class Report:
                 "probes": destination.probes,
                 "answered": sum(hop.latency.count for _, hop in hops),
                 "tcp": tcp(destination),
-                "hops": (self._hop(*item) for item in hops),
+                "hops": (self._hop(destination, *item) for item in hops),
                 "flows": (self._flow(*item) for item in flows.get(dest, [])),
             }
 
-    def _hop(self, number: int, hop: Hop) -> dict[str, Any]:
+    def _hop(self, destination: Destination, number: int, hop: Hop) -> dict[str, Any]:
+        adds = destination.adds(number) if hop.latency.count else None
         return {
             "hop": number,
             "probes": hop.probes,
             "answered": hop.latency.count,
             "latency": statistics(hop.latency),
+            "adds": None if adds is None else round(adds),
             "changes": hop.changes,
             "responders": [
                 {**self._address(responder), "answered": count} for responder, count in hop.responders.most_common()

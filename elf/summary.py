@@ -21,6 +21,9 @@ HOPS_MAX = 8192  # of all destinations together
 FLOWS_MAX = 32768  # that are remembered
 FLOW_HOPS_MAX = 65536  # of all of them together
 NEVER = 1 << 63  # ns, above every latency
+MOMENT = 10**8  # ns: latencies are compared between the first answers of hops in each moment of a flow
+MOMENTS_KEPT = 8  # of a flow and hop: an answer may come so many later than that of the hop behind
+MOMENTS_APART = 20  # between answers that are compared, at most
 REUSE_AFTER = 10**9  # ns without a probe, after which a lower retransmission count is a new connection's
 CHANGES_LOGGED = 10  # changes of a hop's responder; further ones are only counted
 
@@ -39,7 +42,9 @@ FlowKey = Tuple[str, int, int, int]  # destination, ports, protocol: the first f
 class FlowHop:
     """The probes of a flow to a hop that have ended, and who answers there."""
 
-    __slots__ = ("answered", "unanswered", "total", "minimum", "maximum", "responder", "since", "recent", "until")
+    __slots__ = (
+        "answered", "unanswered", "total", "minimum", "maximum", "responder", "since", "recent", "until", "moments",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.answered = self.unanswered = 0
@@ -48,7 +53,8 @@ class FlowHop:
         self.responder = ""
         self.since = 0  # when the first probe left that this responder answered, ns
         self.recent = array.array("Q")  # latencies that are not in the figures yet
-        self.until = 0  # end of the second in which the newest answered probe left, ns
+        self.until = 0  # end of the newest moment in which a probe left that was answered, ns
+        self.moments = array.array("q")  # the last such moments, and the latency of the first answer in each
 
     def update(self) -> None:
         """Add the newest latencies to the figures."""
@@ -59,6 +65,23 @@ class FlowHop:
             self.minimum = min(self.minimum, min(new))
             self.maximum = max(self.maximum, max(new))
             del new[:]
+
+    def note_moment(self, moment: int, latency: int) -> None:
+        """Note the first answer in a new moment, ns."""
+        self.until = (moment + 1) * MOMENT
+        moments = self.moments
+        moments.append(moment)
+        moments.append(latency)
+        if len(moments) > 2 * MOMENTS_KEPT:
+            del moments[:2]
+
+    def latency_in(self, moment: int) -> int | None:
+        """Return the latency in a moment, or in the newest one shortly before it, ns. None: there is none."""
+        moments = self.moments
+        for at in range(len(moments) - 2, -1, -2):
+            if moments[at] <= moment:
+                return moments[at + 1] if moment - moments[at] <= MOMENTS_APART else None
+        return None
 
 
 class Flow:
@@ -193,20 +216,26 @@ class Summary:
         add_latency(latency)
         add_of_flow(latency)
         if sendtime >= of_flow.until:
-            self._note_second(place, sendtime // 10**9)
+            self._note_moment(place, sendtime, latency)
         if responder != hop.responder:
             hop.note_other(responder, latency)
         if responder != of_flow.responder:
             self._note_responder(hop, of_flow, place.key, place.number, responder, sendtime)
 
     @staticmethod
-    def _note_second(place: Place, second: int) -> None:
-        """Note that an answered probe of the flow left in a later second than those before."""
+    def _note_moment(place: Place, sendtime: int, latency: int) -> None:
+        """Note that an answered probe of the flow left in a later moment than those before."""
         destination, hop, of_flow = place.destination, place.hop, place.of_flow
-        of_flow.until = (second + 1) * 10**9
-        of_flow.update()
-        hop.latency.limit()
-        destination.note_second(second)
+        moment, second, second_before = sendtime // MOMENT, sendtime // 10**9, (of_flow.until - 1) // 10**9
+        of_flow.note_moment(moment, latency)
+        front = place.flow.hops.get(destination.front(place.number))
+        before = front.latency_in(moment) if front else None
+        if before is not None:
+            hop.added.add(latency - before)
+        if second > second_before:
+            of_flow.update()
+            hop.latency.limit()
+            destination.note_second(second)
         if second > hop.last_second:
             hop.note_second(second, *destination.neighbours(place.number))
 
@@ -314,13 +343,15 @@ class Summary:
         for text in fitting(f"{self._label(dest)}: {destination.probes} probes, latency in ms", columns):
             yield Line(text)
         yield from flows
-        yield Line(f"hop  probes answered {heads}  responder")
+        yield Line(f"hop  probes answered {heads} {'adds':>8}  responder")
         for number, hop in sorted(destination.hops.items()):
             share = f"{number:3} {hop.probes:7} {hop.latency.count / hop.probes:8.1%}"
             if hop.latency.count:
                 stats = hop.latency.stats()
                 mark = Mark.NOTABLE if swings(stats) else Mark.NONE
-                for line in self._responders(hop, f"{share} {stats_text(stats, names)}  "):
+                added = destination.adds(number)
+                adds = "-" if added is None else f"{added / 1e6:.3f}"
+                for line in self._responders(hop, f"{share} {stats_text(stats, names)} {adds:>8}  "):
                     for text in fitting(line, columns):
                         yield Line(text, mark)
             else:
@@ -329,7 +360,7 @@ class Summary:
         if destination.srtt.count:
             resent = f"+{destination.retransmitted}, {destination.retransmitted_before} before"
             srtt = stats_text(destination.srtt.stats(), names)
-            line = f"TCP {'':16} {srtt}  round trip by the kernel (srtt); segments retransmitted: {resent}"
+            line = f"TCP {'':16} {srtt} {'':8}  round trip by the kernel (srtt); segments retransmitted: {resent}"
             for text in fitting(line, columns):
                 yield Line(text)
         for finding in findings_on(destination):

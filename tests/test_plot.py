@@ -936,6 +936,7 @@ def random_rows(seed: int) -> list[Record]:
     chance = random.Random(seed)
     dests = [f'10.9.0.{number}' for number in range(chance.choice([1, 3, 40]))]
     ports, hops, alternates = chance.choice([1, 3, 500]), chance.choice([3, 6]), chance.random() < 0.3
+    slowness = chance.choice([1, 50])  # 50: answers overtake each other by up to 5 s
     retrans: Counter[tuple[str, int]] = Counter()
     found, now = [], START
     for number in range(1500):
@@ -961,7 +962,7 @@ def random_rows(seed: int) -> list[Record]:
             origseq=chance.choice([number, 7]),
             app=chance.choice(['a', '', 'b']),
         )
-        found.append((now + (chance.randrange(3 * S) if is_lost else 0), record))
+        found.append((now + (chance.randrange(3 * S) if is_lost else record.latency * slowness), record))
     return [record for _, record in sorted(found, key=lambda item: item[0])]
 
 
@@ -976,6 +977,7 @@ def what_is_known(summary: Summary) -> Any:
         return {
             **of(its),
             'latency': its.latency.count and its.latency.stats(),
+            'added': (its.added.count, its.added.count and its.added.median()),
             'who': list(its.responders.items()),
             'others': [(who, found.counts, found.total) for who, found in its.by_responder().items()],
         }
@@ -986,10 +988,7 @@ def what_is_known(summary: Summary) -> Any:
         for dest, found in summary.destinations()
     ]  # fmt: skip
     flows = [
-        (
-            key,
-            {**of(flow), 'hops': {number: {**of(its), 'until': 0} for number, its in flow.updated_hops().items()}},
-        )
+        (key, {**of(flow), 'hops': {number: of(its) for number, its in flow.updated_hops().items()}})
         for its in summary.flows().values()
         for key, flow in its
     ]

@@ -227,11 +227,71 @@ def test_table() -> None:
     lines = table_from({1: (4, 0), 2: (3, 3), 3: (2, 1), 4: (5, 5)}, 7).splitlines()
     assert lines[0] == '' and lines[1] == '198.51.100.9: 14 probes, latency in ms'
     words = [line.split() for line in lines[3:8]]
-    assert words[0] == ['1', '4', '100.0%', *['0.010'] * 5, '0.000', '192.0.2.1']
+    assert words[0] == ['1', '4', '100.0%', *['0.010'] * 5, '0.000', '0.010', '192.0.2.1']
     assert words[1] == ['2', '3', '0.0%', 'unresponsive']
     assert words[2][:3] == ['3', '2', '50.0%']
     assert words[3] == ['4', '5', '0.0%', 'unresponsive', '(or', 'the', 'destination)']
     assert words[4][:7] == ['TCP', *['0.900'] * 5, '0.000'] and lines[7].endswith(': +7, 0 before')
+
+
+# What a link adds
+
+
+def adds_of(noted: Summary) -> dict[int, float | None]:
+    """By hop, in ms, as elf.json has it; the table has it, too."""
+    [(_, destination)] = noted.destinations()
+    found = {number: destination.adds(number) for number, hop in destination.hops.items() if hop.latency.count}
+    table = [line.split()[-2] for line in noted.tables() if re.match(' *[0-9]+ .*192', line)]
+    assert table == ['-' if value is None else f'{value / MS:.3f}' for value in found.values()]
+    return {number: value and value / MS for number, value in found.items()}
+
+
+def test_what_a_link_adds() -> None:
+    """The first link has a queue of 50 ms in 45 of 100 tenths of a second, in which alone hop 2 answers mostly:
+    the medians of both hops say that the second link had it. Each probe of hop 2 is 5 ms behind that of hop 1, and
+    answered when hop 1 has answered many later ones."""
+    noted, records = Summary(), []
+    for number in range(1000):
+        sent, queue = 10**12 + number * 10 * MS, 50 * MS if number % 100 < 45 else 0
+        records.append((sent + queue, ended(1, sent, A, MS + queue)))
+        if queue or number % 10 == 9:
+            latency = 3 * MS + queue + number % 3
+            records.append((sent + latency + 400 * MS, ended(2, sent + 5 * MS, A, latency)))
+        records.append((sent + 500 * MS, ended(3, sent + 7 * MS, A, 2 * MS + queue)))
+    for _, record in sorted(records, key=lambda item: item[0]):
+        noted.note(record)
+    [(_, destination)] = noted.destinations()
+    first, second = (destination.hops[number].latency.stats().median for number in (1, 2))
+    assert second - first > 50 * MS
+    found = adds_of(noted)
+    assert found[1] == pytest.approx(1, rel=0.01)
+    assert found[2] == pytest.approx(2, abs=0.001) and found[3] == pytest.approx(-1, abs=0.001)
+
+
+def test_what_is_not_compared() -> None:
+    """Other flows, other moments, and hops behind one that answers other flows only."""
+    noted = Summary()
+    for second in range(10, 110, 10):
+        noted.note(ended(2, second * 10**9, A, 7 * MS, sport=1))
+        noted.note(ended(3, second * 10**9, A, 9 * MS, sport=2))
+        noted.note(ended(3, (second + 3) * 10**9, A, 9 * MS, sport=1))
+        noted.note(ended(4, second * 10**9, A, 12 * MS, sport=3))
+    assert adds_of(noted) == {2: 7, 3: None, 4: None}
+    noted.note(ended(3, 200 * 10**9, A, 9 * MS, sport=3))
+    noted.note(ended(4, 201 * 10**9, A, 12 * MS, sport=3))
+    assert adds_of(noted) == {2: 7, 3: None, 4: 3}
+
+
+@pytest.mark.parametrize('count', [5, 511, 512, 4001])
+def test_median_of_differences(count: int) -> None:
+    chance = random.Random(count)
+    values = [round(chance.gauss(-2, 3) * MS) for _ in range(count)]
+    differences = histogram.Differences()
+    for value in values:
+        differences.add(value)
+    assert differences.count == count
+    error = 0 if count < 512 else 0.02
+    assert differences.median() == pytest.approx(statistics.median_low(values), rel=error)
 
 
 # Changes of the way, and bounds
@@ -376,7 +436,7 @@ def table_of(log: str, dest: str) -> list[str]:
 
 
 def figures_of(log: str, dest: str) -> dict[int, list[str]]:
-    """Hop -> probes, answered, least, median, 95 %, 99 %, greatest, jitter (ms), responder."""
+    """Hop -> probes, answered, least, median, 95 %, 99 %, greatest, jitter, adds (ms), responder."""
     rows = [line.split() for line in table_of(log, dest) if re.match(' *[0-9]+ ', line)]
     return {int(row[0]): row[1:] for row in rows[1:]}
 
@@ -404,6 +464,7 @@ def test_summary_says_what_the_rows_say(lab4, tmp_path):
             bounds = {0: (min(latencies),) * 2, 1: (low, high), 4: (max(latencies),) * 2}
             for column, (least, most) in bounds.items():
                 assert least / MS * 0.98 - 0.001 <= float(figures[column]) <= most / MS * 1.02 + 0.001
+            assert abs(float(figures[6])) < max(latencies) / MS
 
 
 @root
