@@ -93,8 +93,8 @@ class Differences:
             self._move_into_bins()
             upto = list(itertools.accumulate(self._bins))
             number = bisect.bisect_left(upto, 0.5 * upto[-1]) - len(MIDDLES)
-            return MIDDLES[number] if number >= 0 else -MIDDLES[-1 - number]
-        return sorted(self._recent)[(len(self._recent) - 1) // 2]
+            return float(MIDDLES[number] if number >= 0 else -MIDDLES[-1 - number])
+        return float(sorted(self._recent)[(len(self._recent) - 1) // 2])
 
     def _move_into_bins(self) -> None:
         self._bins = self._bins or array.array("I", bytes(8 * len(MIDDLES)))

@@ -18,6 +18,7 @@ from elf.paths import Destination, Hop
 from elf.processes import ProcessLog
 from elf.rows import text_of_field
 from elf.summary import Flow, FlowHop, FlowKey, Summary
+from elf.ways import Way, ways_to
 
 SCHEMA = 1  # version of the format
 
@@ -76,6 +77,7 @@ class Report:
                 "answered": sum(hop.latency.count for _, hop in hops),
                 "tcp": tcp(destination),
                 "hops": (self._hop(destination, *item) for item in hops),
+                "ways": [self._way(way) for way in ways_to(destination, reversed(flows.get(dest, [])))],
                 "flows": (self._flow(*item) for item in flows.get(dest, [])),
             }
 
@@ -91,6 +93,15 @@ class Report:
             "responders": [
                 {**self._address(responder), "answered": count} for responder, count in hop.responders.most_common()
             ],
+        }
+
+    def _way(self, way: Way) -> dict[str, Any]:
+        return {
+            "responders": [{"hop": hop, **self._address(responder)} for hop, responder in way.responders.items()],
+            "flows": [dict(zip(("sport", "dport", "protocol"), key[1:])) for key in sorted(way.flows)],
+            "hop": way.last or None,
+            "answered": way.answered,
+            "mean": None if way.mean is None else round(way.mean),
         }
 
     def _flow(self, key: FlowKey, flow: Flow) -> dict[str, Any]:

@@ -16,9 +16,11 @@ from elf.lines import Line, Mark, fitting
 from elf.paths import Destination, Hop
 from elf.rows import NOTED, Record, text_of_field
 from elf.usage import printable
+from elf.ways import ways_texts, ways_to
 
 HOPS_MAX = 8192  # of all destinations together
 FLOWS_MAX = 32768  # that are remembered
+FLOWS_LOOKED_AT = 8192  # for a table, to find those of a destination
 FLOW_HOPS_MAX = 65536  # of all of them together
 NEVER = 1 << 63  # ns, above every latency
 MOMENT = 10**8  # ns: latencies are compared between the first answers of hops in each moment of a flow
@@ -362,6 +364,10 @@ class Summary:
             srtt = stats_text(destination.srtt.stats(), names)
             line = f"TCP {'':16} {srtt} {'':8}  round trip by the kernel (srtt); segments retransmitted: {resent}"
             for text in fitting(line, columns):
+                yield Line(text)
+        newest = itertools.islice(self.newest_flows(), FLOWS_LOOKED_AT)
+        for way in ways_texts(ways_to(destination, (item for item in newest if item[0][0] == dest))):
+            for text in fitting(way, columns):
                 yield Line(text)
         for finding in findings_on(destination):
             for text in fitting(finding.text(), columns):

@@ -19,10 +19,10 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import pytest
 
@@ -33,7 +33,19 @@ from elf.addresses import ReverseDns
 from elf.histogram import LatencyHistogram
 from elf.rows import Record
 from elf.summary import Summary
-from lab import Lab, nft_table, run, wait_until
+from lab import (
+    COMMON_SYSCTLS,
+    ROUTER_SYSCTLS,
+    Host,
+    Lab,
+    address,
+    attach,
+    batch,
+    nft_table,
+    remove,
+    run,
+    wait_until,
+)
 from runs import CLOSED, ELFPROBE, FAMILY, HOPS, TCP, UDP, VERSIONS, Run, both, hosts_file, inside, tcp_connected
 from runs import elfprobe as probing
 
@@ -280,6 +292,57 @@ def test_what_is_not_compared() -> None:
     noted.note(ended(3, 200 * 10**9, A, 9 * MS, sport=3))
     noted.note(ended(4, 201 * 10**9, A, 12 * MS, sport=3))
     assert adds_of(noted) == {2: 7, 3: None, 4: 3}
+
+
+# Flows that differ
+
+
+def ways_in(noted: Summary) -> list[str]:
+    """The lines that say so."""
+    lines = noted.tables()
+    begin = next((number for number, line in enumerate(lines) if line.startswith('flows take')), len(lines))
+    return [line.strip() for line in lines[begin:] if ' by 192' in line or line.startswith('flows take')]
+
+
+def balanced(starts: dict[int, int], responder: Callable[[int, int], str]) -> Summary:
+    """Flows by source port, each from a second on for 10 s: three hops, of which the second one varies.
+
+    From it on, latencies are 20 ms longer if it is C.
+    """
+    noted = Summary()
+    for number in range(100):
+        for sport, second in starts.items():
+            sent = second * 10**9 + number * 100 * MS
+            second_hop = responder(sport, number)
+            for hop, who, latency in (1, A, MS), (2, second_hop, 2 * MS), (3, A, 3 * MS):
+                slower = 20 * MS if hop > 1 and second_hop == C else 0
+                noted.note(ended(hop, sent + hop * MS, who, latency + slower, sport=sport))
+    return noted
+
+
+def test_flows_that_take_several_ways() -> None:
+    noted = balanced(dict.fromkeys(range(1, 11), 100), lambda sport, _: B if sport % 3 else C)
+    assert ways_in(noted) == [
+        'flows take 2 ways; mean latency of hop 3, ms, the fastest first:',
+        f'3.000  by {B} (hop 2): UDP 1, UDP 2, UDP 4, UDP 5 and 3 more',
+        f'23.000  by {C} (hop 2): UDP 3, UDP 6, UDP 9',
+    ]
+    noted.note(ended(3, 100 * 10**9, A, sport=11))  # a flow whose way is not known changes nothing
+    assert len(ways_in(noted)) == 3
+
+
+@pytest.mark.parametrize(
+    'starts, responder',
+    [
+        (dict.fromkeys(range(1, 11), 100), lambda sport, number: B),
+        ({1: 100, 2: 200, 3: 300}, lambda sport, number: B if sport == 2 else C),
+        (dict.fromkeys(range(1, 11), 100), lambda sport, number: B if number % 2 else C),
+        (dict.fromkeys(range(1, 11), 100), lambda sport, number: B if number < 50 else C),
+    ],
+    ids=['the same way', 'one after the other', 'balanced packets', 'a path that changes for all'],
+)
+def test_flows_that_do_not_differ(starts: dict[int, int], responder: Callable[[int, int], str]) -> None:
+    assert ways_in(balanced(starts, responder)) == []
 
 
 @pytest.mark.parametrize('count', [5, 511, 512, 4001])
@@ -675,6 +738,79 @@ def test_tcp_state_beside_each_probe(lab4, tmp_path, version):
     assert min(before[0], after[0]) / 10 < statistics.median(srtt) < 10 * max(before[0], after[0])
     began = re.search(r'segments retransmitted: \+(\d+), (\d+) before', run.log)
     assert [int(number) for number in began.groups()] == [retrans[-1] - retrans[0], retrans[0]]
+
+
+@root
+def test_balanced_flows(make_lab, tmp_path):
+    """r1 balances flows over two routers, one of them behind a slow link, whose queue the flows fill.
+
+              +- 20 - other - 21 -+
+    client - r1 ----- r2 ------- r3 - server
+    """
+    lab = make_lab(routers=3)
+    r1, _, r3 = lab.routers
+    other = Host(f'{lab.prefix}other', ('eth0', 'eth1'))
+    with ExitStack() as stack:
+        stack.callback(remove, [other.name])
+        batch('', [f'netns add {other.name}'])
+        other.run('sysctl', '-eqw', *COMMON_SYSCTLS, *ROUTER_SYSCTLS)
+        batch(other.name, ['link set lo up'])
+        for near, device, link, side in (r1, 'eth0', 20, 2), (r3, 'eth1', 21, 1):
+            peer = f'link add way index {100 + link} type veth peer {device} index {200 + link} netns {other.name}'
+            batch(near.name, [peer, *attach('way', link, 3 - side)])
+            batch(other.name, attach(device, link, side))
+        for version, bits in (4, 24), (6, 64):
+            net = {link: f'{address(version, link, 0)}/{bits}' for link in (1, 4)}
+            batch(other.name, [f'route add {net[1]} via {address(version, 20, 1)}',
+                               f'route add {net[4]} via {address(version, 21, 2)}'])  # fmt: skip
+            ways = ' '.join(f'nexthop via {address(version, link, 2)}' for link in (2, 20))
+            batch(r1.name, [f'route replace {net[4]} {ways}'])
+        r1.run('sysctl', '-qw', 'net.ipv4.fib_multipath_hash_policy=1', 'net.ipv6.fib_multipath_hash_policy=1')
+        r1.run(
+            'tc', 'qdisc', 'add', 'dev', 'way', 'root', 'tbf', 'rate', '1mbit', 'burst', '2kb', 'latency', '60ms'
+        )
+        servers = [lab.server_address(version) for version in VERSIONS]
+        with inside(lab.client):
+            flows = [socket.socket(FAMILY[version], socket.SOCK_DGRAM) for version in VERSIONS for _ in range(8)]
+        for flow in flows:
+            stack.enter_context(flow)
+        with probing(lab, *servers, cwd=tmp_path) as run:
+
+            def has_answers() -> bool:
+                """After some more packets: whether each flow has enough answers of each hop."""
+                for number, flow in enumerate(flows):
+                    flow.sendto(bytes(200), (servers[number // 8], 9))
+                counts = Counter((row.dest, row.sport, row.outttl) for row in run.rows() if row.is_answered)
+                return len(counts) == len(flows) * 3 and min(counts.values()) > 20
+
+            wait_until(has_answers, 60, 'answers of each hop to each flow')
+            rows = run.rows()
+            assert run.stop() == 0
+    report = json.loads((tmp_path / 'elf.json').read_text())
+    for destination in report['destinations']:
+        dest = destination['address']
+        version = 6 if ':' in dest else 4
+        taken = {
+            (row.sport, row.responder) for row in rows if (row.dest, row.outttl, row.is_answered) == (dest, 2, True)
+        }
+        fast, slow = destination['ways']
+        for way, router in (fast, lab.hop(version, 2)), (slow, address(version, 20, 2)):
+            assert way['responders'] == [dict(hop=2, address=router, name=None)] and way['hop'] == 3
+            assert {flow['sport'] for flow in way['flows']} == {
+                sport for sport, responder in taken if responder == router
+            }
+            latencies = [row.latency for row in rows if row.responder and (row.dest, row.outttl) == (dest, 3)
+                         and (row.sport, router) in taken]  # fmt: skip
+            assert way['mean'] == pytest.approx(statistics.mean(latencies), rel=0.2)
+        assert slow['mean'] > 3 * fast['mean']
+        said = [line.strip() for line in table_of(run.log, dest)]
+        [begin] = [
+            number
+            for number, line in enumerate(said)
+            if line.startswith('flows take 2 ways; mean latency of hop 3')
+        ]
+        assert f'by {lab.hop(version, 2)} (hop 2): UDP ' in said[begin + 1]
+        assert f'by {address(version, 20, 2)} (hop 2): UDP ' in said[begin + 2]
 
 
 @root
