@@ -59,7 +59,7 @@ try:
 
     from elf.compare import comparison
     from elf.course import SECOND, Bins, Course, Line, round_up
-    from elf.sources import FOREVER, Moment, Results, Window, moment, read, sources_of, span_of
+    from elf.sources import FOREVER, KEYS, Moment, Results, Window, moment, read, sources_of, span_of
 except Exception as error:  # a broken one raises whatever comes up
     MISSING["numpy"] = why_unusable("numpy", error)
 try:
@@ -147,6 +147,9 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--dest", action="append", default=[], type=address, metavar="ADDRESS",
         help=f"only this destination; may be given again (default: the busiest {TABLES_MAX} in the table, "
         f"{SECTIONS_MAX} in the picture)")  # fmt: skip
+    add("--by", choices=("dest", "flow", "responder", "app"), default="dest",
+        help="what each table and each part of the picture is about: a destination, a flow, a router that answers, "
+        "a program (default: dest)")  # fmt: skip
     add("--from", dest="begin", type=when, metavar="TIME",
         help="only probes that left from then on: UTC (ISO 8601), or seconds since the first probe")  # fmt: skip
     add("--to", dest="end", type=when, metavar="TIME", help="only probes that left until then")
@@ -170,6 +173,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         raise Failure("argument --compare: give two CSVs, the one before and the one after", 2)
     if args.last and (args.begin or args.end):
         raise Failure("argument --last: not with --from or --to", 2)
+    if args.compare and args.by != "dest":
+        raise Failure("argument --compare: not with --by", 2)
     if args.cdf and args.html:
         raise Failure("argument --html: not with --cdf", 2)
     if args.xlim and not args.cdf:
@@ -228,7 +233,7 @@ def make_section(course: Course, host: str, zero: int, hops: Sequence[int]) -> S
     """Return the section of a course. host: empty if there is only one. hops: which to draw; none: all."""
     apps = [app for app, _ in sorted(course.apps.items(), key=lambda item: (-item[1], item[0]))]
     unanswered = course.probes - course.answered
-    parts = [f"to {course.dest}" + f" from {host}" * bool(host),
+    parts = [course.name + f" from {host}" * bool(host),
              ", ".join(apps[:3]) + (" and others" if len(apps) > 3 else ""), course.flow_text(),
              f"{course.probes:,} probe{'s' * (course.probes > 1)}, {unanswered:,} unanswered"]  # fmt: skip
     lines = [line for line in course.lines() if not hops or line.hop in hops]
@@ -374,7 +379,7 @@ def draw_cdf(sections: list[Section], args: argparse.Namespace) -> Any:
             axes.set_xscale("log")
         axes.set_xlim(*(args.xlim or ()))
         axes.set_ylim(*(args.ylim or (0, 1)))
-        axes.set_xlabel("latency, there and back (ms)" + f", to {plain(section.dest)}" * (len(sections) > 1))
+        axes.set_xlabel("latency, there and back (ms)" + f", {plain(section.course.name)}" * (len(sections) > 1))
         axes.set_ylabel("share of answers")
         axes.grid(True, color="#dddddd", linewidth=0.5)
         if section.lines:
@@ -760,12 +765,14 @@ def page(heading: str, table: list[str], png: bytes, data: dict[str, Any]) -> st
 # ---- The run --------------------------------------------------------------------------------------
 
 
-def choose(results: Sequence[Results], chosen: list[str]) -> tuple[list[tuple[str, Course]], list[str]]:
+def choose(results: Sequence[Results], by: str, chosen: list[str]) -> tuple[list[tuple[str, Course]], list[str]]:
     """Return the courses to draw, each with its host, and a note about the others. Raises Failure."""
     counts: collections.Counter[str] = collections.Counter()
     for each in results:
         counts.update(each.counts)
     names = sorted(counts, key=lambda dest: (-counts[dest], dest))
+    if by != "dest":
+        chosen = []
     for dest in chosen:
         if dest not in counts:
             known = ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")
@@ -780,7 +787,8 @@ def choose(results: Sequence[Results], chosen: list[str]) -> tuple[list[tuple[st
     if chosen or not others:
         return courses, []
     named = ", ".join(others[:4]) + (" ..." if len(others) > 4 else "")
-    return courses, [f"not drawn (--dest draws them): {len(others)} destinations with fewer probes: {named}"]
+    more = " (--dest draws them)" if by == "dest" else ""
+    return courses, [f"not drawn{more}: {len(others)} {KEYS[by]} with fewer probes: {named}"]
 
 
 def write(path: str, content: bytes) -> None:
@@ -832,7 +840,7 @@ def read_all(args: argparse.Namespace) -> tuple[list[Results], bool, list[str]]:
     if args.last:
         first = end - round(args.last * SECOND)
     try:
-        window = Window(first, last, args.dest)
+        window = Window(first, last, args.dest, args.by)
         return [read(source, in_utc, window, CHOSEN_MAX, progress.tell) for source in sources], in_utc, notes
     finally:
         progress.end()
@@ -860,7 +868,7 @@ def run(args: argparse.Namespace) -> None:
     if args.compare:
         for each, name in zip(results, names):
             each.source.host = name
-    courses, notes = choose(results, args.dest)
+    courses, notes = choose(results, args.by, args.dest)
     notes += said
     none = "no probes in this time" if args.begin or args.end or args.last else "no probes yet"
     table = [*comparison(*results), ""] if args.compare else tables(results, none)

@@ -194,8 +194,9 @@ class Cells:
 class Course:
     """A destination. Times are ns of the clock of the picture; start and width (ns) are those of the first bin."""
 
-    def __init__(self, dest: str, start: int, width: int) -> None:
+    def __init__(self, dest: str, start: int, width: int, by: str = "dest") -> None:
         self.dest = dest
+        self.name = f"to {dest}" if by == "dest" else dest  # or what is in its place, see elf/sources.py
         self.start = start
         self.width = width
         self.first, self.last = 1 << 62, 0  # sent

@@ -18,8 +18,9 @@ from typing import Any, Callable, NamedTuple, Sequence
 
 import numpy as np
 
+from elf.addresses import flow_text
 from elf.batches import Batch, Survey, Texts, open_regular, read_batches, survey
-from elf.bulk import BulkSummary, Groups
+from elf.bulk import BatchGroups, BulkSummary, Groups
 from elf.clock import Mapping, utc_ns, zero_at
 from elf.course import SECOND, Course, bin_width
 from elf.usage import Failure
@@ -29,6 +30,8 @@ RUN_SLACK = 5 * 10**9  # ns by which a row may seem to be outside the run: a clo
 CLOCK_SLACK = 60.0  # s between the CSV's modification time and its last row
 COPY_SLACK = 600.0  # s that may lie between copying the CSV and the log
 NAMES_MAX = 1 << 16  # destinations that are counted
+KEYS = {"dest": "destinations", "flow": "flows", "responder": "responders", "app": "programs"}
+NO_NAME = "(no name)"  # of a program
 FOREVER = 1 << 62  # ns
 
 
@@ -189,11 +192,15 @@ def moment(text: str) -> Moment:
 
 
 class Window(NamedTuple):
-    """The rows that are wanted: from, to (ns of the picture's clock), and destinations; none: all."""
+    """The rows that are wanted: from, to (ns of the picture's clock), and destinations; none: all.
+
+    by is one of KEYS: what the rows of a table and a section have in common.
+    """
 
     begin: int
     end: int
     dests: list[str]
+    by: str = "dest"
 
 
 @dataclasses.dataclass
@@ -203,7 +210,7 @@ class Results:
     source: Source
     summary: BulkSummary
     courses: dict[str, Course]
-    counts: collections.Counter[str]  # probes by destination, of all rows in the window
+    counts: collections.Counter[str]  # probes by destination, of all rows in the window; or by another key
 
 
 def span_of(sources: Sequence[Source], in_utc: bool) -> tuple[int, int]:
@@ -222,12 +229,12 @@ def planned_courses(source: Source, in_utc: bool, window: Window, most: int) -> 
     found: collections.defaultdict[str, list[tuple[float, int, int, Any]]] = collections.defaultdict(list)
     for rows, mappings in source.files:
         times = source.times(mappings, rows.batch["sendtime"], in_utc)
-        keep = np.flatnonzero(wanted(rows.batch, times, window))
-        groups = Groups(rows.batch["dest"], keep)
+        batch, times = kept(rows.batch, times, window)
+        groups = Groups(batch["dest"])
         for start, end in zip(groups.starts.tolist(), groups.ends.tolist()):
             its = groups.order[start:end]
-            hops = np.bincount(rows.batch["outttl"][its]) / rows.share
-            found[rows.batch.text("dest", its[0])].append(
+            hops = np.bincount(batch["outttl"][its]) / rows.share
+            found[batch.text("dest", its[0])].append(
                 (len(its) / rows.share, times[its].min(), times[its].max(), hops)
             )
     courses = {}
@@ -236,8 +243,35 @@ def planned_courses(source: Source, in_utc: bool, window: Window, most: int) -> 
         for each in found[dest]:
             hops[: len(each[3])] += each[3]
         start, end = min(each[1] for each in found[dest]), max(each[2] for each in found[dest])
-        courses[dest] = Course(dest, int(start), bin_width(int(end - start), float(np.median(hops[hops > 0]))))
+        width = bin_width(int(end - start), float(np.median(hops[hops > 0])))
+        courses[dest] = Course(dest, int(start), width, window.by)
     return courses
+
+
+def keyed(batch: Batch, by: str) -> Batch:
+    """Return the rows with one of KEYS in the place of the destination."""
+    if by == "dest":
+        return batch
+    if by == "responder":
+        return Batch(batch.names, {**batch.columns, "dest": batch["responder"]})
+    known = len(batch.names)
+    if by == "app":
+        names, numbers = [NO_NAME], np.where(batch["app"] > 0, batch["app"], known)
+    else:
+        flows = BatchGroups(batch).flows
+        names = [flow_text(*batch.flow(row)) for row in flows.firsts.tolist()]
+        numbers = known + flows.of_rows()
+    return Batch([*batch.names, *names], {**batch.columns, "dest": numbers})
+
+
+def kept(batch: Batch, times: Any, window: Window) -> tuple[Batch, Any]:
+    """Return the rows in the window, with the key that it asks for, and their times."""
+    keep = wanted(batch, times, window)
+    if window.by == "responder":
+        keep &= batch["responder"] > 0
+    if not keep.all():
+        batch, times = batch.take(keep), times[keep]
+    return keyed(batch, window.by), times
 
 
 def wanted(batch: Batch, times: Any, window: Window) -> Any:
@@ -260,10 +294,11 @@ def read(
         batches = [rows.batch] if rows.share >= 1 else read_batches(rows.path, texts, tell)
         for batch in batches:
             times = source.times(mappings, batch["sendtime"], in_utc)
-            count(results.counts, batch, (times >= window.begin) & (times <= window.end))
-            keep = wanted(batch, times, window)
-            if not keep.all():
-                batch, times = batch.take(keep), times[keep]
+            if window.by == "dest":  # all of them: an error names some
+                count(results.counts, batch, (times >= window.begin) & (times <= window.end))
+            batch, times = kept(batch, times, window)
+            if window.by != "dest":
+                count(results.counts, batch, slice(None))
             results.summary.note_all(batch)
             for number in np.flatnonzero(np.bincount(batch["dest"])).tolist():
                 dest = batch.names[number]

@@ -724,7 +724,45 @@ stopifnot(identical(unique(rows$app), c("NA", "a \\"b\\", c")), rows$sendtime[1]
 """
 
 
-# Destinations
+# Destinations, and other keys
+
+
+HEADINGS = {
+    'dest': {'203.0.113.80': 80, '203.0.113.81': 80},
+    'flow': {
+        'TCP port 1000 to 203.0.113.80 port 443': 40,
+        'TCP port 1001 to 203.0.113.80 port 443': 40,
+        'UDP port 1000 to 203.0.113.81 port 443': 80,
+    },
+    'app': {'curl': 40, '(no name)': 40, 'a "b", c': 80},
+    'responder': {'10.0.1.2': 70, '10.0.2.2': 80},  # those that answer nothing are nobody's
+}
+
+
+@pytest.mark.parametrize('by', HEADINGS)
+def test_tables_by_another_key(by: str, csv: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each probe is in one table, whose figures are those of a file with its rows alone."""
+    rows = []
+    for number in range(40):
+        for hop in 1, 2:
+            ms = None if hop == 1 and number >= 30 and number % 2 else hop + number / 100
+            to = dict(app='curl' if number % 2 else '', sport=1000 + number % 2)
+            rows.append(row(number / 10, hop, ms, **to))
+            ms = None if hop == 1 and number >= 30 and not number % 2 else hop
+            to = dict(dest='203.0.113.81', app='"a ""b"", c"', protocol=17, sport=1000)
+            rows.append(row(number / 10, hop, ms, **to))
+    csv.write_text(text_of(rows))
+    assert elfplot.main(['--by', by, str(csv)]) == 0
+    out = capfd.readouterr().out
+    assert {name: int(probes) for name, probes in re.findall(r'^(.+): (\d+) probes', out, re.M)} == HEADINGS[by]
+    assert 'not drawn' not in out
+    if by == 'flow':
+        csv.write_text(text_of([row for row in rows if row['sport'] == 1001]))
+        assert elfplot.main([str(csv)]) == 0
+        alone = capfd.readouterr().out.split('\n\n')[0].splitlines()[1:]
+        assert all(line in out.splitlines() for line in alone) and len(alone) == 4
+        assert elfplot.main(['--by', by, '--dest', '203.0.113.80', str(csv)]) == 0
+        assert capfd.readouterr().out.count(' probes, ') == 1
 
 
 def many_destinations(count: int) -> list[dict[str, Any]]:
