@@ -3,12 +3,12 @@
 """Pictures of what elfprobe measured; needs neither root nor bcc.
 
 $ python3 elfplot.py --html elf.csv
-10.0.5.2: 3980 probes, latency in ms
-hop  probes answered      min   median      95%      99%      max   jitter  responder
-  1     996   100.0%    0.008    0.022    0.069    0.082    0.172    0.011  10.0.1.2
-  2     995   100.0%    0.011    0.023    0.069    0.090    0.131    0.012  10.0.2.2
-  3     995   100.0%    0.011    0.025    0.076    0.092    0.111    0.013  10.0.3.2
-  4     994    99.8%    0.014    0.055   30.550   33.730   34.907    0.517  10.0.4.2
+10.0.5.2: 3734 probes, latency in ms
+hop  probes answered      min   median      95%      99%      max   jitter     adds  responder
+  1     938   100.0%    0.008    0.028    0.062    0.076    0.113    0.015    0.028  10.0.1.2
+  2     938   100.0%    0.012    0.032    0.087    0.104    0.127    0.020    0.003  10.0.2.2
+  3     938   100.0%    0.016    0.038    0.124    0.151    1.185    0.034    0.003  10.0.3.2
+  4     920    99.7%    0.018    0.106   31.784   33.730   34.874    0.536    0.053  10.0.4.2
 
 picture: elf.png
 page: elf.html
