@@ -3377,8 +3377,10 @@ static inline int can_fall_back(const struct packet *pkt)
 	       !is_private(&pkt->daddr);
 }
 
-/* Return the slot of the packet's flow, see struct turns. Ports of clients are often consecutive, or every other one. */
-static inline __u32 flow_slot(const struct hdr_cursor *nh, const struct packet *pkt)
+/* Return the slot of the packet's flow, see struct turns. Ports of clients are often consecutive, or every other one. Of
+ * two flows with the same slot that send in bursts, one would take all the turns. So every 256 probes the slots are
+ * others. */
+static inline __u32 flow_slot(const struct hdr_cursor *nh, const struct packet *pkt, const struct path *path)
 {
 	__be16 *l4 = nh->pos; /* ports; of ICMP the third is the identifier */
 	__u32 number;
@@ -3386,7 +3388,7 @@ static inline __u32 flow_slot(const struct hdr_cursor *nh, const struct packet *
 	if ((void *)(l4 + 3) > nh->end)
 		return 0;
 	number = bpf_ntohs(is_icmp(pkt) ? l4[2] : l4[0] ^ l4[1]);
-	return (number >> 1 ^ number >> 6) % FLOW_SLOTS;
+	return ((number >> 1) + (number >> 6) * (path->pacing.seq >> 8)) % FLOW_SLOTS;
 }
 
 /* Time between two checks whether a destination is still on-link. */
@@ -3444,7 +3446,7 @@ static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	reason = check_flow(skb, nh, pkt, path, scratch, now);
 	if (scratch->unfit || reason)
 		return scratch->unfit ? scratch->unfit : reason;
-	scratch->reservation.flow = scratch->resent ? FLOW_SLOTS : flow_slot(nh, pkt); /* these are few */
+	scratch->reservation.flow = scratch->resent ? FLOW_SLOTS : flow_slot(nh, pkt, path); /* these are few */
 	reason = reserve_probe(path, &scratch->reservation, can_fall_back(pkt), now);
 	if (reason)
 		return reason;
