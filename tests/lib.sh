@@ -6,7 +6,7 @@ elfprobe_packages=(python3-bpfcc python3-pyroute2 python3-psutil)
 lab_packages=("${elfprobe_packages[@]}" iproute2 iperf3 iputils-ping procps)
 test_packages=("${lab_packages[@]}" python3-pytest python3-scapy tcpdump nftables ethtool mount traceroute)
 host_packages=(python3-jsonschema jq tshark make man-db zsh)  # of tests that do not run in virtual machines
-host_packages+=(python3-prometheus-client curl gcc libc6-dev systemd)
+host_packages+=(python3-prometheus-client curl gcc libc6-dev)
 vm_packages=("${test_packages[@]}" bpftool ppp)
 
 # asks_for_help ARGUMENT...: whether there is -h or --help among them, before any --.

@@ -211,6 +211,15 @@ while True:
         continue
     answer(connection)
 """
+# Listens for a program, and becomes it when there is a connection, as systemd-socket-activate(1) does.
+ACTIVATOR = """
+import os, select, socket, sys
+listener = socket.create_server(('', int(sys.argv[1])))
+os.dup2(listener.fileno(), 3)
+os.set_inheritable(3, True)
+select.select([3], [], [])
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 # Has two connections to each of the ports at a time, and says on each which port is its own.
 CLIENT = """
 import socket, sys, time
@@ -831,7 +840,6 @@ SERVERS = (
 )
 
 
-@pytest.mark.needs('systemd-socket-activate')
 def test_who_has_a_connection(net, programs, tmp_path):
     """Not the process that listens, but the one that accepts, or that was handed the connection."""
     ports = {next(PORTS): server for server in SERVERS}
@@ -844,8 +852,8 @@ def test_who_has_a_connection(net, programs, tmp_path):
             if server.older == older:
                 command = [str(programs / server.name), '-c', SERVER, server.how, str(port), str(notes)]
                 if server.how == 'activated':
-                    command = ['systemd-socket-activate', f'--listen={port}', *command]
-                started = net.client.popen(*command, stderr=subprocess.DEVNULL)
+                    command = [sys.executable, '-c', ACTIVATOR, str(port), *command]
+                started = net.client.popen(*command)
                 wait_until(lambda port=port: net.client.listens(port), 10, f'{server} listens')
                 if server.how == 'handing':
                     handing = started.pid
