@@ -771,7 +771,7 @@ def test_balanced_flows(make_lab, tmp_path):
         )
         servers = [lab.server_address(version) for version in VERSIONS]
         with inside(lab.client):
-            flows = [socket.socket(FAMILY[version], socket.SOCK_DGRAM) for version in VERSIONS for _ in range(8)]
+            flows = [socket.socket(FAMILY[version], socket.SOCK_DGRAM) for version in VERSIONS for _ in range(12)]
         for flow in flows:
             stack.enter_context(flow)
         with probing(lab, *servers, cwd=tmp_path) as run:
@@ -779,9 +779,9 @@ def test_balanced_flows(make_lab, tmp_path):
             def has_answers() -> bool:
                 """After some more packets: whether each flow has enough answers of each hop."""
                 for number, flow in enumerate(flows):
-                    flow.sendto(bytes(200), (servers[number // 8], 9))
+                    flow.sendto(bytes(200), (servers[number // 12], 9))
                 counts = Counter((row.dest, row.sport, row.outttl) for row in run.rows() if row.is_answered)
-                return len(counts) == len(flows) * 3 and min(counts.values()) > 20
+                return len(counts) == len(flows) * 3 and min(counts.values()) > 10
 
             wait_until(has_answers, 60, 'answers of each hop to each flow')
             rows = run.rows()
@@ -795,7 +795,8 @@ def test_balanced_flows(make_lab, tmp_path):
         }
         fast, slow = destination['ways']
         for way, router in (fast, lab.hop(version, 2)), (slow, address(version, 20, 2)):
-            assert way['responders'] == [dict(hop=2, address=router, name=None)] and way['hop'] == 3
+            # In IPv6, r3 may answer from another address on either way.
+            assert way['responders'][0] == dict(hop=2, address=router, name=None) and way['hop'] == 3
             assert {flow['sport'] for flow in way['flows']} == {
                 sport for sport, responder in taken if responder == router
             }
@@ -809,8 +810,8 @@ def test_balanced_flows(make_lab, tmp_path):
             for number, line in enumerate(said)
             if line.startswith('flows take 2 ways; mean latency of hop 3')
         ]
-        assert f'by {lab.hop(version, 2)} (hop 2): UDP ' in said[begin + 1]
-        assert f'by {address(version, 20, 2)} (hop 2): UDP ' in said[begin + 2]
+        assert f'by {lab.hop(version, 2)} (hop 2)' in said[begin + 1]
+        assert f'by {address(version, 20, 2)} (hop 2)' in said[begin + 2]
 
 
 @root
