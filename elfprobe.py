@@ -120,6 +120,7 @@ from elf.usage import (
     Failure,
     Parser,
     as_called,
+    import_parts,
     missing_packages,
     not_empty,
     package_version,
@@ -138,8 +139,9 @@ try:
 except Exception as error:  # a broken one raises whatever comes up
     MISSING["bcc"] = why_unusable("bcc", error)
 try:
-    import pyroute2
-
+    pyroute2 = import_parts(
+        "pyroute2", {"IPRoute": "pyroute2.iproute", "NetlinkError": "pyroute2.netlink.exceptions"}
+    )
     require_attribute(pyroute2, "IPRoute")
 except Exception as error:
     MISSING["pyroute2"] = why_unusable("pyroute2", error)

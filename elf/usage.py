@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import os
 import re
@@ -103,6 +104,25 @@ def require_attribute(package: Any, name: str) -> None:
     """Raise ImportError unless a package has an attribute: others may have the same name."""
     if not hasattr(package, name):
         raise ImportError(f"it has no {name}, so it is another package of that name")
+
+
+def import_parts(name: str, parts: dict[str, str]) -> Any:
+    """Return a package with only some of its names: name -> the module of the package that defines it.
+
+    Its own __init__ is not run, because it imports much that takes long and is not needed. If the package has other
+    modules, import the whole package. Raises what that raises.
+    """
+    spec = None if name in sys.modules else importlib.util.find_spec(name)
+    if spec and spec.submodule_search_locations:
+        package = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            for part, module in parts.items():
+                setattr(package, part, getattr(importlib.import_module(module), part))
+            return package
+        except Exception:  # another version
+            for each in [each for each in sys.modules if each.partition(".")[0] == name]:
+                del sys.modules[each]
+    return importlib.import_module(name)
 
 
 def why_unusable(name: str, error: Exception) -> str:

@@ -34,7 +34,7 @@ from elf.extensions import MalformedExtension, extension_texts, ones_complement_
 from elf.files import DiskUse, OutputFile, RowFiles
 from elf.processes import AppNames, Process
 from elf.rows import HEADER, NOTED, Record, RowMaker, app_text
-from elf.usage import Failure
+from elf.usage import Failure, import_parts
 from elfprobe import Config
 from lab import wait_until
 
@@ -406,6 +406,19 @@ def test_import_without_site_packages(empty: Path) -> None:
     done = run_python('-I', '-S', str(SCRIPT), '-i', 'none0', '192.0.2.1', cwd=empty)
     assert (done.returncode, done.stdout, done.stderr.count('\n')) == (1, '', 1), done.stderr
     assert [package for package in PACKAGES.values() if package not in done.stderr] == []
+
+
+def test_parts_of_a_package(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest of a package is only imported where it has other modules than expected."""
+    monkeypatch.syspath_prepend(str(empty))
+    for name in 'package_a', 'package_b':
+        (empty / name).mkdir()
+        (empty / name / '__init__.py').write_text("Part = 'from __init__'\n")
+    (empty / 'package_a' / 'module.py').write_text("Part = 'from the module'\n")
+    found = {name: import_parts(name, {'Part': f'{name}.module'}) for name in ('package_a', 'package_b')}
+    assert [each.Part for each in found.values()] == ['from the module', 'from __init__']
+    assert all(sys.modules.pop(name) is each for name, each in found.items())
+    assert sys.modules.pop('package_a.module') and not [name for name in sys.modules if 'package_b' in name]
 
 
 def test_run_by_root_leaves_no_bytecode(empty: Path) -> None:
