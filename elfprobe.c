@@ -271,7 +271,7 @@ struct probe {
 	__u32 seq;
 	__u32 origseq;
 	struct tcp_state tcp; /* of the socket that sent the packet */
-	__u32 unused;
+	__u32 seq_offset; /* of an answered probe: what was added to its TCP sequence number before it was quoted */
 	__u16 outipid;
 	__u16 compensation; /* trimmed UDP: payload word that makes the checksum right, in network order; else 0 */
 	__u8 payload_len;   /* payload bytes of a trimmed UDP or ICMP probe; else 0 */
@@ -297,10 +297,14 @@ struct reply {
 	__u64 recvtime;
 };
 
+/* What the quoted packet has otherwise than the probe: its source is not the address to which the reply was sent; its TCP
+ * sequence number is higher by seq_offset. */
+enum translation { SOURCE_TRANSLATED = 1, NUMBER_TRANSLATED = 2 };
+
 struct result {
 	struct probe probe;
 	struct reply reply;
-	__u32 translated; /* the source of the quoted packet is not the address to which the reply was sent */
+	__u32 translated; /* bits of enum translation */
 	struct probe_key key;
 };
 
@@ -308,9 +312,11 @@ struct result {
  * and may be cut. User space parses it. */
 struct extended_result {
 	struct result result;
-	__u32 extension_len;
+	__u32 extension_len; /* UNMATCHED: the reply quotes TCP, but no probe; there is no extension */
 	__u8 extension[EXTENSION_MAX];
 };
+
+#define UNMATCHED 0xffff
 
 /* Status of a process. A process without an entry in the map is no target; most have none. */
 enum { UNDECIDED = 1, TARGET = 2, OURSELVES = 3 }; /* UNDECIDED: user space has to check the process */
@@ -1786,6 +1792,9 @@ BPF_ARRAY(address_filter, struct filter_line, FILTER_LINES);
 BPF_F_TABLE("hash", struct probe_key, struct probe, in_flight, 1, BPF_F_NO_PREALLOC);
 /* Finds the ident under which the probe is in in_flight. The kernel allocates the whole of it at once. */
 BPF_TABLE("lru_hash", struct udp_partial, __u32, partial_checksums, 1);
+/* What a middlebox adds to the TCP sequence numbers of a flow: a key without ident -> a constant. User space finds it. */
+BPF_TABLE("lru_hash", struct probe_key, __u32, seq_offsets, 4096);
+BPF_ARRAY(unmatched_left, __u32, 1); /* number of replies without a probe that user space still takes */
 BPF_ARRAY(schedules, struct schedule, 1);
 BPF_ARRAY(alive_until, __u64, 1); /* the lease: no probe after this time. 0: before and after the run */
 /* When a device's link came up, by ifindex; in the future while it is down. No entry: it never was down. */
@@ -3516,16 +3525,42 @@ int elf_egress(struct __sk_buff *skb)
  * bytes), and the extension. */
 #define ICMP_ERROR_LEN 2560
 
-/* Return the probe in flight whose first bytes are at the cursor, and its key; 0 for none. */
-static inline struct probe *find_probe(struct hdr_cursor *nh, const struct packet *quote, struct probe_key *key,
-				       struct udp_partial *partial)
+/* Return the TCP probe in flight whose sequence number a middlebox has changed before the router quoted it, 0 for
+ * none. Then user space may look at the quoted number. */
+static inline struct probe *find_rewritten(struct extended_result *extended)
 {
+	struct result *result = &extended->result;
+	__u32 number = result->key.ident, *offset;
+	struct probe *probe = 0;
+
+	result->key.ident = 0;
+	offset = seq_offsets.lookup(&result->key);
+	if (offset) {
+		result->key.ident = number - *offset;
+		probe = in_flight.lookup(&result->key);
+	}
+	if (probe && offset) {
+		probe->seq_offset = *offset;
+	} else {
+		result->key.ident = number;
+		extended->extension_len = UNMATCHED;
+	}
+	return probe;
+}
+
+/* Return the probe in flight whose first bytes are at the cursor, and its key; 0 for none. */
+static inline struct probe *find_probe(struct hdr_cursor *nh, const struct packet *quote,
+				       struct extended_result *extended, struct udp_partial *partial)
+{
+	struct probe_key *key = &extended->result.key;
 	struct probe *probe;
 	__u32 *ident;
 
 	if (parse_probe_key(nh, quote, key) < 0)
 		return 0;
 	probe = in_flight.lookup(key);
+	if (!probe && quote->protocol == IPPROTO_TCP)
+		return find_rewritten(extended);
 	if (probe || quote->protocol != IPPROTO_UDP)
 		return probe;
 	partial->key = *key;
@@ -3538,9 +3573,10 @@ static inline struct probe *find_probe(struct hdr_cursor *nh, const struct packe
 	return in_flight.lookup(key);
 }
 
-/* Parse the quoted packet at the cursor. Return the probe in flight that it quotes, and its key; 0 for none. */
+/* Parse the quoted packet at the cursor. Return the probe in flight that it quotes, and its key in the result; 0 for
+ * none. */
 static inline struct probe *match_quote(struct hdr_cursor *nh, const struct packet *outer, struct packet *quote,
-					struct probe_key *key, struct udp_partial *partial)
+					struct extended_result *extended, struct udp_partial *partial)
 {
 	struct probe *probe;
 	__u16 *compensation;
@@ -3549,7 +3585,7 @@ static inline struct probe *match_quote(struct hdr_cursor *nh, const struct pack
 		return 0;
 	if (parse_inner(nh, quote) < 0 || quote->fragment == LATER_FRAGMENT)
 		return 0;
-	probe = find_probe(nh, quote, key, partial);
+	probe = find_probe(nh, quote, extended, partial);
 	if (!probe || !probe->compensation)
 		return probe;
 	compensation = nh->pos + sizeof(struct udphdr);
@@ -3617,6 +3653,20 @@ static inline int harms_tcp(const struct probe_key *key, const struct probe *pro
 	return key->protocol == IPPROTO_TCP && (key->ident == probe->origseq || !probe->tcp.cwnd);
 }
 
+/* Let user space look at a time exceeded that quotes TCP, but no probe: see find_rewritten(). */
+static inline void report_unmatched(struct xdp_md *ctx)
+{
+	struct scratch *scratch = scratch_of_run();
+	int zero = 0;
+	__u32 *left;
+
+	left = unmatched_left.lookup(&zero);
+	if (!scratch || scratch->result.extension_len != UNMATCHED || !left || !*left)
+		return;
+	(*left)--; /* without a lock: a few more do no harm */
+	submit_result(ctx, &scratch->result, sizeof(scratch->result));
+}
+
 /* Handle an ICMP error, with the quoted packet at the cursor. */
 static inline enum answer receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, const struct packet *outer,
 					const struct icmphdr *icmp, enum icmp_kind kind)
@@ -3632,7 +3682,19 @@ static inline enum answer receive_error(struct xdp_md *ctx, struct hdr_cursor *n
 	if (!scratch)
 		return NO_ANSWER;
 	result = &scratch->result.result;
-	probe = match_quote(nh, outer, &quote, &result->key, &scratch->partial);
+	scratch->result.extension_len = 0;
+	probe = match_quote(nh, outer, &quote, &scratch->result, &scratch->partial);
+	result->reply.recvtime = now;
+	result->reply.responder = outer->saddr;
+	result->reply.recvcpu = bpf_get_smp_processor_id();
+	result->reply.inipid = quote.ip_id;
+	result->reply.recvttl = outer->ttl;
+	result->reply.intos = quote.tos;
+	result->reply.qttl = quote.ttl;
+	result->reply.qlen = total_len(&quote);
+	result->reply.rtos = outer->tos;
+	result->reply.ripid = outer->ip_id;
+	result->reply.rsize = total_len(outer);
 	if (!probe)
 		return NO_ANSWER;
 	path = path_to(&result->key.dest);
@@ -3647,18 +3709,9 @@ static inline enum answer receive_error(struct xdp_md *ctx, struct hdr_cursor *n
 	result->probe = *probe;
 	if (!is_still_in_flight(&result->key))
 		return NO_ANSWER; /* another CPU was faster, or user space has removed the probe as too old */
-	result->reply.recvtime = now;
-	result->reply.responder = outer->saddr;
-	result->reply.recvcpu = bpf_get_smp_processor_id();
-	result->reply.inipid = quote.ip_id;
-	result->reply.recvttl = outer->ttl;
-	result->reply.intos = quote.tos;
-	result->reply.qttl = quote.ttl;
-	result->reply.qlen = total_len(&quote);
-	result->reply.rtos = outer->tos;
-	result->reply.ripid = outer->ip_id;
-	result->reply.rsize = total_len(outer);
-	result->translated = outer->version == quote.version && !is_same(&quote.saddr, &outer->daddr);
+	result->translated = result->probe.seq_offset ? NUMBER_TRANSLATED : 0;
+	if (outer->version == quote.version && !is_same(&quote.saddr, &outer->daddr))
+		result->translated |= SOURCE_TRANSLATED;
 	if (path)
 		note_reply(path, &result->probe, &result->reply.responder, outer->ttl, now);
 	if (outer->version == 4)
@@ -3728,6 +3781,7 @@ int elf_ingress(struct xdp_md *ctx)
 		return answer == DROPPED_ANSWER ? VERDICT_DROP : VERDICT_PASS;
 	if (kind == TIME_EXCEEDED) {
 		COUNT(not_ours);
+		report_unmatched(ctx);
 		return VERDICT_PASS;
 	}
 	path = path_to(&pkt.saddr);

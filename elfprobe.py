@@ -115,7 +115,8 @@ from elf.report import Report
 from elf.ring import HEADER, Events, Ring, framed, framed_size
 from elf.rows import Record, RowMaker
 from elf.service import ServiceManager
-from elf.summary import Summary
+from elf.summary import FlowKey, Summary
+from elf.unmatched import Sent, Unmatched, UnmatchedAnswers
 from elf.usage import (
     Failure,
     Parser,
@@ -1022,6 +1023,11 @@ PARTIAL_CHECKSUMS_MAX = 1 << 15  # probes with a partial checksum: 0.65 s of the
 FLOW_DESTINATIONS_MAX = 16384  # destinations of processes' flows
 # Probes in flight, at most: up to --max-rate 170000 all that are sent have room, even if none is ever answered.
 IN_FLIGHT_MAX = 1 << 20
+IN_FLIGHT_SEARCHED = 1 << 17  # probes in flight among which those of unmatched answers are looked for
+PROBE_KEY = struct.Struct("=16sHHII")  # struct probe_key: destination, ports, protocol, ident
+FLOW_KEY_BYTES = 20  # at its start: destination and ports
+UNMATCHED, NUMBER_TRANSLATED = 0xFFFF, 2  # as in elfprobe.c
+UNMATCHED_AT_ONCE = 128  # answers that user space takes every RENEW_EVERY
 RING_HOLDS = 0.25  # s of results at the highest rate
 RING_PAGES_MIN = 64  # replies may come in bursts at any rate
 RESULT_BYTES = 160  # of struct result in the ring, at most
@@ -1782,6 +1788,24 @@ class Kernel:
                     found.append(probe + key)
             yield found
         self.oldest_in_flight = oldest
+
+    def in_flight_of(self, flows: set[bytes]) -> Iterator[tuple[bytes, bytes]]:
+        """Yield the key and the value of probes in flight. flows are beginnings of keys: destination and ports."""
+        for key, probe in itertools.islice(self._in_flight.raw_items(), IN_FLIGHT_SEARCHED):
+            if key[:FLOW_KEY_BYTES] in flows:
+                yield key, probe
+
+    def let_report(self, unmatched: int) -> None:
+        """Let so many more answers that quote no probe be reported."""
+        self.map("unmatched_left").put(0, unmatched)
+
+    def set_seq_offset(self, flow: bytes, offset: int) -> None:
+        """Match answers that quote this flow (a key) with TCP sequence numbers that are higher by the offset."""
+        self.map("seq_offsets").put(flow, offset)
+
+    def take_probe(self, key: bytes) -> bool:
+        """Remove a probe in flight. Return whether it was there: whoever removes a probe owns it."""
+        return self._in_flight.remove(key)
 
     def socket_owner(self, fd: int, layout: Layout) -> CStruct:
         """Return the owner of one of this process's sockets, None if it has none."""
@@ -3239,8 +3263,11 @@ class Results:
         self._kernel = kernel
         self.packets: PacketFile | None = None  # to which probes and answers are added
         self.rewrites = PathRewrites()
+        self.unmatched = UnmatchedAnswers(summary)
+        self.rewrites.near_misses = self.unmatched.findings
         self.summary = summary
         self.replies = 0
+        self.matched_late = 0  # of them: the programs did not match these answers
         self.unanswered = 0
         self.malformed = 0  # number of replies with a malformed extension
         extended = kernel.layout("result")  # a struct result, then an extension
@@ -3286,17 +3313,65 @@ class Results:
                 packets.add_answered(self._result.unpack_from(data), b"")
             else:
                 *fields, length, extension = self._extended.unpack_from(data)
-                packets.add_answered(fields, extension[:length])
+                if length != UNMATCHED:
+                    packets.add_answered(fields, extension[:length])
 
     def _extended_row(self, frame: bytes) -> list[str]:
-        """Return the row of a reply with an extension."""
-        *_, length, extension = self._extended.unpack_from(frame, HEADER.size)
+        """Return the row of a reply with an extension; none of a reply that quotes no probe."""
+        *fields, length, extension = self._extended.unpack_from(frame, HEADER.size)
+        if length == UNMATCHED:
+            its = dict(zip(self.names, fields))
+            flow = address_text(its["dest"]), *map(socket.ntohs, (its["sport"], its["dport"])), its["protocol"]
+            raw = frame[HEADER.size :][: self._result.size]
+            responder = address_text(its["responder"])
+            self.unmatched.note(flow, Unmatched(its["ident"], its["inipid"], its["recvtime"], responder, raw))
+            return []
         try:
             texts = extension_texts(extension[:length], is_cut=length == len(extension))
         except MalformedExtension:
             self.malformed += 1
             texts = "", ""
         return self._answered_rows.rows(frame[: framed_size(self._result.size)], *texts)
+
+    def match_late(self) -> str:
+        """Return the rows of answers whose changed sequence numbers can be explained now.
+
+        The programs match those that follow. They may report as many again that they cannot match.
+        """
+        self._kernel.let_report(UNMATCHED_AT_ONCE)
+        keys = {
+            flow: PROBE_KEY.pack(pack_address(flow[0]), *map(socket.htons, flow[1:3]), flow[3], 0)
+            for flow in self.unmatched.flows()
+        }
+        if not keys:
+            return ""
+        flow_of = {key[:FLOW_KEY_BYTES]: flow for flow, key in keys.items()}
+        probes: dict[FlowKey, dict[int, Sent]] = {flow: {} for flow in keys}
+        for key, probe in self._kernel.in_flight_of(set(flow_of)):
+            its = dict(zip(self.outstanding_names, self._outstanding.unpack(probe + key)))
+            sent = Sent(its["ident"], its["outipid"], its["sendtime"], key, probe)
+            probes[flow_of[key[:FLOW_KEY_BYTES]]][sent.number] = sent
+        rows = []
+        for flow, of_flow in probes.items():
+            for sent, offset, answer in self.unmatched.match(flow, of_flow):
+                self._kernel.set_seq_offset(keys[flow], offset)
+                if self._kernel.take_probe(sent.key):
+                    rows += self._late_row(sent, offset, answer)
+        self.unmatched.forget(time.monotonic_ns() - int(UNANSWERED_AFTER * 1e9))
+        self.replies += len(rows)
+        self.matched_late += len(rows)
+        return "".join(rows)
+
+    def _late_row(self, sent: Sent, offset: int, answer: Unmatched) -> list[str]:
+        """Return the row of an answer that the programs did not match."""
+        translated = struct.pack("=I", NUMBER_TRANSLATED)
+        reply = answer.result[len(sent.probe) : -len(translated) - len(sent.key)]
+        result = sent.probe + reply + translated + sent.key  # struct result
+        if self.packets:
+            its = {**dict(zip(self.names, self._result.unpack(result))), "seq_offset": offset}
+            self.packets.add_answered(tuple(its.values()), b"")
+        frame = HEADER.pack(len(result), 0) + result
+        return self._answered_rows.rows(frame.ljust(framed_size(len(result)), b"\0"))
 
     def expire(self, sent_before: int) -> Iterator[str]:
         """Yield rows, in portions, of probes in flight that left before this time (CLOCK_MONOTONIC, ns)."""
@@ -3547,6 +3622,7 @@ class Measurement:
             Every(JSON_EVERY, self._begin_json),
             Every(0, self._go_on_with_json),
             Every(0, self._take),
+            Every(RENEW_EVERY, self._match_late),
             Every(SCRAPE_EVERY, self._answer_scraper),
             Every(DRAW_EVERY, self._draw),
         )
@@ -3556,6 +3632,7 @@ class Measurement:
 
         Raises Failure if it cannot go on.
         """
+        self._match_late()  # so that the first answers are reported
         self._renew_lease()  # before anybody learns that packets are probed
         self._announce()
         self._reasons.begin()
@@ -3603,7 +3680,8 @@ class Measurement:
                 time.sleep(STRAY_REPLIES / 10)
         finally:
             results = self._results
-            self._write_all(itertools.chain([results.take()], results.expire(1 << 63), iter(results.take, "")))
+            first = [results.take(), results.match_late()]
+            self._write_all(itertools.chain(first, results.expire(1 << 63), iter(results.take, "")))
 
     def _write_all(self, portions: Iterable[str]) -> None:
         """Write rows, even if some before could not be written: all must be counted. Raises Failure at the end."""
@@ -3635,6 +3713,9 @@ class Measurement:
         """Write the rows of new replies."""
         self._write(self._results.take())
 
+    def _match_late(self) -> None:
+        self._write(self._results.match_late())
+
     def _expire(self) -> None:
         """Write a portion of the rows of probes that have been outstanding for too long.
 
@@ -3645,7 +3726,8 @@ class Measurement:
             self._next_expiry = now + RENEW_EVERY
             count = self._kernel.counters()
             # The counters are cheaper than the map: to see that it is empty, the kernel looks into each bucket.
-            if count["probes"] != count["replies"] + self._results.unanswered:
+            results = self._results
+            if count["probes"] != count["replies"] + results.matched_late + results.unanswered:
                 self._expired = self._results.expire(int((now - UNANSWERED_AFTER) * 1e9))
         if self._expired:
             rows = next(self._expired, None)

@@ -5,6 +5,7 @@ Nothing here imports elfprobe.py or BCC, and nothing needs root. Each module imp
 
     report       metrics    FILEBASE.json; metrics for scrapers
     exporter     command    the process that serves them; the command of "-- COMMAND"
+    unmatched               answers that quote no probe, because a middlebox changed it
     summary                 all probes, by destination, flow and hop; the tables
     findings                what the figures say of a path
     files                   CSV, log and report as files

@@ -7,7 +7,7 @@ findings_on() looks at a destination; PathRewrites collects what routers change 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Iterator
+from typing import Any, Callable, ClassVar, Iterable, Iterator
 
 from elf.paths import Destination, Hop, Outage
 from elf.rows import Record
@@ -17,6 +17,7 @@ UNANSWERED_MIN, UNANSWERED_SHARE_MIN = 3, 0.005  # fewer unanswered probes are n
 TCP_AGREES_FROM = 1 / 10
 SENDS_FROM = 1 / 2  # share of probes with new data of TCP, from which on its retransmissions tell of loss
 OFTEN = 1 / 4  # changes per answer from which on a hop alternates
+SOURCE_TRANSLATED, NUMBER_TRANSLATED = 1, 2  # enum translation of elfprobe.c
 REWRITES_MAX = 1000  # findings that PathRewrites keeps
 
 
@@ -156,16 +157,36 @@ class ResponderChanges(Finding):
 
 
 @dataclasses.dataclass(frozen=True)
-class PathRewrite(Finding):
+class OfDestination(Finding):
+    """A finding that knows what it is about, and who answered at the hop."""
+
+    dest: str
+    responder: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PathRewrite(OfDestination):
     """A router in front of the hop changed the packets' headers."""
 
     kind = "rewrite"
-    dest: str
-    responder: str  # who answered at the hop
     what: str
 
     def text(self) -> str:
         return f"to {self.dest}: {self.what} before hop {self.hop} ({self.responder})"
+
+
+@dataclasses.dataclass(frozen=True)
+class NearMiss(OfDestination):
+    """Answers quote a probed TCP flow, but no probe. They may be the hop's."""
+
+    kind = "near_miss"
+    answers: int
+
+    def text(self) -> str:
+        return (
+            f"to {self.dest}: {self.answers} time exceeded from {self.responder} quote a probed flow, but the TCP "
+            f"sequence number of no probe: something changes the numbers before hop {self.hop} or behind it"
+        )
 
 
 def findings_on(destination: Destination) -> Iterator[Finding]:
@@ -234,13 +255,16 @@ class PathRewrites:
 
     def __init__(self) -> None:
         self._nearest: dict[tuple[str, str], PathRewrite] = {}  # by destination and change
+        self.near_misses: Callable[[], Iterable[NearMiss]] = tuple
 
     def note(self, probe: Record) -> None:
         """Note the changes that the reply to a probe shows."""
         if probe.intos != probe.outtos:
             self._note_change(probe, f"DSCP/ECN {probe.outtos:#04x} becomes {probe.intos:#04x}")
-        if probe.translated:
+        if probe.translated & SOURCE_TRANSLATED:
             self._note_change(probe, "the source address is translated")
+        if probe.translated & NUMBER_TRANSLATED:
+            self._note_change(probe, "the TCP sequence numbers are changed")
 
     def _note_change(self, probe: Record, what: str) -> None:
         found = self._nearest.get((probe.dest, what))
@@ -249,5 +273,6 @@ class PathRewrites:
         if found is None or probe.outttl < found.hop:
             self._nearest[probe.dest, what] = PathRewrite(probe.outttl, probe.dest, probe.responder, what)
 
-    def findings(self) -> Iterator[PathRewrite]:
+    def findings(self) -> Iterator[OfDestination]:
         yield from (finding for _, finding in sorted(self._nearest.items()))
+        yield from self.near_misses()

@@ -27,7 +27,7 @@ import sys
 import time
 from typing import Any, Callable, Dict, Iterable, Iterator, Tuple
 
-from elf.findings import Finding, PathRewrite, findings_on
+from elf.findings import Finding, OfDestination, findings_on
 from elf.histogram import BUCKETS
 from elf.paths import Destination
 from elf.processes import OWN_PIDS
@@ -48,7 +48,7 @@ PROGRAM = (
 
 log = logging.getLogger("elfprobe")
 
-Figures = Tuple[Iterable[PathRewrite], Dict[str, Dict[str, int]]]  # what Metrics.answer() asks for
+Figures = Tuple[Iterable[OfDestination], Dict[str, Dict[str, int]]]  # what Metrics.answer() asks for
 
 
 def listening_address(text: str) -> tuple[str, int]:
@@ -107,7 +107,7 @@ class Metrics:
             self._exporter.give("", 0.0)  # it asks again only when it has an answer
             raise
 
-    def snapshot(self, rewrites: Iterable[PathRewrite], counters: dict[str, dict[str, int]]) -> Iterator[str]:
+    def snapshot(self, rewrites: Iterable[OfDestination], counters: dict[str, dict[str, int]]) -> Iterator[str]:
         """Yield lines of JSON: the figures of the whole run, then those of each destination."""
         ordered = self._choose()
         chosen = [item for item in ordered if item[0] in self._chosen]
@@ -129,7 +129,7 @@ class Metrics:
             "cpu_seconds": usage.ru_utime + usage.ru_stime,
             "resident": resident_bytes(),
         })  # fmt: skip
-        rewritten: dict[str, list[PathRewrite]] = {}
+        rewritten: dict[str, list[OfDestination]] = {}
         for rewrite in rewrites:
             rewritten.setdefault(rewrite.dest, []).append(rewrite)
         for dest, destination in chosen:

@@ -75,7 +75,7 @@ class Probe(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What is recorded of an answer: fields of struct reply."""
+    """What is recorded of an answer: fields of struct reply, and seq_offset."""
 
     recvtime: int
     responder: bytes
@@ -86,6 +86,7 @@ class Reply(NamedTuple):
     qlen: int
     rtos: int
     ripid: int
+    seq_offset: int = 0
 
 
 def option(code: int, value: bytes) -> bytes:
@@ -172,6 +173,8 @@ def quote(probe: Probe, reply: Reply, l4: bytes) -> bytes:
     """Return the packet that an answer quotes: its IP header, and QUOTED bytes of those behind it."""
     length = max(reply.qlen - (20 if is_v4(probe.dest) else 40), 0)
     fields = reply.intos, reply.inipid, reply.qttl, probe.protocol, length
+    if reply.seq_offset:
+        l4 = l4[:4] + struct.pack("!I", (probe.ident + reply.seq_offset) % (1 << 32))
     quoted = ip_header(probe.source, probe.dest, *fields) + l4[:QUOTED]
     if is_v4(reply.responder) and not is_v4(probe.dest):  # the TTL of the IPv4 header around it expired
         outer = own_address(reply.responder), V4_MAPPED + bytes(4)

@@ -76,8 +76,8 @@ ALWAYS_THERE = 15  # number of columns that every version writes; numbers in the
 class Record(NamedTuple):
     """A probe that has ended, as the summary and the findings take it: values of columns, by their names.
 
-    translated is a field of struct result without a column: the quoted source address is not the one that
-    the reply was sent to.
+    translated is a field of struct result without a column: what of the probe is quoted otherwise, see
+    elf/findings.py.
     """
 
     dest: str

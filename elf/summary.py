@@ -154,6 +154,15 @@ class Summary:
             found.setdefault(item[0][0], []).append(item)
         return found
 
+    def answers(self, flow: FlowKey, responder: str) -> bool:
+        """Return whether this router is the one that answers a flow at one of its hops."""
+        return flow in self._flows and responder in (hop.responder for hop in self._flows[flow].hops.values())
+
+    def first_silent_hop(self, flow: FlowKey) -> int:
+        """Return the nearest hop that has answered no probe of a flow, 0 if there is none."""
+        hops = self._flows[flow].hops.items() if flow in self._flows else ()
+        return min((number for number, hop in hops if not hop.answered), default=0)
+
     def newest_flows(self) -> Iterator[tuple[FlowKey, Flow]]:
         """Return the flows that are remembered, the newest first."""
         return reversed(self._flows.items())

@@ -37,7 +37,7 @@ from typing import Any, Callable, Iterator, NamedTuple, Sequence
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # it is a program, too
 
 from lab import CommandFailed, Lab, address, end, wait_for_line
-from runs import ICMP, ICMPV6, TIME_EXCEEDED_TYPES, UDP, Packet, ones_sum, parse_packet
+from runs import ICMP, ICMPV6, TCP, TIME_EXCEEDED_TYPES, UDP, Packet, ones_sum, parse_packet
 
 HOPS = 4
 MTU = 1500
@@ -48,6 +48,7 @@ LATE = 0.3  # s
 SOL_PACKET, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING = 263, 15, 23
 ETH_P_ALL = 3
 VNET_HDR = 10
+NEEDS_CSUM = 1  # flag in it: the checksum is unfinished
 LONGEST = VNET_HDR + 14 + 65536
 IP_TYPES = {b'\x08\x00': 4, b'\x86\xdd': 6}
 
@@ -155,6 +156,26 @@ def with_number(packet: bytes, ahead: int) -> bytes:
         return packet
     check = ones_sum(packet[at : at + 2] + struct.pack('!H', ahead))
     return packet[:at] + struct.pack('!H', check) + packet[at + 2 :]
+
+
+def with_moved_number(packet: bytes, at: int, offset: int, is_finished: bool = False) -> bytes:
+    """With the TCP number at this place of the TCP header higher by the offset, and a checksum as before."""
+    at += header_length(packet)
+    if parse_packet(packet).protocol != TCP:
+        return packet
+    before = packet[at : at + 4]
+    number = struct.pack('!I', (struct.unpack('!I', before)[0] + offset) % 2**32)
+    packet = packet[:at] + number + packet[at + 4 :]
+    if not is_finished:
+        return packet
+    at = header_length(packet) + 16
+    check = ones_sum(struct.pack('!H', 0xFFFF ^ struct.unpack_from('!H', packet, at)[0]) + ones(before) + number)
+    return packet[:at] + struct.pack('!H', check ^ 0xFFFF) + packet[at + 2 :]
+
+
+def ones(data: bytes) -> bytes:
+    """The complement of each bit."""
+    return bytes(byte ^ 0xFF for byte in data)
 
 
 def with_options(packet: bytes, options: bytes) -> bytes:
@@ -529,8 +550,13 @@ def parse_answer(fields: dict[str, Any]) -> Answer:
 
 
 @contextmanager
-def responding(lab: Lab, log: Path, ways: Sequence[str] = ()) -> Iterator[Responder]:
-    """The only router of a lab answers in these ways, or in all. It forwards by itself again at exit."""
+def responding(
+    lab: Lab, log: Path, ways: Sequence[str] = (), middlebox: tuple[int, int] = (HOPS + 1, 0)
+) -> Iterator[Responder]:
+    """The only router of a lab answers in these ways, or in all. It forwards by itself again at exit.
+
+    In front of a hop there may be a middlebox that adds a constant to the client's TCP sequence numbers.
+    """
     (router,) = lab.routers
     forwarding = ['net.ipv4.ip_forward={}', 'net.ipv6.conf.all.forwarding={}']
     macs = [
@@ -540,7 +566,7 @@ def responding(lab: Lab, log: Path, ways: Sequence[str] = ()) -> Iterator[Respon
     router.run('sysctl', '-qw', *(setting.format(0) for setting in forwarding))
     try:
         process = router.popen(
-            sys.executable, __file__, *macs, str(log), json.dumps(list(ways)), stderr=subprocess.PIPE
+            sys.executable, __file__, *macs, str(log), json.dumps([ways, middlebox]), stderr=subprocess.PIPE
         )
         try:
             wait_for_line(process, 'ready')
@@ -587,8 +613,11 @@ class Device:
 class Routers:
     """All of them: what comes in at either end, and what is yet to go out."""
 
-    def __init__(self, near: Device, far: Device, log: Path, ways: Sequence[str]) -> None:
+    def __init__(
+        self, near: Device, far: Device, log: Path, ways: Sequence[str], middlebox: tuple[int, int]
+    ) -> None:
         self._near, self._far = near, far
+        self._changed_from, self._offset = middlebox
         self._log = log.open('a', buffering=1)
         self._ways = {version: list(ways) or ways_of(version) for version in (4, 6)}
         self._turns: Counter[tuple[int, int, int]] = Counter()
@@ -611,6 +640,7 @@ class Routers:
     def _from_server(self) -> None:
         for known, packet in iter(self._far.receive, None):
             if packet[DEST_AT[version_of(packet)]] in self._near.peers:
+                packet = with_moved_number(packet, 8, -self._offset, not known[0] & NEEDS_CSUM)
                 self._near.send(with_ttl(packet, ttl_of(packet) - HOPS), known)
 
     def _from_client(self) -> None:
@@ -621,7 +651,8 @@ class Routers:
             if ttl <= HOPS:
                 self._end(packet, ttl, arrived)
                 continue
-            self._far.send(with_ttl(packet, ttl - HOPS), known)
+            changed = with_moved_number(packet, 4, self._offset, not known[0] & NEEDS_CSUM)
+            self._far.send(with_ttl(changed, ttl - HOPS), known)
             if ttl <= LOW_TTL:
                 self._note(arrived, ttl, '', packet)
 
@@ -635,7 +666,8 @@ class Routers:
         name = names[(self._turns[turn] + hop * len(names) // HOPS) % len(names)]  # each hop begins elsewhere
         self._turns[turn] += 1
         way = WAYS[name]
-        reply = time_exceeded(way, packet, hop)
+        quoted = with_moved_number(packet, 4, self._offset) if hop >= self._changed_from else packet
+        reply = time_exceeded(way, quoted, hop)
 
         def answer() -> None:
             sent = []
@@ -667,10 +699,10 @@ class Routers:
 
 
 def main() -> None:
-    client_mac, server_mac, log, ways = sys.argv[1:]
+    client_mac, server_mac, log, how = sys.argv[1:]
     near = Device('eth0', client_mac, [address(version, 1, 1) for version in (4, 6)])
     far = Device('eth1', server_mac, [address(version, 2, 2) for version in (4, 6)])
-    Routers(near, far, Path(log), json.loads(ways)).run()
+    Routers(near, far, Path(log), *json.loads(how)).run()
 
 
 if __name__ == '__main__':

@@ -17,8 +17,10 @@ import os
 import random
 import socket
 import struct
+import sys
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterator
 
 import pytest
@@ -49,6 +51,10 @@ from scapy.layers.inet6 import (
 from scapy.layers.l2 import ARP, GRE, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from elf.findings import PathRewrites
+from elf.unmatched import UnmatchedAnswers
 from lab import run, wait_until
 from odd_routers import ONE_LABEL, structure
 from progtest import (
@@ -66,6 +72,7 @@ from progtest import (
     elfprobe,
     get_field,
     own_namespace,
+    parsed,
 )
 
 pytestmark = [pytest.mark.root, pytest.mark.filterwarnings('ignore:not a bytes object')]  # BCC's own
@@ -836,6 +843,65 @@ def test_reply(
     assert programs.in_flight() == [bystander]
     assert programs.rows() == []
     assert programs.counters() == {'replies': 1, 'not_ours': 1}
+
+
+def moved(flight: Flight, probe: Packet, offset: int) -> Packet:
+    """The answer to a probe behind a middlebox that adds this to its sequence numbers."""
+    quote = probe.payload.copy()
+    quote[TCP].seq = (flight.ident + offset) % 2**32
+    return time_exceeded(version_of(probe), bytes(quote))
+
+
+@BOTH_HOOKS
+@BOTH_VERSIONS
+def test_sequence_numbers_that_a_middlebox_changes(load: Load, ingress_tc: bool, version: int) -> None:
+    """Two answers tell what it adds, if no other constant explains them as well. All that follow are matched."""
+    programs, probe, offset = load(ingress_tc=ingress_tc), PROBES['TCP'](version), 0xDEADBEEF
+    programs.empty('seq_offsets')
+    results, now = programs.results, time.monotonic_ns()
+    results.unmatched, results.rewrites = UnmatchedAnswers(results.summary), PathRewrites()
+    results.rewrites.near_misses = results.unmatched.findings
+    known = dict(seq=SEQ, origseq=7, sendtime=now)
+    base = flight_of(probe, **known)
+    first, second, third, fourth = [
+        base._replace(ident=0xFFFFFFF0 + number if number < 16 else number - 16, outttl=ttl)
+        for number, ttl in ((0, 3), (1, 4), (5, 3), (23, 4))
+    ]
+    for flight in first, second, third, fourth:
+        programs.put_in_flight(flight)
+    assert parsed(results.match_late()) == []  # from here on, user space takes such answers
+    for flight in first, third:
+        reply = bytes(moved(flight, probe, offset))
+        assert programs.receive(reply) == (PASS, reply)
+        assert programs.rows() == []
+        found = parsed(results.match_late())
+        assert len(found) == (0 if flight is first else 2)
+    for flight, row in zip((first, third), found):
+        assert row_of(flight, row, version, flight.outipid).items() <= row.items()
+    assert programs.receive(moved(second, probe, offset)).verdict == DROP
+    [row] = programs.rows()
+    assert row_of(second, row, version, second.outipid).items() <= row.items()
+    assert programs.in_flight() == [fourth]
+    # Neither a second copy nor another constant makes a row.
+    for ident, other in (second.ident, offset), (fourth.ident, offset + 1), (fourth.ident, offset + 2):
+        assert programs.receive(moved(fourth._replace(ident=ident), probe, other)).verdict == PASS
+        assert programs.rows() == parsed(results.match_late()) == []
+    assert programs.in_flight() == [fourth]
+    # If no constant explains the answers, they are told as they are.
+    other = fourth._replace(sport=1, outttl=5)
+    programs.put_in_flight(other)
+    foreign = probe.copy()
+    foreign[TCP].sport = other.sport
+    for number in 1, 1000:
+        assert programs.receive(moved(other, foreign, offset * number)).verdict == PASS
+    programs.rows()
+    assert not parsed(results.match_late()) and len(programs.expired(1 << 63)) == 2
+    texts = [finding.text() for finding in results.rewrites.findings()]
+    assert texts[0].endswith(f'the TCP sequence numbers are changed before hop 3 ({ROUTER[version]})')
+    assert [text.partition(': ')[2] for text in texts[1:]] == [
+        f'2 time exceeded from {ROUTER[version]} quote a probed flow, but the TCP sequence number of no probe: '
+        'something changes the numbers before hop 5 or behind it'
+    ]
 
 
 @TRIMMED_OR_NOT

@@ -420,6 +420,40 @@ def test_checksums_of_a_nat(lab: Lab, tmp_path: Path) -> None:
     assert not wrong
 
 
+def test_sequence_numbers_that_a_middlebox_changes(lab: Lab, tmp_path: Path) -> None:
+    """In front of hop 3. Answers from behind it quote other numbers, which the log says."""
+    behind = 3
+    with ExitStack() as stack:
+        responder = stack.enter_context(responding(lab, tmp_path / 'answers', ['all of it'], (behind, 0x9ABCDEF0)))
+        dests = [lab.server_address(version) for version in VERSIONS]
+        run = stack.enter_context(elfprobe(lab, *dests, cwd=tmp_path))
+        sends = [stack.enter_context(tcp_flow(lab, version)) for version in VERSIONS]
+        numbers = iter(range(1, 1 << 16))
+
+        def is_enough() -> bool:
+            for _, number in zip(range(10), numbers):
+                for send in sends:
+                    send(number)
+            answered = Counter((row.dest, row.outttl) for row in run.rows() if row.is_answered)
+            return all(answered[dest, hop] > 20 for dest in dests for hop in range(1, HOPS + 1))
+
+        wait_until(is_enough, 30, 'rows of all hops')
+        assert run.stop() == 0
+        observed = pair([(row, {}) for row in run.rows()], responder.answers())
+    assert len(observed) == len(run.rows())
+    for row, _, answer in observed:
+        if row.is_answered:
+            [(before, _)] = answer.sent
+            assert before < row.recvtime < before + SCHEDULED and row.responder == hop_address(
+                answer.probe.version, answer.hop
+            )
+    unanswered = Counter(row.outttl for row in run.rows() if not row.is_answered)
+    assert not {hop for hop, count in unanswered.items() if hop < behind or count > 10}
+    for version, dest in zip(VERSIONS, dests):
+        where = f'before hop {behind} ({hop_address(version, behind)})'
+        assert f'to {dest}: the TCP sequence numbers are changed {where}' in run.log
+
+
 @pytest.mark.parametrize('version', [pytest.param(4, marks=pytest.mark.sample), 6])
 def test_traceroute_sees_routers(lab: Lab, tmp_path: Path, version: int) -> None:
     """In another program's eyes these are routers, and the extensions of their answers what WAYS says."""
