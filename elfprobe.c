@@ -165,6 +165,7 @@
 #define TCP_FIN 0x01
 #define TCP_SYN 0x02
 #define TCP_RST 0x04
+#define TCP_PSH 0x08
 #define TCP_ACK 0x10
 
 #define TC_ACT_UNSPEC (-1)
@@ -2450,8 +2451,11 @@ static inline int is_partial(const struct clone *clone, __u16 check)
 	return check == csum_fold(clone->pseudo + bpf_htonl(clone->old_len));
 }
 
-/* TCP: ports and sequence number. A trimmed probe is a pure ACK with an older sequence number: the receiver
- * discards it as a duplicate. Sequence numbers and probe numbers both grow, so that the probes of a flow differ,
+/* TCP: ports and sequence number. A trimmed probe is an empty ACK with an older sequence number: the receiver
+ * discards it as a duplicate. It has PSH, which without data means nothing to a receiver. But queues with an ACK filter
+ * (CAKE's ack-filter, cable modems) do not take it for a pure ACK then (cake_tcph_may_drop() in the kernel). Of pure ACKs
+ * they keep the newest: the next packet of the flow would end the probe, or even get its TTL, where the filter writes
+ * the newer ACK into the older one. Sequence numbers and probe numbers both grow, so that the probes of a flow differ,
  * whether it sends byte by byte or nothing. Firewalls accept numbers that are older by up to the receiver's window.
  * TCP_SEQ_BACK is below the smallest windows in use.
  *
@@ -2486,7 +2490,7 @@ static inline int rewrite_tcp(struct __sk_buff *skb, struct clone *clone, struct
 		if (!INGRESS_DROP && scratch->probe.tcp.cwnd && (__s32)(seq - scratch->acked) > 0)
 			seq = scratch->acked;
 		tcp->seq = bpf_htonl(seq - TCP_SEQ_BACK + scratch->reservation.seq % TCP_SEQ_BACK);
-		tcp->flags = TCP_ACK;
+		tcp->flags = TCP_ACK | TCP_PSH;
 		tcp->urg_ptr = 0;
 		tcp->check = 0;
 		tcp->check = ~csum_fold(pseudo + csum_chunk(skb, scratch->sum_buffer, skb->len - len, len, 0));

@@ -114,7 +114,7 @@ class UnansweredWithTcp(Unanswered):
         if self.tcp_agrees:
             return f"; TCP retransmitted {self.retransmitted} segments"
         few = f"only {self.retransmitted}" if self.retransmitted else "no"
-        return f"; but TCP retransmitted {few} segments, so rather answers are limited"
+        return f"; but TCP retransmitted {few} segments, so rather answers are limited, or an ACK filter ends probes"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ ICMP, TCP, UDP, ICMPV6 = 1, 6, 17, 58
 IPV6_IN_IPV4 = 41
 ECHO_REQUEST = {ICMP: 8, ICMPV6: 128}  # types of ICMP
 TIME_EXCEEDED = {ICMP: 11, ICMPV6: 3}
-TCP_ACK = 0x10
+TCP_PSH_ACK = 0x18
 TCP_WINDOW = 0xFFFF  # nobody knows it; 0 would make Wireshark warn
 QUOTED = 8  # bytes of the quoted packet behind its IP header (RFC 792)
 PADDED = 128  # bytes of the quoted packet in front of an extension (RFC 4884)
@@ -46,8 +46,8 @@ NOTE = (
     "bits of the flow label), TCP sequence number, UDP length, checksum and 2 bytes of payload if it was "
     "trimmed to these, ICMP echo identifier and sequence number; of an answer its source, TTL or hop limit, "
     "DSCP/ECN, identification, ICMP extension, and of the quoted packet the TTL, DSCP/ECN, identification and "
-    "length. All else is reconstructed: an answer goes to the source of the probe, and quotes it; TCP's only "
-    "flag is ACK, its window 65535; fields that nobody knows are 0 (TCP acknowledgement number and checksum; "
+    "length. All else is reconstructed: an answer goes to the source of the probe, and quotes it; TCP's "
+    "flags are ACK and PSH, its window 65535; fields that nobody knows are 0 (TCP acknowledgement number and checksum; "
     "checksum of echo requests; flags of IPv4); there are no options of IP and TCP; a quoted packet has 8 bytes "
     "behind its IP header; other lengths, and the checksums of IPv4 headers and answers, fit this. Checksums of "
     "UDP are as a device completes them; those of guarded probes are wrong on purpose."
@@ -157,7 +157,7 @@ def l4_packet(probe: Probe) -> tuple[bytes, int]:
     """Return what is recorded of a probe behind its IP header, and how many bytes it had there."""
     ports = struct.pack("=HH", probe.sport, probe.dport)  # as in the packet
     if probe.protocol == TCP:
-        packet = ports + struct.pack("!IIBBHI", probe.ident, 0, 5 << 4, TCP_ACK, TCP_WINDOW, 0)
+        packet = ports + struct.pack("!IIBBHI", probe.ident, 0, 5 << 4, TCP_PSH_ACK, TCP_WINDOW, 0)
         return packet, len(packet)
     if probe.protocol == UDP:
         packet = ports + struct.pack("!I", probe.ident)

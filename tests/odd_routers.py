@@ -43,6 +43,8 @@ HOPS = 4
 MTU = 1500
 LOW_TTL = 32  # of probes at most, see PROBES in runs.py
 LATE = 0.3  # s
+SERVICE_TIME = 0.004  # s for a packet, on a link with an ACK filter
+ACK = 0x10
 
 # linux/if_packet.h, linux/if_ether.h, linux/virtio_net.h
 SOL_PACKET, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING = 263, 15, 23
@@ -551,11 +553,17 @@ def parse_answer(fields: dict[str, Any]) -> Answer:
 
 @contextmanager
 def responding(
-    lab: Lab, log: Path, ways: Sequence[str] = (), middlebox: tuple[int, int] = (HOPS + 1, 0)
+    lab: Lab,
+    log: Path,
+    ways: Sequence[str] = (),
+    middlebox: tuple[int, int] = (HOPS + 1, 0),
+    ack_filter: tuple[int, str] = (HOPS + 1, ''),
 ) -> Iterator[Responder]:
     """The only router of a lab answers in these ways, or in all. It forwards by itself again at exit.
 
-    In front of a hop there may be a middlebox that adds a constant to the client's TCP sequence numbers.
+    In front of a hop there may be a middlebox that adds a constant to the client's TCP sequence numbers, or a slow
+    link whose queue has no more than one bare ACK of a flow: 'drop' drops the older one, 'overwrite' writes the TCP
+    header of the newer one into the older one.
     """
     (router,) = lab.routers
     forwarding = ['net.ipv4.ip_forward={}', 'net.ipv6.conf.all.forwarding={}']
@@ -566,7 +574,12 @@ def responding(
     router.run('sysctl', '-qw', *(setting.format(0) for setting in forwarding))
     try:
         process = router.popen(
-            sys.executable, __file__, *macs, str(log), json.dumps([ways, middlebox]), stderr=subprocess.PIPE
+            sys.executable,
+            __file__,
+            *macs,
+            str(log),
+            json.dumps([ways, middlebox, ack_filter]),
+            stderr=subprocess.PIPE,
         )
         try:
             wait_for_line(process, 'ready')
@@ -610,12 +623,34 @@ class Device:
         self.socket.send(known + self.ethernet + kind + packet)
 
 
+class Queued:
+    """A packet of the client that waits for a slow link."""
+
+    def __init__(self, known: bytes, packet: bytes) -> None:
+        self.known, self.packet = known, packet
+
+    @property
+    def bare_ack_of(self) -> tuple[Any, ...]:
+        """The flow of a bare ACK; of any other packet nothing."""
+        packet = parse_packet(self.packet)
+        is_bare = packet.protocol == TCP and packet.l4_length == len(packet.segment) and packet.segment[13] == ACK
+        return packet.flow if is_bare else ()
+
+
 class Routers:
     """All of them: what comes in at either end, and what is yet to go out."""
 
     def __init__(
-        self, near: Device, far: Device, log: Path, ways: Sequence[str], middlebox: tuple[int, int]
+        self,
+        near: Device,
+        far: Device,
+        log: Path,
+        ways: Sequence[str],
+        middlebox: tuple[int, int],
+        ack_filter: tuple[int, str],
     ) -> None:
+        self._queue: list[Queued] = []
+        self._queue_before, self._filter = ack_filter
         self._near, self._far = near, far
         self._changed_from, self._offset = middlebox
         self._log = log.open('a', buffering=1)
@@ -647,14 +682,40 @@ class Routers:
         for known, packet in iter(self._near.receive, None):
             if packet[DEST_AT[version_of(packet)]] not in self._far.peers:
                 continue
-            arrived, ttl = time.monotonic_ns(), ttl_of(packet)
-            if ttl <= HOPS:
-                self._end(packet, ttl, arrived)
-                continue
-            changed = with_moved_number(packet, 4, self._offset, not known[0] & NEEDS_CSUM)
-            self._far.send(with_ttl(changed, ttl - HOPS), known)
-            if ttl <= LOW_TTL:
-                self._note(arrived, ttl, '', packet)
+            if ttl_of(packet) >= self._queue_before:
+                self._enqueue(Queued(known, packet))
+            else:
+                self._go_on(known, packet)
+
+    def _enqueue(self, new: Queued) -> None:
+        flow = new.bare_ack_of
+        older = [each for each in self._queue if flow and each.bare_ack_of == flow]
+        if older and self._filter == 'overwrite':
+            length = header_length(new.packet)
+            older[0].packet = older[0].packet[:length] + new.packet[length:]
+            return
+        if not self._queue:
+            self._serve_later()
+        self._queue = [each for each in self._queue if each not in older] + [new]
+
+    def _serve_later(self) -> None:
+        heapq.heappush(self._late, (time.monotonic() + SERVICE_TIME, next(self._numbers), self._serve))
+
+    def _serve(self) -> None:
+        first = self._queue.pop(0)
+        if self._queue:
+            self._serve_later()
+        self._go_on(first.known, first.packet)
+
+    def _go_on(self, known: bytes, packet: bytes) -> None:
+        arrived, ttl = time.monotonic_ns(), ttl_of(packet)
+        if ttl <= HOPS:
+            self._end(packet, ttl, arrived)
+            return
+        changed = with_moved_number(packet, 4, self._offset, not known[0] & NEEDS_CSUM)
+        self._far.send(with_ttl(changed, ttl - HOPS), known)
+        if ttl <= LOW_TTL:
+            self._note(arrived, ttl, '', packet)
 
     def _end(self, packet: bytes, hop: int, arrived: int) -> None:
         """The packet's TTL has ended at a hop."""

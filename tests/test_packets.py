@@ -325,7 +325,7 @@ def probe_of(sent: Packet, came: Packet, trimmed: bool) -> Packet:
     own_size = len(bytes(layer)) - 8
     layer.remove_payload()
     if TCP in sent:
-        layer.seq, layer.flags, layer.urgptr = chosen.seq, 'A', 0
+        layer.seq, layer.flags, layer.urgptr = chosen.seq, 'PA', 0
     else:
         # What balances the checksum; never of the size that the echo request's own data have.
         layer.add_payload(bytes(chosen)[8:10] + bytes(2 if is_echo(sent) and own_size == 2 else 0))

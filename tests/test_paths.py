@@ -258,7 +258,7 @@ def expected(carrier: Packet, truncated: bool) -> tuple[bytes, bytes]:
     if carrier.protocol != TCP:
         segment = segment[:8] + bytes(2) if truncated else segment
     elif truncated or not carrier.payload:
-        segment = segment[:13] + bytes([TCP_ACK]) + segment[14 : carrier.l4_length]
+        segment = segment[:13] + bytes([TCP_ACK | TCP_PSH]) + segment[14 : carrier.l4_length]
     else:
         segment = segment[: carrier.l4_length + MSS[carrier.version]]
     return comparable(carrier._replace(segment=segment), truncated)

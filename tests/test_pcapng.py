@@ -99,7 +99,7 @@ EXPECTED: list[dict[str, Any]] = [
     {**SENT4, **PORTS, 'udp.length': '10', 'udp.checksum': '0x5678', 'data.data': 'abcd', 'frame.len': '30'},
     {**CAME4, **PORTS, 'udp.length': '10', 'udp.checksum': '0x5678', 'icmp.type': '11',
      'icmp.checksum.status': '1'},
-    {**SENT6, 'tcp.srcport': '40000', 'tcp.dstport': '443', 'tcp.seq_raw': str(0x89ABCDEF), 'tcp.flags': '0x0010',
+    {**SENT6, 'tcp.srcport': '40000', 'tcp.dstport': '443', 'tcp.seq_raw': str(0x89ABCDEF), 'tcp.flags': '0x0018',
      'frame.len': '60', 'frame.comment': 'hop 3, latency 2.158093 ms: answered in frame 4; row: seq 17, sendtime '
                                          '1000000000, app a\\x1bb, pid 7'},
     {**CAME6, 'tcp.srcport': '40000', 'frame.comment': 'hop 3, latency 2.158093 ms: answers frame 3'},

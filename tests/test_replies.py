@@ -150,6 +150,29 @@ def tcp_flow(lab: Lab, version: int) -> Iterator[Callable[[int], None]]:
             yield send
 
 
+@contextmanager
+def download(lab: Lab, version: int) -> Iterator[Callable[[], None]]:
+    """Sends a segment to the client, which acknowledges it at once."""
+    with inside(lab.server):
+        listener = socket.create_server((lab.server_address(version), WEB), family=FAMILY[version])
+    with inside(lab.client), listener, socket.socket(FAMILY[version]) as client:
+        client.settimeout(5)
+        client.connect(listener.getsockname())
+        with listener.accept()[0] as server:
+            server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+            def send() -> None:
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+                server.sendall(bytes(1000))
+                missing = 1000
+                while missing:
+                    received = client.recv(missing)
+                    assert received
+                    missing -= len(received)
+
+            yield send
+
+
 def ping(lab: Lab, version: int, *options: str) -> subprocess.Popen[str]:
     return lab.client.popen(
         'ping',
@@ -452,6 +475,38 @@ def test_sequence_numbers_that_a_middlebox_changes(lab: Lab, tmp_path: Path) -> 
     for version, dest in zip(VERSIONS, dests):
         where = f'before hop {behind} ({hop_address(version, behind)})'
         assert f'to {dest}: the TCP sequence numbers are changed {where}' in run.log
+
+
+@pytest.mark.parametrize('ack_filter', ['drop', 'overwrite'])
+def test_ack_filter(lab: Lab, tmp_path: Path, ack_filter: str) -> None:
+    """In front of hop 2, while the client receives. It has to do with bare ACKs only, and probes are none."""
+    before = 2
+    with ExitStack() as stack:
+        responder = stack.enter_context(
+            responding(lab, tmp_path / 'answers', ['all of it'], ack_filter=(before, ack_filter))
+        )
+        dests = [lab.server_address(version) for version in VERSIONS]
+        run = stack.enter_context(elfprobe(lab, *dests, cwd=tmp_path))
+        sends = [stack.enter_context(download(lab, version)) for version in VERSIONS]
+
+        def is_enough() -> bool:
+            for send in 10 * sends:
+                send()
+            sent = Counter((answer.probe.dest, answer.hop) for answer in responder.answers())
+            return all(sent[dest, 1] > 50 for dest in dests) and len(run.rows()) > 100
+
+        wait_until(is_enough, 30, 'probes')
+        assert run.stop() == 0
+        ended = [answer.probe for answer in responder.answers()]
+    own = {(row.flow, row.origseq) for row in run.rows()}
+    assert not [packet for packet in ended if (packet.flow, packet.sequence) in own]
+    probes, answered = (
+        Counter((row.dest, row.outttl) for row in run.rows() if row.is_answered or everything)
+        for everything in (True, False)
+    )
+    for dest in dests:
+        for hop in range(1, HOPS + 1):
+            assert probes[dest, hop] > 10 and answered[dest, hop] > 0.9 * probes[dest, hop]
 
 
 @pytest.mark.parametrize('version', [pytest.param(4, marks=pytest.mark.sample), 6])

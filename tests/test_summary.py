@@ -165,8 +165,8 @@ def test_remarks(counts: dict[int, tuple[int, int]], said: list[str]) -> None:
     'retransmitted, said',
     [
         (None, ', unless all of them limit their answers'),
-        (0, '; but TCP retransmitted no segments, so rather answers are limited'),
-        (3, '; but TCP retransmitted only 3 segments, so rather answers are limited'),
+        (0, '; but TCP retransmitted no segments, so rather answers are limited, or an ACK filter ends probes'),
+        (3, '; but TCP retransmitted only 3 segments, so rather answers are limited, or an ACK filter ends probes'),
         (400, '; TCP retransmitted 400 segments'),
     ],
 )
