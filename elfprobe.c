@@ -3753,6 +3753,15 @@ static inline enum answer receive_echo_reply(struct xdp_md *ctx, const struct pa
 	return ANSWER;
 }
 
+/* Does the packet begin or reset a TCP connection? Somebody on the way may have sent it in the destination's name: a SYN
+ * proxy, a load balancer, a firewall. Its TTL does not tell the distance. The cursor is behind the IP header. */
+static inline int is_for_connection(const struct hdr_cursor *nh, const struct packet *pkt)
+{
+	struct tcphdr *tcp = nh->pos;
+
+	return pkt->protocol == IPPROTO_TCP && (void *)(tcp + 1) <= nh->end && tcp->flags & (TCP_SYN | TCP_RST);
+}
+
 /* Runs for every packet that arrives. All pass, except replies to probes with INGRESS_DROP. */
 int elf_ingress(struct xdp_md *ctx)
 {
@@ -3788,6 +3797,8 @@ int elf_ingress(struct xdp_md *ctx)
 		report_unmatched(ctx);
 		return VERDICT_PASS;
 	}
+	if (is_for_connection(&nh, &pkt))
+		return VERDICT_PASS;
 	path = path_to(&pkt.saddr);
 	if (path)
 		note_packet(path, pkt.ttl);

@@ -966,6 +966,13 @@ def shared_info_offsets(skb: dict[bytes, int], shared: dict[bytes, int]) -> Shar
     return SharedInfo(skb[b"head"], skb[b"end"], stamps, 8, stamps)  # SKBTX_DEV_ZEROCOPY
 
 
+def is_kernel_memory_locked() -> bool:
+    """Return whether programs may not read the kernel's memory, kernel_lockdown(7)."""
+    with contextlib.suppress(OSError), open(LOCKDOWN, encoding="ascii") as file:
+        return "[confidentiality]" in file.read()
+    return False
+
+
 def missing_capabilities(by_process: bool) -> list[str]:
     """Return the names of the capabilities that a run needs and this process has not.
 
@@ -1010,6 +1017,7 @@ def require_machine(config: Config) -> None:
 
 # ---- Kernel: elfprobe.c compiled and loaded, its maps and events -------------------------------------
 
+LOCKDOWN = "/sys/kernel/security/lockdown"
 C_FILE = os.path.join(HERE, "elfprobe.c")
 CACHE = "/var/cache/elfprobe"
 LD_IMM64, MAP_FD = 0x18, 1  # linux/bpf.h: BPF_LD | BPF_DW | BPF_IMM, BPF_PSEUDO_MAP_FD
@@ -2353,6 +2361,12 @@ class ClsactAttachment(Attachment):
                 raise interface_failure(
                     f"'{self.device.name}' has an ingress qdisc, which excludes clsact: replace it by clsact, "
                     "where its filters work as well"
+                ) from err
+            if err.code == errno.ENOENT:
+                raise Failure(
+                    f"Linux {os.uname().release} has no clsact qdisc, which elfprobe needs before 6.6: the module "
+                    "sch_ingress is missing; if the kernel was upgraded, boot the new one, or else install the "
+                    "package with all modules of this one"
                 ) from err
             raise Failure(f"'{self.device.name}' takes no clsact qdisc: {err}") from err
 
@@ -4041,6 +4055,8 @@ class ElfProbe:
                 for line in str(failure).splitlines():
                     log.debug("%s", line)
                 refused = str(failure).splitlines()[0]
+                if is_kernel_memory_locked():
+                    refused = f"{LOCKDOWN} is 'confidentiality', which lets programs read no memory of the kernel"
         return Kernel(self._config, build, self._platform), refused
 
     def _follow_processes(

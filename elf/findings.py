@@ -18,6 +18,7 @@ TCP_AGREES_FROM = 1 / 10
 SENDS_FROM = 1 / 2  # share of probes with new data of TCP, from which on its retransmissions tell of loss
 OFTEN = 1 / 4  # changes per answer from which on a hop alternates
 SOURCE_TRANSLATED, NUMBER_TRANSLATED = 1, 2  # enum translation of elfprobe.c
+NEARLY_ALL = 9 / 10  # of the answers
 REWRITES_MAX = 1000  # findings that PathRewrites keeps
 
 
@@ -114,7 +115,9 @@ class UnansweredWithTcp(Unanswered):
         if self.tcp_agrees:
             return f"; TCP retransmitted {self.retransmitted} segments"
         few = f"only {self.retransmitted}" if self.retransmitted else "no"
-        return f"; but TCP retransmitted {few} segments, so rather answers are limited, or an ACK filter ends probes"
+        return (
+            f"; but TCP retransmitted {few} segments, so rather answers are limited, or an ACK filter ends probes"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +157,22 @@ class ResponderChanges(Finding):
         if self.alternates:
             return f"hop {self.hop} is {self.responders} routers in turn, within the same flow"
         return f"hop {self.hop} changed {'once' if self.changes == 1 else f'{self.changes} times'}"
+
+
+@dataclasses.dataclass(frozen=True)
+class OneAddress(Finding):
+    """The same address answers at several hops."""
+
+    kind = "one_address"
+    responder: str
+    hops: tuple[int, ...]
+
+    def text(self) -> str:
+        *first, last = map(str, self.hops)
+        return (
+            f"{self.responder} answers at hops {', '.join(first)} and {last}: routers behind a translator have its "
+            "address (NAT64, CLAT), or packets go round in a loop"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +221,7 @@ def findings_on(destination: Destination) -> Iterator[Finding]:
         if hop.changes:
             alternates = hop.changes > OFTEN * hop.latency.count
             yield ResponderChanges(number, hop.changes, len(hop.responders), alternates)
+    yield from shared_responders(answering)
 
 
 def outages_to_tell(number: int, outages: dict[int, list[Outage]]) -> Iterator[HopOutage]:
@@ -248,6 +268,18 @@ def tcp_on_loss(destination: Destination, share: float) -> tuple[int | None, boo
     probes, retransmitted = destination.tcp_probes, destination.retransmitted
     sends = destination.tcp_advances > probes * SENDS_FROM
     return (retransmitted if sends else None), retransmitted >= share * probes * TCP_AGREES_FROM
+
+
+def shared_responders(hops: dict[int, Hop]) -> Iterator[OneAddress]:
+    """Yield the addresses that give nearly all answers of several hops."""
+    by_address: dict[str, list[int]] = {}
+    for number, hop in hops.items():
+        (address, count), *_ = hop.responders.most_common(1)
+        if count > NEARLY_ALL * hop.latency.count:
+            by_address.setdefault(address, []).append(number)
+    for address, numbers in by_address.items():
+        if len(numbers) > 1:
+            yield OneAddress(numbers[0], address, tuple(numbers))
 
 
 class PathRewrites:

@@ -47,10 +47,10 @@ NOTE = (
     "trimmed to these, ICMP echo identifier and sequence number; of an answer its source, TTL or hop limit, "
     "DSCP/ECN, identification, ICMP extension, and of the quoted packet the TTL, DSCP/ECN, identification and "
     "length. All else is reconstructed: an answer goes to the source of the probe, and quotes it; TCP's "
-    "flags are ACK and PSH, its window 65535; fields that nobody knows are 0 (TCP acknowledgement number and checksum; "
-    "checksum of echo requests; flags of IPv4); there are no options of IP and TCP; a quoted packet has 8 bytes "
-    "behind its IP header; other lengths, and the checksums of IPv4 headers and answers, fit this. Checksums of "
-    "UDP are as a device completes them; those of guarded probes are wrong on purpose."
+    "flags are ACK and PSH, its window 65535; fields that nobody knows are 0 (TCP acknowledgement number and "
+    "checksum; checksum of echo requests; flags of IPv4); there are no options of IP and TCP; a quoted packet "
+    "has 8 bytes behind its IP header; other lengths, and the checksums of IPv4 headers and answers, fit this. "
+    "Checksums of UDP are as a device completes them; those of guarded probes are wrong on purpose."
 )
 
 

@@ -836,6 +836,16 @@ def test_clsact_that_others_put_in_the_place_of_ours_stays(lab4, tmp_path, their
 
 
 @root
+def test_missing_module_of_clsact(lab4, tmp_path):
+    """After an upgrade, the modules of the running kernel may be gone: it knows no such qdisc."""
+    unknown = PYROUTE2.format(condition="args[0] == 'clsact'", error="NetlinkError(2, 'kind is unknown')")
+    via = with_change(NO_TCX + unknown)
+    ended = lab4.client.run(*via, *COMMAND, '-i', 'eth0', ANYWHERE, check=False, cwd=tmp_path)
+    check_refused(ended, 1, ['has no clsact qdisc', 'module sch_ingress', 'boot the new one'])
+    assert files(tmp_path) == {}
+
+
+@root
 def test_ingress_qdisc_of_others_stays(lab4, tmp_path):
     """tcx does not need its place, clsact does."""
     with undone(lab4.client), ExitStack() as stack:

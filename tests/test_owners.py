@@ -1256,12 +1256,13 @@ def test_namespaces(net, stage, tmp_path, own_cgroup, enter, unshare, polling):
     [
         ('ProcessFollower._attach_to_cgroup', 'Unsupported', 'a test broke it'),
         ('open_cgroup_root', 'OSError', 'cgroup version 2'),
-        ('Kernel.__init__', 'Failure', '(Linux 5.10 and BCC 0.16): a test broke it'),
+        ('Kernel.__init__', 'Failure', "lockdown is 'confidentiality', which lets programs read no memory"),
     ],
 )
 def test_fallback(net, stage, tmp_path, name, error, missing):
     """Without the kernel's help, connections are looked for."""
-    via = *net.client.command(), *with_fault(name, error)
+    (tmp_path / 'lockdown').write_text('none integrity [confidentiality]\n')
+    via = *net.client.command(), *with_fault(name, error, f'elfprobe.LOCKDOWN = {str(tmp_path / "lockdown")!r}')
     older = stage.talk('./speedtest', 'talk(tcp())')
     with elfprobe(net, '-a', 'speedtest', '-p', '0', cwd=tmp_path, via=via) as elf:
         stage.go()

@@ -845,6 +845,20 @@ def test_reply(
     assert programs.counters() == {'replies': 1, 'not_ours': 1}
 
 
+@BOTH_HOOKS
+@BOTH_VERSIONS
+def test_handshakes_teach_no_distance(load: Load, ingress_tc: bool, version: int) -> None:
+    """In the server's name a SYN proxy answers them, and a firewall resets connections, with another TTL."""
+    programs = load(ingress_tc=ingress_tc)
+    programs.follow(SERVER[version], length=9, reverse=9)
+    for flags in 'SA', 'RA', 'R':
+        packet = frame(ip(version, src=SERVER[version], dst=CLIENT[version], ttl=63), segment(flags=flags))
+        assert programs.receive(packet).verdict == PASS
+        assert programs.path(SERVER[version]).distance.length == 9
+    programs.receive(frame(ip(version, src=SERVER[version], dst=CLIENT[version], ttl=63), segment()))
+    assert programs.path(SERVER[version]).distance.length == 2
+
+
 def moved(flight: Flight, probe: Packet, offset: int) -> Packet:
     """The answer to a probe behind a middlebox that adds this to its sequence numbers."""
     quote = probe.payload.copy()

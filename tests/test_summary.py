@@ -179,6 +179,20 @@ def test_what_tcp_says_of_loss(retransmitted: int | None, said: str) -> None:
     )
 
 
+def test_address_that_answers_at_several_hops() -> None:
+    """Told once, and not of a router that the path's change has moved to another hop."""
+    summary = Summary()
+    for number, responder in enumerate((A, B, B, A, B), 1):
+        for sent in range(20):
+            summary.note(ended(number, sent, A if number == 4 and sent < 10 else responder))
+            summary.note(ended(number + 10, sent, f'192.0.2.{100 + number}'))
+    lines = [line for line in summary.tables() if 'answers at hops' in line]
+    assert [line.partition(':')[0] for line in lines] == [
+        f'{A} answers at hops 1 and 4',
+        f'{B} answers at hops 2, 3 and 5',
+    ]
+
+
 def test_tcp_that_receives_says_nothing_of_loss() -> None:
     """A download: this side has next to nothing to retransmit, whatever the peer has."""
     for counts in {1: (500, 250), 2: (500, 251), 3: (500, 250)}, {1: (500, 0), 2: (500, 250)}:
