@@ -104,6 +104,7 @@ from elf.reasons import (
     NobodySends,
     NoSuchProcess,
     NotConnected,
+    NothingArrives,
     OnThisHost,
     OtherDevice,
     OtherNamespace,
@@ -2551,6 +2552,15 @@ class Destinations:
         paths = {packed: self._paths.get(packed) for packed in wanted}
         return {packed: path for packed, path in paths.items() if path is not None and not path.pacing.seq}
 
+    def without_answers(self) -> list[str]:
+        """Return the destinations from which nothing came, nor from routers on the way, though probes left."""
+        paths = itertools.chain(self._paths.items(), self._flow_paths.items())
+        return [
+            address_text(key)
+            for key, path in paths
+            if path.pacing.seq > 1 and not path.liveness.last_received and not path.liveness.last_responsive
+        ]
+
     def one_hop_away(self) -> list[str]:
         """Return the destinations with no router before them, those of processes' flows included."""
         paths = itertools.chain(self._paths.items(), self._flow_paths.items())
@@ -3086,6 +3096,7 @@ class ConnectionPoller:
 # ---- Reasons: why a target has no probes -------------------------------------------------------------
 
 FIRST_LOOK = 1.0  # s after the start; the next ones come after three times as long as the one before
+DEVICES_MAX = 64  # on which answers are read
 TARGETS_LOOKED_AT, SOCKETS_LOOKED_AT = 50, 100  # processes; sockets of each
 OPTIONS_WITH_INTERFACE = re.compile(r"(-[dlqT]*)i(.*)|--interface(=.*)?", re.S)
 
@@ -3141,8 +3152,11 @@ class Reasons:
     def __init__(
         self, config: Config, devices: Sequence[Device], routes: Routes, apps: AppNames, destinations: Destinations,
         fixed: Iterable[bytes], targets: Callable[[], Iterable[int]],
+        read_elsewhere: Callable[[], tuple[list[str], bool]],
     ) -> None:  # fmt: skip
-        """targets returns the PIDs of the target processes."""
+        """targets returns the PIDs of the target processes. read_elsewhere: see Attached."""
+        self._read_elsewhere = read_elsewhere
+        self._has_looked_elsewhere = False
         self._config = config
         self._devices = frozenset(device.ifindex for device in devices)
         self._device_names = names_of(devices, " or ")
@@ -3172,6 +3186,17 @@ class Reasons:
             self._next_look = now + 2 * (now - self._begun_at)
             for reason in itertools.chain(self._processes(is_end=False), self._translated()):
                 log.warning("%s", reason.text())
+            self._look_elsewhere()
+
+    def _look_elsewhere(self) -> None:
+        """Read answers on the other devices, too, if none comes by ours: it may be one of several uplinks."""
+        silent = self._destinations.without_answers()
+        if not silent or self._has_looked_elsewhere:
+            return
+        self._has_looked_elsewhere = True
+        names, can_read = self._read_elsewhere()
+        if names:
+            log.warning("%s", NothingArrives(silent[0], len(silent), self._device_names, names, can_read).text())
 
     def at_end(self, count: dict[str, int]) -> list[Reason]:
         """Return all reasons, with the counters of elfprobe.c."""
@@ -3577,6 +3602,8 @@ class Attached:
     kernel: Kernel
     attachments: list[Attachment]
     why_no_owners: str  # why the programs do not know the owner of a packet's socket; empty: they do
+    ipr: Netlink
+    elsewhere: contextlib.ExitStack  # detaches what read_elsewhere() attaches
 
     def interfaces(self) -> list[dict[str, str]]:
         """Return the devices as FILEBASE.json names them."""
@@ -3585,6 +3612,25 @@ class Attached:
         hook = "xdp" if self.hook.name in modes else "tc"
         mode = modes.get(self.hook.name, tc)
         return [{"name": device.name, "hook": hook, "mode": mode} for device in self.devices]
+
+    def read_elsewhere(self) -> tuple[list[str], bool]:
+        """Read answers on the other devices with the same kind of packets, too. Return their names, and whether it
+        works.
+
+        Only tcx links do not outlive this process, whatever ends it. So it does not with XDP and with clsact.
+        """
+        names, can_read = [], isinstance(self.attachments[0], TcxAttachment)
+        ours = {device.name for device in self.devices}
+        for _, name in socket.if_nameindex()[:DEVICES_MAX]:
+            with contextlib.suppress(Failure):
+                device = find_device(self.ipr, name)
+                if name in ours or device.frame != self.devices[0].frame:
+                    continue
+                if can_read:
+                    program = self.kernel.program("elf_ingress")
+                    self.elsewhere.enter_context(TcxAttachment(self.ipr, device, program, BPF_TCX_INGRESS))
+                names.append(name)
+        return names, can_read
 
 
 class Measurement:
@@ -3994,7 +4040,9 @@ class ElfProbe:
                 )
                 if not config.by_process:
                     log_lines(heading)
-                reasons = Reasons(config, devices, routes, apps, destinations, fixed, targets)
+                reasons = Reasons(
+                    config, devices, routes, apps, destinations, fixed, targets, attached.read_elsewhere
+                )
                 metrics = Metrics(exporter, labels(attached), summary, config.metrics_series) if exporter else None
                 self._measurement = measurement = Measurement(
                     config, attached, results, files, report, clock, view, reasons, metrics
@@ -4035,7 +4083,8 @@ class ElfProbe:
                     reason = err
                 else:
                     stack.push(loaded.pop_all())
-                    return Attached(devices, hook, kernel, found, why_no_owners)
+                    elsewhere = active.enter_context(contextlib.ExitStack())
+                    return Attached(devices, hook, kernel, found, why_no_owners, ipr, elsewhere)
             log.debug("%s: %s", hook, reason)
             if not choices:
                 raise Failure(str(reason)) from reason

@@ -6,6 +6,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Iterator
 
+from elf.network import in_short
+
 REASONS_SHOWN = 10
 
 
@@ -116,6 +118,24 @@ class NobodySends(Reason):
             return f"no packet to {self.about} that can carry a probe left by {self.ours}"
         but = "though packets from there arrive by it" if self.arrives else "nobody here sends there"
         return f"no packet to {self.about} left by {self.ours}: {but}"
+
+
+@dataclasses.dataclass(frozen=True)
+class NothingArrives(Reason):
+    """Probes left, but nothing arrives by our device: neither answers nor packets of the destination."""
+
+    destinations: int  # to which this applies
+    ours: str
+    others: list[str]  # devices
+    are_read: bool
+
+    def text(self) -> str:
+        more = f" and {self.destinations - 1} more destinations" if self.destinations > 1 else ""
+        names = in_short(self.others)
+        start = f"nothing arrives by {self.ours} from {self.about}{more}, nor from routers on the way: "
+        if self.are_read:
+            return f"{start}answers are read on {names}, too"
+        return f"{start}answers may arrive by {names}, which --ingress-hook tc would read, too (Linux 6.6)"
 
 
 def reasons_in_short(reasons: list[Reason]) -> Iterator[str]:

@@ -162,6 +162,31 @@ def test_reasons_of_addresses(lab: Lab, tmp_path: Path) -> None:
     assert '2 more reasons of these kinds' in at_end
 
 
+@pytest.mark.parametrize('hook', ['tc', 'xdp'])
+def test_answers_that_come_in_elsewhere(lab: Lab, tmp_path: Path, hook: str) -> None:
+    """As with several uplinks: r1 sends to the client by alt0."""
+    client, r1, ours = lab.client.name, lab.routers[0].name, lab.client_address(4)
+    batch(client, [
+        f'link add alt0 type veth peer alt1 netns {r1}', 'link set alt0 up', 'address add 10.9.1.1/24 dev alt0',
+    ])  # fmt: skip
+    try:
+        batch(r1, [
+            'link set alt1 up', 'address add 10.9.1.2/24 dev alt1', f'route add {ours}/32 via 10.9.1.1 dev alt1',
+        ])  # fmt: skip
+        with talking(lab.client, 'talk', '10.0.3.2'), elfprobe(
+            lab, '10.0.3.2', '--ingress-hook', hook, cwd=tmp_path
+        ) as measuring:
+            line = wait_for(measuring, 'nothing arrives by eth0 from 10.0.3.2, nor from routers')
+            if hook == 'xdp':
+                assert 'alt0' in line and 'which --ingress-hook tc would read' in line
+                return
+            assert line.endswith('answers are read on other0, alt0, too')
+            wait_until(lambda: {row.outttl for row in measuring.rows() if row.is_answered} == {1, 2}, 20, 'rows')
+            assert measuring.stop() == 0
+    finally:
+        batch(client, ['link del alt0'])
+
+
 def test_default_route_that_moves(lab: Lab, tmp_path: Path) -> None:
     with elfprobe(lab, '-a', 'nobody', cwd=tmp_path) as measuring:
         batch(lab.client.name, ['route add 198.41.0.0/24 dev other0'])
