@@ -20,7 +20,7 @@ install:
 	install -d "$(to)/elfprobe/elf" "$(to)/doc/elfprobe/docs" "$(DESTDIR)$(PREFIX)/bin"
 	install elfprobe.py elfplot.py "$(to)/elfprobe"
 	install -m 644 elfprobe.c elfhooks.c "$(to)/elfprobe"
-	install -m 644 elf/*.py "$(to)/elfprobe/elf"
+	install -m 644 elf/*.py elf/page.css elf/page.js "$(to)/elfprobe/elf"
 	install -m 644 README.md CLOUDLAB.md "$(to)/doc/elfprobe"
 	install -m 644 docs/* "$(to)/doc/elfprobe/docs"
 	ln -sf ../share/elfprobe/elfprobe.py "$(DESTDIR)$(PREFIX)/bin/elfprobe"

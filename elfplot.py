@@ -15,22 +15,18 @@ page: elf.html
 
 elf.png shows latency over time, with a colour for each hop. Beside it is each hop's spread over the whole time.
 Below, if there are any, are unanswered probes, and the flows' own round-trip time and retransmissions. elf.html
-is one page that needs no other file: the table, and the picture, which shows figures under the pointer.
+is one page that needs no other file: picture and tables, which follow when you zoom in on a part of the time.
 Both lie beside the CSV unless -o says otherwise. With elf.json beside elf.csv, times are UTC.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import collections
 import dataclasses
 import datetime
-import hashlib
-import html
 import io
 import ipaddress
-import json
 import logging
 import os
 import sys
@@ -59,7 +55,9 @@ try:
 
     from elf.compare import comparison
     from elf.course import SECOND, Bins, Course, Line, round_up
-    from elf.sources import FOREVER, KEYS, Moment, Results, Window, moment, read, sources_of, span_of
+    from elf.page import SECTIONS_MAX as PAGE_MAX
+    from elf.page import page
+    from elf.sources import FOREVER, KEYS, LARGE_MAX, Moment, Results, Window, moment, read, sources_of, span_of
 except Exception as error:  # a broken one raises whatever comes up
     MISSING["numpy"] = why_unusable("numpy", error)
 try:
@@ -141,7 +139,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("-o", "--filebase", type=not_empty, metavar="FILEBASE",
         help="draw FILEBASE.png and FILEBASE.html (default: the first CSV's name without .csv); "
         "existing files are replaced")  # fmt: skip
-    add("--html", action="store_true", help="make the page, too: table and picture in one file")
+    add("--html", action="store_true", help="make the page, too: pictures and tables in one file for the browser")
     add("--compare", action="store_true",
         help="tell what changed from the first CSV to the second, hop by hop, and how sure that is")  # fmt: skip
     add("--dest", action="append", default=[], type=address, metavar="ADDRESS",
@@ -231,6 +229,7 @@ class Section:
 
 def make_section(course: Course, host: str, zero: int, hops: Sequence[int]) -> Section:
     """Return the section of a course. host: empty if there is only one. hops: which to draw; none: all."""
+    course = course.coarse()
     apps = [app for app, _ in sorted(course.apps.items(), key=lambda item: (-item[1], item[0]))]
     unanswered = course.probes - course.answered
     parts = [course.name + f" from {host}" * bool(host),
@@ -606,167 +605,20 @@ def draw_flow(axes: Any, section: Section) -> None:
     right.set_ylabel(f"retransmitted\nin {width_text(section.width)}", color=RETRANS_COLOUR, fontsize=7)
 
 
-# ---- The page -----------------------------------------------------------------------------------
-
-
-def hover_data(picture: Picture) -> dict[str, Any]:
-    """Return the figures that elf.html shows under the pointer: times in s, latencies in ms.
-
-    Panels are given as fractions of the picture: left, top, width, height.
-    """
-
-    def box(axes: Any) -> list[float] | None:
-        if axes is None:
-            return None
-        at = axes.get_position()
-        return [round(value, 5) for value in (at.x0, 1 - at.y1, at.width, at.height)]
-
-    def series(section: Section, bins: Bins) -> dict[str, list[Any]]:
-        return dict(
-            {name: [float(f"{ms:.4g}") for ms in in_ms(getattr(bins, name)).tolist()]
-             for name in ("low", "median", "high", "max")},
-            bin=(bins.number - section.first_bin).tolist(), t=section.seconds(bins.t).round(6).tolist(),
-            count=bins.count.tolist(),
-        )  # fmt: skip
-
-    def lines(section: Section) -> list[dict[str, Any]]:
-        colours = {hop: matplotlib.colors.to_hex(colour) for hop, colour in colours_of(section).items()}
-        return [dict(series(section, line.bins), hop=line.hop, responder=printable(line.responder),
-                     colour=colours[line.hop]) for line in section.lines]  # fmt: skip
-
-    listed = [
-        dict(start=section.start, width=section.width / SECOND, hops=section.hops, lines=lines(section),
-             time=box(its.time), lost=box(its.lost), flow=box(its.flow), y=list(its.time.get_ylim()),
-             log=its.time.get_yscale() == "log", probes=section.probes.tolist(),
-             unanswered=section.unanswered.tolist(), retrans=section.retrans.tolist(),
-             srtt=None if section.srtt is None else series(section, section.srtt))
-        for section, its in zip(picture.sections, picture.panels)
-    ]  # fmt: skip
-    scale = picture.scale
-    return {"utc": scale.utc and scale.utc / 1e6, "x": [scale.low, scale.high], "sections": listed}
-
-
-STYLE = """
-body { font: 14px sans-serif; color: #222; background: #fff; margin: 1.5em; max-width: 1612px }
-h1 { font-size: 1.3em }
-pre { overflow-x: auto; line-height: 1.35 }
-#picture { position: relative }
-img { width: 100%; display: block }
-svg { position: absolute; left: 0; top: 0; width: 100%; height: 100%; pointer-events: none }
-#tip { position: absolute; pointer-events: none; white-space: pre; background: #fffffff2; padding: .35em .6em;
-       border: 1px solid #888; border-left-width: 6px; border-radius: 3px; font-size: 13px }
-"""
-
-SCRIPT = r"""
-"use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
-const [picture, tip, path] = ["picture", "tip", "path"].map(id => document.getElementById(id));
-const [begin, end] = data.x;
-
-const clock = s => data.utc === null ? s.toFixed(3) + " s"
-  : new Date(data.utc + s * 1000).toISOString().replace("T", " ").replace("Z", " UTC");
-const latency = ms => ms >= 1000 ? +(ms / 1000).toPrecision(3) + " s"
-  : ms >= 1 ? +ms.toPrecision(3) + " ms" : +(ms * 1000).toPrecision(3) + " µs";
-const within = (box, x, y) => box && x >= box[0] && x < box[0] + box[2]
-  && y >= box[1] && y < box[1] + box[3];
-const xOf = (s, t) => s.time[0] + s.time[2] * (t - begin) / (end - begin);
-const yOf = (s, ms) => s.time[1] + s.time[3] * (1 - (s.log ? Math.log(ms / s.y[0]) / Math.log(s.y[1] / s.y[0])
-  : (ms - s.y[0]) / (s.y[1] - s.y[0])));
-const figures = (line, i) => `median ${latency(line.median[i])} of ${line.count[i]}` + (line.count[i] < 2 ? ""
-  : `, middle half ${latency(line.low[i])} to ${latency(line.high[i])}, max ${latency(line.max[i])}`);
-const asked = (s, row, bin) => `hop ${s.hops[row]}: ${s.probes[row][bin] || 0} probes, `
-  + `${s.unanswered[row][bin] || 0} unanswered`;
-
-// The line and the number of its bin whose median is nearest to the pointer, in pixels.
-function nearest(s, x, y, size) {
-  let best = null, least = Infinity;
-  for (const line of s.lines) for (let i = 0; i < line.t.length; i++) {
-    const dx = Math.abs(xOf(s, line.t[i]) - x) * size.width;
-    const away = Math.hypot(3 * dx, (yOf(s, line.median[i]) - y) * size.height);
-    if (dx < 40 && away < least) [best, least] = [[line, i], away];
-  }
-  return best;
-}
-
-// Lines of text for the place under the pointer, and the line of the picture that they are about.
-function tell(s, x, y, size) {
-  const bin = Math.floor((begin + (x - s.time[0]) / s.time[2] * (end - begin) - s.start) / s.width);
-  const when = bin => `from ${clock(s.start + bin * s.width)} for ${+s.width.toPrecision(6)} s`;
-  if (within(s.time, x, y)) {
-    const [line, i] = nearest(s, x, y, size) || [];
-    return line && [[when(line.bin[i]), `${line.responder}: ${figures(line, i)}`,
-      asked(s, s.hops.indexOf(line.hop), line.bin[i])], line, i];
-  }
-  if (within(s.lost, x, y)) {
-    const rows = [...s.hops.keys()].filter(row => s.unanswered[row].some(n => n));
-    return [[when(bin), asked(s, rows[Math.floor((y - s.lost[1]) / s.lost[3] * rows.length)], bin)]];
-  }
-  if (within(s.flow, x, y)) {
-    const i = s.srtt.bin.indexOf(bin);
-    return [[when(bin), i < 0 ? "srtt: not known" : `srtt: ${figures(s.srtt, i)}`,
-      `retransmitted: ${s.retrans[bin] || 0} segments`]];
-  }
-}
-
-function show(event) {
-  const size = picture.getBoundingClientRect();
-  const left = event.clientX - size.left, top = event.clientY - size.top;
-  const at = s => tell(s, left / size.width, top / size.height, size);
-  const section = data.sections.find(at);
-  tip.hidden = !section;
-  path.setAttribute("d", "");
-  if (!section) return;
-  const [text, line, i] = at(section);
-  tip.textContent = text.join("\n");
-  tip.style.borderLeftColor = line ? line.colour : "#888";
-  tip.style.left = Math.max(Math.min(left + 14, size.width - tip.offsetWidth), 0) + "px";
-  tip.style.top = Math.max(top - tip.offsetHeight - 12, 0) + "px";
-  if (!line) return;
-  const point = i => `${xOf(section, line.t[i]).toFixed(5)} ${yOf(section, line.median[i]).toFixed(5)}`;
-  const to = n => n && line.bin[n] - line.bin[n - 1] < 4 ? "L" : "M";
-  path.setAttribute("d", line.t.map((_, n) => to(n) + point(n)).join("")
-    + `M${xOf(section, line.t[i])} ${section.time[1]}v${section.time[3]}`);
-}
-for (const kind of ["pointermove", "pointerdown", "pointerleave"]) picture.addEventListener(kind, show);
-"""
-
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{heading}</title>
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'">
-<style>{style}</style></head><body>
-<h1>{heading}</h1>
-<pre>{table}</pre>
-<div id="picture"><img alt="latency over time, hop by hop" src="data:image/png;base64,{png}">
-<svg viewBox="0 0 1 1" preserveAspectRatio="none"><path id="path" d="" fill="none" stroke="#000"
- stroke-width="2" vector-effect="non-scaling-stroke"/></svg>
-<div id="tip" hidden></div></div>
-<script type="application/json" id="data">{data}</script>
-<script>{script}</script>
-</body></html>
-"""
-
-
-def page(heading: str, table: list[str], png: bytes, data: dict[str, Any]) -> str:
-    """Return the page. It tells the browser to load nothing, and to run nothing but SCRIPT.
-
-    Whatever comes from the CSV is escaped, so that it is only text.
-    """
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return PAGE.format(
-        heading=html.escape(printable(heading)), table=html.escape("\n".join(table)), data=text, style=STYLE,
-        png=base64.b64encode(png).decode(), script=SCRIPT,
-        digest=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
-    )  # fmt: skip
-
-
 # ---- The run --------------------------------------------------------------------------------------
 
 
 def choose(results: Sequence[Results], by: str, chosen: list[str]) -> tuple[list[tuple[str, Course]], list[str]]:
     """Return the courses to draw, each with its host, and a note about the others. Raises Failure."""
+    drawn, notes = busiest(results, by, chosen, CHOSEN_MAX * len(results) if chosen else SECTIONS_MAX)
+    return [(host, each.courses[dest]) for each, dest, host in drawn], notes
+
+
+def busiest(
+    results: Sequence[Results], by: str, chosen: list[str], most: int
+) -> tuple[list[tuple[Results, str, str]], list[str]]:
+    """Return results, destination and host (empty if there is only one) of so many courses, and a note about the
+    others. Raises Failure."""
     counts: collections.Counter[str] = collections.Counter()
     for each in results:
         counts.update(each.counts)
@@ -778,17 +630,15 @@ def choose(results: Sequence[Results], by: str, chosen: list[str]) -> tuple[list
             known = ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")
             raise Failure(f"argument --dest: no probe went to {dest}, but to {known or 'nobody'}")
     there = [(each, dest) for dest in chosen or names for each in results if each.counts[dest]]
-    drawn = [(each, dest) for each, dest in there if dest in each.courses]
-    if not chosen:
-        drawn = drawn[:SECTIONS_MAX]
-    has_hosts = len(results) > 1
-    courses = [(each.source.host * has_hosts, each.courses[dest]) for each, dest in drawn]
+    drawn = [(each, dest) for each, dest in there if dest in each.courses][:most]
     others = list(dict.fromkeys(dest for each, dest in there if (each, dest) not in drawn))
-    if chosen or not others:
-        return courses, []
     named = ", ".join(others[:4]) + (" ..." if len(others) > 4 else "")
     more = " (--dest draws them)" if by == "dest" else ""
-    return courses, [f"not drawn{more}: {len(others)} {KEYS[by]} with fewer probes: {named}"]
+    notes = (
+        [f"not drawn{more}: {len(others)} {KEYS[by]} with fewer probes: {named}"] if others and not chosen else []
+    )
+    has_hosts = len(results) > 1
+    return [(each, dest, each.source.host * has_hosts) for each, dest in drawn], notes
 
 
 def write(path: str, content: bytes) -> None:
@@ -841,7 +691,9 @@ def read_all(args: argparse.Namespace) -> tuple[list[Results], bool, list[str]]:
         first = end - round(args.last * SECOND)
     try:
         window = Window(first, last, args.dest, args.by)
-        return [read(source, in_utc, window, CHOSEN_MAX, progress.tell) for source in sources], in_utc, notes
+        most = max(PAGE_MAX // len(sources), LARGE_MAX) if args.html or args.compare else LARGE_MAX
+        found = [read(source, in_utc, window, most, progress.tell, args.html) for source in sources]
+        return found, in_utc, notes
     finally:
         progress.end()
 
@@ -871,15 +723,18 @@ def run(args: argparse.Namespace) -> None:
     courses, notes = choose(results, args.by, args.dest)
     notes += said
     none = "no probes in this time" if args.begin or args.end or args.last else "no probes yet"
-    table = [*comparison(*results), ""] if args.compare else tables(results, none)
+    compared = comparison(results[0], results[1], args.by, args.dest) if args.compare else None
+    table = [*compared.lines(), ""] if compared else tables(results, none)
     picture = draw(courses, in_utc, heading, notes, args)
     say(table + notes)
-    image = picture_bytes(picture, args.format)
-    write(f"{args.filebase}.{args.format}", image)
+    write(f"{args.filebase}.{args.format}", picture_bytes(picture, args.format))
     say([f"picture: {printable(args.filebase)}.{args.format}"])
     if args.html:
-        png = image if args.format == "png" else picture_bytes(picture, "png")
-        text = page(heading, table, png, hover_data(picture))
+        shown, notes = busiest(results, args.by, args.dest, PAGE_MAX)
+        notes += [*said, *(compared.notes if compared else [])]
+        changed = compared.for_page() if compared else []
+        kinds = KEYS[args.by]
+        text = page(heading, notes, shown, kinds, in_utc, args.hop, args.ylim, changed)
         write(args.filebase + ".html", text.encode())
         say([f"page: {printable(args.filebase)}.html"])
 

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence
 
 import numpy as np
 
 from elf.course import Course, Line, rounded
-from elf.sources import Results
+from elf.sources import KEYS, Results
 from elf.usage import printable
 
 SLICES = 40
 SLICES_MIN = 8  # of each run, below which nothing is said
 CORRELATION_MAX = 0.9
 SIGNIFICANT = 0.05
+COLUMNS = "hop", "before", "after", "change", "p", "answered", "after", "p", "what changed"
 ROUNDED_MIN = 1.03  # ratio of medians, below which rounding may be the reason why they differ
 
 
@@ -135,26 +136,63 @@ def changes(before: Results, after: Results) -> dict[str, list[HopChange]]:
     return found
 
 
-def comparison(before: Results, after: Results) -> list[str]:
-    """Return a table of what changed, for each destination that both runs probed."""
+@dataclasses.dataclass
+class Comparison:
+    """What changed, as tables: by destination, rows of cells as COLUMNS has them."""
+
+    runs: str
+    tables: dict[str, list[list[str]]]
+    notes: list[str]
+
+    def caption(self, dest: str) -> str:
+        return f"{dest}: {self.runs}, median latency in ms, share of answers"
+
+    def lines(self) -> list[str]:
+        """Return the tables as lines."""
+        found = []
+        for dest, rows in self.tables.items():
+            found += [self.caption(dest), *(as_line(cells) for cells in (COLUMNS, *rows)), ""]
+        return [*found, *self.notes]
+
+    def for_page(self) -> list[dict[str, Any]]:
+        """Return the tables as elf.page takes them."""
+        return [
+            {"caption": self.caption(dest), "head": COLUMNS, "rows": rows} for dest, rows in self.tables.items()
+        ]
+
+
+def comparison(before: Results, after: Results, by: str = "dest", chosen: Sequence[str] = ()) -> Comparison:
+    """Return what changed at each destination that both runs probed. chosen: only these were read; none: all."""
     found = changes(before, after)
-    names = [printable(each.source.host) for each in (before, after)]
-    lines = []
-    for dest, hops in found.items():
-        lines += [f"{dest}: {names[0]} and {names[1]}, median latency in ms, share of answers",
-                  "hop   before    after   change       p  answered    after       p  what changed",
-                  *map(hop_line, hops), ""]  # fmt: skip
-    if not found:
-        return ["no destination was probed in both runs"]
-    count = sum((hop.latency is not None) + (hop.answers is not None) for hops in found.values() for hop in hops)
-    return [
-        *lines,
-        f"p: Wilcoxon rank-sum test of up to {SLICES} slices of time of each run, widened for autocorrelation,",
-        f"corrected for {count} comparisons (Holm). A change with p below {SIGNIFICANT} is named.",
-    ]
+    runs = " and ".join(printable(each.source.host) for each in (before, after))
+    both = [] if chosen else [dest for dest, _ in before.counts.most_common() if after.counts[dest]]
+    left_out = [dest for dest in both if dest not in found]
+    notes = []
+    if found:
+        count = sum(
+            (hop.latency is not None) + (hop.answers is not None) for hops in found.values() for hop in hops
+        )
+        notes = [
+            f"p: Wilcoxon rank-sum test of up to {SLICES} slices of time of each run, widened for autocorrelation,",
+            f"corrected for {count} comparisons (Holm). A change with p below {SIGNIFICANT} is named.",
+        ]
+    elif not left_out:
+        notes = ["no destination was probed in both runs"]
+    if left_out:
+        named = ", ".join(map(printable, left_out[:4])) + (" ..." if len(left_out) > 4 else "")
+        more = " (--dest compares them)" if by == "dest" else ""
+        notes.append(f"not compared{more}: {len(left_out)} {KEYS[by]} with fewer probes: {named}")
+    return Comparison(runs, {dest: list(map(hop_cells, hops)) for dest, hops in found.items()}, notes)
 
 
-def hop_line(hop: HopChange) -> str:
+def as_line(cells: Sequence[str]) -> str:
+    """Return cells as a line of the printed table."""
+    hop, low, high, change, latency, first, second, answers, what = cells
+    start = f"{hop:>3} {low:>8} {high:>8} {change:>8} {latency:>7}  {first:>8} {second:>8}"
+    return f"{start} {answers:>7}  {what}".rstrip()
+
+
+def hop_cells(hop: HopChange) -> list[str]:
     first, second = hop.runs
     medians = [each.median if each else None for each in hop.runs]
     texts = ["-" if median is None else f"{median / 1e6:.3f}" for median in medians]
@@ -164,8 +202,7 @@ def hop_line(hop: HopChange) -> str:
     latency, answers = (
         "-" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}" for p in (hop.latency, hop.answers)
     )
-    start = f"{hop.number:3} {texts[0]:>8} {texts[1]:>8} {texts[2]:>8} {latency:>7}  {shares[0]:>8} {shares[1]:>8}"
-    return f"{start} {answers:>7}  {'; '.join(what_changed(hop, first, second))}".rstrip()
+    return [str(hop.number), *texts, latency, *shares, answers, "; ".join(what_changed(hop, first, second))]
 
 
 def what_changed(hop: HopChange, first: HopValues | None, second: HopValues | None) -> Iterator[str]:

@@ -8,6 +8,7 @@ Course              a destination, fed in bulk; lines() and flow() return what i
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 from typing import Any, Iterator
 
@@ -16,19 +17,21 @@ import numpy as np
 from elf.addresses import PROTOCOLS
 from elf.batches import Batch
 from elf.bulk import Groups
+from elf.summary import FlowKey
 
 SECOND = 10**9  # ns
 STEPS = [m * 10**e for e in range(3, 10) for m in (1, 2, 5)] + [
     s * SECOND for s in (10, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400, 21600, 43200, 86400)
 ]  # ns, of bins and between ticks
-BINS_MAX = 300
+BINS_MAX, SMALL_BINS = 300, 75
 POINTS_MAX, POINTS_LINES = 2000, 64  # of a line that are kept; fewer if there are more lines
 RANKS_MAX = 3  # responders of a hop that have a line of their own
 RESPONDERS_MAX = 64  # of a hop that are told apart; the busiest of them get lines
 FLOWS_MAX = 1 << 15  # whose retransmissions are followed
+FLOWS_TOLD = 32  # of a destination that are told apart: those that come first
 NAMES_MAX = 1000  # kinds of flows and programs that are counted
 
-EXACT_MAX = 1 << 19  # cells of a destination, from which on latencies are rounded
+EXACT_MAX, SMALL_EXACT_MAX = 1 << 19, 1 << 15  # cells of a destination, from which on latencies are rounded
 STEP = np.log(1.02)  # between rounded latencies
 LATENCY_BITS, BIN_BITS = 36, 11  # of a key; the line's number is in the others
 LATENCY_MAX, BINS = (1 << LATENCY_BITS) - 1, 1 << BIN_BITS
@@ -100,8 +103,9 @@ class Line:
 class Cells:
     """How often each latency occurs, by line and bin; and of each line's bin the times and the slowest."""
 
-    def __init__(self) -> None:
+    def __init__(self, exact_max: int) -> None:
         self.is_exact = True
+        self._exact_max = exact_max
         self._keys = np.zeros(0, np.int64)  # line, bin, latency
         self._counts = np.zeros(0, np.int64)
         # By line and bin:
@@ -123,7 +127,7 @@ class Cells:
         if not self.is_exact:
             keys = keys & ~LATENCY_MAX | rounded(keys & LATENCY_MAX)
         self._merge(keys, np.ones(len(keys), np.int64))
-        if self.is_exact and len(self._keys) > EXACT_MAX:
+        if self.is_exact and len(self._keys) > self._exact_max:
             self.is_exact = False
             keys, counts = self._keys, self._counts
             self._keys = self._counts = np.zeros(0, np.int64)
@@ -163,28 +167,28 @@ class Cells:
         self._merge(folded(keys >> LATENCY_BITS) << LATENCY_BITS | keys & LATENCY_MAX, counts)
         self._merge_bins(folded(bins), times, slowest)
 
-    def of_lines(self, lines: list[int]) -> tuple[Bins, tuple[Any, Any], tuple[Any, Any]]:
-        """Return the figures by bin of some lines together, the bins' slowest (times, latencies), and how often
-        each latency occurs."""
-
-        def only(keys: Any, shift: int) -> Any:
-            return np.isin(keys >> shift, lines)
-
-        which = only(self._keys, LATENCY_BITS + BIN_BITS)
+    def counts(self, lines: list[int]) -> tuple[Any, Any, Any]:
+        """Return bins, latencies and counts of some lines together, in this order."""
+        which = np.isin(self._keys >> LATENCY_BITS + BIN_BITS, lines)
         keys, counts = self._keys[which] & (1 << LATENCY_BITS + BIN_BITS) - 1, self._counts[which]
         order = np.argsort(keys, kind="stable")
         keys, counts = keys[order], counts[order]
-        starts = np.flatnonzero(np.diff(keys >> LATENCY_BITS, prepend=-1))
-        quarters = quantiles(keys & LATENCY_MAX, counts, starts, (0.25, 0.5, 0.75)).T
+        return (keys >> LATENCY_BITS) - BIN_ZERO, keys & LATENCY_MAX, counts
+
+    def of_lines(self, lines: list[int]) -> tuple[Bins, tuple[Any, Any], tuple[Any, Any]]:
+        """Return the figures by bin of some lines together, the bins' slowest (times, latencies), and how often
+        each latency occurs."""
+        bins, values, counts = self.counts(lines)
+        starts = np.flatnonzero(np.diff(bins, prepend=bins[0] - 1))
+        quarters = quantiles(values, counts, starts, (0.25, 0.5, 0.75)).T
         totals = np.add.reduceat(counts, starts)
-        which = only(self._bins, BIN_BITS)
+        which = np.isin(self._bins >> BIN_BITS, lines)
         bins, times, slowest = self._bins[which] & (BINS - 1), self._times[which], self._slowest[:, which]
         order = np.lexsort((slowest[0], bins))
         bins, times, slowest = bins[order], times[order], slowest[:, order]
         at = np.flatnonzero(np.diff(bins, prepend=-1))
         slowest = slowest[:, np.append(at[1:], len(bins)) - 1]
         mean = np.add.reduceat(times, at) / totals
-        values = keys & LATENCY_MAX
         order = np.argsort(values, kind="stable")
         low, median, high = quarters
         figures = Bins(bins[at] - BIN_ZERO, mean, low, median, high, slowest[0], totals)
@@ -192,26 +196,35 @@ class Cells:
 
 
 class Course:
-    """A destination. Times are ns of the clock of the picture; start and width (ns) are those of the first bin."""
+    """A destination. Times are ns of the clock of the picture; start and width (ns) are those of the first bin.
 
-    def __init__(self, dest: str, start: int, width: int, by: str = "dest") -> None:
+    With folds, bins are narrower than those of the picture: two to this power of them make one of those. A small
+    one is rounded sooner, and keeps no points.
+    """
+
+    def __init__(
+        self, dest: str, start: int, width: int, by: str = "dest", folds: int = 0, is_small: bool = False
+    ) -> None:
         self.dest = dest
         self.name = f"to {dest}" if by == "dest" else dest  # or what is in its place, see elf/sources.py
         self.start = start
         self.width = width
+        self.folds = folds
         self.first, self.last = 1 << 62, 0  # sent
         self.probes = self.answered = 0
         self.fastest, self.slowest = 1 << 62, 0  # ns
         self.apps: collections.Counter[str] = collections.Counter()
         self.kinds: collections.Counter[tuple[int, int]] = collections.Counter()  # protocol and port
-        self._cells, self._srtt = Cells(), Cells()
+        self._cells, self._srtt = (Cells(SMALL_EXACT_MAX if is_small else EXACT_MAX) for _ in range(2))
+        self._points_max = 0 if is_small else POINTS_MAX
         self._by_hop: dict[int, Any] = {}  # probes and unanswered ones by bin
         self._lines: dict[tuple[int, str], int] = {}
         self._counts: list[int] = []  # answers by line
         self._points: list[Any] = []  # by line: priority, time, latency
         self._random = np.random.default_rng(1)
-        self._flows: dict[tuple[str, int, int, int], tuple[int, int]] = {}  # newest time, retransmitted
-        self._retrans = np.zeros(BINS, np.int64)
+        self._flows: dict[FlowKey, tuple[int, int]] = {}  # newest time, retransmitted
+        self._told: dict[FlowKey, int] = {}  # flows that are told apart, each with its line of _srtt
+        self._retrans: dict[int, Any] = {}  # by this line: segments by bin
 
     def add(self, batch: Batch, times: Any) -> None:
         """Add rows to this destination, with their times."""
@@ -238,8 +251,6 @@ class Course:
             rows = np.flatnonzero(are_answered)
             self._add_answers(batch.take(rows), bins[rows], since[rows])
         self._add_flows(batch, bins, times)
-        rows = np.flatnonzero(batch["srtt"] >= 0)
-        self._srtt.add(np.zeros(len(rows), np.int64), bins[rows], batch["srtt"][rows] * 1000, since[rows])
 
     def _count_names(self, batch: Batch) -> None:
         counts = np.bincount(batch["app"])
@@ -279,36 +290,49 @@ class Course:
 
     def _sample(self, line: int, since: Any, latencies: Any) -> None:
         """Keep a sample of all answers of a line: those with the lowest random numbers."""
-        most = POINTS_MAX * POINTS_LINES // max(len(self._lines), POINTS_LINES)
+        most = self._points_max * POINTS_LINES // max(len(self._lines), POINTS_LINES)
         priorities, points = self._random.random(len(since)), self._points[line]
-        if points.shape[1] >= most:
+        if points.shape[1] >= most > 0:
             low = np.flatnonzero(priorities < points[0, -1])
             priorities, since, latencies = priorities[low], since[low], latencies[low]
         points = np.concatenate([points, [priorities, since, latencies]], axis=1)
         self._points[line] = points[:, np.argsort(points[0], kind="stable")[:most]]
 
     def _add_flows(self, batch: Batch, bins: Any, times: Any) -> None:
-        """Add the segments retransmitted in each bin.
+        """Add the sockets' own round-trip times, and the segments retransmitted in each bin.
 
-        The column counts from the flow's beginning, so each row adds its difference to the one before. A row
+        The latter count from the flow's beginning, so each row adds its difference to the one before. A row
         that is older than those of the last batch, as of an unanswered probe, adds nothing.
         """
-        rows = np.flatnonzero(batch["retrans"] >= 0)
+        has_srtt, has_retrans = batch["srtt"] >= 0, batch["retrans"] >= 0
+        rows = np.flatnonzero(has_srtt | has_retrans)
         rows = rows[np.argsort(times[rows], kind="stable")]
         groups = Groups((batch["sport"] << 24 | batch["dport"] << 8 | batch["protocol"])[rows])
+        lines = np.zeros(len(batch), np.int64)
         for start, end in zip(groups.starts.tolist(), groups.ends.tolist()):
             its = rows[groups.order[start:end]]
             key = batch.flow(its[0])
-            newest, before = self._flows.pop(key, (0, int(batch["retrans"][its[0]])))
-            its = its[times[its] >= newest]
+            if key not in self._told and len(self._told) < FLOWS_TOLD:
+                self._told[key] = len(self._told) + 1
+            lines[its] = line = self._told.get(key, 0)
+            its = its[has_retrans[its]]
             if len(its):
-                counts = batch["retrans"][its]
-                more = np.diff(counts, prepend=before).clip(0)
-                self._retrans += np.bincount(bins[its], more, BINS).astype(np.int64)
-                newest, before = int(times[its[-1]]), int(counts[-1])
-            self._flows[key] = newest, before
+                self._add_retrans(key, line, batch["retrans"][its], bins[its], times[its])
         while len(self._flows) > FLOWS_MAX:
             del self._flows[next(iter(self._flows))]
+        rows = np.flatnonzero(has_srtt)
+        self._srtt.add(lines[rows], bins[rows], batch["srtt"][rows] * 1000, times[rows] - self.start)
+
+    def _add_retrans(self, key: FlowKey, line: int, counts: Any, bins: Any, times: Any) -> None:
+        newest, before = self._flows.pop(key, (0, int(counts[0])))
+        are_new = times >= newest
+        if are_new.any():
+            more = np.diff(counts[are_new], prepend=before).clip(0)
+            if more.any():
+                by_bin = self._retrans.setdefault(line, np.zeros(BINS, np.int64))
+                by_bin += np.bincount(bins[are_new], more, BINS).astype(np.int64)
+            newest, before = int(times[are_new][-1]), int(counts[are_new][-1])
+        self._flows[key] = newest, before
 
     def _fold(self) -> None:
         self.width *= 2
@@ -319,9 +343,19 @@ class Course:
 
         for hop, by_bin in self._by_hop.items():
             self._by_hop[hop] = np.array([folded(values) for values in by_bin], np.int32)
-        self._retrans = folded(self._retrans)
+        self._retrans = {line: folded(by_bin) for line, by_bin in self._retrans.items()}
         self._cells.fold()
         self._srtt.fold()
+
+    def coarse(self) -> Course:
+        """Return the same with the bins of the picture."""
+        if not self.folds:
+            return self
+        course = copy.deepcopy(self)
+        for _ in range(self.folds):
+            course._fold()
+        course.folds = 0
+        return course
 
     @property
     def is_exact(self) -> bool:
@@ -337,10 +371,20 @@ class Course:
         the unanswered ones (arrays of hops and bins), and the segments retransmitted."""
         first, last = ((at - self.start) // self.width + BIN_ZERO for at in (self.first, self.last))
         both = np.array([self._by_hop[hop][:, first : last + 1] for hop in self.hops])
-        return first - BIN_ZERO, both[:, 0], both[:, 1], self._retrans[first : last + 1]
+        retrans = sum(self._retrans.values(), np.zeros(BINS, np.int64))
+        return first - BIN_ZERO, both[:, 0], both[:, 1], retrans[first : last + 1]
 
     def lines(self) -> Iterator[Line]:
         """Yield the lines, by hop and rank."""
+        for hop, rank, name, numbers in self.ranked():
+            bins, slowest, values = self._cells.of_lines(numbers)
+            points = np.concatenate([self._points[line][1:] for line in numbers], axis=1)[:, :POINTS_MAX]
+            points = np.unique(np.concatenate([points, slowest], axis=1), axis=1)
+            spread = quantiles(*values, np.array([0]), QUANTILES)[0].tolist()
+            yield Line(hop, name, rank, spread, bins, tuple(points), values)
+
+    def ranked(self) -> Iterator[tuple[int, int, str, list[int]]]:
+        """Yield hop, rank, responder and numbers of each line, by hop and rank."""
         for hop in self.hops:
             ranked = sorted(
                 ((-self._counts[line], responder == "", line, responder)
@@ -348,13 +392,12 @@ class Course:
             )  # fmt: skip
             ranks = [[each] for each in ranked[:RANKS_MAX]] + [ranked[RANKS_MAX:]]
             for rank, its in enumerate(filter(None, ranks)):
-                numbers = [line for _, _, line, _ in its]
-                bins, slowest, values = self._cells.of_lines(numbers)
-                points = np.concatenate([self._points[line][1:] for line in numbers], axis=1)[:, :POINTS_MAX]
-                points = np.unique(np.concatenate([points, slowest], axis=1), axis=1)
-                spread = quantiles(*values, np.array([0]), QUANTILES)[0].tolist()
                 name = its[0][3] if len(its) == 1 and its[0][3] else f"{len(its)} others"
-                yield Line(hop, name, rank, spread, bins, tuple(points), values)
+                yield hop, rank, name, [line for _, _, line, _ in its]
+
+    def answers(self, numbers: list[int]) -> tuple[Any, Any, Any]:
+        """Return bins (numbers as of by_bin()), latencies and counts of lines, in this order."""
+        return self._cells.counts(numbers)
 
     def of_hop(self, hop: int) -> tuple[Bins, Any, tuple[Any, Any]]:
         """Return of_lines() of all answers at a hop."""
@@ -362,7 +405,22 @@ class Course:
 
     def srtt(self) -> Bins | None:
         """Return the sockets' own round-trip times, None if there are none."""
-        return self._srtt.of_lines([0])[0] if len(self._srtt._keys) else None
+        return self._srtt.of_lines([*range(FLOWS_TOLD + 1)])[0] if len(self._srtt._keys) else None
+
+    def flows(self, most: int) -> Iterator[tuple[FlowKey | None, tuple[Any, Any, Any], Any]]:
+        """Yield the busiest flows of TCP, the others together as None: round-trip times as of answers(), segments
+        retransmitted by bin (as of by_bin())."""
+        first, last = ((at - self.start) // self.width + BIN_ZERO for at in (self.first, self.last))
+        found = [(key, [line]) for key, line in self._told.items()]
+        found.sort(key=lambda item: -int(self._srtt.counts(item[1])[2].sum()))
+        rest = [0, *(line for _, lines in found[most:] for line in lines)]
+        for key, lines in [*found[:most], (None, rest)]:
+            retrans = sum(
+                (self._retrans[line] for line in lines if line in self._retrans), np.zeros(BINS, np.int64)
+            )
+            counts = self._srtt.counts(lines)
+            if len(counts[0]) or retrans.any():
+                yield key, counts, retrans[first : last + 1]
 
     def flow_text(self) -> str:
         """Return what kind of flow it is."""

@@ -22,7 +22,7 @@ from elf.addresses import flow_text
 from elf.batches import Batch, Survey, Texts, open_regular, read_batches, survey
 from elf.bulk import BatchGroups, BulkSummary, Groups
 from elf.clock import Mapping, utc_ns, zero_at
-from elf.course import SECOND, Course, bin_width
+from elf.course import SECOND, SMALL_BINS, Course, bin_width, round_up
 from elf.usage import Failure
 
 CLOCK_LINE = re.compile(r"CLOCK_MONOTONIC 0 is (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?)Z")
@@ -33,6 +33,9 @@ NAMES_MAX = 1 << 16  # destinations that are counted
 KEYS = {"dest": "destinations", "flow": "flows", "responder": "responders", "app": "programs"}
 NO_NAME = "(no name)"  # of a program
 FOREVER = 1 << 62  # ns
+LARGE_MAX = 16  # courses with all details; further ones have wider bins, are rounded sooner, and have no points
+FINE_MAX = 4  # courses with narrow bins, where a page wants them
+FINE_FOLDS = 2  # how often these fold into usual ones
 
 
 class Run(NamedTuple):
@@ -224,8 +227,8 @@ def span_of(sources: Sequence[Source], in_utc: bool) -> tuple[int, int]:
     return min(ends, default=0), max(ends, default=0)
 
 
-def planned_courses(source: Source, in_utc: bool, window: Window, most: int) -> dict[str, Course]:
-    """Return the courses of the busiest destinations, as far as surveys tell."""
+def planned_courses(source: Source, in_utc: bool, window: Window, most: int, fine: bool) -> dict[str, Course]:
+    """Return the courses of so many of the busiest destinations, as far as surveys tell."""
     found: collections.defaultdict[str, list[tuple[float, int, int, Any]]] = collections.defaultdict(list)
     for rows, mappings in source.files:
         times = source.times(mappings, rows.batch["sendtime"], in_utc)
@@ -238,13 +241,19 @@ def planned_courses(source: Source, in_utc: bool, window: Window, most: int) -> 
                 (len(its) / rows.share, times[its].min(), times[its].max(), hops)
             )
     courses = {}
-    for dest in sorted(found, key=lambda dest: (-sum(each[0] for each in found[dest]), dest))[:most]:
+    busiest = sorted(found, key=lambda dest: (-sum(each[0] for each in found[dest]), dest))[:most]
+    for rank, dest in enumerate(busiest):
         hops = np.zeros(256)
         for each in found[dest]:
             hops[: len(each[3])] += each[3]
         start, end = min(each[1] for each in found[dest]), max(each[2] for each in found[dest])
         width = bin_width(int(end - start), float(np.median(hops[hops > 0])))
-        courses[dest] = Course(dest, int(start), width, window.by)
+        if rank >= LARGE_MAX:
+            width = max(width, round_up(int(end - start) / SMALL_BINS))
+            courses[dest] = Course(dest, int(start), width, window.by, is_small=True)
+        else:
+            folds = FINE_FOLDS if fine and rank < FINE_MAX else 0
+            courses[dest] = Course(dest, int(start), width >> folds, window.by, folds)
     return courses
 
 
@@ -284,10 +293,18 @@ def wanted(batch: Batch, times: Any, window: Window) -> Any:
 
 
 def read(
-    source: Source, in_utc: bool, window: Window, most: int, tell: Callable[[int], None] = lambda _: None
+    source: Source,
+    in_utc: bool,
+    window: Window,
+    most: int,
+    tell: Callable[[int], None] = lambda _: None,
+    fine: bool = False,
 ) -> Results:
-    """Return what the rows of a source say, with courses of so many destinations. Raises Failure."""
-    courses = planned_courses(source, in_utc, window, most)
+    """Return what the rows of a source say, with courses of so many destinations. Raises Failure.
+
+    fine: those of the busiest have narrow bins, for a page that zooms.
+    """
+    courses = planned_courses(source, in_utc, window, most, fine)
     results = Results(source, BulkSummary(), courses, collections.Counter())
     texts = Texts()
     for rows, mappings in source.files:
