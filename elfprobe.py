@@ -75,7 +75,7 @@ if __name__ == "__main__":
 
 from elf.addresses import ReverseDns, address_text, flow_text, pack_address, resolve_all, why_unreachable
 from elf.cache import Cache
-from elf.clock import Clock, utc_text
+from elf.clock import Clock, time_of_day, utc_text
 from elf.command import Command
 from elf.console import Console, LogFormat, open_standard_streams, output_columns, print_lines
 from elf.counters import UNFIT_PACKETS, accounting, troubles, why_no_probes
@@ -3487,6 +3487,8 @@ CHECK_EVERY = 5.0  # s between two checks that our programs are still attached
 REPORT_EVERY = 10.0  # s between two lines with the counters (-d)
 SCRAPE_EVERY = 0.1  # s between two looks whether somebody asks for metrics
 DRAW_EVERY = 1.0  # s between two tables on a terminal
+DIGEST_EVERY = 0.25  # s between two looks for episodes ...
+DIGEST_MOST = 1024  # ... at so many rows at most: of more, at a sample
 KEYS_EVERY = 0.1  # s between two looks at the keyboard, at most
 NO_PROBES = 3  # exit status
 COMMAND_CHECK_EVERY = 0.1  # s, when nothing but the command's end is awaited
@@ -3683,6 +3685,7 @@ class Measurement:
             Every(0, self._go_on_with_json),
             Every(0, self._take),
             Every(RENEW_EVERY, self._match_late),
+            Every(DIGEST_EVERY, self._digest),
             Every(SCRAPE_EVERY, self._answer_scraper),
             Every(DRAW_EVERY, self._draw),
         )
@@ -3742,6 +3745,7 @@ class Measurement:
             results = self._results
             first = [results.take(), results.match_late()]
             self._write_all(itertools.chain(first, results.expire(1 << 63), iter(results.take, "")))
+            self._digest(is_over=True)
 
     def _write_all(self, portions: Iterable[str]) -> None:
         """Write rows, even if some before could not be written: all must be counted. Raises Failure at the end."""
@@ -3891,6 +3895,10 @@ class Measurement:
         }
         return results.rewrites.findings(), {"bpf": self._kernel.counters(), "user": user}
 
+    def _digest(self, is_over: bool = False) -> None:
+        with self._kernel.defects.noted("when links were slower is not known"):
+            self._results.summary.digest(DIGEST_MOST, is_over)
+
     def _draw(self) -> None:
         if self._view.is_shown:
             results = self._results
@@ -4004,6 +4012,7 @@ class ElfProbe:
                 names = None if config.numeric else ReverseDns()
                 summary = Summary(names.name_of) if names else Summary()
                 clock, processes = Clock(), ProcessLog()
+                summary.when = lambda at: time_of_day(clock.utc(at))
                 heading = heading_lines(ipr, devices, config, clock)
                 view = LiveView(self._console, names_of(devices), summary)
                 log_flow_events(attached.kernel, view)

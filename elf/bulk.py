@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from elf.batches import Batch
+from elf.episodes import PAUSE, SLICE_MAX, SLICE_MIN, SLICE_PROBES, TCP, Snapshot, Way
 from elf.paths import OUTAGE_MIN, Destination, Hop
 from elf.summary import (
     FLOW_HOPS_MAX,
@@ -26,6 +27,7 @@ from elf.summary import (
     Summary,
 )
 
+WATCHED_AT_ONCE = 1 << 14  # rows
 NEW_FLOWS_SHARE = 1 / 16  # of the rows of a batch, from which on these are noted one by one
 
 
@@ -181,6 +183,59 @@ def note_seconds(destination: Destination, events: list[Events]) -> None:
         count_until(1 << 62)
 
 
+def note_slices(way: Way, batch: Batch, flow_of: Any, flows: list[Flow]) -> None:
+    """Do Way.note() for answers in the order in which they left: the same slices, but for those at both ends.
+
+    flow_of are the numbers of the rows' flows.
+    """
+    times, hops = batch["sendtime"].tolist(), batch["outttl"]
+    need = SLICE_PROBES * len(np.unique(hops))
+    pauses = [*(np.flatnonzero(np.diff(batch["sendtime"]) > PAUSE) + 1).tolist(), len(times)]
+    starts, at, pause = [], bisect.bisect_left(times, way.last), 0
+    while at < len(times):
+        starts.append(at)
+        while pauses[pause] <= at:
+            pause += 1
+        end = max(bisect.bisect_left(times, times[at] + SLICE_MIN), at + need)
+        at = min(end, pauses[pause], bisect.bisect_left(times, times[at] + SLICE_MAX))
+    if not starts:
+        return
+    way.end_slice()
+    edges = np.array([*starts, len(times)])
+    rows = np.arange(starts[0], len(times))
+    number = np.repeat(np.arange(len(starts)), np.diff(edges))
+    srtt, window = batch["srtt"][rows], batch["cwnd"][rows]
+    has_srtt = srtt >= 0
+    keys = np.concatenate([number << 8 | hops[rows], (number << 8 | TCP)[has_srtt]])
+    values = np.concatenate([batch["latency"][rows], srtt[has_srtt] * 1000])
+    order = np.lexsort((values, keys))
+    keys, values = keys[order], values[order]
+    firsts = np.flatnonzero(np.diff(keys, prepend=-1))
+    counts = np.diff(np.append(firsts, len(keys)))
+    medians = (values[firsts + (counts - 1) // 2] + values[firsts + counts // 2]) / 2
+    latencies: list[dict[int, float]] = [{} for _ in starts]
+    for key, median in zip(keys[firsts].tolist(), medians.tolist()):
+        latencies[key >> 8][key & 0xFF] = median
+    has_window = window >= 0
+    windows = np.bincount(number[has_window], window[has_window], len(starts))
+    window_counts = np.bincount(number[has_window], minlength=len(starts))
+    changed = np.concatenate([[False], (np.diff(srtt) != 0) & (np.diff(number) == 0) & has_srtt[1:]])
+    updates = (np.bincount(number[changed], minlength=len(starts)) + 1).tolist()
+    retrans = np.zeros(len(starts))
+    for flow in np.unique(flow_of[rows][has_window]).tolist():
+        its = (flow_of[rows] == flow) & has_window
+        highest = np.maximum.accumulate(batch["retrans"][rows][its])
+        retrans += np.bincount(number[its], np.diff(highest, prepend=flows[flow].counted).clip(0), len(starts))
+        flows[flow].counted = int(highest[-1])
+    total = (way.retrans + np.cumsum(retrans)).astype(int).tolist()
+    for place, start in enumerate(starts):
+        end = edges[place + 1]
+        mean = windows[place] / window_counts[place] if window_counts[place] else None
+        way.add_slice(Snapshot(times[start], times[end - 1], latencies[place], mean, total[place], updates[place]))
+    way.retrans, way.last = total[-1], times[-1]
+    way.begin = way.due = way.last
+
+
 class BulkSummary(Summary):
     """A summary that can also be fed many rows at once."""
 
@@ -259,6 +314,38 @@ class BulkSummary(Summary):
             )
         self._note_flow_hops(groups, flows, fronts, are_answered)
         self._note_tcp(groups, flows)
+        self._watch(groups, flows, are_answered)
+
+    def _watch(self, groups: BatchGroups, flows: list[Flow], are_answered: Any) -> None:
+        """Give the answers of each destination to its watch."""
+        batch = groups.batch
+        by_dest = Groups(batch["dest"], np.flatnonzero(are_answered))
+        for start, end in zip(by_dest.starts.tolist(), by_dest.ends.tolist()):
+            its = by_dest.order[start:end]
+            destination = self._destinations[batch.text("dest", int(its[0]))]
+            watch = destination.watch
+            if not self._may_watch(destination, int(batch["sendtime"][its[-1]])):
+                continue
+            its = its[np.argsort(batch["sendtime"][its], kind="stable")]
+            for first in range(0, len(its), WATCHED_AT_ONCE):
+                rows = its[first : first + WATCHED_AT_ONCE]
+                numbers = np.unique(groups.flow_of[rows]).tolist()
+                ways = {id(flows[number].way): flows[number].way for number in numbers}
+                way = ways.popitem()[1] if len(ways) == 1 else None
+                pairs = np.unique(batch["outttl"][rows] << 32 | batch["responder"][rows]).tolist()
+                if way and all(way.responders.get(each >> 32) == batch.names[each & 0xFFFFFFFF] for each in pairs):
+                    watch.digest(destination.hops, is_over=True)
+                    note_slices(way, batch.take(rows), groups.flow_of[rows], flows)
+                    continue
+                if not watch.rows:
+                    self._waiting.append(destination)
+                columns = [batch[name][rows].tolist() for name in ("sendtime", "outttl", "latency", "responder")]
+                columns[3] = list(map(batch.names.__getitem__, columns[3]))
+                columns.append(list(map(flows.__getitem__, groups.flow_of[rows].tolist())))
+                for name in ("srtt", "cwnd", "retrans"):
+                    columns.append([None if value < 0 else value for value in batch[name][rows].tolist()])
+                watch.rows += zip(*columns)
+                watch.digest(destination.hops, is_over=False)
 
     def _hops_of(self, groups: BatchGroups) -> tuple[list[Destination], list[Hop]]:
         """Return the destination and the hop of each group."""

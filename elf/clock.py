@@ -91,6 +91,12 @@ def utc_text(ns: int) -> str:
     return f"{seconds}.{ns % SECOND // 1000:06}Z"
 
 
+def time_of_day(ns: int) -> str:
+    """Return the ns from 1970 as the time of day (UTC), in tenths of a second."""
+    tenths = (ns + SECOND // 20) // (SECOND // 10)
+    return f"{time.strftime('%H:%M:%S', time.gmtime(tenths // 10))}.{tenths % 10}Z"
+
+
 def utc_ns(text: str) -> int:
     """Return the ns from 1970 of UTC as utc_text() writes it. Raises ValueError."""
     match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z", text)

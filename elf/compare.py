@@ -16,12 +16,12 @@ from typing import Any, Iterator, Sequence
 import numpy as np
 
 from elf.course import Course, Line, rounded
+from elf.inference import holm, ranks, widening
 from elf.sources import KEYS, Results
 from elf.usage import printable
 
 SLICES = 40
 SLICES_MIN = 8  # of each run, below which nothing is said
-CORRELATION_MAX = 0.9
 SIGNIFICANT = 0.05
 COLUMNS = "hop", "before", "after", "change", "p", "answered", "after", "p", "what changed"
 ROUNDED_MIN = 1.03  # ratio of medians, below which rounding may be the reason why they differ
@@ -72,40 +72,16 @@ def hop_values(course: Course, number: int, lines: list[Line], is_exact: bool) -
     return HopValues(float(median), float(answered.sum() / probes.sum()), busiest.responder, medians, shares)
 
 
-def ranks(values: Any) -> Any:
-    """Return the ranks of values; equal ones have the same."""
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[which]
-
-
-def widening(values: Any) -> float:
-    """Return by what factor autocorrelation raises the variance of the mean: (1 + r) / (1 - r)."""
-    apart = values - values.mean()
-    total = float((apart * apart).sum())
-    r = float((apart[1:] * apart[:-1]).sum()) / total if total else 0.0
-    r = min(max(r + (1 + 4 * r) / len(values), 0.0), CORRELATION_MAX)  # r is too low where there are few values
-    return (1 + r) / (1 - r)
-
-
 def rank_sum(before: Any, after: Any) -> float | None:
     """Return p that both have the same distribution (two-sided), None if there are too few values."""
     if min(len(before), len(after)) < SLICES_MIN:
         return None
-    both = ranks(np.concatenate([before, after]))
+    both = np.array(ranks([*before, *after]))
     first, second = both[: len(before)], both[len(before) :]
     variance = float(both.var(ddof=1)) * (widening(first) / len(first) + widening(second) / len(second))
     if not variance:
         return 1.0
     return math.erfc(abs(float(first.mean() - second.mean())) / math.sqrt(2 * variance))
-
-
-def holm(found: list[float]) -> list[float]:
-    """Return p corrected for the number of comparisons."""
-    corrected, highest = [0.0] * len(found), 0.0
-    for place, number in enumerate(sorted(range(len(found)), key=found.__getitem__)):
-        highest = max(highest, min(found[number] * (len(found) - place), 1.0))
-        corrected[number] = highest
-    return corrected
 
 
 def changes(before: Results, after: Results) -> dict[str, list[HopChange]]:

@@ -2,24 +2,31 @@
 """Findings: what the figures say of a path, as data. Each kind of finding has its wording in its class.
 
 findings_on() looks at a destination; PathRewrites collects what routers change in the packets' headers.
+docs/findings.md has the methods.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable, ClassVar, Iterable, Iterator
+from typing import Any, Callable, ClassVar, Iterable, Iterator, Sequence
 
+from elf.episodes import MARGIN, TCP, Change, Episode
+from elf.inference import holm
 from elf.paths import Destination, Hop, Outage
 from elf.rows import Record
 
 ENOUGH_PROBES = 20  # to a hop, from which on its share of answers counts
 UNANSWERED_MIN, UNANSWERED_SHARE_MIN = 3, 0.005  # fewer unanswered probes are not reported
 TCP_AGREES_FROM = 1 / 10
-SENDS_FROM = 1 / 2  # share of probes with new data of TCP, from which on its retransmissions tell of loss
 OFTEN = 1 / 4  # changes per answer from which on a hop alternates
 SOURCE_TRANSLATED, NUMBER_TRANSLATED = 1, 2  # enum translation of elfprobe.c
 NEARLY_ALL = 9 / 10  # of the answers
 REWRITES_MAX = 1000  # findings that PathRewrites keeps
+SIGNIFICANT = 0.01  # chance of any wrong episode in a run
+SHOWN_MAX = 8  # episodes of a destination in a table: the largest
+MARKED = "congestion is marked"
+ECN, CE = 3, 3  # bits of the DSCP/ECN byte
+OWN_FROM = 0.5  # rank correlation, from which on the delay goes with the flow's own packets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +49,171 @@ class Finding:
         """Return from when until when it was so (CLOCK_MONOTONIC, ns), None for the whole run."""
         return None
 
+    @property
+    def sure(self) -> float | None:
+        """Return the probability that it is no chance, None if it is not reckoned."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Slower(Finding):
+    """Latencies were higher for a while."""
+
+    episode: Episode
+    p: float  # corrected for the number of tests
+
+    def figures(self) -> dict[str, Any]:
+        its = self.episode
+        own, p = its.own or (None, None)
+        return {
+            "rise": round(its.size), "rise_low": round(its.low), "rise_high": round(its.high),
+            "front": its.front or None, "responder": its.responders.get(its.hop),
+            "front_responder": its.responders.get(its.front), "behind": its.slower, "lasts": its.lasts,
+            "tcp_rise": None if its.tcp is None else round(its.tcp), "tcp_share": self.tcp_share(),
+            "retransmitted": its.retransmitted, "own_correlation": own, "own_p": p,
+        }  # fmt: skip
+
+    def span(self) -> tuple[int, int]:
+        return self.episode.begin, self.episode.end
+
+    @property
+    def sure(self) -> float:
+        return 1 - self.p
+
+    def tcp_share(self) -> float | None:
+        """Return the share of the rise of TCP's round trip that the episode explains, None if it did not rise."""
+        rise = self.episode.tcp
+        return min(self.episode.size / rise, 1.0) if rise is not None and rise > MARGIN else None
+
+    def _rise(self) -> str:
+        its = self.episode
+        return f"{its.size / 1e6:+.1f} ms (95 %: {its.low / 1e6:.1f}–{its.high / 1e6:.1f})"
+
+    def _place(self, hop: int) -> str:
+        responder = self.episode.responders.get(hop)
+        return f"hop {hop} ({responder})" if responder else f"hop {hop}"
+
+    def _tcp(self) -> str:
+        its, share = self.episode, self.tcp_share()
+        text = ""
+        if share is not None:
+            text = f"; explains {share:.0%} of the rise of TCP's round trip"
+        elif its.tcp is not None and its.tcp < its.size / 4:
+            text = "; TCP's round trip did not rise"
+        if its.retransmitted > 0:
+            text += f"; {its.retransmitted} segments retransmitted meanwhile"
+        return text
+
+    def _cause(self) -> str:
+        """Return whether the flow's own packets may have made the queue."""
+        rho, p = self.episode.own or (0.0, 1.0)
+        if rho >= OWN_FROM and p < SIGNIFICANT:
+            return f"; it rises and falls with the flow's own congestion window (rank correlation {rho:.2f})"
+        return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Queue(Slower):
+    """Delay between two hops, and at all behind."""
+
+    kind = "queue"
+
+    def text(self) -> str:
+        its = self.episode
+        behind = " and at all behind" if its.behind else ""
+        return (
+            f"{self._rise()} between {self._place(its.front)} and {self._place(its.hop)}{behind}, on the way "
+            f"there or back{self._tcp()}{self._cause()}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class QueueInFront(Slower):
+    """Delay at all hops."""
+
+    kind = "queue_in_front"
+
+    def text(self) -> str:
+        return (
+            f"{self._rise()} at all hops: in this host's own queue, or on the way to {self._place(self.hop)} or "
+            f"back{self._tcp()}{self._cause()}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class QueueBeyond(Slower):
+    """Delay of TCP's round trip alone."""
+
+    kind = "queue_beyond"
+
+    def text(self) -> str:
+        its = self.episode
+        more = f"; {its.retransmitted} segments retransmitted meanwhile" if its.retransmitted > 0 else ""
+        return (
+            f"{self._rise()} in TCP's round trip only: behind {self._place(its.front)}, on the way there or back, "
+            f"or at the other end{more}{self._cause()}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SlowAnswers(Slower):
+    """Delay of a router's answers, but not of what passes it."""
+
+    kind = "slow_answers"
+
+    def text(self) -> str:
+        its = self.episode
+        hops = f"hops {its.hop} to {its.slower[-1]}" if its.slower else self._place(its.hop)
+        forwards = "what passes it is not delayed" if its.behind else "TCP's round trip did not rise"
+        if its.slower:
+            forwards = "what passes them is not delayed: it is the way back from there, or they answer slowly"
+        return f"{self._rise()} in the answers of {hops} only; {forwards}"
+
+
+@dataclasses.dataclass(frozen=True)
+class SlowLastHop(Slower):
+    """Delay at the last hop that answers: nothing behind it tells whether packets were delayed."""
+
+    kind = "slow_last_hop"
+
+    def text(self) -> str:
+        return (
+            f"{self._rise()} at {self._place(self.hop)}, the last one that answers: a queue, or it answers slowly; "
+            "nothing behind it tells"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PathChange(Finding):
+    """From a hop on, other routers answer than before."""
+
+    kind = "path_change"
+    change: Change
+
+    def figures(self) -> dict[str, Any]:
+        far, rise, low, high = self.change.rise() or (None, None, None, None)
+        return {
+            "before": self.change.before, "after": self.change.after, "flows": self.change.flows,
+            "at": far,
+            **{name: None if its is None else round(its)
+               for name, its in (("rise", rise), ("rise_low", low), ("rise_high", high))},
+        }  # fmt: skip
+
+    def span(self) -> tuple[int, int]:
+        return self.change.begin, self.change.end
+
+    def text(self) -> str:
+        its, found = self.change, self.change.rise()
+        flows = f" for {its.flows} flows" if its.flows > 1 else ""
+        text = f"the path changed{flows} from hop {self.hop} on, which is now {its.after}, no longer {its.before}"
+        if not found:
+            return text
+        far, rise, low, high = found
+        text += f"; the latency of hop {far}"
+        if low <= 0 <= high:
+            return f"{text} is the same within {max(-low, high) / 1e6:.1f} ms"
+        return f"{text} changed by {rise / 1e6:+.1f} ms (95 %: {low / 1e6:.1f} to {high / 1e6:.1f})"
+
 
 @dataclasses.dataclass(frozen=True)
 class HopOutage(Finding):
@@ -49,18 +221,21 @@ class HopOutage(Finding):
 
     kind = "outage"
     outage: Outage
+    front: int  # the nearest hop in front of it that answers; 0: none
 
     def figures(self) -> dict[str, Any]:
-        return {"seconds": self.outage.seconds, "ends_path": self.outage.ends_path}
+        its = self.outage
+        return {"seconds": its.seconds, "ends_path": its.ends_path, "front": self.front or None}
 
     def span(self) -> tuple[int, int]:
         return self.outage.begin * 10**9, (self.outage.begin + self.outage.seconds) * 10**9
 
     def text(self) -> str:
-        when = f"for {self.outage.seconds} s from {self.outage.begin} s on (CLOCK_MONOTONIC)"
+        seconds = f"for {self.outage.seconds} s"
         if self.outage.ends_path:
-            return f"from hop {self.hop} on there was no answer {when}"
-        return f"hop {self.hop} was unresponsive {when}, but not those behind it"
+            where = f": interrupted behind hop {self.front}" if self.front else ""
+            return f"from hop {self.hop} on there was no answer {seconds}{where}"
+        return f"hop {self.hop} was unresponsive {seconds}, but not those behind it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +334,17 @@ class ResponderChanges(Finding):
         return f"hop {self.hop} changed {'once' if self.changes == 1 else f'{self.changes} times'}"
 
 
+@dataclasses.dataclass
+class Rewritten:
+    """A change of headers that quoted packets show: the nearest hop that quotes it, and how often it was quoted."""
+
+    hop: int
+    responder: str
+    begin: int  # when the first such probe left, ns
+    end: int
+    answers: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class OneAddress(Finding):
     """The same address answers at several hops."""
@@ -189,9 +375,30 @@ class PathRewrite(OfDestination):
 
     kind = "rewrite"
     what: str
+    its: Rewritten
+
+    def figures(self) -> dict[str, Any]:
+        return {"what": self.what, "responder": self.its.responder, "answers": self.its.answers}
+
+    def span(self) -> tuple[int, int]:
+        return self.its.begin, self.its.end
 
     def text(self) -> str:
-        return f"to {self.dest}: {self.what} before hop {self.hop} ({self.responder})"
+        return f"to {self.dest}: {self.what} before hop {self.hop} ({self.its.responder})"
+
+
+@dataclasses.dataclass(frozen=True)
+class CongestionMarks(PathRewrite):
+    """A router in front of the hop marks congestion (RFC 3168)."""
+
+    kind = "congestion_marks"
+
+    def text(self) -> str:
+        its = self.its
+        return (
+            f"to {self.dest}: congestion is marked (CE) before hop {self.hop} ({its.responder}): "
+            f"in {its.answers} answers from there on"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,19 +416,51 @@ class NearMiss(OfDestination):
 
 
 def findings_on(destination: Destination) -> Iterator[Finding]:
-    """Yield the findings on a destination: outages, unanswered probes, changes of responders."""
+    """Yield the findings on a destination: episodes, outages, unanswered probes, changes of responders."""
+    changes = [PathChange(change.hop, change) for change in destination.watch.changes]
+    yield from sorted([*slower_times(destination), *changes], key=lambda each: each.span() or (0, 0))
     outages = destination.outages()
     answering = {number: hop for number, hop in sorted(destination.hops.items()) if hop.latency.count}
     for number in answering:
-        yield from outages_to_tell(number, outages)
+        yield from outages_to_tell(number, {other: outages[other] for other in answering})
     yield from unanswered(destination, {
         number: hop for number, hop in answering.items() if hop.probes >= ENOUGH_PROBES
     }, outages)  # fmt: skip
     for number, hop in answering.items():
-        if hop.changes:
-            alternates = hop.changes > OFTEN * hop.latency.count
+        alternates = hop.changes > OFTEN * hop.latency.count or number in destination.watch.balanced
+        if hop.changes and (alternates or not destination.watch.changes):
             yield ResponderChanges(number, hop.changes, len(hop.responders), alternates)
     yield from shared_responders(answering)
+
+
+def slower_times(destination: Destination) -> Iterator[Slower]:
+    """Yield the episodes that are unlikely to be chance, in the order of time."""
+    found = destination.watch.episodes()
+    corrected = holm([episode.p for episode in found], destination.watch.tests.count)
+    for episode, p in zip(found, corrected):
+        if p < SIGNIFICANT:
+            yield slower(destination, episode, p)
+
+
+def slower(destination: Destination, episode: Episode, p: float) -> Slower:
+    """Return an episode as what it is: by which hops behind it, and TCP, were slower, too."""
+    hop, tcp = episode.hop, episode.tcp
+    if hop == TCP:
+        return QueueBeyond(episode.front, episode, p)
+    rises = tcp is not None and tcp > episode.size / 2
+    if not rises and not destination.tcp_sends:  # who receives does not measure it
+        episode, tcp = dataclasses.replace(episode, tcp=None), None
+    if episode.behind:
+        passes_on = len(episode.slower) == len(episode.behind)
+    elif rises:
+        passes_on = True
+    elif tcp is not None:
+        passes_on = False
+    else:
+        return SlowLastHop(hop, episode, p)
+    if not passes_on:
+        return SlowAnswers(hop, episode, p)
+    return Queue(hop, episode, p) if episode.front else QueueInFront(hop, episode, p)
 
 
 def outages_to_tell(number: int, outages: dict[int, list[Outage]]) -> Iterator[HopOutage]:
@@ -229,7 +468,7 @@ def outages_to_tell(number: int, outages: dict[int, list[Outage]]) -> Iterator[H
     nearer = [outage for other in outages if other < number for outage in outages[other] if outage.ends_path]
     for outage in outages[number]:
         if not (outage.ends_path and any(outage.overlaps(other) for other in nearer)):
-            yield HopOutage(number, outage)
+            yield HopOutage(number, outage, max((other for other in outages if other < number), default=0))
 
 
 def unanswered(
@@ -266,8 +505,34 @@ def tcp_on_loss(destination: Destination, share: float) -> tuple[int | None, boo
     TCP, or TCP that mostly receives. It has nothing to retransmit, whatever is lost.
     """
     probes, retransmitted = destination.tcp_probes, destination.retransmitted
-    sends = destination.tcp_advances > probes * SENDS_FROM
-    return (retransmitted if sends else None), retransmitted >= share * probes * TCP_AGREES_FROM
+    return (retransmitted if destination.tcp_sends else None), retransmitted >= share * probes * TCP_AGREES_FROM
+
+
+When = Callable[[int], str]  # makes a time of CLOCK_MONOTONIC (ns) a text
+
+
+def monotonic_text(at: int) -> str:
+    return f"{at / 1e9:.1f} s"
+
+
+def sentence(finding: Finding, when: When = monotonic_text) -> str:
+    """Return what the table says of a finding."""
+    span = None if isinstance(finding, OfDestination) else finding.span()
+    return f"{when(span[0])}–{when(span[1])}  {finding.text()}" if span else finding.text()
+
+
+def sentences(findings: Sequence[Finding], when: When = monotonic_text) -> Iterator[str]:
+    """Yield what the table says of a destination: of many episodes, the largest."""
+    episodes = sorted(
+        (each for each in findings if isinstance(each, Slower)), key=lambda each: -each.episode.weight
+    )
+    changes = [each for each in findings if isinstance(each, PathChange)]
+    left_out = set(map(id, [*episodes[SHOWN_MAX:], *changes[SHOWN_MAX:]]))
+    for finding in findings:
+        if id(finding) not in left_out:
+            yield sentence(finding, when)
+    if left_out:
+        yield f"{len(left_out)} more times of delay, and later changes of the path, are in the JSON file"
 
 
 def shared_responders(hops: dict[int, Hop]) -> Iterator[OneAddress]:
@@ -286,25 +551,38 @@ class PathRewrites:
     """Collects the header changes that quoted packets show, each with the nearest hop that quotes it."""
 
     def __init__(self) -> None:
-        self._nearest: dict[tuple[str, str], PathRewrite] = {}  # by destination and change
+        self._found: dict[tuple[str, str], Rewritten] = {}  # by destination and change
         self.near_misses: Callable[[], Iterable[NearMiss]] = tuple
 
     def note(self, probe: Record) -> None:
         """Note the changes that the reply to a probe shows."""
         if probe.intos != probe.outtos:
-            self._note_change(probe, f"DSCP/ECN {probe.outtos:#04x} becomes {probe.intos:#04x}")
+            self._note_change(probe, tos_change(probe.outtos or 0, probe.intos or 0))
         if probe.translated & SOURCE_TRANSLATED:
             self._note_change(probe, "the source address is translated")
         if probe.translated & NUMBER_TRANSLATED:
             self._note_change(probe, "the TCP sequence numbers are changed")
 
     def _note_change(self, probe: Record, what: str) -> None:
-        found = self._nearest.get((probe.dest, what))
-        if found is None and len(self._nearest) >= REWRITES_MAX:
-            return
-        if found is None or probe.outttl < found.hop:
-            self._nearest[probe.dest, what] = PathRewrite(probe.outttl, probe.dest, probe.responder, what)
+        its = self._found.get((probe.dest, what))
+        if its is None:
+            if len(self._found) >= REWRITES_MAX:
+                return
+            its = Rewritten(probe.outttl, probe.responder, probe.sendtime, probe.sendtime)
+            self._found[probe.dest, what] = its
+        if probe.outttl < its.hop:
+            its.hop, its.responder = probe.outttl, probe.responder
+        its.answers += 1
+        its.begin, its.end = min(its.begin, probe.sendtime), max(its.end, probe.sendtime)
 
     def findings(self) -> Iterator[OfDestination]:
-        yield from (finding for _, finding in sorted(self._nearest.items()))
+        for (dest, what), its in sorted(self._found.items(), key=lambda item: item[0]):
+            yield (CongestionMarks if what == MARKED else PathRewrite)(its.hop, dest, its.responder, what, its)
         yield from self.near_misses()
+
+
+def tos_change(sent: int, quoted: int) -> str:
+    """Return what happened to the DSCP/ECN byte."""
+    if sent | ECN == quoted and sent & ECN and quoted & ECN == CE:
+        return MARKED
+    return f"DSCP/ECN {sent:#04x} becomes {quoted:#04x}"

@@ -7,12 +7,14 @@ import collections
 import math
 from typing import Any, NamedTuple
 
+from elf.episodes import Comparisons, Watch
 from elf.histogram import BucketCounts, Differences, LatencyHistogram
 
 SIGNIFICANT = 3  # standard errors by which two shares must differ
 OUTAGE_MIN = 3  # s: an outage is longer, and another hop answers in more seconds of it
 OUTAGES_MAX = 5  # of a hop, that are kept
 RESPONDERS_MAX = 64  # of a hop, that are told apart
+SENDS_FROM = 1 / 2  # share of probes with new data of TCP, from which on its retransmissions tell of loss
 
 
 class Outage(NamedTuple):
@@ -130,7 +132,7 @@ def active_seconds(hop: Hop | None) -> int:
 class Destination:
     """The hops on the path to a destination, by TTL, and what TCP says of the flows to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, tests: Comparisons | None = None) -> None:
         self.hops: dict[int, Hop] = {}
         self.srtt = LatencyHistogram()
         self.retransmitted = 0  # segments, by each probed flow since its first probe
@@ -141,6 +143,7 @@ class Destination:
         self._lately = 0.0  # as of the last probes_lately()
         self._probes_before = 0  # then
         self.last_second = 0  # in which the newest probe left, CLOCK_MONOTONIC
+        self.watch = Watch(tests or Comparisons())
 
     @property
     def probes(self) -> int:
@@ -157,6 +160,11 @@ class Destination:
         """Note that a probe left in this second."""
         self.last_second = max(self.last_second, second)
         self.srtt.limit()
+
+    @property
+    def tcp_sends(self) -> bool:
+        """Whether the flows mostly send: a receiver has nothing to retransmit, and measures no round trip."""
+        return self.tcp_advances > self.tcp_probes * SENDS_FROM
 
     def neighbours(self, number: int) -> tuple[Hop | None, Hop | None]:
         """Return the nearest hops that answer: in front of this one, and behind it."""

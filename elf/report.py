@@ -12,7 +12,7 @@ from collections.abc import Iterator  # typing.Iterator takes several times as l
 from typing import Any
 
 from elf.clock import Clock, utc_text
-from elf.findings import Finding, PathRewrites, findings_on
+from elf.findings import Finding, PathRewrites, findings_on, sentence
 from elf.histogram import LatencyHistogram
 from elf.paths import Destination, Hop
 from elf.processes import ProcessLog
@@ -138,8 +138,8 @@ class Report:
             "from": utc_text(begin),
             "until": utc_text(end),
             "figures": finding.figures(),
-            "sure": None,
-            "sentence": finding.text(),
+            "sure": finding.sure,
+            "sentence": sentence(finding, self._summary.when),
         }
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from elf.addresses import flow_text
 from elf.batches import Batch, Survey, Texts, open_regular, read_batches, survey
 from elf.bulk import BatchGroups, BulkSummary, Groups
-from elf.clock import Mapping, utc_ns, zero_at
+from elf.clock import Mapping, time_of_day, utc_ns, zero_at
 from elf.course import SECOND, SMALL_BINS, Course, bin_width, round_up
 from elf.usage import Failure
 
@@ -107,6 +107,14 @@ class Source:
     def first(self) -> int:
         """Return when the first probe left: CLOCK_MONOTONIC, ns."""
         return min((rows.span[0] for rows, _ in self.files if rows.span), default=0)
+
+    def time_text(self, in_utc: bool) -> Callable[[int], str]:
+        """Return a function that tells a time of CLOCK_MONOTONIC (ns): time of day, or s since the first probe."""
+        if in_utc and self.files:
+            mappings = sorted({mapping for _, its in self.files for mapping in its})
+            return lambda at: time_of_day(at + zero_at(mappings, at))
+        first = self.first()
+        return lambda at: f"{(at - first) / SECOND:.1f} s"
 
     def times(self, mappings: list[Mapping], sendtime: Any, in_utc: bool) -> Any:
         """Return the times of rows, ns: from 1970, or since the first probe."""
@@ -306,6 +314,7 @@ def read(
     """
     courses = planned_courses(source, in_utc, window, most, fine)
     results = Results(source, BulkSummary(), courses, collections.Counter())
+    results.summary.when = source.time_text(in_utc)
     texts = Texts()
     for rows, mappings in source.files:
         batches = [rows.batch] if rows.share >= 1 else read_batches(rows.path, texts, tell)
@@ -317,6 +326,7 @@ def read(
             if window.by != "dest":
                 count(results.counts, batch, slice(None))
             results.summary.note_all(batch)
+            results.summary.digest()
             for number in np.flatnonzero(np.bincount(batch["dest"])).tolist():
                 dest = batch.names[number]
                 its = np.flatnonzero(batch["dest"] == number)
@@ -325,6 +335,7 @@ def read(
                     courses[dest] = Course(dest, int(times[its[0]]), bin_width(end - begin, 0))
                 if dest in courses:
                     courses[dest].add(batch.take(its), times[its])
+    results.summary.digest(is_over=True)
     for dest in [dest for dest, course in courses.items() if not course.probes]:
         del courses[dest]
     return results

@@ -7,10 +7,12 @@ import array
 import itertools
 import logging
 import math
+import random
 from typing import Callable, Iterable, Iterator, NamedTuple, Tuple
 
 from elf.addresses import flow_text
-from elf.findings import findings_on
+from elf.episodes import Comparisons, Row, Way
+from elf.findings import When, findings_on, monotonic_text, sentences
 from elf.histogram import Stats
 from elf.lines import Line, Mark, fitting
 from elf.paths import Destination, Hop
@@ -22,6 +24,8 @@ HOPS_MAX = 8192  # of all destinations together
 FLOWS_MAX = 32768  # that are remembered
 FLOWS_LOOKED_AT = 8192  # for a table, to find those of a destination
 FLOW_HOPS_MAX = 65536  # of all of them together
+WAITING_MAX = 4096  # rows of a destination that wait for digest()
+WATCHED_MAX, WATCHED_IDLE = 64, 60 * 10**9  # destinations; ns without a probe, after which another takes the place
 NEVER = 1 << 63  # ns, above every latency
 MOMENT = 10**8  # ns: latencies are compared between the first answers of hops in each moment of a flow
 MOMENTS_KEPT = 8  # of a flow and hop: an answer may come so many later than that of the hop behind
@@ -45,7 +49,8 @@ class FlowHop:
     """The probes of a flow to a hop that have ended, and who answers there."""
 
     __slots__ = (
-        "answered", "unanswered", "total", "minimum", "maximum", "responder", "since", "recent", "until", "moments",
+        "answered", "unanswered", "total", "minimum", "maximum", "responder", "since", "before", "recent", "until",
+        "moments",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -54,6 +59,7 @@ class FlowHop:
         self.minimum, self.maximum = NEVER, 0  # ns
         self.responder = ""
         self.since = 0  # when the first probe left that this responder answered, ns
+        self.before = ""  # the responder before it
         self.recent = array.array("Q")  # latencies that are not in the figures yet
         self.until = 0  # end of the newest moment in which a probe left that was answered, ns
         self.moments = array.array("q")  # the last such moments, and the latency of the first answer in each
@@ -89,7 +95,7 @@ class FlowHop:
 class Flow:
     """What the probes of a flow showed."""
 
-    __slots__ = ("app", "pid", "source", "hops", "retrans", "last_sent", "sequence")
+    __slots__ = ("app", "pid", "source", "hops", "retrans", "last_sent", "sequence", "way", "counted")
 
     def __init__(self, app: str, pid: int | None, source: str, retrans: int) -> None:
         self.app = app
@@ -99,6 +105,8 @@ class Flow:
         self.retrans = retrans  # segments, the highest count so far
         self.sequence = 0  # TCP sequence number of the newest packet that was cloned
         self.last_sent = 0  # when the newest probe with a retransmission count left, ns
+        self.way: Way | None = None  # elf.episodes follows it
+        self.counted = retrans  # segments, the retransmissions that it has counted
 
     def updated_hops(self) -> dict[int, FlowHop]:
         """Return the hops, with all probes in their figures."""
@@ -120,6 +128,7 @@ class Place(NamedTuple):
     add_latency: Callable[[int], None]  # to the hop's
     add_of_flow: Callable[[int], None]  # to the flow's at this hop
     add_srtt: Callable[[int], None]
+    rows: list[Row]  # that wait for digest()
 
 
 class Summary:
@@ -138,6 +147,11 @@ class Summary:
         self._flow_hops = 0
         self._probes_left_out = 0
         self.forgotten = 0  # how often destinations or flows were forgotten
+        self._waiting: list[Destination] = []  # those with rows that wait for digest()
+        self._watched: dict[int, Destination] = {}  # by id, the newest of them last
+        self._random = random.Random(1)
+        self._tests = Comparisons()
+        self.when: When = monotonic_text  # how times are told
 
     def _label(self, address: str) -> str:
         """Return the address, followed by its name if that is known."""
@@ -190,7 +204,7 @@ class Summary:
         flow = self._flows.get(key) or self._new_flow(key, destination, probe)
         of_flow = flow.hops.get(number) or self._new_flow_hop(flow, number)
         adding = hop.latency.recent.append, of_flow.recent.append, destination.srtt.recent.append
-        return Place(destination, hop, flow, of_flow, key, number, probe.responder, *adding)
+        return Place(destination, hop, flow, of_flow, key, number, probe.responder, *adding, destination.watch.rows)
 
     def note_at(
         self,
@@ -206,7 +220,7 @@ class Summary:
 
         This runs for each row. What can wait is done once a second.
         """
-        destination, hop, flow, of_flow, _, _, responder, add_latency, add_of_flow, add_srtt = place
+        destination, hop, flow, of_flow, _, number, responder, add_latency, add_of_flow, add_srtt, rows = place
         if cwnd is not None:
             if srtt is not None:
                 add_srtt(srtt * 1000)
@@ -232,6 +246,11 @@ class Summary:
             hop.note_other(responder, latency)
         if responder != of_flow.responder:
             self._note_responder(hop, of_flow, place.key, place.number, responder, sendtime)
+        if len(rows) >= WAITING_MAX:
+            return
+        if not rows:
+            self._waiting.append(destination)
+        rows.append((sendtime, number, latency, responder, flow, srtt, cwnd, retrans))
 
     @staticmethod
     def _note_moment(place: Place, sendtime: int, latency: int) -> None:
@@ -249,6 +268,36 @@ class Summary:
             destination.note_second(second)
         if second > hop.last_second:
             hop.note_second(second, *destination.neighbours(place.number))
+
+    def _may_watch(self, destination: Destination, now: int) -> bool:
+        """Return whether there is room to look for episodes of a destination. Those without probes make room."""
+        watched = self._watched
+        is_new = watched.pop(id(destination), None) is None
+        if is_new and len(watched) >= WATCHED_MAX:
+            oldest = next(iter(watched.values()))
+            if now < oldest.watch.newest + WATCHED_IDLE:
+                return False
+            oldest.watch.forget()
+            del watched[id(oldest)]
+        watched[id(destination)] = destination
+        return True
+
+    def digest(self, most: int | None = None, is_over: bool = False) -> None:
+        """Look for episodes in the rows that wait: in a sample, if there are more than so many."""
+        waiting, self._waiting = self._waiting, []
+        count = sum(len(each.watch.rows) for each in waiting)
+        for destination in waiting:
+            watch = destination.watch
+            if not watch.rows:
+                continue  # BulkSummary has looked at them
+            if not self._may_watch(destination, watch.rows[-1][0]):
+                del watch.rows[:]
+                continue
+            if most is not None and count > most:
+                watch.rows[:] = self._random.sample(watch.rows, max(len(watch.rows) * most // count, 1))
+            watch.digest(destination.hops, is_over)
+            if watch.rows:
+                self._waiting.append(destination)
 
     @staticmethod
     def _note_retrans(destination: Destination, flow: Flow, sendtime: int, retrans: int) -> None:
@@ -268,6 +317,7 @@ class Summary:
             if sendtime < of_flow.since:
                 return  # a late answer, from before the change
             self._log_change(hop, key, number, responder, of_flow.responder)
+            of_flow.before = of_flow.responder
         of_flow.responder = responder
         of_flow.since = sendtime
 
@@ -281,7 +331,7 @@ class Summary:
 
     def _new_destination(self, dest: str) -> Destination:
         self.name_of(dest)
-        destination = self._destinations[dest] = Destination()
+        destination = self._destinations[dest] = Destination(self._tests)
         return destination
 
     def _new_hop(self, destination: Destination, number: int) -> Hop:
@@ -378,8 +428,8 @@ class Summary:
         for way in ways_texts(ways_to(destination, (item for item in newest if item[0][0] == dest))):
             for text in fitting(way, columns):
                 yield Line(text)
-        for finding in findings_on(destination):
-            for text in fitting(finding.text(), columns):
+        for sentence in sentences(list(findings_on(destination)), self.when):
+            for text in fitting(sentence, columns):
                 yield Line(text, Mark.NOTABLE)
 
     def _responders(self, hop: Hop, start: str) -> Iterator[str]:

@@ -53,7 +53,8 @@ def pytest_configure() -> None:
 # What no other test on the machine can disturb, nor it them; what follows processes by name, which may be those of
 # other tests, too; what is left. Each group takes about a third of the time (see tests/run).
 BESIDE = {
-    'test_driver', 'test_firewalls', 'test_install', 'test_lab', 'test_packets', 'test_page', 'test_path_model',
+    'test_driver', 'test_findings', 'test_firewalls', 'test_install', 'test_lab', 'test_packets', 'test_page',
+    'test_path_model',
     'test_plot', 'test_replies', 'test_stalls',
 }  # fmt: skip
 BY_NAME = {

@@ -85,7 +85,7 @@ def checksum_is_right(frame: bytes) -> bool:
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize('script', ['demo', 'run', 'soak', 'fresh', 'vm/run'])
+@pytest.mark.parametrize('script', ['demo', 'run', 'soak', 'fresh', 'verdicts', 'vm/run'])
 def test_help(script):
     """It says how to call the script, from any folder; tests/fresh sees that it installs nothing."""
     shown = run(str(HERE / script), '-h', cwd='/')

@@ -22,6 +22,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import elfplot
+from elf.episodes import Comparisons, Watch
 from elf.rows import NAMES as COLUMNS
 from elf.rows import Record, text_of_field
 from elf.summary import Summary
@@ -108,7 +109,7 @@ def picture_of(rows: Iterable[dict[str, Any]], csv: Path, *options: str) -> elfp
 def picture_of_file(csv: Path, *options: str) -> elfplot.Picture:
     args = elfplot.parse_arguments([*options, str(csv)])
     results, in_utc, _ = elfplot.read_all(args)
-    return elfplot.draw(elfplot.choose(results, args.dest)[0], in_utc, csv.name, [], args)
+    return elfplot.draw(elfplot.choose(results, args.by, args.dest)[0], in_utc, csv.name, [], args)
 
 
 def rows_of(csv: Path) -> list[Record]:
@@ -393,6 +394,9 @@ def test_table(csv: Path, capfd: pytest.CaptureFixture[str]) -> None:
     summary = Summary()
     for one in rows:
         summary.note(Record(*(one[name] for name in Record._fields[:8])))
+    summary.digest(is_over=True)
+    first = min(one['sendtime'] for one in rows)
+    summary.when = lambda at: f'{(at - first) / S:.1f} s'
     *lines, picture, end = capfd.readouterr().out.split('\n')
     assert lines == [*summary.tables()[1:], '']
     assert [line.split()[:5] for line in lines[2:5]] == [
@@ -950,11 +954,13 @@ def random_rows(seed: int) -> list[Record]:
 
 
 def what_is_known(summary: Summary) -> Any:
-    """All that tables, findings and elf.json are made of."""
+    """All that tables, findings and elf.json are made of, but for episodes: their slices end where batches do."""
+    for _, destination in summary.destinations():
+        destination.watch = Watch(Comparisons())
 
     def of(its: Any) -> Any:
         names = getattr(type(its), '__slots__', None) or vars(its)
-        return {name.lstrip('_'): getattr(its, name) for name in names}
+        return {name.lstrip('_'): getattr(its, name) for name in names if name not in ('way', 'counted')}
 
     def hop(its: Any) -> Any:
         return {
@@ -967,7 +973,7 @@ def what_is_known(summary: Summary) -> Any:
 
     destinations = [
         (dest, {number: hop(its) for number, its in found.hops.items()}, found.srtt.count and found.srtt.stats(),
-         {name: value for name, value in vars(found).items() if name not in ('hops', 'srtt')})
+         {name: value for name, value in vars(found).items() if name not in ('hops', 'srtt', 'watch')})
         for dest, found in summary.destinations()
     ]  # fmt: skip
     flows = [

@@ -1,0 +1,615 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Episodes: times in which something on a path was slower than before, and where. docs/findings.md has the method.
+
+    Watch       the rows of a destination, by way: the flows whose packets take the same routers
+    Way         cuts the rows of a way into slices of time, compares each with the slices before, and follows runs
+                of raised slices
+    Episode     a run of raised slices: where, from when until when, how much, how sure
+
+All of it is fed with answered probes, in any order that is at most as wrong as that of their arrival. Memory is
+bounded: a way keeps REFERENCE_MAX values for each hop, and INSIDE_MAX slices of what goes on.
+"""
+
+from __future__ import annotations
+
+import array
+import collections
+import dataclasses
+import operator
+from typing import Any, Iterator, Sequence, Tuple
+
+from elf.inference import fisher, median, median_interval, spearman, superiority
+
+SLICE_MIN = 50 * 10**6  # ns: a slice is at least so long ...
+SLICE_PROBES = 3  # ... and has so many answers for each hop, ...
+SLICE_MAX = 10 * 10**9  # ns: ... but is no longer than this
+CELL_MAX = 32  # answers of a hop in a slice that are looked at
+PAUSE = 10**9  # ns without an answer, which end a slice
+REFERENCE_MIN = 20  # slices of a hop, from which on others are compared with them
+REFERENCE_MAX = 300  # the newest quiet ones, which are kept
+RENEWED_AFTER = 50  # new slices, after which thresholds are computed again
+MARGIN = 500_000  # ns: a smaller rise is not worth a word ...
+TCP_MARGIN = 750_000  # ... nor this of TCP's round trip, which the other end's own work is part of
+USUAL = 0.975  # share of the quiet slices that are below the threshold
+RAISED_MIN = 3  # slices of an episode
+TOGETHER = 500 * 10**6  # ns between episodes that are one
+QUIET_AFTER = 4  # quiet slices in a row end a run ...
+QUIET_NS = 150 * 10**6  # ... if they last so long
+WORTH_KEEPING = 0.001  # p of a single test, above which a run is forgotten
+RECENT_MAX = 40  # newest slices, quiet or not
+INSIDE_MAX = 128  # slices of a run that are kept: of longer ones every second, every fourth ...
+LASTING = 600 * 10**9  # ns, from which on a higher level is the usual one
+UPPER = 0.75  # place among the raised slices of the one that tells the level
+STANDS_OUT = 0.9  # share of pairs of slices in which the step is above the variation in front
+SRTT_GAIN = 8  # measurements over which TCP smooths its round trip
+WAYS_MAX = 8  # of a destination
+BALANCED_MIN, BALANCED_SHARE = 8, 1 / 16  # changes of a hop, and per answer, from which on it is several routers
+CHANGES_MAX = 100  # of a destination
+CHANGE_TOGETHER = 2 * 10**9  # ns: flows that change within this time change together
+EPISODES_MAX = 200  # of a destination: the largest ones
+WAIT_MIN, WAIT_MAX = 50 * 10**6, 2 * 10**9  # ns for which rows wait for those of probes that left before
+TCP = 0  # number of the series of TCP's round trip, in place of a hop's
+
+Row = Tuple[int, int, int, str, Any, Any, Any, Any]  # sendtime, hop, latency, responder, flow, srtt, cwnd, retrans
+sendtime_of, latency_of = operator.itemgetter(0), operator.itemgetter(2)
+
+
+@dataclasses.dataclass
+class Episode:
+    """Something was slower for a while."""
+
+    begin: int  # ns, CLOCK_MONOTONIC
+    end: int
+    hop: int  # the first hop that was slower; 0: none, only TCP's round trip
+    front: int  # the nearest hop in front of it that answers; 0: none
+    size: float  # ns
+    low: float  # between these with 95 %
+    high: float
+    p: float  # that it is by chance, of this test alone
+    responders: dict[int, str]
+    behind: list[int]  # further hops that answer
+    slower: list[int]  # those of them that were slower, too
+    tcp: float | None  # by how much TCP's round trip rose, ns; None: not known
+    retransmitted: int  # segments, meanwhile
+    own: tuple[float, float] | None = None  # correlation with the congestion window, and p that there is none
+    lasts: bool = False
+
+    def meets(self, other: Episode) -> bool:
+        return self.begin < other.end and other.begin < self.end
+
+    @property
+    def weight(self) -> float:
+        return self.size * (self.end - self.begin)
+
+
+@dataclasses.dataclass
+class Change:
+    """Flows changed from one way to another."""
+
+    begin: int  # ns, CLOCK_MONOTONIC, of the first flow
+    end: int  # of the last one
+    hop: int  # the first one that differs
+    before: str  # its responders
+    after: str
+    old: dict[int, tuple[float, float, float]]  # what was usual by hop: median_interval()
+    was: Way
+    new: Way
+    flows: int = 1
+
+    def rise(self) -> tuple[int, float, float, float] | None:
+        """Return the farthest hop of both ways, and by how much its latency rose: between what with 95 % at least.
+
+        None: too few values.
+        """
+        new = self.new.usual()
+        far = max((number for number in self.old if number in new), default=TCP)
+        if far == TCP:  # that of a socket that only receives stays the same
+            return None
+        (old, old_low, old_high), (now, low, high) = self.old[far], new[far]
+        return far, now - old, low - old_high, high - old_low
+
+
+class Snapshot:
+    """What a slice of time showed, by hop."""
+
+    __slots__ = ("begin", "end", "latency", "excess", "step", "window", "retrans", "updates")
+
+    def __init__(
+        self, begin: int, end: int, latency: dict[int, float], window: float | None, retrans: int, updates: int
+    ) -> None:
+        self.begin, self.end = begin, end
+        self.latency = latency  # medians, ns; [TCP]: its round trip
+        self.excess: dict[int, float] = {}  # above what is usual
+        self.step: dict[int, float] = {}  # excess over that of the hop in front
+        self.window = window  # segments in flight, or allowed to be
+        self.retrans = retrans  # segments, so far
+        self.updates = updates  # how often TCP's round trip was another one than before
+
+
+class Reference:
+    """The newest quiet values of something: what is usual."""
+
+    __slots__ = ("values", "usual", "threshold", "_new")
+
+    def __init__(self) -> None:
+        self.values = array.array("d")
+        self.usual: float | None = None  # the median; None: too few values yet
+        self.threshold = 0.0
+        self._new = 0
+
+    def add(self, value: float) -> None:
+        self.values.append(value)
+        self._new += 1
+        count = len(self.values)
+        if count >= REFERENCE_MAX + RENEWED_AFTER:
+            del self.values[:RENEWED_AFTER]
+            count -= RENEWED_AFTER
+        if self._new >= RENEWED_AFTER or (count <= 4 * REFERENCE_MIN and not count % 5):
+            self._new = 0
+            if count >= REFERENCE_MIN:
+                ordered = sorted(self.values)
+                self.usual = median(ordered)
+                self.threshold = max(ordered[int(USUAL * (count - 1))], self.usual + MARGIN)
+
+
+class Run:
+    """Raised slices one behind the other, with few others between them."""
+
+    __slots__ = ("inside", "count", "raised", "quiet", "quiet_since", "end", "_every")
+
+    def __init__(self) -> None:
+        self.inside: list[Snapshot] = []
+        self.count = self.raised = self.quiet = self.quiet_since = self.end = 0
+        self._every = 1
+
+    def add(self, snapshot: Snapshot, is_raised: bool) -> None:
+        self.count += 1
+        if self.count % self._every == 0 or not self.inside:
+            self.inside.append(snapshot)
+            if len(self.inside) > INSIDE_MAX:
+                del self.inside[1::2]
+                self._every *= 2
+        if is_raised:
+            self.raised += 1
+            self.quiet, self.end = 0, snapshot.end
+        else:
+            self.quiet_since = self.quiet_since if self.quiet else snapshot.begin
+            self.quiet += 1
+
+    def is_over(self, now: int) -> bool:
+        return self.quiet >= QUIET_AFTER and now - self.quiet_since >= QUIET_NS
+
+    def slices(self) -> list[Snapshot]:
+        """Return those until the last raised one."""
+        return [each for each in self.inside if each.end <= self.end]
+
+
+@dataclasses.dataclass
+class Comparisons:
+    """How many slices of time a run has compared with others."""
+
+    count: int = 0
+
+
+class Way:
+    """The flows to a destination whose packets take the same routers."""
+
+    __slots__ = (
+        "responders", "episodes", "tests", "due", "begin", "last", "cells", "srtts", "windows", "retrans",
+        "_latencies", "_steps", "_runs", "_held", "_recent",
+    )  # fmt: skip
+
+    def __init__(self, responders: dict[int, str], tests: Comparisons) -> None:
+        self.responders = responders
+        self.episodes: list[Episode] = []
+        self.tests = tests
+        self.begin = self.due = self.last = 0
+        self.cells: dict[int, list[int]] = {}
+        self.srtts: list[int] = []
+        self.windows: list[int] = []
+        self.retrans = 0
+        self._latencies: dict[int, Reference] = {}
+        self._steps: dict[int, Reference] = {}
+        self._runs: dict[int, Run] = {}
+        self._held: list[Snapshot] = []  # since the oldest run began
+        self._recent: collections.deque[Snapshot] = collections.deque(maxlen=RECENT_MAX)
+
+    def note(self, rows: Sequence[Row]) -> None:
+        """Add answered probes in the order in which they left. Those that left before former ones do not count."""
+        due, last, cells = self.due, self.last, self.cells
+        for sendtime, number, latency, _, flow, srtt, window, retrans in rows:
+            if sendtime >= due:
+                self.last = last
+                self._cut(sendtime)
+                due, cells = self.due, self.cells
+            elif sendtime < last:
+                continue
+            last = sendtime
+            cell = cells.get(number)
+            if cell is None:
+                cells[number] = [latency]
+            elif len(cell) < CELL_MAX:
+                cell.append(latency)
+            if window is not None:
+                if srtt is not None:
+                    self.srtts.append(srtt)
+                self.windows.append(window)
+                if retrans and retrans != flow.counted:
+                    if retrans > flow.counted >= 0:
+                        self.retrans += retrans - flow.counted
+                    flow.counted = retrans
+        self.last = last
+
+    def _cut(self, now: int) -> None:
+        """End the slice, if it is long enough and has enough answers; otherwise it goes on."""
+        answers = sum(map(len, self.cells.values()))
+        is_enough = answers >= SLICE_PROBES * len(self.cells)
+        if is_enough or now - self.last > PAUSE or now - self.begin > SLICE_MAX:
+            self._end(answers)
+            self.begin, self.due = now, now + SLICE_MIN
+        else:
+            self.due = now + SLICE_MIN // 4
+
+    def end_slice(self) -> None:
+        """End the slice that goes on."""
+        self._end(sum(map(len, self.cells.values())))
+
+    def _end(self, answers: int) -> None:
+        if answers:
+            latency: dict[int, float] = {number: median(sorted(cell)) for number, cell in self.cells.items()}
+            updates = sum(map(operator.ne, self.srtts, self.srtts[1:])) + 1
+            if self.srtts:
+                latency[TCP] = median(sorted(self.srtts)) * 1000
+            window = sum(self.windows) / len(self.windows) if self.windows else None
+            self.add_slice(Snapshot(self.begin, self.last, latency, window, self.retrans, updates))
+        self.cells, self.srtts, self.windows = {}, [], []
+
+    def add_slice(self, snapshot: Snapshot) -> None:
+        """Compare a slice with those before, hop by hop."""
+        self._set_steps(snapshot)
+        runs = self._runs
+        for series, step in snapshot.step.items():
+            reference = self._steps.get(series)
+            if reference is None or reference.usual is None:
+                continue
+            self.tests.count += 1
+            is_raised = step > reference.threshold
+            run = runs.get(series)
+            if run is None and is_raised:
+                run = runs[series] = Run()
+            if run is not None:
+                run.add(snapshot, is_raised)
+        self._recent.append(snapshot)
+        if not runs:
+            self._add_quiet(snapshot)
+            return
+        self._held.append(snapshot)
+        if len(self._held) > 2 * INSIDE_MAX:
+            del self._held[::2]
+        for series in [series for series, run in runs.items() if run.is_over(snapshot.end)]:
+            self._close(series, runs.pop(series))
+        if runs and snapshot.end - self._held[0].begin > LASTING:
+            self._adopt()
+        if not runs:
+            quiet, self._held = self._held, []
+            last = max((each.end for each in self.episodes), default=0)
+            for each in quiet:
+                if each.begin >= last:
+                    self._add_quiet(each)
+
+    def _set_steps(self, snapshot: Snapshot) -> None:
+        front = 0.0
+        snapshot.step = {}
+        excess = snapshot.excess = {}
+        for number in sorted(snapshot.latency):
+            reference = self._latencies.get(number)
+            if reference is None or reference.usual is None:
+                continue
+            excess[number] = its = snapshot.latency[number] - reference.usual
+            if number != TCP:
+                snapshot.step[number] = its - front
+                front = its
+        if TCP in excess and len(excess) > 1:
+            # TCP smooths its round trip, so it still rises and falls when the hops no longer do.
+            since = snapshot.begin - SRTT_GAIN * int(snapshot.latency[TCP]) - QUIET_NS
+            most = front
+            for each in reversed(self._recent):
+                if each.end < since:
+                    break
+                if each.excess:
+                    most = max(most, each.excess[max(each.excess)])
+            snapshot.step[TCP] = excess[TCP] - most
+
+    def _add_quiet(self, snapshot: Snapshot) -> None:
+        is_new = False
+        for number, latency in snapshot.latency.items():
+            reference = self._latencies.get(number)
+            if reference is None:
+                reference = self._latencies[number] = Reference()
+            was_unknown = reference.usual is None
+            reference.add(latency)
+            is_new |= was_unknown and reference.usual is not None
+        if is_new:  # what is usual of a hop is known now: so are the steps of the slices so far
+            for each in self._recent:
+                known = set(each.step)
+                self._set_steps(each)
+                for number in set(each.step) - known:
+                    self._steps.setdefault(number, Reference()).add(each.step[number])
+            return
+        for number, step in snapshot.step.items():
+            self._steps.setdefault(number, Reference()).add(step)
+
+    def _adopt(self) -> None:
+        """Take the level that lasts as the usual one."""
+        for series, run in self._runs.items():
+            self._close(series, run)
+        self._latencies, self._steps, self._runs = {}, {}, {}
+        self._recent.clear()
+        held, self._held = self._held[-REFERENCE_MAX:], []
+        for each in held:
+            each.step = {}
+            self._add_quiet(each)
+
+    def _close(self, series: int, run: Run) -> None:
+        self.episodes = largest([*self.episodes, *self._episodes_of(series, run)])
+
+    def usual(self) -> dict[int, tuple[float, float, float]]:
+        """Return the medians of the quiet slices by hop, each with its interval."""
+        found = {}
+        for number, reference in self._latencies.items():
+            if reference.usual is not None:
+                found[number] = median_interval(list(reference.values))
+        return found
+
+    def forget(self) -> None:
+        """Forget all but the episodes."""
+        self.episodes = self.all_episodes()
+        self.cells, self.srtts, self.windows = {}, [], []
+        self._latencies, self._steps, self._runs, self._held = {}, {}, {}, []
+        self._recent.clear()
+
+    def all_episodes(self) -> list[Episode]:
+        """Return the episodes, with those that still last."""
+        found = list(self.episodes)
+        for series, run in self._runs.items():
+            found += (dataclasses.replace(its, lasts=its.end == run.end) for its in self._episodes_of(series, run))
+        return found
+
+    def _episodes_of(self, series: int, run: Run) -> Iterator[Episode]:
+        """Yield what a run of raised slices shows: one episode for each level that is no chance."""
+        for inside in levels(series, run.slices(), self._steps[series]):
+            episode = self._episode(series, inside)
+            if episode:
+                yield episode
+
+    def _episode(self, series: int, inside: list[Snapshot]) -> Episode | None:
+        """Return the episode that raised slices show, None if they may be chance."""
+        reference = self._steps[series]
+        raised = sum(each.step.get(series, 0.0) > reference.threshold for each in inside)
+        if raised < RAISED_MIN:
+            return None
+        count, usual = len(inside), reference.values
+        others, others_raised = len(usual), sum(value > reference.threshold for value in usual)
+        if series == TCP:  # only slices between which it was measured often enough are independent
+            measured = sum(each.updates for each in inside)
+            independent = min(max(measured // SRTT_GAIN, 1), count)
+            raised, count = raised * independent // count, independent
+        p = fisher(raised, count, others_raised, others)
+        if p > WORTH_KEEPING:
+            return None
+        return self._measured(series, inside, p)
+
+    def _measured(self, series: int, inside: list[Snapshot], p: float) -> Episode | None:
+        """Return the size of what was raised from a hop on, and which hops behind it were raised, too."""
+        numbers = sorted({number for each in inside for number in each.excess} - {TCP})
+        if series == TCP:
+            front, hop, behind = numbers[-1], TCP, []
+        else:
+            front = max((number for number in numbers if number < series), default=0)
+            hop, behind = series, [number for number in numbers if number > series]
+
+        def rise(number: int) -> list[float]:
+            return [
+                each.excess[number] - (each.excess[front] if front else 0.0)
+                for each in inside
+                if number in each.excess and (front in each.excess or not front)
+            ]
+
+        values = rise(hop)
+        if len(values) < RAISED_MIN:
+            return None
+        size, low, high = median_interval(values)
+        noise = [each.excess[front] for each in inside if front in each.excess] if front else []
+        if low < (TCP_MARGIN if series == TCP else MARGIN) or not stands_out(values, noise):
+            return None
+        slower, told = [], []
+        for number in behind:
+            its = rise(number)
+            if len(its) >= min(RAISED_MIN, len(values)):
+                told.append(number)
+                if median(sorted(its)) > size / 2:
+                    slower.append(number)
+        tcp = [each.excess[TCP] for each in inside if TCP in each.excess]
+        begin = inside[0].begin
+        before = [each for each in self._recent if each.end <= begin]
+        start = before[-1].retrans if before else inside[0].retrans
+        return Episode(
+            begin, inside[-1].end, hop, front, size, low, high, p, dict(self.responders), told, slower,
+            median(sorted(tcp)) if tcp else None, inside[-1].retrans - start, self._own(series, before, inside),
+        )  # fmt: skip
+
+    @staticmethod
+    def _own(series: int, before: Sequence[Snapshot], inside: Sequence[Snapshot]) -> tuple[float, float] | None:
+        """Return how the rise goes with the congestion window, before and within it."""
+        pairs = [
+            (each.window, each.step[series])
+            for each in [*before[-len(inside) :], *inside]
+            if each.window is not None and series in each.step
+        ]
+        return spearman([first for first, _ in pairs], [second for _, second in pairs]) if pairs else None
+
+
+class Watch:
+    """The rows of a destination."""
+
+    __slots__ = ("rows", "tests", "changes", "balanced", "newest", "_ways", "_past")
+
+    def __init__(self, tests: Comparisons) -> None:
+        self.rows: list[Row] = []
+        self.newest = 0  # when the newest probe left that was looked at, ns
+        self.tests = tests
+        self._ways: list[Way] = []  # the one of the newest answer last
+        self._past: list[Episode] = []  # of ways that were forgotten
+        self.changes: list[Change] = []  # the first ones
+        self.balanced: set[int] = set()  # hops that are several routers in turn
+
+    def digest(self, hops: dict[int, Any], is_over: bool) -> None:
+        """Look at the rows that wait. Those of the last moments wait on, since answers to older probes may come."""
+        rows = self.rows
+        if not rows:
+            return
+        rows.sort(key=sendtime_of)
+        self.newest = max(self.newest, rows[-1][0])
+        wait = 0 if is_over else min(max(map(latency_of, rows)) + WAIT_MIN, WAIT_MAX)
+        until = rows[-1][0] - wait
+        ready = len(rows)
+        while ready and rows[ready - 1][0] > until:
+            ready -= 1
+        before, start = None, 0  # the way of the rows before, and which of them it has not got yet
+        for place in range(ready):
+            row = rows[place]
+            way = row[4].way
+            if way is None or way.responders.get(row[1]) != row[3]:
+                way = self._settle(row, hops)
+            if way is not before:
+                if before:
+                    before.note(rows[start:place])
+                before, start = way, place
+        if before:
+            before.note(rows[start:ready])
+        del rows[:ready]
+
+    def forget(self) -> None:
+        """Forget all but the episodes and the changes."""
+        for way in self._ways:
+            way.forget()
+
+    def _settle(self, row: Row, hops: dict[int, Any]) -> Way:
+        """Return the way of a flow, of which a responder is new."""
+        number, responder, flow = row[1], row[3], row[4]
+        way: Way | None = flow.way
+        if way is None or number in way.responders:
+            hop = hops.get(number)
+            if way is not None and hop and hop.changes > max(BALANCED_MIN, BALANCED_SHARE * hop.latency.count):
+                if number not in self.balanced:
+                    self.balanced.add(number)
+                    self.changes = [change for change in self.changes if change.hop != number]
+                return way
+            nearer = {} if way is None else {near: its for near, its in way.responders.items() if near < number}
+            found = [
+                each
+                for each in self._ways
+                if each.responders.get(number, responder) == responder
+                and all(each.responders.get(near, its) == its for near, its in nearer.items())
+            ]
+            way = found[-1] if found else Way(nearer, self.tests)
+            old, flow.way = flow.way, way
+            if old is not None and flow.hops[number].before and old is not way:
+                self._note_change(row, old, way)
+        way.responders.setdefault(number, responder)
+        if not self._ways or self._ways[-1] is not way:
+            self._ways = [each for each in self._ways if each is not way] + [way]
+            if len(self._ways) > WAYS_MAX:
+                oldest = self._ways.pop(0)
+                self._past = largest(self._past + oldest.all_episodes())
+                oldest.episodes = []
+        return way
+
+    def _note_change(self, row: Row, old: Way, new: Way) -> None:
+        sent, number = row[0], row[1]
+        last = self.changes[-1] if self.changes else None
+        is_near = last is not None and sent - last.end < CHANGE_TOGETHER
+        if last and is_near and (last.new is new or (last.new is old and last.was is not new)):
+            last.end = max(last.end, sent)
+            last.flows += last.new is new  # otherwise it is the same flow, of which a nearer hop is new, too
+            if number < last.hop:
+                last.hop, last.before, last.after = number, old.responders[number], row[3]
+            last.new = new
+        elif len(self.changes) < CHANGES_MAX:
+            self.changes.append(Change(sent, sent, number, old.responders[number], row[3], old.usual(), old, new))
+
+    def episodes(self) -> list[Episode]:
+        """Return the episodes of all ways, in the order of time."""
+        found = [*self._past, *(episode for way in self._ways for episode in way.all_episodes())]
+        of_hops = [each for each in found if each.hop != TCP]
+        found = of_hops + [
+            each
+            for each in found
+            if each.hop == TCP and not any(its.size > 2 * each.size and its.meets(each) for its in of_hops)
+        ]  # TCP and the hops measure the same delay a little differently
+        return joined(found)
+
+
+def joined(episodes: list[Episode]) -> list[Episode]:
+    """Return episodes in the order of time. Those at one place with nearly the same level and no gap are one."""
+    found: list[Episode] = []
+    newest: dict[Any, int] = {}  # places in found, by what was slower
+    for each in sorted(episodes, key=lambda each: each.begin):
+        place = each.hop, tuple(each.slower)
+        before = found[newest[place]] if place in newest else None
+        if before and each.begin - before.end < TOGETHER and is_like(before.size, each.size):
+            larger = max(before, each, key=lambda its: its.weight)
+            found[newest[place]] = dataclasses.replace(
+                larger,
+                begin=before.begin,
+                end=max(before.end, each.end),
+                p=min(before.p, each.p),
+                lasts=each.lasts,
+                retransmitted=before.retransmitted + each.retransmitted,
+            )
+        else:
+            newest[place] = len(found)
+            found.append(each)
+    return found
+
+
+def is_like(size: float, other: float) -> bool:
+    """Return whether the smaller one is nearer to the larger one than to zero."""
+    return 2 * min(size, other) > max(size, other)
+
+
+def levels(series: int, slices: list[Snapshot], reference: Reference) -> Iterator[list[Snapshot]]:
+    """Yield the parts of a run that have levels of their own, the highest one first.
+
+    A slice belongs to a level if it is nearer to it than to what is usual. The part is the maximal scoring segment:
+    slices that belong to the level count 1, others -1.
+    """
+    usual = reference.usual or 0.0
+    rises = [each.step.get(series, usual) - usual for each in slices]
+    raised = sorted(rise for rise in rises if rise > reference.threshold - usual)
+    if len(raised) < RAISED_MIN:
+        return
+    half = raised[int(UPPER * (len(raised) - 1))] / 2
+    score = most = begin = first = last = 0
+    for place, rise in enumerate(rises):
+        if score <= 0:
+            score, begin = 0, place
+        score += 1 if rise > half else -1
+        if score > most:
+            most, first, last = score, begin, place + 1
+    yield slices[first:last]
+    yield from levels(series, slices[:first], reference)
+    yield from levels(series, slices[last:], reference)
+
+
+def stands_out(steps: list[float], front: list[float]) -> bool:
+    """Return whether the steps are clearly more than the excess in front varies by: a busy time is no shift."""
+    if not front:
+        return True
+    usual = median(sorted(front))
+    return superiority(steps, [each - usual for each in front]) >= STANDS_OUT
+
+
+def largest(episodes: list[Episode]) -> list[Episode]:
+    """Return the largest EPISODES_MAX."""
+    return sorted(episodes, key=lambda each: -each.weight)[:EPISODES_MAX]

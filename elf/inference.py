@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Tests and intervals of statistics, in plain Python.
+
+wilson_ranks(), median_interval()   interval of a median by its order statistics (Fontugne et al., IMC 2017)
+fisher()                            Fisher's exact test, one-sided
+binomial_tail()                     exact binomial test, one-sided
+spearman()                          rank correlation, and how sure that it is none
+superiority()                       how often one of the values is above one of others
+holm()                              correction for the number of tests
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from typing import Sequence
+
+Z = 1.959964  # of an interval that holds the true value 95 times of 100
+CORRELATION_MAX = 0.9
+
+
+def widening(values: Sequence[float]) -> float:
+    """Return by what factor autocorrelation raises the variance of the mean: (1 + r) / (1 - r)."""
+    count = len(values)
+    if count < 3:
+        return 1.0
+    mean = math.fsum(values) / count
+    apart = [value - mean for value in values]
+    total = math.fsum(each * each for each in apart)
+    r = math.fsum(first * second for first, second in zip(apart, apart[1:])) / total if total else 0.0
+    r = min(max(r + (1 + 4 * r) / count, 0.0), CORRELATION_MAX)  # r is too low where there are few values
+    return (1 + r) / (1 - r)
+
+
+def median(ordered: Sequence[float]) -> float:
+    """Return the median of values in order."""
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def wilson_ranks(count: int, effective: float) -> tuple[int, int]:
+    """Return the places (from 0) of the order statistics between which the median lies: Wilson's score interval.
+
+    effective is the number of independent values among them.
+    """
+    spread = Z * Z / effective
+    half = Z * math.sqrt(0.25 / effective + spread / (4 * effective)) / (1 + spread)
+    return max(math.floor(count * (0.5 - half)), 0), min(math.ceil(count * (0.5 + half)) - 1, count - 1)
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the median of values in the order of time, and between what it lies with 95 %."""
+    ordered = sorted(values)
+    low, high = wilson_ranks(len(ordered), max(len(ordered) / widening(values), 1.0))
+    return median(ordered), ordered[low], ordered[high]
+
+
+def log_choose(count: int, chosen: int) -> float:
+    return math.lgamma(count + 1) - math.lgamma(chosen + 1) - math.lgamma(count - chosen + 1)
+
+
+def fisher(high: int, count: int, others_high: int, others: int) -> float:
+    """Return p that so many of count, or more, are high by chance, where others_high of others are."""
+    every, every_high = count + others, high + others_high
+    whole = log_choose(every, count)
+    return min(1.0, math.fsum(
+        math.exp(log_choose(every_high, its) + log_choose(every - every_high, count - its) - whole)
+        for its in range(high, min(count, every_high) + 1)
+        if count - its <= every - every_high
+    ))  # fmt: skip
+
+
+def binomial_tail(found: int, count: int, share: float) -> float:
+    """Return p that found or more of count happen by chance, each with that probability."""
+    if found <= 0 or share >= 1:
+        return 1.0
+    if share <= 0:
+        return 0.0
+    yes, no = math.log(share), math.log1p(-share)
+    return min(1.0, math.fsum(
+        math.exp(log_choose(count, its) + its * yes + (count - its) * no) for its in range(found, count + 1)
+    ))  # fmt: skip
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """Return the ranks of values; equal ones have the same."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    found = [0.0] * len(values)
+    place = 0
+    while place < len(order):
+        end = place
+        while end + 1 < len(order) and values[order[end + 1]] == values[order[place]]:
+            end += 1
+        for each in order[place : end + 1]:
+            found[each] = (place + end) / 2
+        place = end + 1
+    return found
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Return the rank correlation of two series, and p (two-sided) that there is none.
+
+    The number of independent pairs is lowered by the autocorrelation of both.
+    """
+    of_first, of_second = ranks(first), ranks(second)
+    count, mean = len(first), (len(first) - 1) / 2
+    over = math.fsum((a - mean) * (b - mean) for a, b in zip(of_first, of_second))
+    spread = math.sqrt(math.fsum((a - mean) ** 2 for a in of_first) * math.fsum((b - mean) ** 2 for b in of_second))
+    if count < 4 or not spread:
+        return 0.0, 1.0
+    rho = over / spread
+    independent = count / math.sqrt(widening(of_first) * widening(of_second))
+    if independent <= 3:
+        return rho, 1.0
+    if abs(rho) >= 1:
+        return rho, 0.0
+    return rho, math.erfc(abs(math.atanh(rho)) * math.sqrt(independent - 3) / math.sqrt(2))
+
+
+def superiority(values: Sequence[float], others: Sequence[float]) -> float:
+    """Return in what share of all pairs a value is above another one: the statistic of the rank-sum test."""
+    ordered = sorted(others)
+    return sum(bisect.bisect_left(ordered, value) for value in values) / (len(values) * len(others))
+
+
+def holm(found: Sequence[float], tests: int = 0) -> list[float]:
+    """Return p corrected for the number of tests: of those found, or of so many, of which all others found less."""
+    tests = max(tests, len(found))
+    corrected, highest = [0.0] * len(found), 0.0
+    for place, number in enumerate(sorted(range(len(found)), key=found.__getitem__)):
+        highest = max(highest, min(found[number] * (tests - place), 1.0))
+        corrected[number] = highest
+    return corrected

@@ -1,0 +1,155 @@
+"""Findings with a time, a place and a size, against what was so. tests/verdicts does the same at length.
+
+client - r1, which is HOPS routers (slow_routers.py) - server
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from elf.findings import findings_on
+from elf.inference import binomial_tail, fisher, holm, median_interval, spearman
+from elf.rows import ALWAYS_THERE, HEADER, NAMES, Record
+from runs import ELFPROBE
+from verdicts import Score, Truth, measured, simulated, truths
+
+root = pytest.mark.root
+
+
+# Statistics
+
+
+def test_exact_tests_are_exact() -> None:
+    """Fisher's tea tasting; a coin; a correlation that is perfect, and one that is none."""
+    assert math.isclose(fisher(4, 4, 0, 4), 1 / 70) and math.isclose(fisher(3, 4, 1, 4), 17 / 70)
+    assert fisher(0, 4, 2, 4) == 1
+    assert math.isclose(binomial_tail(3, 3, 0.5), 1 / 8) and binomial_tail(0, 9, 0.1) == 1
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.001], tests=20) == pytest.approx([0.02])
+    chance = random.Random(3)
+    first, second = ([chance.random() for _ in range(200)] for _ in range(2))
+    assert spearman(first, [each**3 for each in first])[0] == pytest.approx(1)
+    rho, p = spearman(first, second)
+    assert abs(rho) < 0.2 and p > 0.01
+
+
+@pytest.mark.parametrize('count', [5, 10, 30, 200])
+def test_intervals_hold_the_median_as_often_as_they_say(count: int) -> None:
+    chance = random.Random(count)
+    held = 0
+    for _ in range(1000):
+        _, low, high = median_interval([chance.expovariate(1) for _ in range(count)])
+        held += low <= math.log(2) <= high
+    assert 0.9 <= held / 1000 <= 0.995
+
+
+# Episodes, on rows that are made up
+
+
+def test_episodes_are_found_where_they_are() -> None:
+    """Each kind, 0.3 s and longer, 1 ms and more; none is made up."""
+    chance, score = random.Random(5), Score()
+    for _ in range(2):
+        its = truths(chance, 14, 'upload')
+        score.add(*simulated(chance, its, its[-1].end + 2), 0)
+    assert not list(score.missed())
+    found = [each for its_ in score.truths.values() for each in its_]
+    assert len(found) >= 28 and set(score.truths) == {
+        'queue', 'queue_in_front', 'queue_beyond', 'slow_answers', 'path_change',
+    }  # fmt: skip
+    for truth, match in found:
+        assert match and abs(match.size - truth.size) < 0.1 * abs(truth.size) + 0.0002, (truth, match)
+
+
+def test_nothing_is_found_where_nothing_is() -> None:
+    chance = random.Random(6)
+    for rate, noise, seconds in (100, 50e-6, 60), (25, 2e-3, 120), (400, 1e-4, 15):
+        assert simulated(chance, [], seconds, rate, noise)[1] == []
+
+
+def test_packets_that_are_balanced_are_no_changes_of_the_path() -> None:
+    assert simulated(random.Random(8), [Truth('responder_changes', 3, 5, 20, 0, 'balanced')], 25)[1] == []
+
+
+def test_own_traffic_is_told_from_that_of_others() -> None:
+    """A queue that the flow itself fills when its window opens, and one beside a window that changes as much."""
+
+    def window(at: float) -> float:
+        return 10 if at < 8 else 15 + 30 * abs((at / 5) % 2 - 1)
+
+    (own,) = (each for each in simulated(random.Random(7), [], 30, window=window, own=0.001)[1][:1])
+    assert (own.kind, own.hop) == ('queue', 3) and 'own congestion window' in own.sentence
+    (others,) = simulated(random.Random(7), [Truth('queue', 3, 10, 25, 0.01)], 30, window=window)[1]
+    assert 'own congestion window' not in others.sentence
+
+
+def test_elfplot_finds_the_same(tmp_path: Path) -> None:
+    """In bulk, over the borders of blocks, batches and files."""
+    np = pytest.importorskip('numpy')
+    assert np
+    from elf.sources import FOREVER, Window, read, sources_of
+
+    chance = random.Random(9)
+    its = truths(chance, 8, 'upload')
+    rows: list[Record] = []
+    _, told = simulated(chance, its, its[-1].end + 2, keep=rows)
+    columns = dict.fromkeys(NAMES, '')
+    for part, its_rows in enumerate((rows[: len(rows) // 3], rows[len(rows) // 3 :])):
+        lines = (
+            ','.join(
+                str(value) for value in {**columns, **dict.fromkeys(NAMES[:ALWAYS_THERE], 0), **fields}.values()
+            )
+            for fields in (
+                {name: '' if value is None else value for name, value in row._asdict().items() if name in NAMES}
+                for row in its_rows
+            )
+        )
+        (tmp_path / f'{part}.csv').write_text(HEADER + '\n'.join(lines) + '\n')
+    (source,), _ = sources_of([str(tmp_path / f'{part}.csv') for part in (0, 1)])
+    summary = read(source, False, Window(0, FOREVER, []), 5).summary
+    (destination,) = (destination for _, destination in summary.destinations())
+    found = [finding for finding in findings_on(destination) if finding.span()]
+    assert [(each.kind, each.hop) for each in found] == [(each.kind, each.hop) for each in told]
+    for finding, each in zip(found, told):
+        assert abs((finding.figures()['rise'] or 0) / 1e9 - each.size) < 0.02 * abs(each.size) + 50e-6
+
+
+# Real packets
+
+
+@root
+def test_findings_of_real_packets(tmp_path: Path) -> None:
+    """The table, elf.json and elfplot.py say the same: a slow link, a slow router, the way to the server."""
+    its = [
+        Truth('queue', 3, 3, 4.5, 0.02),
+        Truth('slow_answers', 2, 6, 7.5, 0.02, 'answers'),
+        Truth('queue_beyond', 4, 9, 11, 0.03, 'back'),
+    ]
+    kept = tmp_path / 'kept'
+    done, told = measured('upload', 4, its, 12, keep=str(kept))
+    for truth in done:
+        (match,) = (each for each in told if (each.kind, each.hop) == (truth.kind, truth.hop) and each.size > 0.01)
+        assert abs(match.size - truth.size) < 0.1 * truth.size + 0.001, match
+        assert abs(match.begin - truth.begin) < 0.3 and abs(match.end - truth.end) < 0.5, match
+    report = json.loads((kept / 'elf.json').read_text())
+    found = [each for each in report['findings'] if each['kind'] in {truth.kind for truth in its}]
+    queue = next(each for each in found if each['kind'] == 'queue' and each['figures']['rise'] > 10**7)
+    assert queue['sure'] > 0.99 and queue['figures']['front'] == 2 and queue['figures']['behind'] == [4]
+    assert queue['figures']['tcp_share'] > 0.8
+    if find_spec('matplotlib') is None:
+        return
+    elfplot = sys.executable, str(ELFPROBE.with_name('elfplot.py')), 'elf.csv'
+    shown = subprocess.run(elfplot, cwd=kept, stdout=subprocess.PIPE, text=True, check=True).stdout
+    for each in found:
+        if each['figures']['rise'] > 10**7:
+            assert each['sentence'] in shown
