@@ -93,8 +93,8 @@ GOOD = {  # arguments in addition to -i none0 and an address: what they change
     '-r h': {},
     '-r perhop': {},
     '--ratetype global': {'rate_global': True},
-    '-i eth1': {'interface': 'eth1'},
-    '--interface eth1': {'interface': 'eth1'},
+    '-i eth1': {'interfaces': ('eth1',)},
+    '--interface eth1': {'interfaces': ('eth1',)},
     '-T': {'notrunc': True},
     '--notrunc': {'notrunc': True},
     '-e ethernet': {},
@@ -146,7 +146,7 @@ DEFAULTS = dict(
 
 @pytest.mark.parametrize('line, changes', GOOD.items(), ids=GOOD)
 def test_options(line: str, changes: dict[str, Any]) -> None:
-    device = [] if 'interface' in changes else ['-i', 'none0']
+    device = [] if 'interfaces' in changes else ['-i', 'none0']
     config = elfprobe.parse_arguments([*device, *line.split(), '192.0.2.1'])
     assert {name: getattr(config, name) for name in DEFAULTS} == {**DEFAULTS, **changes}
 
@@ -166,7 +166,7 @@ def test_addresses_before_between_and_behind_options(line: str) -> None:
 
 @pytest.mark.parametrize('line', ['-a ping', '-P 1', 'example.net', '@hosts', '-- curl'])
 def test_one_kind_of_target_is_enough(line: str) -> None:
-    assert elfprobe.parse_arguments(['-i', 'none0', *line.split()]).interface == 'none0'
+    assert elfprobe.parse_arguments(['-i', 'none0', *line.split()]).interfaces == ('none0',)
 
 
 def test_options_behind_the_command_are_its_own() -> None:
