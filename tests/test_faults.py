@@ -629,7 +629,7 @@ BAD = {
         ['-l', ANYWHERE], ['-f/--filebase', "'elf.log'", 'busy'], via=mounted('mount --bind elf.log elf.log')
     ),
     'disk is full': Bad(['-f', 'full/elf', ANYWHERE], ["'full/elf.csv'", 'No space'], via=FULL),
-    'no temporary file': Bad([ANYWHERE], ['temporary'], via=['prlimit', '--fsize=0']),
+    'no temporary file': Bad(['--no-cache', ANYWHERE], ['temporary'], via=['prlimit', '--fsize=0']),
     'time namespace': Bad([ANYWHERE], ['time namespace'], via=['unshare', '-T', '--monotonic', '9999', '-f']),
     'not permitted': Bad([ANYWHERE], ['no BPF map', 'not permitted'], via=[sys.executable, '-c', REFUSING_BPF]),
     'lines of an interface': Bad(['-i', 'eth\n0', ANYWHERE], ['-i/--interface', "'eth\\n0'"]),
