@@ -101,8 +101,8 @@ def test_page_that_must_be_small(csv: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Then it is less exact, as it says; what is counted stays."""
     chance = random.Random(1)
     rows = [
-        row(number / 20, 1 + number % 3, chance.expovariate(0.1) + 0.5, dest=f'10.9.0.{number % 2}')
-        for number in range(3000)
+        row(number / 20, 1 + number % 3, chance.expovariate(0.1) + 0.5, dest=f'10.9.0.{number % 4}')
+        for number in range(6000)
     ]
     csv.write_text(text_of(rows))
     whole = page_of(str(csv))['sections']
