@@ -18,7 +18,7 @@ import numpy as np
 
 from elf.addresses import PROTOCOLS
 from elf.course import SECOND, STEP, Course
-from elf.findings import findings_on
+from elf.findings import findings_on, sentence
 from elf.paths import Destination
 from elf.sources import Results
 from elf.usage import printable
@@ -133,7 +133,7 @@ def spans_of(results: Results, destination: Destination | None, in_utc: bool, ze
         if span:
             times = results.source.times(results.source.files[0][1], np.array(span), in_utc)
             ends = ((times - zero) / SECOND).round(3).tolist()
-        found.append([finding.hop, *ends, printable(finding.text())])
+        found.append([finding.hop, *ends, printable(sentence(finding, results.summary.when))])
     return found
 
 
