@@ -941,10 +941,11 @@ struct trust {
 	__u64 episode; /* when the last stall began that counts, or may; those at the same time are one with it */
 	__u32 exams;   /* number of all exams that were passed */
 	int suspicion; /* that flows stall by probes to hops that are not proven; negative: they also do without */
-	__u8 awaits;   /* the pause is over as soon as a stalled flow moves */
-	__u8 strikes;  /* signs that stalls are a firewall's doing */
-	__u8 passed;   /* number of exams without a stall */
-	__u8 max_ttl;  /* farthest hop that was probed in them */
+	__u64 suspected_at; /* when the last stall began that raised it, or would have */
+	__u8 awaits;        /* the pause is over as soon as a stalled flow moves */
+	__u8 strikes;       /* signs that stalls are a firewall's doing */
+	__u8 passed;        /* number of exams without a stall */
+	__u8 max_ttl;       /* farthest hop that was probed in them */
 };
 
 struct path {
@@ -1645,10 +1646,13 @@ static inline void begin_stall(struct path *path, struct tcp_progress *flow, __u
 	flow->under_probes = may_have_stopped(flow, flow->last_probed, srtt);
 	if (flow->under_probes)
 		trust->exam = 0;
-	if (may_have_stopped(flow, flow->last_unproven, srtt))
-		trust->suspicion++;
-	else if (trust->suspicion > SUSPICION_MIN)
+	if (may_have_stopped(flow, flow->last_unproven, srtt)) {
+		if (trust->suspicion <= 0 || now - trust->suspected_at > SAME_EPISODE)
+			trust->suspicion++; /* stalls at the same time are one sign */
+		trust->suspected_at = now;
+	} else if (trust->suspicion > SUSPICION_MIN) {
 		trust->suspicion--;
+	}
 	if (trust->suspicion >= SUSPICION_MAX)
 		path->excluded = 1;
 	if (!flow->under_probes && is_paused(path, now)) {
@@ -3699,6 +3703,8 @@ static inline enum answer receive_error(struct xdp_md *ctx, struct hdr_cursor *n
 	result->reply.rtos = outer->tos;
 	result->reply.ripid = outer->ip_id;
 	result->reply.rsize = total_len(outer);
+	result->translated =
+		outer->version == quote.version && !is_same(&quote.saddr, &outer->daddr) ? SOURCE_TRANSLATED : 0;
 	if (!probe)
 		return NO_ANSWER;
 	path = path_to(&result->key.dest);
@@ -3713,9 +3719,8 @@ static inline enum answer receive_error(struct xdp_md *ctx, struct hdr_cursor *n
 	result->probe = *probe;
 	if (!is_still_in_flight(&result->key))
 		return NO_ANSWER; /* another CPU was faster, or user space has removed the probe as too old */
-	result->translated = result->probe.seq_offset ? NUMBER_TRANSLATED : 0;
-	if (outer->version == quote.version && !is_same(&quote.saddr, &outer->daddr))
-		result->translated |= SOURCE_TRANSLATED;
+	if (result->probe.seq_offset)
+		result->translated |= NUMBER_TRANSLATED;
 	if (path)
 		note_reply(path, &result->probe, &result->reply.responder, outer->ttl, now);
 	if (outer->version == 4)

@@ -116,7 +116,7 @@ from elf.report import Report
 from elf.ring import HEADER, Events, Ring, framed, framed_size
 from elf.rows import Record, RowMaker
 from elf.service import ServiceManager
-from elf.summary import FlowKey, Summary
+from elf.summary import FlowKey, Place, Summary
 from elf.unmatched import Sent, Unmatched, UnmatchedAnswers
 from elf.usage import (
     Failure,
@@ -535,13 +535,18 @@ def bpf_call(name: str, *args: Any) -> int:
 def bpf(command: BpfCommand, attributes: bytes) -> int:
     """Return the result of bpf(2), for what BCC's library has no function. Raises OSError."""
     number = ctypes.c_long(BPF_SYSCALL.get(os.uname().machine, BPF_SYSCALL_ELSEWHERE))
-    for is_first in True, False:
+    may_raise_limit, tries = True, 5
+    while True:
         result: int = LIBC.syscall(number, ctypes.c_int(command), attributes, ctypes.c_uint(len(attributes)))
         if result >= 0:
             return result
-        if is_first and ctypes.get_errno() == errno.EPERM:  # before Linux 5.11, maps count as locked memory
+        if ctypes.get_errno() == errno.EAGAIN and tries:  # a signal came while the program was verified
+            tries -= 1
+            continue
+        if may_raise_limit and ctypes.get_errno() == errno.EPERM:  # before Linux 5.11, maps count as locked memory
             with contextlib.suppress(ValueError, OSError):
                 resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            may_raise_limit = False
             continue
         break
     raise_errno()
@@ -2263,8 +2268,8 @@ class TcxAttachment(Attachment):
             raise Unsupported(f"tcx ({err.strerror})") from err
         if others:
             direction = "egress" if self._attach_type == BPF_TCX_EGRESS else "ingress"
-            said = "%d programs of others come first on TC %s: packets that they take are not seen"
-            log.info(said, others, direction)
+            said = "%d programs of others come first on TC %s of %s: packets that they take are not seen"
+            log.info(said, others, direction, self.device.name)
 
 
 class TcFilter(NamedTuple):
@@ -2852,7 +2857,11 @@ class ProcessFollower:
             try:
                 link = create_link(self._kernel.program(program), cgroup, attach_type)
             except OSError as err:
-                raise Unsupported(f"a BPF link to the cgroup ({err.strerror})") from err
+                if attach_type == BPF_CGROUP_INET_SOCK_CREATE:
+                    raise Unsupported(f"a BPF link to the cgroup ({err.strerror})") from err
+                # Somebody's program is there that allows no other one (Cilium before 1.14).
+                log.warning("who accepts a connection is known only once it sends: %s: %s", program, err.strerror)
+                continue
             stack.callback(os.close, link)
 
     def _adopt_running(self) -> None:
@@ -3157,6 +3166,7 @@ class Reasons:
         """targets returns the PIDs of the target processes. read_elsewhere: see Attached."""
         self._read_elsewhere = read_elsewhere
         self._has_looked_elsewhere = False
+        self._silent_before: frozenset[str] = frozenset()
         self._config = config
         self._devices = frozenset(device.ifindex for device in devices)
         self._device_names = names_of(devices, " or ")
@@ -3190,8 +3200,13 @@ class Reasons:
 
     def _look_elsewhere(self) -> None:
         """Read answers on the other devices, too, if none comes by ours: it may be one of several uplinks."""
-        silent = self._destinations.without_answers()
-        if not silent or self._has_looked_elsewhere:
+        if self._has_looked_elsewhere:
+            return
+        # The first answers of those that were not silent at the last look may still be on their way.
+        found, before = self._destinations.without_answers(), self._silent_before
+        self._silent_before = frozenset(found)
+        silent = [each for each in found if each in before]
+        if not silent:
             return
         self._has_looked_elsewhere = True
         names, can_read = self._read_elsewhere()
@@ -3315,15 +3330,23 @@ class Results:
         outstanding, self.outstanding_names = kernel.outstanding
         self._outstanding = struct.Struct(outstanding)
         self.names = result.names
-        self._answered_rows = RowMaker(framed(result.format), self.names, self._place, summary.note_at)
+        self._answered_rows = RowMaker(framed(result.format), self.names, self._answer_place, self._note_answer)
         self._unanswered_rows = RowMaker(outstanding, self.outstanding_names, self._place, summary.note_at)
         self._events: list[Events] = []
         kernel.on_events("results", self._events.append, RESULT_PERF_PAGES)
 
-    def _place(self, probe: Record) -> object:
+    def _answer_place(self, probe: Record) -> tuple[Place, Record | None]:
+        """Return where the summary notes probes like this answered one, and it itself if its quote is changed."""
+        return self._place(probe), probe if probe.translated or probe.intos != probe.outtos else None
+
+    def _note_answer(self, where: tuple[Place, Record | None], sendtime: int, *others: Any) -> None:
+        place, changed = where
+        if changed:
+            self.rewrites.note(changed._replace(sendtime=sendtime))
+        self.summary.note_at(place, sendtime, *others)
+
+    def _place(self, probe: Record) -> Place:
         """Return where the summary notes probes like this one."""
-        if probe.responder:
-            self.rewrites.note(probe)
         forgotten = self.summary.forgotten
         place = self.summary.place(probe)
         if self.summary.forgotten != forgotten:
@@ -3392,6 +3415,9 @@ class Results:
             probes[flow_of[key[:FLOW_KEY_BYTES]]][sent.number] = sent
         rows = []
         for flow, of_flow in probes.items():
+            if not of_flow:
+                self.unmatched.drop(flow)
+                continue
             for sent, offset, answer in self.unmatched.match(flow, of_flow):
                 self._kernel.set_seq_offset(keys[flow], offset)
                 if self._kernel.take_probe(sent.key):
@@ -3403,9 +3429,10 @@ class Results:
 
     def _late_row(self, sent: Sent, offset: int, answer: Unmatched) -> list[str]:
         """Return the row of an answer that the programs did not match."""
-        translated = struct.pack("=I", NUMBER_TRANSLATED)
-        reply = answer.result[len(sent.probe) : -len(translated) - len(sent.key)]
-        result = sent.probe + reply + translated + sent.key  # struct result
+        end = len(answer.result) - len(sent.key)  # behind translated, 4 bytes
+        (translated,) = struct.unpack_from("=I", answer.result, end - 4)
+        reply = answer.result[len(sent.probe) : end - 4]
+        result = sent.probe + reply + struct.pack("=I", translated | NUMBER_TRANSLATED) + sent.key  # struct result
         if self.packets:
             its = {**dict(zip(self.names, self._result.unpack(result))), "seq_offset": offset}
             self.packets.add_answered(tuple(its.values()), b"")

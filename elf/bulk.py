@@ -188,6 +188,8 @@ def note_slices(way: Way, batch: Batch, flow_of: Any, flows: list[Flow]) -> None
 
     flow_of are the numbers of the rows' flows.
     """
+    if way.is_over:
+        return
     times, hops = batch["sendtime"].tolist(), batch["outttl"]
     need = SLICE_PROBES * len(np.unique(hops))
     pauses = [*(np.flatnonzero(np.diff(batch["sendtime"]) > PAUSE) + 1).tolist(), len(times)]
@@ -336,6 +338,7 @@ class BulkSummary(Summary):
                 if way and all(way.responders.get(each >> 32) == batch.names[each & 0xFFFFFFFF] for each in pairs):
                     watch.digest(destination.hops, is_over=True)
                     note_slices(way, batch.take(rows), groups.flow_of[rows], flows)
+                    watch.newest = max(watch.newest, int(batch["sendtime"][rows[-1]]))
                     continue
                 if not watch.rows:
                     self._waiting.append(destination)

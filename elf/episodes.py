@@ -26,6 +26,7 @@ SLICE_MAX = 10 * 10**9  # ns: ... but is no longer than this
 CELL_MAX = 32  # answers of a hop in a slice that are looked at
 PAUSE = 10**9  # ns without an answer, which end a slice
 REFERENCE_MIN = 20  # slices of a hop, from which on others are compared with them
+KNOWN_MIN = 100  # quiet slices, from which on what is usual of a new way is kept
 REFERENCE_MAX = 300  # the newest quiet ones, which are kept
 RENEWED_AFTER = 50  # new slices, after which thresholds are computed again
 MARGIN = 500_000  # ns: a smaller rise is not worth a word ...
@@ -95,13 +96,19 @@ class Change:
     was: Way
     new: Way
     flows: int = 1
+    now: dict[int, tuple[float, float, float]] | None = None  # what is usual of the new way, once that is known
+
+    def settle(self) -> None:
+        """Keep what is usual soon after the change: later, the new way may be slower for other reasons."""
+        if self.now is None and self.new.is_known():
+            self.now = self.new.usual()
 
     def rise(self) -> tuple[int, float, float, float] | None:
         """Return the farthest hop of both ways, and by how much its latency rose: between what with 95 % at least.
 
         None: too few values.
         """
-        new = self.new.usual()
+        new = self.new.usual() if self.now is None else self.now
         far = max((number for number in self.old if number in new), default=TCP)
         if far == TCP:  # that of a socket that only receives stays the same
             return None
@@ -196,13 +203,14 @@ class Way:
 
     __slots__ = (
         "responders", "episodes", "tests", "due", "begin", "last", "cells", "srtts", "windows", "retrans",
-        "_latencies", "_steps", "_runs", "_held", "_recent",
+        "is_over", "_latencies", "_steps", "_runs", "_held", "_recent",
     )  # fmt: skip
 
     def __init__(self, responders: dict[int, str], tests: Comparisons) -> None:
         self.responders = responders
         self.episodes: list[Episode] = []
         self.tests = tests
+        self.is_over = False  # it made room for another way: flows may still name it, but it keeps nothing
         self.begin = self.due = self.last = 0
         self.cells: dict[int, list[int]] = {}
         self.srtts: list[int] = []
@@ -216,6 +224,8 @@ class Way:
 
     def note(self, rows: Sequence[Row]) -> None:
         """Add answered probes in the order in which they left. Those that left before former ones do not count."""
+        if self.is_over:
+            return
         due, last, cells = self.due, self.last, self.cells
         for sendtime, number, latency, _, flow, srtt, window, retrans in rows:
             if sendtime >= due:
@@ -285,7 +295,7 @@ class Way:
             return
         self._held.append(snapshot)
         if len(self._held) > 2 * INSIDE_MAX:
-            del self._held[::2]
+            del self._held[1::2]  # the first one tells since when
         for series in [series for series, run in runs.items() if run.is_over(snapshot.end)]:
             self._close(series, runs.pop(series))
         if runs and snapshot.end - self._held[0].begin > LASTING:
@@ -360,6 +370,11 @@ class Way:
             if reference.usual is not None:
                 found[number] = median_interval(list(reference.values))
         return found
+
+    def is_known(self) -> bool:
+        """Return whether there are enough quiet slices of all hops."""
+        known = self._latencies.values()
+        return bool(known) and all(len(each.values) >= KNOWN_MIN for each in known)
 
     def forget(self) -> None:
         """Forget all but the episodes."""
@@ -487,6 +502,8 @@ class Watch:
                 before, start = way, place
         if before:
             before.note(rows[start:ready])
+        for change in self.changes:
+            change.settle()
         del rows[:ready]
 
     def forget(self) -> None:
@@ -522,7 +539,8 @@ class Watch:
             if len(self._ways) > WAYS_MAX:
                 oldest = self._ways.pop(0)
                 self._past = largest(self._past + oldest.all_episodes())
-                oldest.episodes = []
+                oldest.forget()
+                oldest.episodes, oldest.is_over = [], True
         return way
 
     def _note_change(self, row: Row, old: Way, new: Way) -> None:
@@ -547,7 +565,16 @@ class Watch:
             for each in found
             if each.hop == TCP and not any(its.size > 2 * each.size and its.meets(each) for its in of_hops)
         ]  # TCP and the hops measure the same delay a little differently
-        return joined(found)
+        return joined([each for each in found if not is_explained(each, of_hops)])
+
+
+def is_explained(episode: Episode, others: Sequence[Episode]) -> bool:
+    """Return whether a nearer hop was slower at the same time, and only the hop in front of this one was not."""
+    return any(
+        its.hop < episode.front and episode.hop in its.slower and episode.front not in its.slower
+        and its.meets(episode) and is_like(its.size, episode.size)
+        for its in others
+    )  # fmt: skip
 
 
 def joined(episodes: list[Episode]) -> list[Episode]:

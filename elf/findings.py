@@ -8,6 +8,7 @@ docs/findings.md has the methods.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Callable, ClassVar, Iterable, Iterator, Sequence
 
 from elf.episodes import MARGIN, TCP, Change, Episode
@@ -120,7 +121,8 @@ class Queue(Slower):
 
     def text(self) -> str:
         its = self.episode
-        behind = " and at all behind" if its.behind else ""
+        fast = [str(number) for number in its.behind if number not in its.slower]
+        behind = " and at all behind" * bool(its.behind) + f", but hop {', '.join(fast)}" * bool(fast)
         return (
             f"{self._rise()} between {self._place(its.front)} and {self._place(its.hop)}{behind}, on the way "
             f"there or back{self._tcp()}{self._cause()}"
@@ -163,7 +165,7 @@ class SlowAnswers(Slower):
 
     def text(self) -> str:
         its = self.episode
-        hops = f"hops {its.hop} to {its.slower[-1]}" if its.slower else self._place(its.hop)
+        hops = f"hops {', '.join(map(str, [its.hop, *its.slower]))}" if its.slower else self._place(its.hop)
         forwards = "what passes it is not delayed" if its.behind else "TCP's round trip did not rise"
         if its.slower:
             forwards = "what passes them is not delayed: it is the way back from there, or they answer slowly"
@@ -211,7 +213,7 @@ class PathChange(Finding):
         far, rise, low, high = found
         text += f"; the latency of hop {far}"
         if low <= 0 <= high:
-            return f"{text} is the same within {max(-low, high) / 1e6:.1f} ms"
+            return f"{text} is the same within {math.ceil(max(-low, high) / 1e5) / 10:.1f} ms"
         return f"{text} changed by {rise / 1e6:+.1f} ms (95 %: {low / 1e6:.1f} to {high / 1e6:.1f})"
 
 
@@ -451,7 +453,7 @@ def slower(destination: Destination, episode: Episode, p: float) -> Slower:
     if not rises and not destination.tcp_sends:  # who receives does not measure it
         episode, tcp = dataclasses.replace(episode, tcp=None), None
     if episode.behind:
-        passes_on = len(episode.slower) == len(episode.behind)
+        passes_on = episode.behind[-1] in episode.slower
     elif rises:
         passes_on = True
     elif tcp is not None:
@@ -532,7 +534,7 @@ def sentences(findings: Sequence[Finding], when: When = monotonic_text) -> Itera
         if id(finding) not in left_out:
             yield sentence(finding, when)
     if left_out:
-        yield f"{len(left_out)} more times of delay, and later changes of the path, are in the JSON file"
+        yield f"{len(left_out)} more are in the JSON file of the run only: smaller delays, changes of the path"
 
 
 def shared_responders(hops: dict[int, Hop]) -> Iterator[OneAddress]:

@@ -292,7 +292,7 @@ class Section {
         ([hop, from, until, text]) => from === null ?
             make("li", {}, text) :
             make("li", {}, make("button", {type: "button", onclick: () => this.goTo(from, until)}, text)));
-    const rest = this.more ? [make("li", {}, `and ${this.more} more, which elfplot.py prints`)] : [];
+    const rest = this.more ? [make("li", {}, `and ${this.more} more: choose less by --from and --to`)] : [];
     const found = this.places.length + rest.length ?
         [make("h3", {}, "Findings"), make("ul", {class: "findings"}, ...this.places, ...rest)] :
         [];

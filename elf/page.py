@@ -127,7 +127,7 @@ def figures_of(destination: Destination | None, hops: Sequence[int]) -> list[lis
 def spans_of(results: Results, destination: Destination | None, in_utc: bool, zero: int) -> list[list[Any]]:
     """Return the findings: hop, from, until (s since zero; None: the whole time), sentence."""
     found = []
-    for finding in findings_on(destination) if destination else ():
+    for finding in findings_on(destination) if destination and results.summary.has_paths else ():
         span = finding.span()
         ends: list[float | None] = [None, None]
         if span:

@@ -12,6 +12,7 @@ from elf.histogram import BucketCounts, Differences, LatencyHistogram
 
 SIGNIFICANT = 3  # standard errors by which two shares must differ
 OUTAGE_MIN = 3  # s: an outage is longer, and another hop answers in more seconds of it
+OUTAGE_CHANCE = 1e-4  # probability of so many unanswered probes in a row, above which it is no outage
 OUTAGES_MAX = 5  # of a hop, that are kept
 RESPONDERS_MAX = 64  # of a hop, that are told apart
 SENDS_FROM = 1 / 2  # share of probes with new data of TCP, from which on its retransmissions tell of loss
@@ -92,6 +93,11 @@ class Hop:
     @property
     def unanswered_share(self) -> float:
         return self.unanswered / self.probes
+
+    def may_be_chance(self, seconds: int) -> bool:
+        """Return whether no answer for so long is no wonder where so many probes are unanswered anyway."""
+        probes = self.probes / max(self.active_seconds, 1) * seconds
+        return bool(self.unanswered_share**probes > OUTAGE_CHANCE)
 
     def is_clearly_worse_than(self, other: Hop) -> bool:
         """Return whether significantly more probes are unanswered here: a test of two proportions."""
@@ -201,5 +207,6 @@ class Destination:
         found = {}
         for number, hop in self.hops.items():
             lasting = hop.outage_until(self.last_second, *self.neighbours(number))
-            found[number] = [*hop.outages, lasting] if lasting else hop.outages
+            every = [*hop.outages, lasting] if lasting else hop.outages
+            found[number] = [outage for outage in every if not hop.may_be_chance(outage.seconds)]
         return found

@@ -14,7 +14,7 @@ import io
 import json
 import os
 import re
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
@@ -168,7 +168,16 @@ def sources_of(csvs: Sequence[str], apart: bool = False) -> tuple[list[Source], 
     for source in sources:
         in_utc = source.is_utc
         source.files.sort(key=lambda file: (file[0].span or (FOREVER, 0))[0] + (file[1][0].zero if in_utc else 0))
-    return sources, notes
+    return [part for source in sources for part in boots_of(source)], notes
+
+
+def boots_of(source: Source) -> Iterator[Source]:
+    """Yield the files of each boot of a host: CLOCK_MONOTONIC begins anew, and later rows would seem older."""
+    firsts, begin = [(rows.span or (FOREVER, 0))[0] for rows, _ in source.files], 0
+    for number in range(1, len(firsts) + 1):
+        if number == len(firsts) or (source.is_utc and firsts[number] < firsts[number - 1]):
+            yield Source(source.host, source.files[begin:number])
+            begin = number
 
 
 class Moment(NamedTuple):
@@ -315,6 +324,7 @@ def read(
     courses = planned_courses(source, in_utc, window, most, fine)
     results = Results(source, BulkSummary(), courses, collections.Counter())
     results.summary.when = source.time_text(in_utc)
+    results.summary.has_paths = window.by in ("dest", "flow")
     texts = Texts()
     for rows, mappings in source.files:
         batches = [rows.batch] if rows.share >= 1 else read_batches(rows.path, texts, tell)

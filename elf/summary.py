@@ -152,6 +152,9 @@ class Summary:
         self._random = random.Random(1)
         self._tests = Comparisons()
         self.when: When = monotonic_text  # how times are told
+        self.has_paths = (
+            True  # otherwise elf.sources has put others in the place of destinations: no path to tell of
+        )
 
     def _label(self, address: str) -> str:
         """Return the address, followed by its name if that is known."""
@@ -410,7 +413,7 @@ class Summary:
             if hop.latency.count:
                 stats = hop.latency.stats()
                 mark = Mark.NOTABLE if swings(stats) else Mark.NONE
-                added = destination.adds(number)
+                added = destination.adds(number) if self.has_paths else None
                 adds = "-" if added is None else f"{added / 1e6:.3f}"
                 for line in self._responders(hop, f"{share} {stats_text(stats, names)} {adds:>8}  "):
                     for text in fitting(line, columns):
@@ -424,6 +427,8 @@ class Summary:
             line = f"TCP {'':16} {srtt} {'':8}  round trip by the kernel (srtt); segments retransmitted: {resent}"
             for text in fitting(line, columns):
                 yield Line(text)
+        if not self.has_paths:
+            return
         newest = itertools.islice(self.newest_flows(), FLOWS_LOOKED_AT)
         for way in ways_texts(ways_to(destination, (item for item in newest if item[0][0] == dest))):
             for text in fitting(way, columns):

@@ -76,8 +76,9 @@ class UnmatchedAnswers:
         """Keep an answer. That of a router which answers this flow is a second copy, or came too late."""
         if flow not in self._offsets and self._summary.answers(flow, answer.responder):
             return
-        if len(self._counts) < FLOWS_MAX:
-            self._counts[flow, answer.responder] += 1
+        key = flow, answer.responder
+        if key in self._counts or len(self._counts) < FLOWS_MAX:
+            self._counts[key] += 1
         if len(self._waiting) < FLOWS_MAX:
             answers = self._waiting.setdefault(flow, {})
             if len(answers) < ANSWERS_KEPT:
@@ -102,10 +103,22 @@ class UnmatchedAnswers:
                     self._offsets.pop(flow, None)
                     self._offsets[flow] = offset
                     del answers[answer.number]
-                    self._counts[flow, answer.responder] -= 1
+                    self._explained(flow, answer.responder)
                     yield probes[number], offset, answer
         if len(self._offsets) > FLOWS_MAX:
             del self._offsets[next(iter(self._offsets))]
+
+    def _explained(self, flow: FlowKey, responder: str) -> None:
+        """Count one answer less that stays unexplained."""
+        if self._counts[flow, responder] > 1:
+            self._counts[flow, responder] -= 1
+        else:
+            self._counts.pop((flow, responder), None)
+
+    def drop(self, flow: FlowKey) -> None:
+        """Forget the answers to a flow that has no probe in flight: strangers' traceroutes, forged messages."""
+        for answer in self._waiting.pop(flow).values():
+            self._explained(flow, answer.responder)
 
     def forget(self, before: int) -> None:
         """Forget answers from before a time. Their probes are no longer in flight."""

@@ -131,6 +131,7 @@ class Trust(ctypes.Structure):
         ('episode', ctypes.c_uint64),
         ('exams', ctypes.c_uint32),
         ('suspicion', ctypes.c_int),
+        ('suspected_at', ctypes.c_uint64),
         ('awaits', ctypes.c_uint8),
         ('strikes', ctypes.c_uint8),
         ('passed', ctypes.c_uint8),
