@@ -682,7 +682,7 @@ class Routers:
         for known, packet in iter(self._near.receive, None):
             if packet[DEST_AT[version_of(packet)]] not in self._far.peers:
                 continue
-            if ttl_of(packet) >= self._queue_before:
+            if self._filter and ttl_of(packet) >= self._queue_before:
                 self._enqueue(Queued(known, packet))
             else:
                 self._go_on(known, packet)

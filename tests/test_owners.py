@@ -1321,7 +1321,7 @@ def test_events_without_room_are_made_up_for(net, stage, tmp_path, command):
     'name, told',
     [
         ('_decide', 'the connection tables are read'),
-        ('_take_event', 'an event of process_events could not be handled'),
+        ('_take_events', 'an event of process_events could not be handled'),
     ],
 )
 def test_errors_in_the_background(net, stage, tmp_path, name, told):
