@@ -549,7 +549,7 @@ class Stage:
             return not waiting
 
         try:
-            wait_until(noted, 20, '')
+            wait_until(noted, 60, '')
         except TimeoutError:
             ports = [program.port for program in waiting]
             raise CommandFailed(f'programs with ports {ports} have noted no {kind}') from None
