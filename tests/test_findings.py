@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from elf.findings import findings_on
 from elf.inference import binomial_tail, fisher, holm, median_interval, spearman
 from elf.rows import ALWAYS_THERE, HEADER, NAMES, Record
+from elf.summary import Summary
+from elf.unmatched import Unmatched, UnmatchedAnswers
 from runs import ELFPROBE
 from verdicts import Score, Truth, measured, simulated, truths
 
@@ -75,6 +77,27 @@ def test_nothing_is_found_where_nothing_is() -> None:
     chance = random.Random(6)
     for rate, noise, seconds in (100, 50e-6, 60), (25, 2e-3, 120), (400, 1e-4, 15):
         assert simulated(chance, [], seconds, rate, noise)[1] == []
+
+
+def test_a_level_that_lasts_becomes_the_usual_one() -> None:
+    """After ten minutes. What comes on top of it then counts from there."""
+    its = [Truth('queue', 3, 40, 720, 0.02), Truth('queue', 3, 690, 705, 0.03)]
+    first, second = simulated(random.Random(6), its, 720, rate=10)[1]
+    assert 590 < first.end - first.begin < 640 and second.size == pytest.approx(0.03, rel=0.05)
+
+
+def test_strangers_traceroutes_take_no_room() -> None:
+    """Answers to flows without a probe are forgotten. One to a probed flow that nothing explains is told."""
+    summary = Summary()
+    flow = '203.0.113.80', 40000, 443, 6
+    summary.note(Record(flow[0], *flow[1:], responder='', latency=-1, sendtime=1, outttl=3))
+    unmatched = UnmatchedAnswers(summary)
+    for number in range(5000):
+        stranger = flow[0], number, 80, 6
+        unmatched.note(stranger, Unmatched(number, 0, 1, '192.0.2.1', b''))
+        unmatched.drop(stranger)
+    unmatched.note(flow, Unmatched(1, 0, 1, '192.0.2.3', b''))
+    assert [(each.hop, each.responder, each.answers) for each in unmatched.findings()] == [(3, '192.0.2.3', 1)]
 
 
 def test_packets_that_are_balanced_are_no_changes_of_the_path() -> None:
