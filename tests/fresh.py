@@ -92,7 +92,10 @@ sudo unshare --net sh -ec "$run" sh {shlex.quote(NETWORK)} {shlex.quote(SENDER)}
 grep -q 198.51.100.1 elf.csv
 [ -n "$(sudo ls /var/cache/elfprobe)" ]
 sudo apt-get purge -y elfprobe
-left=$(sudo find / -xdev -path /home -prune -o -path /host -prune -o -path /tmp -prune -o -iname '*elfp*' -print)
+others='-path /home -prune -o -path /host -prune -o -path /tmp -prune -o -path */.cache/elfprobe-vm -prune'
+set -f
+left=$(sudo find / -xdev $others -o -iname '*elfp*' -print)
+set +f
 echo "left: $left"
 [ -z "$left" ]
 '''
