@@ -1017,11 +1017,15 @@ def test_what_the_programs_take(lab4, tmp_path):
     ) as second:
         lab4.client.run(*ping)
         assert first.stop() == 0
-        before = run_counts()
-        lab4.client.run(*ping)  # by way of the other one
-        after = run_counts()
-        assert {number: after[number] for number in before if number in after}.items() <= before.items()
-        assert max(before.values()) >= 100
+        assert max(run_counts().values()) >= 100
+
+        def is_not_measured() -> bool:
+            before = run_counts()
+            lab4.client.run(*ping)  # by way of the other one
+            after = run_counts()
+            return {number: after[number] for number in before if number in after}.items() <= before.items()
+
+        wait_until(is_not_measured, 60, 'the kernel counts no more: other tests may ask it to, too')
     found = re.findall(r'(elf_\w+) ran (\d+) times, (\d+) ns each: ([0-9.]+)% of a core', first.log)
     ran = {name: (int(times), int(each)) for name, times, each, _ in found}
     # Two runs for each probe, since it is shorter than the ping. Neighbours are discovered meanwhile, too.
