@@ -67,7 +67,8 @@ def drained(programs: Programs, path: Path, rate: int, seconds: float) -> tuple[
     """Rows written, results lost, s of CPU time, and s in all, while results come at a rate."""
     programs.clear()
     config = elfprobe.Config((LOOPBACK.name,), duration=seconds)
-    attached = elfprobe.Attached([LOOPBACK], elfprobe.Hook('tc', ''), programs.kernel, [], '')
+    hook, elsewhere = elfprobe.Hook('tc', ''), ExitStack()
+    attached = elfprobe.Attached([LOOPBACK], hook, programs.kernel, [], '', None, elsewhere)
     results, clock = programs.results, elfprobe.Clock()
     report = elfprobe.Report(
         elfprobe.facts(config, attached), clock, results.summary, results.rewrites, elfprobe.ProcessLog()
@@ -78,7 +79,9 @@ def drained(programs: Programs, path: Path, rate: int, seconds: float) -> tuple[
         str(path), None, report.pieces({}, [], has_ended=False), None, []
     ) as files, elfprobe.Routes() as routes:
         destinations = elfprobe.Destinations(programs.kernel)
-        reasons = elfprobe.Reasons(config, [LOOPBACK], routes, elfprobe.AppNames(()), destinations, (), tuple)
+        reasons = elfprobe.Reasons(
+            config, [LOOPBACK], routes, elfprobe.AppNames(()), destinations, (), tuple, attached.read_elsewhere
+        )
         view = elfprobe.LiveView(None, LOOPBACK.name, results.summary)
         measurement = elfprobe.Measurement(config, attached, results, files, report, clock, view, reasons)
         feeder.start()
