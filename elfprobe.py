@@ -826,6 +826,7 @@ def struct_offsets(btf: ctypes.c_void_p, name: bytes) -> dict[bytes, int]:
 
 PAGE = os.sysconf("SC_PAGESIZE")
 CLOCK_MONOTONIC_COARSE = 6  # linux/time.h
+LOCKDOWN = "/sys/kernel/security/lockdown"  # kernel_lockdown(7)
 # Programs that call one helper each. BPF instructions: code, destination, source, offset, immediate value.
 CALL, EXIT, ZERO_R0 = 0x85, (0x95, 0, 0, 0, 0), (0xB7, 0, 0, 0, 0)
 CALLS_JIFFIES64 = ((CALL, 0, 0, 0, 118), ZERO_R0, EXIT)  # bpf_jiffies64()
@@ -1023,7 +1024,6 @@ def require_machine(config: Config) -> None:
 
 # ---- Kernel: elfprobe.c compiled and loaded, its maps and events -------------------------------------
 
-LOCKDOWN = "/sys/kernel/security/lockdown"
 C_FILE = os.path.join(HERE, "elfprobe.c")
 CACHE = "/var/cache/elfprobe"
 LD_IMM64, MAP_FD = 0x18, 1  # linux/bpf.h: BPF_LD | BPF_DW | BPF_IMM, BPF_PSEUDO_MAP_FD

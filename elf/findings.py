@@ -101,9 +101,11 @@ class Slower(Finding):
             text = f"; explains {share:.0%} of the rise of TCP's round trip"
         elif its.tcp is not None and its.tcp < its.size / 4:
             text = "; TCP's round trip did not rise"
-        if its.retransmitted > 0:
-            text += f"; {its.retransmitted} segments retransmitted meanwhile"
-        return text
+        return text + self._retransmitted()
+
+    def _retransmitted(self) -> str:
+        count = self.episode.retransmitted
+        return f"; {count} segments retransmitted meanwhile" if count > 0 else ""
 
     def _cause(self) -> str:
         """Return whether the flow's own packets may have made the queue."""
@@ -150,10 +152,9 @@ class QueueBeyond(Slower):
 
     def text(self) -> str:
         its = self.episode
-        more = f"; {its.retransmitted} segments retransmitted meanwhile" if its.retransmitted > 0 else ""
         return (
             f"{self._rise()} in TCP's round trip only: behind {self._place(its.front)}, on the way there or back, "
-            f"or at the other end{more}{self._cause()}"
+            f"or at the other end{self._retransmitted()}{self._cause()}"
         )
 
 

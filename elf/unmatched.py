@@ -133,7 +133,7 @@ class UnmatchedAnswers:
         found: collections.Counter[tuple[str, int, str]] = collections.Counter()
         for (flow, responder), count in self._counts.items():
             hop = self._summary.first_silent_hop(flow)
-            if count and hop and not self._summary.answers(flow, responder):
+            if hop and not self._summary.answers(flow, responder):
                 found[flow[0], hop, responder] += count
         for (dest, hop, responder), count in sorted(found.items()):
             yield NearMiss(hop, dest, responder, count)
