@@ -397,6 +397,12 @@ class BulkSummary(Summary):
             by_destination.setdefault(id(destinations[group]), (destinations[group], []))[1].append(its)
         for destination, its_events in by_destination.values():
             note_seconds(destination, its_events)
+        silent, numbers = by_hop.only(~are_answered)
+        seconds = batch["sendtime"][silent.order] // 10**9
+        for group, start, end in zip(numbers.tolist(), silent.starts.tolist(), silent.ends.tolist()):
+            for second in np.unique(seconds[start:end]).tolist():
+                if second > hops[group].unanswered_until:
+                    hops[group].note_unanswered(second)
 
     def _note_flow_hops(self, groups: BatchGroups, flows: list[Flow], fronts: Fronts, are_answered: Any) -> None:
         batch, by_both = groups.batch, groups.flow_hops

@@ -95,6 +95,7 @@ class Change:
     old: dict[int, tuple[float, float, float]]  # what was usual by hop: median_interval()
     was: Way
     new: Way
+    hops: set[int]  # that differ, as far as the newest flow has told
     flows: int = 1
     now: dict[int, tuple[float, float, float]] | None = None  # what is usual of the new way, once that is known
 
@@ -547,14 +548,17 @@ class Watch:
         sent, number = row[0], row[1]
         last = self.changes[-1] if self.changes else None
         is_near = last is not None and sent - last.end < CHANGE_TOGETHER
-        if last and is_near and (last.new is new or (last.new is old and last.was is not new)):
+        is_further_hop = last is not None and last.new is old and number not in last.hops  # of the same flow
+        if last and is_near and (last.new is new or is_further_hop):
             last.end = max(last.end, sent)
-            last.flows += last.new is new  # otherwise it is the same flow, of which a nearer hop is new, too
+            last.flows += not is_further_hop
+            last.hops.add(number)
             if number < last.hop:
                 last.hop, last.before, last.after = number, old.responders[number], row[3]
             last.new = new
         elif len(self.changes) < CHANGES_MAX:
-            self.changes.append(Change(sent, sent, number, old.responders[number], row[3], old.usual(), old, new))
+            before = old.responders[number]
+            self.changes.append(Change(sent, sent, number, before, row[3], old.usual(), old, new, {number}))
 
     def episodes(self) -> list[Episode]:
         """Return the episodes of all ways, in the order of time."""

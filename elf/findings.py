@@ -225,6 +225,7 @@ class HopOutage(Finding):
     kind = "outage"
     outage: Outage
     front: int  # the nearest hop in front of it that answers; 0: none
+    path_changed: bool = False  # as it began
 
     def figures(self) -> dict[str, Any]:
         its = self.outage
@@ -233,11 +234,17 @@ class HopOutage(Finding):
     def span(self) -> tuple[int, int]:
         return self.outage.begin * 10**9, (self.outage.begin + self.outage.seconds) * 10**9
 
+    def begins_with(self, change: Change) -> bool:
+        """Return whether the path changed within a second of the last answer, at this hop or in front of it."""
+        begin = self.span()[0]
+        return change.hop <= self.hop and change.begin < begin + 2 * 10**9 and begin - 10**9 < change.end
+
     def text(self) -> str:
         seconds = f"for {self.outage.seconds} s"
         if self.outage.ends_path:
             where = f": interrupted behind hop {self.front}" if self.front else ""
-            return f"from hop {self.hop} on there was no answer {seconds}{where}"
+            shorter = "; or the path, which changed then, became shorter" if self.path_changed else ""
+            return f"from hop {self.hop} on there was no answer {seconds}{where}{shorter}"
         return f"hop {self.hop} was unresponsive {seconds}, but not those behind it"
 
 
@@ -425,7 +432,8 @@ def findings_on(destination: Destination) -> Iterator[Finding]:
     outages = destination.outages()
     answering = {number: hop for number, hop in sorted(destination.hops.items()) if hop.latency.count}
     for number in answering:
-        yield from outages_to_tell(number, {other: outages[other] for other in answering})
+        for outage in outages_to_tell(number, {other: outages[other] for other in answering}):
+            yield dataclasses.replace(outage, path_changed=any(map(outage.begins_with, destination.watch.changes)))
     yield from unanswered(destination, {
         number: hop for number, hop in answering.items() if hop.probes >= ENOUGH_PROBES
     }, outages)  # fmt: skip

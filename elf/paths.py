@@ -13,13 +13,15 @@ from elf.histogram import BucketCounts, Differences, LatencyHistogram
 SIGNIFICANT = 3  # standard errors by which two shares must differ
 OUTAGE_MIN = 3  # s: an outage is longer, and another hop answers in more seconds of it
 OUTAGE_CHANCE = 1e-4  # probability of so many unanswered probes in a row, above which it is no outage
+PROBED_AFTER = 2  # s after the last answer: of a path that became shorter, all probes have left before
 OUTAGES_MAX = 5  # of a hop, that are kept
+PAUSES_MAX = 1000  # of a hop, which may still turn out to be outages
 RESPONDERS_MAX = 64  # of a hop, that are told apart
 SENDS_FROM = 1 / 2  # share of probes with new data of TCP, from which on its retransmissions tell of loss
 
 
 class Outage(NamedTuple):
-    """A time in which a hop stopped answering, but the next hop that answers, in front or behind, did not."""
+    """A time in which a hop did not answer probes, but the next hop that answers, in front or behind, did."""
 
     begin: int  # s, CLOCK_MONOTONIC
     seconds: int
@@ -34,7 +36,7 @@ class Hop:
 
     __slots__ = (
         "latency", "added", "unanswered", "responder", "_others", "changes", "outages", "active_seconds",
-        "last_second", "_neighbours_active",
+        "last_second", "unanswered_until", "_pauses", "_neighbours_active",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -47,6 +49,8 @@ class Hop:
         self.outages: list[Outage] = []  # those that are over
         self.active_seconds = 0  # seconds in which at least one probe left that was answered
         self.last_second = 0  # the last of them
+        self.unanswered_until = 0  # s, when the newest unanswered probe left
+        self._pauses: list[Outage] = []  # without an answer, but none of an unanswered probe is known either
         self._neighbours_active = 0, 0  # active_seconds of the hops in front and behind, in last_second
 
     @property
@@ -110,15 +114,34 @@ class Hop:
 
         front and behind are the nearest hops that answer.
         """
-        outage = self.outage_until(second, front, behind)
-        if outage and len(self.outages) < OUTAGES_MAX:
-            self.outages.append(outage)
+        pause = self._pause_until(second, front, behind)
+        if pause and self.unanswered_until >= pause.begin + PROBED_AFTER:
+            self._keep(pause)
+        elif pause and len(self._pauses) < PAUSES_MAX:
+            self._pauses.append(pause)
         self.last_second = second
         self.active_seconds += 1
         self._neighbours_active = active_seconds(front), active_seconds(behind)
 
+    def note_unanswered(self, second: int) -> None:
+        """Note that an unanswered probe left in a later second than the last one. Its row comes seconds later."""
+        self.unanswered_until = second
+        while self._pauses and self._pauses[0].begin + PROBED_AFTER <= second:
+            pause = self._pauses.pop(0)
+            if second < pause.begin + pause.seconds:
+                self._keep(pause)
+
+    def _keep(self, outage: Outage) -> None:
+        if len(self.outages) < OUTAGES_MAX:
+            self.outages.append(outage)
+
     def outage_until(self, second: int, front: Hop | None, behind: Hop | None) -> Outage | None:
         """Return the outage from this hop's last answer until that second, None if there is none."""
+        if self.unanswered_until < self.last_second + PROBED_AFTER:
+            return None  # the path may have become shorter: nothing was sent to the hop
+        return self._pause_until(second, front, behind)
+
+    def _pause_until(self, second: int, front: Hop | None, behind: Hop | None) -> Outage | None:
         seconds = second - self.last_second
         if not self.active_seconds or seconds <= OUTAGE_MIN:
             return None

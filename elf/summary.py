@@ -239,7 +239,10 @@ class Summary:
         if not responder:
             hop.unanswered += 1
             of_flow.unanswered += 1
-            destination.note_second(sendtime // 10**9)
+            second = sendtime // 10**9
+            destination.note_second(second)
+            if second > hop.unanswered_until:
+                hop.note_unanswered(second)
             return
         add_latency(latency)
         add_of_flow(latency)

@@ -204,13 +204,13 @@ def test_tcp_that_receives_says_nothing_of_loss() -> None:
 
 def timeline(*hops: str) -> str:
     """The table of a run in which each hop, in each second of its line, answers 20 probes, if there is an x.
-    Without an x in any there is no traffic."""
+    Without an x in any there is no traffic, with a space no probe to this hop."""
     summary = Summary()
     for second in range(len(hops[0])):
         for part in range(20):
             for number, line in enumerate(hops, 1):
                 sent = (100 + second) * 10**9 + part * 10**7
-                is_asked = part == 0 and any(other[second] == 'x' for other in hops)
+                is_asked = part == 0 and line[second] != ' ' and any(other[second] == 'x' for other in hops)
                 if line[second] == 'x' or is_asked:  # an unresponsive hop is probed less often
                     summary.note(ended(number, sent, A if line[second] == 'x' else ''))
     return '\n'.join(summary.tables())
@@ -232,6 +232,8 @@ OUTAGES = {
     'the first': (['xxxxxxxx........', 'xxxxxxxxxxxxxxxx'], ['hop 1 was unresponsive for 8 s']),
     'the last': (['xxxxxxxxxxxxxxxx', 'xxxxx......xxxxx'], ['from hop 2 on there was no answer for 7 s']),
     'no traffic': (['xxxxx......xxxxx', 'xxxxx......xxxxx'], []),
+    'a shorter path': (['xxxxxxxxxxxxxxxx', 'xxxxx.     xxxxx'], []),
+    'a shorter path, to the end': (['xxxxxxxxxxxxxxxx', 'xxxxx.          '], []),
 }
 
 
@@ -247,6 +249,37 @@ def test_outages(hops: list[str], said: list[str]) -> None:
             line.index('.') for line in hops if '.' in line
         )
     assert LIMITS not in text and LOST not in text
+
+
+def test_unanswered_probes_of_an_outage_end_later() -> None:
+    """Their rows come after the first answers behind the outage. The path changes as it begins."""
+    summary = Summary()
+    for second in range(40):
+        for number in 1, 2, 3:
+            responder = f'192.0.2.{number if second < 20 or number == 1 else number + 10}'
+            if number < 3 or not 20 <= second < 28:
+                summary.note(ended(number, second * 10**9, responder))
+        if second == 30:
+            summary.note(ended(3, 24 * 10**9))
+    summary.digest(is_over=True)
+    (outage,) = (line for line in summary.tables() if 'there was no answer' in line)
+    assert 'from hop 3 on there was no answer for 9 s' in outage
+    assert outage.endswith('; or the path, which changed then, became shorter')
+
+
+def test_a_hop_that_changes_twice_at_once_is_two_changes() -> None:
+    """Several hops that change at nearly the same time are one."""
+    summary = Summary()
+    for step in range(400):
+        second, third = (2, 3) if step < 200 else (12, 13) if step < 204 else (22, 13)
+        for number, name in enumerate((1, second, third, 4), 1):
+            summary.note(ended(number, step * 10**7 + number, f'192.0.2.{name}'))
+    summary.digest(is_over=True)
+    told = [line.partition('  ')[2] for line in summary.tables() if 'path changed' in line]
+    assert [line.partition(';')[0] for line in told] == [
+        'the path changed from hop 2 on, which is now 192.0.2.12, no longer 192.0.2.2',
+        'the path changed from hop 2 on, which is now 192.0.2.22, no longer 192.0.2.12',
+    ]
 
 
 @pytest.mark.sample
