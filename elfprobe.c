@@ -468,6 +468,7 @@ struct scratch {
 	struct udp_partial partial;
 	/* While headers are parsed: */
 	__u32 parsed_len;
+	__u32 hidden; /* see hidden() */
 };
 
 /* ---- Platform: everything that depends on kernel, BCC or byte order ------------------------
@@ -635,6 +636,14 @@ static inline struct scratch *scratch_expecting(void)
 	struct scratch *scratch = is_any_expected() ? scratch_of_run() : 0;
 
 	return scratch && scratch->expected ? scratch : 0;
+}
+
+/* Return a number that the verifier does not know, because a value in a map is unknown to it. Otherwise it follows one
+ * path through all that comes for each value of the number. */
+static inline __u32 hidden(struct scratch *scratch, __u32 number)
+{
+	scratch->hidden = number;
+	return READ_ONCE(scratch->hidden);
 }
 
 /* submit_result() and submit_flow_event() return a negative number if there is no room. User space looks for
@@ -2104,8 +2113,9 @@ struct packet {
 
 static inline int is_same(const struct in6_addr *a, const struct in6_addr *b)
 {
-	return a->s6_addr32[0] == b->s6_addr32[0] && a->s6_addr32[1] == b->s6_addr32[1] &&
-	       a->s6_addr32[2] == b->s6_addr32[2] && a->s6_addr32[3] == b->s6_addr32[3];
+	/* With one branch, the verifier has less to follow. */
+	return !((a->s6_addr32[0] ^ b->s6_addr32[0]) | (a->s6_addr32[1] ^ b->s6_addr32[1]) |
+		 (a->s6_addr32[2] ^ b->s6_addr32[2]) | (a->s6_addr32[3] ^ b->s6_addr32[3]));
 }
 
 static inline void map_v4(struct in6_addr *a, __be32 v4)
@@ -3220,11 +3230,11 @@ static inline int had_carrier(struct __sk_buff *skb, __u64 since)
 	return !link_since || *link_since < since;
 }
 
-/* Let the path model look at the flow of a packet, and report what it finds. Return 0 if the packet may carry a probe,
- * else the reason. */
+/* Let the path model look at the flow of a packet, and report what it finds. can_stall: see flow_looked(). Return 0 if
+ * the packet may carry a probe, else the reason. */
 static inline int look_at_flow(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp,
 			       const struct bpf_tcp_sock *tp, struct path *path, struct tcp_progress *progress,
-			       __u64 now)
+			       int can_stall, __u64 now)
 {
 	struct tcp_look look = {
 		.position = (__u32)(tp->bytes_acked + tp->bytes_received), /* a SYN: 0, which is no progress */
@@ -3233,9 +3243,9 @@ static inline int look_at_flow(struct __sk_buff *skb, const struct packet *pkt, 
 		.outstanding = tp->packets_out,
 		.srtt = tp->srtt_us >> 3, /* the kernel stores eighths */
 	};
-	int may_carry, can_stall = had_carrier(skb, progress->since);
 	struct schedule *all = lookup_schedule();
 	__u32 kind = 0;
+	int may_carry;
 
 	if (!all)
 		return NOT_SENT;
@@ -3316,7 +3326,7 @@ static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	struct tcphdr *tcp = nh->pos;
 	struct tcp_progress *progress;
 	struct bpf_tcp_sock *tp = 0;
-	int reason, is_early;
+	int reason;
 	struct bpf_sock *sk;
 
 	scratch->resent = 0;
@@ -3334,14 +3344,14 @@ static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	state->retrans = tp->total_retrans;
 	state->inflight = tp->packets_out;
 	scratch->resent = (__s32)(bpf_ntohl(tcp->seq) - tp->snd_nxt) < 0;
-	is_early = tp->bytes_acked <= 1 && !tp->bytes_received; /* 1: the SYN */
 	progress = progress_of(skb, sk);
 	if (progress) {
-		reason = look_at_flow(skb, pkt, tcp, tp, path, progress, now);
+		reason = look_at_flow(skb, pkt, tcp, tp, path, progress,
+				      hidden(scratch, had_carrier(skb, progress->since)), now);
 		if (reason)
 			return reason;
 	}
-	if (is_early)
+	if (tp->bytes_acked <= 1 && !tp->bytes_received) /* 1: the SYN */
 		return REASON(carrier_early);
 	return scratch->resent && !(progress && progress->stalled_at) ? REASON(carrier_resent) : 0;
 }
@@ -3464,7 +3474,7 @@ static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	if (scratch->unfit || reason)
 		return scratch->unfit ? scratch->unfit : reason;
 	scratch->reservation.flow = scratch->resent ? FLOW_SLOTS : flow_slot(nh, pkt, path); /* these are few */
-	reason = reserve_probe(path, &scratch->reservation, can_fall_back(pkt), now);
+	reason = reserve_probe(path, &scratch->reservation, hidden(scratch, can_fall_back(pkt)), now);
 	if (reason)
 		return reason;
 	take_probe_of(scratch->charged, now);
