@@ -51,15 +51,6 @@
 #ifndef TUNNEL
 #error "TUNNEL: 4 or 41 if the flows are inside IPv4 packets of this protocol, else 0"
 #endif
-#ifndef NOTRUNC
-#error "NOTRUNC: 0 trims probes to their headers, 1 keeps the payload"
-#endif
-#ifndef RATE_GLOBAL
-#error "RATE_GLOBAL: INTERVAL_NS separates two probes to the same hop (0) or to the same destination (1)"
-#endif
-#ifndef INGRESS_DROP
-#error "INGRESS_DROP: 1 drops a time exceeded that answers a probe, 0 passes it to the stack"
-#endif
 #ifndef INGRESS_TC
 #error "INGRESS_TC: 1 compiles elf_ingress for TC ingress, 0 for XDP"
 #endif
@@ -90,9 +81,6 @@
 #ifndef BY_OWNER
 #error "BY_OWNER: 1 probes the flows of target processes and target destinations, 0 only target destinations"
 #endif
-#ifndef BY_APP
-#error "BY_APP: 1 if target processes are chosen by name, so that each new process must be checked"
-#endif
 #ifndef TICK_NS
 #error "TICK_NS: length of a jiffy, ns; 0 if programs cannot read jiffies (before Linux 5.6)"
 #endif
@@ -115,12 +103,16 @@
 		_value; \
 	})
 
-#ifndef INTERVAL_NS              /* on the host, where the path model is tested, it is a number */
+#ifndef INTERVAL_NS              /* on the host, where the path model is tested, these two are numbers */
 #define INTERVAL_NS PARAMETER(0) /* minimum time between two probes, ns; 0 makes every packet carry one */
+#define RATE_GLOBAL PARAMETER(3) /* 0: that is between two probes to the same hop, 1: to the same destination */
 #endif
 #define MAX_RATE PARAMETER(1) /* maximum number of probes per second over all destinations, 1 or more */
 #define WAKE_EVERY \
-	PARAMETER(2) /* number of results after which a CPU wakes user space, which also looks by itself */
+	PARAMETER(2)         /* number of results after which a CPU wakes user space, which also looks by itself */
+#define NOTRUNC PARAMETER(4) /* 0 trims probes to their headers, 1 keeps the payload */
+#define INGRESS_DROP PARAMETER(5) /* 1 drops a time exceeded that answers a probe, 0 passes it to the stack */
+#define BY_APP PARAMETER(6) /* 1 if target processes are chosen by name, so that each new process must be checked */
 
 /* ---- Protocol headers (no kernel header is needed to compile this file) ------------------- */
 

@@ -1028,7 +1028,8 @@ C_FILE = os.path.join(HERE, "elfprobe.c")
 CACHE = "/var/cache/elfprobe"
 LD_IMM64, MAP_FD = 0x18, 1  # linux/bpf.h: BPF_LD | BPF_DW | BPF_IMM, BPF_PSEUDO_MAP_FD
 PARAMETER_MARK = 0xE1F0BE0000000000  # as in elfprobe.c
-PARAMETERS = "INTERVAL_NS", "MAX_RATE", "WAKE_EVERY"  # by their numbers in elfprobe.c
+# By their numbers in elfprobe.c.
+PARAMETERS = "INTERVAL_NS", "MAX_RATE", "WAKE_EVERY", "RATE_GLOBAL", "NOTRUNC", "INGRESS_DROP", "BY_APP"
 PER_CPU_MAPS = 5, 6, 10, 21  # enum bpf_map_type, linux/bpf.h: hash, array, lru_hash, cgroup_storage
 BPF_MAP_TYPE_QUEUE, BPF_MAP_TYPE_STACK = 22, 23
 BATCH = 4096  # entries of a map that are read at once
@@ -1101,9 +1102,6 @@ def build_flags(config: Config, build: Build, platform: Platform) -> dict[str, s
     return {
         "FRAME": str(int(build.frame)),
         "TUNNEL": str(TUNNELS[config.encapsulation]),
-        "NOTRUNC": str(int(config.notrunc)),
-        "RATE_GLOBAL": str(int(config.rate_global)),
-        "INGRESS_DROP": str(int(config.ingress == "drop")),
         "INGRESS_TC": str(int(build.ingress_tc)),
         "TCX": str(int(build.tcx)),
         "SKB_HEAD": str(platform.shared_info.head),
@@ -1120,7 +1118,6 @@ def build_flags(config: Config, build: Build, platform: Platform) -> dict[str, s
         "MPTCP": str(int(platform.has_mptcp)),
         "TICK_NS": f"{platform.tick}ULL",
         "BY_OWNER": str(int(build.by_owner)),
-        "BY_APP": str(int(build.by_owner and bool(config.apps))),
         "OLD_MAPS": str(int(not platform.has_ring_buffer)),
         "PREEMPTIBLE": str(int(platform.is_preemptible)),
     }
@@ -1145,7 +1142,8 @@ def parameters(config: Config, sizes: dict[str, int]) -> dict[str, int]:
     results = sizes.get("results", RESULT_BYTES) // RESULT_BYTES
     wake_every = max(results // 4 // (os.cpu_count() or 1), 1)
     values = config.probeint * 1000000, config.max_rate, wake_every
-    return dict(zip(PARAMETERS, values))
+    flags = config.rate_global, config.notrunc, config.ingress == "drop", bool(config.apps)
+    return dict(zip(PARAMETERS, (*values, *map(int, flags))))
 
 
 def program_types(build: Build) -> dict[str, int]:

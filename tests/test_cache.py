@@ -57,8 +57,9 @@ def test_second_start_takes_the_programs_of_the_first(lab4, tmp_path):
     first = {path: path.read_bytes() for path in (tmp_path / 'elfprobe').iterdir()}
     assert len(first) == 1
     assert USED in start(lab4, tmp_path, *options).log
-    assert USED in start(lab4, tmp_path, *options, '-p', '20', '--max-rate', '1000').log  # mere numbers
-    assert USED not in start(lab4, tmp_path, *options, '-r', 'g').log
+    numbers = '-p', '20', '--max-rate', '1000', '-r', 'g', '-T', '-I', 'pass'
+    assert USED in start(lab4, tmp_path, '-P', str(os.getpid()), *numbers).log  # the same programs
+    assert USED not in start(lab4, tmp_path, *options, '--ingress-hook', 'generic').log
     assert USED not in start(lab4, tmp_path, *options, '--no-cache').log
     assert {path: path.read_bytes() for path in first} == first
     assert len(list((tmp_path / 'elfprobe').iterdir())) == 2

@@ -1350,20 +1350,17 @@ def test_bad_hooks_file(content: bytes | None, reason: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    'changes, flags',
+    'options, flags',
     [
-        ({}, dict(NOTRUNC='0', RATE_GLOBAL='0', INGRESS_DROP='1')),
-        (dict(notrunc=True), dict(NOTRUNC='1')),
-        (dict(rate_global=True), dict(RATE_GLOBAL='1')),
-        (dict(ingress='pass'), dict(INGRESS_DROP='0')),
-        (dict(probeint=0, max_rate=1, salt=5), {}),
+        (dict(encapsulation='ipinip'), dict(TUNNEL='4')),
+        (dict(probeint=0, max_rate=1, salt=5, notrunc=True, rate_global=True, ingress='pass', apps=('a',)), {}),
     ],
 )
-def test_build_flags(changes: dict[str, Any], flags: dict[str, str]) -> None:
-    """Mere numbers are not among them, so that programs are compiled once for all."""
+def test_build_flags(options: dict[str, Any], flags: dict[str, str]) -> None:
+    """Most options are not among them, so that programs are compiled once for all."""
     usual, built = (
-        elfprobe.build_flags(Config(('none0',), **options), elfprobe.Build(), elfprobe.Platform())
-        for options in ({}, changes)
+        elfprobe.build_flags(Config(('none0',), **some), elfprobe.Build(), elfprobe.Platform())
+        for some in ({}, options)
     )
     assert built == {**usual, **flags}
 
@@ -1378,4 +1375,8 @@ def test_sizes_and_parameters_follow_the_rate(rate: int) -> None:
     assert 1024 <= sizes['partial_checksums'] <= waiting
     values = elfprobe.parameters(config, sizes)
     assert (values['INTERVAL_NS'], values['MAX_RATE']) == (20 * 10**6, rate)
+    assert [values[name] for name in ('RATE_GLOBAL', 'NOTRUNC', 'INGRESS_DROP', 'BY_APP')] == [0, 0, 1, 0]
+    changed = Config(('none0',), rate_global=True, notrunc=True, ingress='pass', apps=('a',))
+    values = {**values, **elfprobe.parameters(changed, sizes)}
+    assert [values[name] for name in ('RATE_GLOBAL', 'NOTRUNC', 'INGRESS_DROP', 'BY_APP')] == [1, 1, 0, 1]
     assert 1 <= values['WAKE_EVERY'] < sizes['results'] / elfprobe.RESULT_BYTES
