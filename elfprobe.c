@@ -446,12 +446,15 @@ struct scratch {
 	__u32 redirected; /* elf_probe redirected the probe once more and dropped the clone; the result: */
 	__s32 redirect_result;
 	struct probe_key key;
-	struct probe probe; /* elf_egress fills in pid, app and tcp */
-	__u32 charged;      /* PID of the process whose share the probe counts against; 0: none */
-	__u32 acked;        /* first sequence number that is not acknowledged, if probe.tcp has a window */
-	__u32 next;         /* and that was not sent yet */
-	__u32 resent;       /* the carrier is a retransmission */
-	__u32 unfit;        /* reason why the packet carries no probe, although its flow is looked at; 0: none */
+	struct probe probe;  /* elf_egress fills in pid, app and tcp */
+	__u32 charged;       /* PID of the process whose share the probe counts against; 0: none */
+	__u32 acked;         /* first sequence number that is not acknowledged, if probe.tcp has a window */
+	__u32 next;          /* and that was not sent yet */
+	__u32 resent;        /* the carrier is a retransmission */
+	__be16 sport, dport; /* of the carrier, if it is of TCP */
+	__u32 flow_number;   /* of the carrier, see flow_slot() */
+	__u32 can_fall_back; /* it may carry a fallback probe */
+	__u32 unfit;         /* reason why the packet carries no probe, although its flow is looked at; 0: none */
 	/* In elf_probe: */
 	__u8 sum_buffer[SUM_CHUNK + 4];
 	/* In elf_ingress: */
@@ -3195,16 +3198,16 @@ static inline int check_carrier(struct __sk_buff *skb, const struct hdr_cursor *
 	return now <= *lease ? 0 : REASON(lease_expired);
 }
 
-/* Report an event of the packet's flow. If tcp is 0, it is an event of the destination. */
-static inline void report_flow(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp,
+/* Report an event of the packet's flow. If scratch is 0, it is an event of the destination. */
+static inline void report_flow(struct __sk_buff *skb, const struct packet *pkt, const struct scratch *scratch,
 			       __u32 kind)
 {
 	struct flow_event event = { .kind = kind };
 
 	event.flow.dest = pkt->daddr;
-	if (tcp) {
-		event.flow.sport = tcp->source;
-		event.flow.dport = tcp->dest;
+	if (scratch) {
+		event.flow.sport = scratch->sport;
+		event.flow.dport = scratch->dport;
 		event.flow.protocol = IPPROTO_TCP;
 	}
 	if (submit_flow_event(skb, &event))
@@ -3224,7 +3227,7 @@ static inline int had_carrier(struct __sk_buff *skb, __u64 since)
 
 /* Let the path model look at the flow of a packet, and report what it finds. can_stall: see flow_looked(). Return 0 if
  * the packet may carry a probe, else the reason. */
-static inline int look_at_flow(struct __sk_buff *skb, const struct packet *pkt, const struct tcphdr *tcp,
+static inline int look_at_flow(struct __sk_buff *skb, const struct packet *pkt, const struct scratch *scratch,
 			       const struct bpf_tcp_sock *tp, struct path *path, struct tcp_progress *progress,
 			       int can_stall, __u64 now)
 {
@@ -3254,7 +3257,7 @@ static inline int look_at_flow(struct __sk_buff *skb, const struct packet *pkt, 
 		kind = FLOW_STALLED;
 	}
 	if (kind)
-		report_flow(skb, pkt, tcp, kind);
+		report_flow(skb, pkt, scratch, kind);
 	return may_carry ? 0 : REASON(flow_stalled);
 }
 
@@ -3329,6 +3332,8 @@ static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh,
 		tp = bpf_tcp_sock(sk);
 	if (!tp)
 		return tcp_may_carry(nh) ? check_foreign_flow(pkt, tcp) : 0;
+	scratch->sport = tcp->source;
+	scratch->dport = tcp->dest;
 	scratch->acked = tp->snd_una;
 	scratch->next = tp->snd_nxt;
 	state->srtt = tp->srtt_us >> 3; /* the kernel stores eighths */
@@ -3338,7 +3343,7 @@ static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	scratch->resent = (__s32)(bpf_ntohl(tcp->seq) - tp->snd_nxt) < 0;
 	progress = progress_of(skb, sk);
 	if (progress) {
-		reason = look_at_flow(skb, pkt, tcp, tp, path, progress,
+		reason = look_at_flow(skb, pkt, scratch, tp, path, progress,
 				      hidden(scratch, had_carrier(skb, progress->since)), now);
 		if (reason)
 			return reason;
@@ -3381,10 +3386,13 @@ static inline int send_probe(struct __sk_buff *skb, const struct packet *pkt, st
 static inline int is_private(const struct in6_addr *a)
 {
 	__u32 v4 = bpf_ntohl(a->s6_addr32[3]);
+	__u64 first, second; /* 0 in one of two networks. The verifier follows each comparison both ways */
 
-	if (a->s6_addr32[0] || a->s6_addr32[1] || a->s6_addr32[2] != bpf_htonl(0xffff))
+	if (a->s6_addr32[0] | a->s6_addr32[1] | (a->s6_addr32[2] ^ bpf_htonl(0xffff)))
 		return (bpf_ntohl(a->s6_addr32[0]) & 0xfe000000) == 0xfc000000;
-	return v4 >> 24 == 10 || v4 >> 20 == 0xac1 || v4 >> 16 == 0xc0a8 || (v4 & 0xffc00000) == 0x64400000;
+	first = (__u64)((v4 ^ 0x0a000000) & 0xff000000) * ((v4 ^ 0xac100000) & 0xfff00000);
+	second = (__u64)((v4 ^ 0xc0a80000) & 0xffff0000) * ((v4 ^ 0x64400000) & 0xffc00000);
+	return !first || !second;
 }
 
 /* May the packet carry a fallback probe? Only if its addresses prove that a router translates it: then no hop
@@ -3396,17 +3404,21 @@ static inline int can_fall_back(const struct packet *pkt)
 	       !is_private(&pkt->daddr);
 }
 
-/* Return the slot of the packet's flow, see struct turns. Ports of clients are often consecutive, or every other one. Of
- * two flows with the same slot that send in bursts, one would take all the turns. So every 256 probes the slots are
- * others. */
-static inline __u32 flow_slot(const struct hdr_cursor *nh, const struct packet *pkt, const struct path *path)
+/* Return a number that tells the packet's flow from others. */
+static inline __u32 flow_number(const struct hdr_cursor *nh, const struct packet *pkt)
 {
 	__be16 *l4 = nh->pos; /* ports; of ICMP the third is the identifier */
-	__u32 number;
 
 	if ((void *)(l4 + 3) > nh->end)
 		return 0;
-	number = bpf_ntohs(is_icmp(pkt) ? l4[2] : l4[0] ^ l4[1]);
+	return bpf_ntohs(is_icmp(pkt) ? l4[2] : l4[0] ^ l4[1]);
+}
+
+/* Return the slot of the flow with this number, see struct turns. Ports of clients are often consecutive, or every other
+ * one. Of two flows with the same slot that send in bursts, one would take all the turns. So every 256 probes the slots
+ * are others. */
+static inline __u32 flow_slot(__u32 number, const struct path *path)
+{
 	return ((number >> 1) + (number >> 6) * (path->pacing.seq >> 8)) % FLOW_SLOTS;
 }
 
@@ -3447,7 +3459,7 @@ static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh,
 			     struct path *path, const struct owner *owner, struct process *process, __u64 now)
 {
 	struct scratch *scratch = scratch_of_run();
-	int reason;
+	int reason, unfit;
 
 	if (!scratch)
 		return NOT_SENT;
@@ -3461,12 +3473,19 @@ static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh,
 		return REASON(on_link);
 	}
 	__builtin_memset(&scratch->probe.tcp, 0, sizeof(scratch->probe.tcp));
+	/* All that the packet tells goes into scratch first, and is read there. So the verifier follows what comes once,
+	 * and not for each way to parse a packet. */
+	scratch->flow_number = flow_number(nh, pkt);
+	scratch->can_fall_back = can_fall_back(pkt);
 	/* Also for a SYN or FIN, which may show a stall. */
 	reason = check_flow(skb, nh, pkt, path, scratch, now);
-	if (scratch->unfit || reason)
-		return scratch->unfit ? scratch->unfit : reason;
-	scratch->reservation.flow = scratch->resent ? FLOW_SLOTS : flow_slot(nh, pkt, path); /* these are few */
-	reason = reserve_probe(path, &scratch->reservation, hidden(scratch, can_fall_back(pkt)), now);
+	unfit = READ_ONCE(scratch->unfit);
+	if (unfit || reason)
+		return unfit ? unfit : reason;
+	scratch->reservation.flow = FLOW_SLOTS;
+	if (!READ_ONCE(scratch->resent)) /* these are few */
+		scratch->reservation.flow = flow_slot(READ_ONCE(scratch->flow_number), path);
+	reason = reserve_probe(path, &scratch->reservation, READ_ONCE(scratch->can_fall_back), now);
 	if (reason)
 		return reason;
 	take_probe_of(scratch->charged, now);
