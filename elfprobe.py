@@ -72,9 +72,12 @@ if __name__ == "__main__":
     sys.dont_write_bytecode = True  # elf/__pycache__ would be root's, in the user's folder
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the packages are loaded
+    from elf.bytecode import Bytecode
+
+    bytecode = None if "--no-cache" in itertools.takewhile("--".__ne__, sys.argv) else Bytecode()
 
 from elf.addresses import ReverseDns, address_text, flow_text, pack_address, resolve_all, why_unreachable
-from elf.cache import Cache
+from elf.cache import CACHE, Cache
 from elf.clock import Clock, time_of_day, utc_text
 from elf.command import Command
 from elf.console import Console, LogFormat, open_standard_streams, output_columns, print_lines
@@ -413,7 +416,7 @@ class Config:
     )  # fmt: skip
     cache: bool = argument(
         "--no-cache", default=True, action="store_false",
-        help="compile the programs, and do not keep them for the next start",
+        help="compile programs and modules, and do not keep them for the next start",
     )  # fmt: skip
     command: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # no option: the arguments as given
     child: tuple[str, ...] = ()  # what follows --
@@ -1025,7 +1028,6 @@ def require_machine(config: Config) -> None:
 # ---- Kernel: elfprobe.c compiled and loaded, its maps and events -------------------------------------
 
 C_FILE = os.path.join(HERE, "elfprobe.c")
-CACHE = "/var/cache/elfprobe"
 LD_IMM64, MAP_FD = 0x18, 1  # linux/bpf.h: BPF_LD | BPF_DW | BPF_IMM, BPF_PSEUDO_MAP_FD
 PARAMETER_MARK = 0xE1F0BE0000000000  # as in elfprobe.c
 # By their numbers in elfprobe.c.
@@ -1460,8 +1462,8 @@ class Map:
                     break
             after = place
             pairs = zip(
-                struct.iter_unpack(f"{size}s", keys.raw[: count.value * size]),
-                struct.iter_unpack(f"{value_size}s", values.raw[: count.value * value_size]),
+                struct.iter_unpack(f"{size}s", ctypes.string_at(keys, count.value * size)),
+                struct.iter_unpack(f"{value_size}s", ctypes.string_at(values, count.value * value_size)),
             )
             yield [(key, value) for (key,), (value,) in pairs]
         if error != errno.ENOENT:  # BCC before 0.19, Linux before 5.6, and maps that cannot be read in batches
@@ -4236,4 +4238,6 @@ def main(argv: list[str], detect: Callable[[], Platform] = Platform.detect) -> i
 
 
 if __name__ == "__main__":
+    if bytecode:
+        bytecode.keep()
     sys.exit(main(sys.argv[1:]))

@@ -15,6 +15,7 @@ Nothing here imports elfprobe.py or BCC, and nothing needs root. Each module imp
     network      reasons    routes and translated addresses; why a target has no probes, in words
     addresses    processes  addresses, their names, flows; which processes are targets
     console      extensions log, live table, standard output; what routers append to the packet that they quote
-    service                 the service manager
+    service      bytecode   the service manager; these modules, kept for the next start
+    cache                   files that are kept for it
     usage                   errors and arguments
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Compiled programs that are kept for the next start, in files that only root can write."""
+"""What is compiled and kept for the next start, in files that only root can write: BPF programs, Python modules."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import stat
 import tempfile
 from typing import Any
 
+CACHE = "/var/cache/elfprobe"
 CACHE_FILES_MAX = 64  # of some 170 KB
 CACHE_FILE_MAX = 1 << 22  # bytes
 
@@ -45,7 +46,7 @@ class Cache:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError) as err:
-            log.debug("cache of programs '%s': %s", self._path, err)
+            log.debug("cache '%s': %s", self._path, err)
             return None
         return content
 
@@ -68,7 +69,7 @@ class Cache:
             for entry in files[CACHE_FILES_MAX:]:
                 os.unlink(entry.path)
         except OSError as err:
-            log.debug("cache of programs '%s': %s", self._path, err)
+            log.debug("cache '%s': %s", self._path, err)
 
     def forget(self) -> None:
         """Remove the file, because its content could not be used."""

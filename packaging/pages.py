@@ -27,6 +27,7 @@ for package in "bcc", "numpy", "matplotlib":  # take long, and no help needs the
 
 import elfplot  # noqa: E402
 import elfprobe  # noqa: E402
+from elf.cache import CACHE  # noqa: E402
 
 SECTIONS = {"elfprobe": 8, "elfplot": 1}
 # Name of a value -> what completes it, if anything: arguments of bash's compgen; an action of zsh's _arguments.
@@ -128,7 +129,7 @@ def man_page(program: Program, share: str) -> str:
     if name == "elfprobe":
         parts += [
             entry(f"{share}/elfprobe/elfhooks.c", "default of -H: copy it, and change the copy"),
-            entry(elfprobe.CACHE, "compiled programs for the next start; may be deleted at any time"),
+            entry(CACHE, "compiled programs and modules for the next start; may be deleted at any time"),
         ]
     parts.append(entry(f"{share}/doc/elfprobe", "README.md and docs/"))
     other = next(one for one in SECTIONS if one != name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import marshal
 import os
 import re
 import shutil
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lab import Lab, wait_until
-from runs import Run, elfprobe
+from lab import Lab, run, wait_until
+from runs import ELFPROBE, Run, elfprobe
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,10 +25,19 @@ USED = 'programs that an earlier run compiled are loaded'
 pytestmark = pytest.mark.root
 
 
+def in_place_of_var_cache(folder: Path) -> list[str]:
+    """Return the beginning of a command that sees `folder` in the place of /var/cache."""
+    return ['unshare', '--mount', 'sh', '-c', f'mount --bind {folder} /var/cache && exec "$@"', 'sh']
+
+
 def with_cache(lab: Lab, folder: Path) -> list[str]:
     """Return the command that enters the client's namespace, with `folder` in the place of /var/cache."""
-    mount = f'mount --bind {folder} /var/cache && exec "$@"'
-    return [*lab.client.command(), 'unshare', '--mount', 'sh', '-c', mount, 'sh']
+    return [*lab.client.command(), *in_place_of_var_cache(folder)]
+
+
+def programs_in(folder: Path) -> list[Path]:
+    """Return the files with programs, and not those with Python's modules."""
+    return [path for path in (folder / 'elfprobe').iterdir() if isinstance(json.loads(path.read_text()), dict)]
 
 
 def start(lab: Lab, folder: Path, *options: str) -> Run:
@@ -54,7 +64,7 @@ def compiler_text(pid: int) -> tuple[int, int]:
 def test_second_start_takes_the_programs_of_the_first(lab4, tmp_path):
     options = '-a', 'ping'
     assert USED not in start(lab4, tmp_path, *options).log
-    first = {path: path.read_bytes() for path in (tmp_path / 'elfprobe').iterdir()}
+    first = {path: path.read_bytes() for path in programs_in(tmp_path)}
     assert len(first) == 1
     assert USED in start(lab4, tmp_path, *options).log
     numbers = '-p', '20', '--max-rate', '1000', '-r', 'g', '-T', '-I', 'pass'
@@ -62,7 +72,7 @@ def test_second_start_takes_the_programs_of_the_first(lab4, tmp_path):
     assert USED not in start(lab4, tmp_path, *options, '--ingress-hook', 'generic').log
     assert USED not in start(lab4, tmp_path, *options, '--no-cache').log
     assert {path: path.read_bytes() for path in first} == first
-    assert len(list((tmp_path / 'elfprobe').iterdir())) == 2
+    assert len(programs_in(tmp_path)) == 2
 
 
 def of_another_form(kept: Path) -> None:
@@ -113,7 +123,7 @@ def filled(lab4, tmp_path_factory):
 )
 def test_what_is_wrong_in_the_cache_is_not_used(lab4, filled, tmp_path, spoil):
     shutil.copytree(filled, tmp_path / 'elfprobe')
-    [kept] = (tmp_path / 'elfprobe').iterdir()
+    [kept] = programs_in(tmp_path)
     spoil(kept)
     run = start(lab4, tmp_path)
     assert USED not in run.log and 'rror' not in run.log
@@ -206,3 +216,33 @@ def test_messages_are_those_of_a_run_without_a_cache(lab4, tmp_path):
             pass
         said.append(str(raised.value))
     assert len(set(said)) == 1 and 'does not take elf_probe' in said[0]
+
+
+def test_modules_are_kept_as_programs_are(tmp_path):
+    """Code is put into what a start has kept: only root's own file is believed, and only without --no-cache."""
+
+    def refusal(*arguments: str, user: int = 0) -> str:
+        command = *in_place_of_var_cache(tmp_path), 'setpriv', f'--reuid={user}', '--inh-caps=+dac_read_search'
+        caps = '--ambient-caps=+dac_read_search', sys.executable, str(ELFPROBE), '-i', 'none0', '192.0.2.1'
+        return run(*command, *caps, *arguments, check=False, cwd=tmp_path).stderr
+
+    usual = refusal()
+    assert "no 'none0'" in usual
+    [kept] = (tmp_path / 'elfprobe').iterdir()
+    codes = marshal.loads(base64.b64decode(json.loads(kept.read_text())))
+    codes['elf.service'] = compile('raise SystemExit("what was kept")', 'kept', 'exec')
+    changed = json.dumps(base64.b64encode(marshal.dumps(codes)).decode())
+    kept.write_text(changed)
+    assert refusal() == 'what was kept\n'
+    assert refusal('--', 'true', '--no-cache') == 'what was kept\n'
+    assert refusal('--no-cache') == usual
+    assert 'must run as root' in refusal(user=12345)
+    kept.parent.chmod(0o755)
+    assert refusal() == usual
+    kept.parent.chmod(0o700)
+    os.chown(kept, 12345, -1)
+    assert refusal() == usual
+    for spoilt in '"%"', '"AAAA"', '{}', changed[:-9] + '"':
+        kept.write_text(spoilt)
+        assert refusal() == usual
+    assert not ELFPROBE.with_name('elf').joinpath('__pycache__').exists()
