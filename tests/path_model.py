@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -203,21 +204,24 @@ def parameters(interval_ns: int, rate_global: bool, tick_ns: int) -> list[str]:
     return [f'-DINTERVAL_NS={interval_ns}ULL', f'-DRATE_GLOBAL={int(rate_global)}', f'-DTICK_NS={tick_ns}ULL']
 
 
+@lru_cache(maxsize=None)
+def shared_library(*flags: str) -> bytes:
+    """Return the path model as a shared library, compiled once for the same -D flags."""
+    sizes = 'unsigned int path_size = sizeof(struct path), flow_size = sizeof(struct tcp_progress);\n'
+    with tempfile.TemporaryDirectory(prefix='elf-') as directory:
+        library = Path(directory, 'path_model.so')
+        compile_c(PRELUDE + section() + EXPORTED + sizes, library, '-shared', '-fPIC', *flags)
+        return library.read_bytes()
+
+
 class PathModel:
     """The functions of one build. Each takes a path as its first argument."""
 
     def __init__(self, interval_ns: int = 10_000_000, rate_global: bool = False, tick_ns: int = 4_000_000) -> None:
-        sizes = 'unsigned int path_size = sizeof(struct path), flow_size = sizeof(struct tcp_progress);\n'
-        with tempfile.TemporaryDirectory(prefix='elf-') as directory:
-            library = Path(directory, 'path_model.so')
-            compile_c(
-                PRELUDE + section() + EXPORTED + sizes,
-                library,
-                '-shared',
-                '-fPIC',
-                *parameters(interval_ns, rate_global, tick_ns),
-            )
-            self._library = ctypes.CDLL(str(library))
+        with tempfile.NamedTemporaryFile(prefix='elf-', suffix='.so') as library:  # each has queues of its own
+            library.write(shared_library(*parameters(interval_ns, rate_global, tick_ns)))
+            library.flush()
+            self._library = ctypes.CDLL(library.name)
         size = ctypes.c_uint.in_dll(self._library, 'path_size').value
         assert size == ctypes.sizeof(Path_), 'struct path has changed: change Path_, too'
         assert ctypes.c_uint.in_dll(self._library, 'flow_size').value == ctypes.sizeof(Flow)

@@ -364,32 +364,26 @@ def quote_of(answer: Answer) -> Packet:
     return parse_packet(answer.reply.segment[behind + 8 :])
 
 
-@pytest.mark.parametrize(
-    'version, protocol, way',
-    [
-        pytest.param(version, protocol, way, id=f'IPv{version}-{name}-{way}')
-        for version in VERSIONS
-        for protocol, name in zip(PROTOCOLS[version], ('ICMP', 'TCP', 'UDP'))
-        for way in ways_of(version)
-    ],
-)
-def test_row(measured: Measured, version: int, protocol: int, way: str) -> None:
+@pytest.mark.parametrize('way', dict.fromkeys(way for version in VERSIONS for way in ways_of(version)))
+def test_row(measured: Measured, way: str) -> None:
     """Of a probe that was answered this way: as it was answered, or without an answer, as WAYS says."""
-    known = WAYS[way]
-    observed = [
-        one
-        for one in measured.observed
-        if one.answer.way == way and (one.answer.probe.version, one.answer.probe.protocol) == (version, protocol)
-    ]
-    assert {one.row.outttl for one in observed} >= OFTEN
-    answered = [one for one in observed if one.row.is_answered]
-    if known.unmatched and known.unmatched.applies(Case(version, protocol, measured.offload)):
-        assert not answered
-    else:
-        assert len(answered) == len(observed)
-    for one in answered:
-        assert_right(one)
-    check_delays([one.row.recvtime - one.answer.sent[0][0] for one in answered], DELIVERED)
+    unmatched = WAYS[way].unmatched
+    cells: dict[Case, list[Observed]] = {
+        Case(version, protocol, measured.offload): []
+        for version in VERSIONS
+        if way in ways_of(version)
+        for protocol in PROTOCOLS[version]
+    }
+    for one in measured.observed:
+        if one.answer.way == way:
+            cells[Case(one.answer.probe.version, one.answer.probe.protocol, measured.offload)].append(one)
+    for case, observed in cells.items():
+        assert {one.row.outttl for one in observed} >= OFTEN, case
+        answered = [one for one in observed if one.row.is_answered]
+        assert len(answered) == (0 if unmatched and unmatched.applies(case) else len(observed)), case
+        for one in answered:
+            assert_right(one)
+        check_delays([one.row.recvtime - one.answer.sent[0][0] for one in answered], DELIVERED)
 
 
 def assert_right(one: Observed) -> None:
