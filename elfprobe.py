@@ -131,7 +131,7 @@ from elf.usage import (
     package_version,
     positive_seconds,
     printable,
-    require_attribute,
+    require_attributes,
     whole_number,
     why_unusable,
 )
@@ -140,21 +140,21 @@ MISSING: dict[str, str] = {}  # module -> why it cannot be used
 try:
     import bcc
 
-    require_attribute(bcc, "BPF")
-except Exception as error:  # a broken one raises whatever comes up
+    require_attributes(bcc, "BPF", "lib", "__version__")
+except (Exception, SystemExit) as error:  # a broken one raises whatever comes up
     MISSING["bcc"] = why_unusable("bcc", error)
 try:
     pyroute2 = import_parts(
         "pyroute2", {"IPRoute": "pyroute2.iproute", "NetlinkError": "pyroute2.netlink.exceptions"}
     )
-    require_attribute(pyroute2, "IPRoute")
-except Exception as error:
+    require_attributes(pyroute2, "IPRoute")
+except (Exception, SystemExit) as error:
     MISSING["pyroute2"] = why_unusable("pyroute2", error)
 try:
     import psutil
 
-    require_attribute(psutil, "net_connections")
-except Exception as error:
+    require_attributes(psutil, "net_connections", "__version__")
+except (Exception, SystemExit) as error:
     MISSING["psutil"] = why_unusable("psutil", error)
 
 VERSION = "0.1.0"

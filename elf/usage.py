@@ -100,10 +100,11 @@ def package_version(name: str) -> str:
         return "missing"
 
 
-def require_attribute(package: Any, name: str) -> None:
-    """Raise ImportError unless a package has an attribute: others may have the same name."""
-    if not hasattr(package, name):
-        raise ImportError(f"it has no {name}, so it is another package of that name")
+def require_attributes(package: Any, *names: str) -> None:
+    """Raise ImportError unless a package has these attributes: others may have the same name."""
+    for name in names:
+        if not hasattr(package, name):
+            raise ImportError(f"it has no {name}, so it is another package of that name")
 
 
 def import_parts(name: str, parts: dict[str, str]) -> Any:
@@ -125,7 +126,7 @@ def import_parts(name: str, parts: dict[str, str]) -> Any:
     return importlib.import_module(name)
 
 
-def why_unusable(name: str, error: Exception) -> str:
+def why_unusable(name: str, error: BaseException) -> str:
     """Return what is wrong with a package that was not imported, and where it is."""
     if isinstance(error, ModuleNotFoundError) and error.name == name:
         return f"{sys.executable} has no module {name}"

@@ -360,6 +360,8 @@ BROKEN = {  # content of bcc/__init__.py: what the message names
     'it uses what a library lacks': ('import os\nos.no_such_function\n', ['AttributeError', 'no_such_function']),
     'its library is missing': ("import ctypes\nctypes.CDLL('libbcc.so.none')\n", ['OSError', 'libbcc.so.none']),
     'a part is missing': ('import bcc.libbcc\n', ['ModuleNotFoundError', 'bcc.libbcc']),
+    'it ends the process': ("import sys\nsys.exit('wants a display')\n", ['SystemExit', 'wants a display']),
+    'another package with a BPF': ('class BPF: pass\n', ['no lib', 'another package']),
     'another package': ("__version__ = '1.0'\n", ['no BPF', 'another package']),
 }
 
