@@ -795,7 +795,8 @@ static inline int wants_card_stamp(struct __sk_buff *skb)
  *                                           last router: may explore   farther
  * destination_seen      next_due: now, if   shorter at once, longer    outage ends;
  *                       anything changed    after LONGER_AFTER         last_received;
- *                                           packets; none proven       last_responsive < length
+ *                                           packets, bare ACKs count   last_responsive < length
+ *                                           less; none proven
  * destination_reached                       length <= this TTL,        last_responsive < TTL
  *                                           proven < TTL
  *
@@ -917,14 +918,15 @@ struct distance {
 	__u64 last_explored;   /* last exploration because of such a reply; 0: never */
 	__u8 length;           /* TTL that reaches the destination; 0: unknown */
 	__u8 reverse;          /* length of the reverse path, by the TTL of the destination's packets */
-	__u8 longer_packets;   /* number of consecutive packets that say that the path is longer */
-	__u8 max_ttl_tried;    /* farthest hop to probe for now: hops before it are proven, or do not respond */
-	__u8 explore;          /* send one probe one hop beyond the last router */
-	__u8 is_confirmed;     /* a probe has reached the destination */
-	__u8 proven;           /* farthest proven hop; those before it are proven, too; 0: none */
-	__u8 symmetric;        /* farthest proven hop, if its reply came from the same distance; else 0 */
-	__u8 fallbacks;        /* number of fallback probes since a router answered one */
-	__u8 guards_blocked;   /* a router answered a fallback probe, but no guarded one */
+	__u8 longer_packets; /* number of consecutive packets that say that the path is longer, or bare ACKs: another */
+	__u8 max_ttl_tried;  /* farthest hop to probe for now: hops before it are proven, or do not respond */
+	__u8 explore;        /* send one probe one hop beyond the last router */
+	__u8 is_confirmed;   /* a probe has reached the destination */
+	__u8 proven;         /* farthest proven hop; those before it are proven, too; 0: none */
+	__u8 symmetric;      /* farthest proven hop, if its reply came from the same distance; else 0 */
+	__u8 fallbacks;      /* number of fallback probes since a router answered one */
+	__u8 guards_blocked; /* a router answered a fallback probe, but no guarded one */
+	__u8 by_data;        /* packets with data have told reverse: see destination_seen() */
 };
 
 struct liveness {
@@ -1381,18 +1383,25 @@ static inline void end_outage(struct path *path, __u64 start, __u64 now)
 }
 
 /* Does a packet of the destination tell nothing new? Needs no lock. gap: ticks since its last packet. */
-static inline int is_as_expected(const struct path *path, __u32 distance, __u64 gap)
+static inline int is_as_expected(const struct path *path, __u32 distance, __u64 gap, int has_data)
 {
-	return distance == path->distance.reverse && !path->distance.longer_packets && gap <= TOGETHER_TICKS;
+	return distance == path->distance.reverse && !path->distance.longer_packets && gap <= TOGETHER_TICKS &&
+	       (path->distance.by_data || !has_data);
 }
 
 /* A packet of the destination arrived from this distance, with a gap of ticks since the one before. Believe a
  * shorter path at once, a longer one only after LONGER_AFTER consistent packets: an underestimate is harmless, an
  * overestimate sends probes to the destination. After a gap, the path works again: hops that became unresponsive in
- * it are retried. */
-static inline void destination_seen(struct path *path, __u32 seen, __u64 gap, int is_first, __u64 now, __u64 ticks)
+ * it are retried.
+ *
+ * A SYN proxy or a load balancer opens each connection with a bare ACK that it sends in the destination's name. So data
+ * is believed at once against bare ACKs, and these only after LONGER_AFTER against data. */
+static inline void destination_seen(struct path *path, __u32 seen, __u64 gap, int is_first, int has_data, __u64 now,
+				    __u64 ticks)
 {
 	struct distance *distance = &path->distance;
+	int is_doubtful = has_data ? distance->by_data && seen > distance->reverse
+				   : distance->by_data || seen > distance->reverse;
 
 	if (gap > TOGETHER_TICKS && !is_first)
 		end_outage(path, now - gap * TICK_NS, now);
@@ -1400,7 +1409,7 @@ static inline void destination_seen(struct path *path, __u32 seen, __u64 gap, in
 		path->liveness.last_received = ticks;
 	if (seen == distance->reverse) {
 		distance->longer_packets = 0;
-	} else if (distance->reverse && seen > distance->reverse && distance->longer_packets < LONGER_AFTER) {
+	} else if (distance->reverse && is_doubtful && distance->longer_packets < LONGER_AFTER) {
 		distance->longer_packets++;
 	} else {
 		distance->longer_packets = 0;
@@ -1412,6 +1421,8 @@ static inline void destination_seen(struct path *path, __u32 seen, __u64 gap, in
 			path->liveness.last_responsive = seen - 1;
 		set_due_earlier(&path->pacing, now);
 	}
+	if (has_data && seen == distance->reverse)
+		distance->by_data = 1;
 }
 
 /* The hop answered: it is responsive, and the hops before it are routers. */
@@ -1965,14 +1976,14 @@ static inline void settle_reservation(struct path *path, const struct reservatio
 	bpf_spin_unlock(&all->lock);
 }
 
-static inline void note_packet(struct path *path, __u32 ttl)
+static inline void note_packet(struct path *path, __u32 ttl, int has_data)
 {
 	__u64 now, ticks = ticks_now(), last = READ_ONCE(path->liveness.last_received);
 	__u64 gap = ticks > last ? ticks - last : 0; /* another CPU may have written a later tick */
 	__u32 distance = ttl_distance(ttl);
 	struct schedule *all;
 
-	if (is_as_expected(path, distance, gap)) {
+	if (is_as_expected(path, distance, gap, has_data)) {
 		if (gap)
 			path->liveness.last_received = ticks;
 		return;
@@ -1982,7 +1993,7 @@ static inline void note_packet(struct path *path, __u32 ttl)
 	if (!all)
 		return;
 	bpf_spin_lock(&all->lock);
-	destination_seen(path, distance, gap, !last, now, ticks);
+	destination_seen(path, distance, gap, !last, has_data, now, ticks);
 	bpf_spin_unlock(&all->lock);
 }
 
@@ -3788,6 +3799,15 @@ static inline int is_for_connection(const struct hdr_cursor *nh, const struct pa
 	return pkt->protocol == IPPROTO_TCP && (void *)(tcp + 1) <= nh->end && tcp->flags & (TCP_SYN | TCP_RST);
 }
 
+/* Is the packet a TCP segment without data? The cursor is behind the IP header. */
+static inline int is_bare(const struct hdr_cursor *nh, const struct packet *pkt)
+{
+	struct tcphdr *tcp = nh->pos;
+
+	return pkt->protocol == IPPROTO_TCP && !pkt->fragment && (void *)(tcp + 1) <= nh->end &&
+	       pkt->l4_len <= (tcp->data_offset >> 4) * 4;
+}
+
 /* Runs for every packet that arrives. All pass, except replies to probes with INGRESS_DROP. */
 int elf_ingress(struct xdp_md *ctx)
 {
@@ -3827,6 +3847,6 @@ int elf_ingress(struct xdp_md *ctx)
 		return VERDICT_PASS;
 	path = path_to(&pkt.saddr);
 	if (path)
-		note_packet(path, pkt.ttl);
+		note_packet(path, pkt.ttl, !is_bare(&nh, &pkt));
 	return VERDICT_PASS;
 }

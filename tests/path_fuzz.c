@@ -71,15 +71,15 @@ static __u64 ticks(const struct world *w)
 static void packet_arrives(struct world *w)
 {
 	__u64 last = w->path.liveness.last_received, gap = ticks(w) > last ? ticks(w) - last : 0;
-	__u32 before;
+	__u32 before, has_data = chance(2);
 
-	if (is_as_expected(&w->path, w->reverse, gap)) {
+	if (is_as_expected(&w->path, w->reverse, gap, has_data)) {
 		if (gap)
 			w->path.liveness.last_received = ticks(w);
 		return;
 	}
 	before = w->path.distance.reverse;
-	destination_seen(&w->path, w->reverse, gap, !last, w->now, ticks(w));
+	destination_seen(&w->path, w->reverse, gap, !last, has_data, w->now, ticks(w));
 	if (before && before != w->path.distance.reverse)
 		w->proven = 0;
 }

@@ -50,8 +50,9 @@ void exported_probe_sent(struct path *p, __u32 nr, __u32 form, __u64 reserved, _
 void exported_probe_cancelled(struct path *p, __u32 nr, __u64 reserved) { probe_cancelled(p, nr, reserved); }
 void exported_hop_replied(struct path *p, __u32 nr, __u32 form, __u64 sendtime, __u32 seen, __u32 queue, __u64 now)
 { hop_replied(p, nr, form, sendtime, seen, queues, queue, now); }
-void exported_destination_seen(struct path *p, __u32 seen, __u64 gap, int is_first, __u64 now, __u64 ticks)
-{ destination_seen(p, seen, gap, is_first, now, ticks); }
+void exported_destination_seen(struct path *p, __u32 seen, __u64 gap, int is_first, int has_data, __u64 now,
+                               __u64 ticks)
+{ destination_seen(p, seen, gap, is_first, has_data, now, ticks); }
 int exported_flow_looked(struct path *p, struct tcp_progress *flow, struct tcp_look *look, int can_stall, __u64 now)
 { return flow_looked(p, flow, look, can_stall, now); }
 void exported_flow_probed(struct path *p, struct tcp_progress *flow, __u32 form, __u64 now)
@@ -109,6 +110,7 @@ class Distance(ctypes.Structure):
         ('symmetric', ctypes.c_uint8),
         ('fallbacks', ctypes.c_uint8),
         ('guards_blocked', ctypes.c_uint8),
+        ('by_data', ctypes.c_uint8),
     ]
 
 
@@ -235,7 +237,7 @@ class PathModel:
             'probe_sent': (u32, u32, u64, u64, u64),
             'probe_cancelled': (u32, u64),
             'hop_replied': (u32, u32, u64, u32, u32, u64),
-            'destination_seen': (u32, u64, ctypes.c_int, u64, u64),
+            'destination_seen': (u32, u64, ctypes.c_int, ctypes.c_int, u64, u64),
             'flow_looked': (ctypes.POINTER(Flow), ctypes.POINTER(Look), ctypes.c_int, u64),
             'flow_probed': (ctypes.POINTER(Flow), u32, u64),
             'destination_reached': (u32, u64),

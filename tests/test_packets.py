@@ -859,6 +859,18 @@ def test_handshakes_teach_no_distance(load: Load, ingress_tc: bool, version: int
     assert programs.path(SERVER[version]).distance.length == 2
 
 
+@BOTH_HOOKS
+@BOTH_VERSIONS
+def test_data_tells_the_distance_rather_than_bare_acks(load: Load, ingress_tc: bool, version: int) -> None:
+    """A SYN proxy opens each connection with a bare ACK, in the server's name and with a TTL of its own."""
+    programs = load(ingress_tc=ingress_tc)
+    programs.follow(SERVER[version], length=2, reverse=2)
+    for ttl, payload, length in (56, 40, 9), (63, 0, 9), (63, 0, 9), (63, 1, 2):
+        header = ip(version, src=SERVER[version], dst=CLIENT[version], ttl=ttl)
+        programs.receive(frame(header, segment(), data(payload)))
+        assert programs.path(SERVER[version]).distance.length == length
+
+
 def moved(flight: Flight, probe: Packet, offset: int) -> Packet:
     """The answer to a probe behind a middlebox that adds this to its sequence numbers."""
     quote = probe.payload.copy()

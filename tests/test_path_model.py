@@ -218,19 +218,43 @@ SEEN: dict[str, tuple[Fields, int, Fields]] = {
     'not longer after all': (dict(length=5, reverse=5, longer_packets=9), 5, dict(length=5, longer_packets=0)),
     'an unusual initial TTL': (dict(length=5), 33, dict(length=0, reverse=33)),
 }
+OVER_BARE_ACKS = dict(length=3, reverse=3, proven=2), 5, dict(length=5, reverse=5, by_data=1, proven=0)
+AGAINST_DATA: dict[str, tuple[Fields, int, Fields]] = {
+    'shorter not at once': (
+        dict(length=5, reverse=5, by_data=1, proven=4),
+        3,
+        dict(length=5, reverse=5, longer_packets=1, proven=4),
+    ),
+    'shorter after 16': (
+        dict(length=5, reverse=5, by_data=1, longer_packets=16),
+        3,
+        dict(length=3, reverse=3, longer_packets=0, by_data=1),
+    ),
+}
 
 
-@pytest.mark.parametrize('before, distance, after', SEEN.values(), ids=SEEN)
-def test_destination_seen(model: PathModel, before: Fields, distance: int, after: Fields) -> None:
+@pytest.mark.parametrize(
+    'before, distance, has_data, after',
+    [
+        *((before, distance, 0, after) for before, distance, after in SEEN.values()),
+        *(({**before, 'by_data': 1}, distance, 1, after) for before, distance, after in SEEN.values()),
+        (*OVER_BARE_ACKS[:2], 1, OVER_BARE_ACKS[2]),
+        (dict(length=5, reverse=5), 5, 1, dict(length=5, by_data=1)),
+        *((before, distance, 0, after) for before, distance, after in AGAINST_DATA.values()),
+    ],
+    ids=[*(f'{kind}: {name}' for kind in ('bare ACK', 'data') for name in SEEN), 'data over bare ACKs',
+         'data as well', *(f'bare ACK against data: {name}' for name in AGAINST_DATA)],
+)  # fmt: skip
+def test_destination_seen(model: PathModel, before: Fields, distance: int, has_data: int, after: Fields) -> None:
     path = new_path(**before)
-    model.destination_seen(path, distance, 0, 0, NOW, NOW // TICK)
+    model.destination_seen(path, distance, 0, 0, has_data, NOW, NOW // TICK)
     assert fields(path, after) == after
 
 
 @pytest.mark.parametrize('gap, is_first, ended', [(100, 0, 0), (251, 0, NOW), (251, 1, 0)])
 def test_gap_ends_an_outage(model: PathModel, gap: int, is_first: int, ended: int) -> None:
     path = new_path(reverse=5, length=5)
-    model.destination_seen(path, 5, gap, is_first, NOW, NOW // TICK)
+    model.destination_seen(path, 5, gap, is_first, 0, NOW, NOW // TICK)
     assert path.liveness.outage_end == ended
     assert path.liveness.last_received == NOW // TICK
 

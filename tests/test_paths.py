@@ -538,6 +538,45 @@ def test_parallel_flows_are_probed_alike(lab4, tmp_path, options):
     assert all(set(hops) == {1, 2, 3, 4} for _, hops in data), counts
 
 
+SYN_PROXY = """\
+chain prerouting {
+    type filter hook prerouting priority -300
+    tcp dport 5001 tcp flags & (syn | ack) == syn notrack
+}
+chain onward {
+    type filter hook forward priority 0
+    tcp dport 5001 ct state invalid,untracked synproxy mss 1460 wscale 7 timestamp sack-perm
+    ct state invalid drop
+}
+"""
+
+
+def test_short_connections_behind_a_syn_proxy(lab4, tmp_path):
+    """In r2, which opens each connection in the server's name: hops behind it are probed all the same."""
+    proxy = lab4.routers[1]
+    dests = both(lab4)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(nft_table(proxy, SYN_PROXY))
+        except CommandFailed:
+            pytest.skip('this kernel has no synproxy')
+        proxy.run('sysctl', '-qw', 'net.netfilter.nf_conntrack_tcp_loose=0')
+        with inside(lab4.server):
+            listener = stack.enter_context(
+                socket.create_server(('', 5001), family=socket.AF_INET6, dualstack_ipv6=True)
+            )
+        run = stack.enter_context(measuring(lab4, '-p', '0', cwd=tmp_path))
+        for dest in 40 * dests:
+            with inside(lab4.client), socket.create_connection((dest, 5001), 5) as client:
+                client.sendall(bytes(100))
+                with listener.accept()[0] as server:
+                    assert server.recv(100)
+                    server.sendall(bytes(100))
+                    assert client.recv(100)
+    answered = {(row.dest, row.outttl) for row in run.rows() if row.is_answered}
+    assert answered == {(dest, hop) for dest in dests for hop in HOPS}
+
+
 CHANGES = """\
 chain forward {
     type filter hook forward priority 0
