@@ -807,8 +807,8 @@ static inline int wants_card_stamp(struct __sk_buff *skb)
  *   It is compared with a second.
  * - elf_egress reads pacing.next_due and next_due_tick. choose_hop() checks next_due again. If next_due_tick is
  *   outdated, the probe leaves with the next packet.
- * - elf_egress sets excluded, which is never cleared, and trust.exam. flows_only is written before the entry is in a
- *   map.
+ * - elf_egress and user space set excluded, which is never cleared. elf_egress sets trust.exam. flows_only is written
+ *   before the entry is in a map.
  * - elf_egress postpones next_due while the destination is on-link. If that is lost, the next packet repeats it.
  * - elf_ingress sets arrival_reported. If two CPUs do so at the same time, the log has the line twice. */
 

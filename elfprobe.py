@@ -1043,7 +1043,7 @@ IN_FLIGHT_MAX = 1 << 20
 IN_FLIGHT_SEARCHED = 1 << 17  # probes in flight among which those of unmatched answers are looked for
 PROBE_KEY = struct.Struct("=16sHHII")  # struct probe_key: destination, ports, protocol, ident
 FLOW_KEY_BYTES = 20  # at its start: destination and ports
-UNMATCHED, NUMBER_TRANSLATED = 0xFFFF, 2  # as in elfprobe.c
+UNMATCHED, NUMBER_TRANSLATED, USUAL = 0xFFFF, 2, 0  # as in elfprobe.c
 UNMATCHED_AT_ONCE = 128  # answers that user space takes every RENEW_EVERY
 RING_HOLDS = 0.25  # s of results at the highest rate
 RING_PAGES_MIN = 64  # replies may come in bursts at any rate
@@ -1816,6 +1816,14 @@ class Kernel:
     def set_seq_offset(self, flow: bytes, offset: int) -> None:
         """Match answers that quote this flow (a key) with TCP sequence numbers that are higher by the offset."""
         self.map("seq_offsets").put(flow, offset)
+
+    def exclude(self, packed: bytes) -> None:
+        """Send no more probes to a destination."""
+        for table in self.map("paths"), self.map("flow_paths"):
+            path = table.get(packed)
+            if path is not None:
+                path.excluded = 1
+                table.put(packed, path)
 
     def take_probe(self, key: bytes) -> bool:
         """Remove a probe in flight. Return whether it was there: whoever removes a probe owns it."""
@@ -3308,6 +3316,10 @@ FLOW_EVENT_TEXTS = {
         "{dest}: a probe reached it and was answered: a router on the way raises the TTL, or the path is shorter "
         "than it seemed: probes stop before it from now on",
 }  # fmt: skip
+ACK_FILTER_TEXT = (
+    "{dest}: an ACK filter on the way writes acknowledgements of the application into probes, so that these end at "
+    "routers: destination excluded for the rest of this run"
+)
 
 
 class Results:
@@ -3386,7 +3398,8 @@ class Results:
             flow = address_text(its["dest"]), *map(socket.ntohs, (its["sport"], its["dport"])), its["protocol"]
             raw = frame[HEADER.size :][: self._result.size]
             responder = address_text(its["responder"])
-            self.unmatched.note(flow, Unmatched(its["ident"], its["inipid"], its["recvtime"], responder, raw))
+            answer = Unmatched(its["ident"], its["inipid"], its["qlen"], its["recvtime"], responder, raw)
+            self.unmatched.note(flow, answer)
             return []
         try:
             texts = extension_texts(extension[:length], is_cut=length == len(extension))
@@ -3411,7 +3424,9 @@ class Results:
         probes: dict[FlowKey, dict[int, Sent]] = {flow: {} for flow in keys}
         for key, probe in self._kernel.in_flight_of(set(flow_of)):
             its = dict(zip(self.outstanding_names, self._outstanding.unpack(probe + key)))
-            sent = Sent(its["ident"], its["outipid"], its["sendtime"], key, probe)
+            sent = Sent(
+                its["ident"], its["origseq"], its["outipid"], its["form"] == USUAL, its["sendtime"], key, probe
+            )
             probes[flow_of[key[:FLOW_KEY_BYTES]]][sent.number] = sent
         rows = []
         for flow, of_flow in probes.items():
@@ -3806,6 +3821,10 @@ class Measurement:
 
     def _match_late(self) -> None:
         self._write(self._results.match_late())
+        for dest in self._results.unmatched.take_overwritten():
+            self._kernel.exclude(pack_address(dest))
+            log.warning("%s", ACK_FILTER_TEXT.format(dest=dest))
+            self._view.note(FlowEvent.EXCLUDED, (dest, 0, 0, socket.IPPROTO_TCP))
 
     def _expire(self) -> None:
         """Write a portion of the rows of probes that have been outstanding for too long.

@@ -3,7 +3,8 @@
 
 Some firewalls and NATs add a random constant to all sequence numbers of a connection, so that nobody can guess
 them. Routers behind quote the changed number. The constant is the difference between a quoted number and the
-probe's. So it is the one that the differences of several answers have in common.
+probe's. So it is the one that the differences of several answers have in common, or the only difference that there
+is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Iterable, Iterator, NamedTuple
 from elf.findings import NearMiss
 from elf.summary import FlowKey, Summary
 
-ENOUGH_ANSWERS = 2  # that one constant must explain
+ENOUGH_ANSWERS = 2  # that one constant must explain, unless there is one answer and it can quote one probe only
+ENOUGH_OVERWRITTEN = 3  # where the hop has answered before: in a routing loop, bare ACKs end at routers, too
+BARE_LENGTH_MAX = 120  # of IP and TCP headers, bytes
 ANSWERS_KEPT = 16  # of a flow
 FLOWS_MAX = 1024
 OFFSET_MIN = 1 << 16  # a second answer to a probe differs by less from the probes that followed
@@ -26,6 +29,7 @@ class Unmatched(NamedTuple):
 
     number: int  # as quoted
     ip_id: int  # IP identification (IPv6: low bits of the flow label), as quoted
+    length: int  # IP total length, as quoted
     recvtime: int  # CLOCK_MONOTONIC, ns, as all times here
     responder: str
     result: bytes  # struct result, without the probe
@@ -35,7 +39,9 @@ class Sent(NamedTuple):
     """A probe in flight."""
 
     number: int
+    carrier: int  # TCP sequence number of the packet that it was cloned from
     ip_id: int
+    is_proven: bool  # its hop
     sendtime: int
     key: bytes  # struct probe_key
     probe: bytes  # struct probe
@@ -44,9 +50,21 @@ class Sent(NamedTuple):
         """Return whether all but the sequence number fits. Who does not see the probes cannot forge the rest."""
         return self.ip_id == answer.ip_id and self.sendtime < answer.recvtime
 
+    def is_overwritten(self, answer: Unmatched, offset: int) -> bool:
+        """Return whether an answer quotes the IP header of this probe, but the application's bare ACK behind it.
+
+        An ACK filter that goes by length wrote the ACK into the probe that waited in its queue.
+        """
+        number = (self.carrier + offset) % SEQUENCE_NUMBERS
+        is_bare = answer.length <= BARE_LENGTH_MAX
+        return is_bare and self.number != self.carrier and answer.number == number and self.may_be_quoted_by(answer)
+
 
 def find_offset(answers: Iterable[Unmatched], probes: Iterable[Sent], known: int) -> int:
     """Return the constant between quoted numbers and probes that explains most answers, 0 if it is not certain.
+
+    Each flow has a constant of its own, and a hop that has not been proven is probed seldom, by one flow after the
+    other. So a single answer must do where the identification leaves no other probe that it can quote.
 
     known is the constant that does not explain these answers.
     """
@@ -57,7 +75,9 @@ def find_offset(answers: Iterable[Unmatched], probes: Iterable[Sent], known: int
         if probe.may_be_quoted_by(answer)
     )
     best = votes.most_common(2)
-    if not best or best[0][1] < ENOUGH_ANSWERS or best[0][1] == (best[1][1] if len(best) > 1 else 0):
+    if not best or (sum(votes.values()) > 1 and best[0][1] < ENOUGH_ANSWERS):
+        return 0
+    if len(best) > 1 and best[0][1] == best[1][1]:
         return 0
     difference = (best[0][0] - known) % SEQUENCE_NUMBERS
     return best[0][0] if OFFSET_MIN < difference < SEQUENCE_NUMBERS - OFFSET_MIN else 0
@@ -71,13 +91,13 @@ class UnmatchedAnswers:
         self._waiting: dict[FlowKey, dict[int, Unmatched]] = {}  # by flow and quoted number
         self._offsets: dict[FlowKey, int] = {}
         self._counts: collections.Counter[tuple[FlowKey, str]] = collections.Counter()  # by flow and responder
+        self._overwritten: collections.Counter[str] = collections.Counter()  # by destination
 
     def note(self, flow: FlowKey, answer: Unmatched) -> None:
-        """Keep an answer. That of a router which answers this flow is a second copy, or came too late."""
-        if flow not in self._offsets and self._summary.answers(flow, answer.responder):
-            return
+        """Keep an answer. Do not count that of a router which answers this flow: a second copy, or too late."""
         key = flow, answer.responder
-        if key in self._counts or len(self._counts) < FLOWS_MAX:
+        is_copy = flow not in self._offsets and self._summary.answers(flow, answer.responder)
+        if not is_copy and (key in self._counts or len(self._counts) < FLOWS_MAX):
             self._counts[key] += 1
         if len(self._waiting) < FLOWS_MAX:
             answers = self._waiting.setdefault(flow, {})
@@ -95,6 +115,14 @@ class UnmatchedAnswers:
         """
         answers = self._waiting[flow]
         known = self._offsets.get(flow, 0)
+        for answer in list(answers.values()):
+            overwritten = [probe for probe in probes.values() if probe.is_overwritten(answer, known)]
+            if overwritten:
+                del answers[answer.number]
+                for each in [each for each in self._counts if each[0] == flow]:
+                    del self._counts[each]
+                is_new = any(not probe.is_proven for probe in overwritten)
+                self._overwritten[flow[0]] += ENOUGH_OVERWRITTEN if is_new else 1
         for is_known in (True, False):
             offset = known if is_known else find_offset(answers.values(), probes.values(), known)
             for answer in list(answers.values()) if offset else ():
@@ -107,6 +135,13 @@ class UnmatchedAnswers:
                     yield probes[number], offset, answer
         if len(self._offsets) > FLOWS_MAX:
             del self._offsets[next(iter(self._offsets))]
+
+    def take_overwritten(self) -> list[str]:
+        """Return the destinations on the way to which an ACK filter overwrites probes, each once."""
+        found = [dest for dest, count in self._overwritten.items() if count >= ENOUGH_OVERWRITTEN]
+        for dest in found:
+            del self._overwritten[dest]
+        return found
 
     def _explained(self, flow: FlowKey, responder: str) -> None:
         """Count one answer less that stays unexplained."""

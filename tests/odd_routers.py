@@ -44,7 +44,7 @@ MTU = 1500
 LOW_TTL = 32  # of probes at most, see PROBES in runs.py
 LATE = 0.3  # s
 SERVICE_TIME = 0.004  # s for a packet, on a link with an ACK filter
-ACK = 0x10
+PSH, ACK = 0x08, 0x10
 
 # linux/if_packet.h, linux/if_ether.h, linux/virtio_net.h
 SOL_PACKET, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING = 263, 15, 23
@@ -563,7 +563,7 @@ def responding(
 
     In front of a hop there may be a middlebox that adds a constant to the client's TCP sequence numbers, or a slow
     link whose queue has no more than one bare ACK of a flow: 'drop' drops the older one, 'overwrite' writes the TCP
-    header of the newer one into the older one.
+    header of the newer one into the older one. 'drop by length' and 'overwrite by length' do not look at PSH.
     """
     (router,) = lab.routers
     forwarding = ['net.ipv4.ip_forward={}', 'net.ipv6.conf.all.forwarding={}']
@@ -626,15 +626,16 @@ class Device:
 class Queued:
     """A packet of the client that waits for a slow link."""
 
-    def __init__(self, known: bytes, packet: bytes) -> None:
-        self.known, self.packet = known, packet
+    def __init__(self, known: bytes, packet: bytes, ignored_flags: int) -> None:
+        self.known, self.packet, self._ignored_flags = known, packet, ignored_flags
 
     @property
     def bare_ack_of(self) -> tuple[Any, ...]:
         """The flow of a bare ACK; of any other packet nothing."""
         packet = parse_packet(self.packet)
-        is_bare = packet.protocol == TCP and packet.l4_length == len(packet.segment) and packet.segment[13] == ACK
-        return packet.flow if is_bare else ()
+        if packet.protocol != TCP or packet.l4_length != len(packet.segment):
+            return ()
+        return packet.flow if packet.segment[13] & ~self._ignored_flags == ACK else ()
 
 
 class Routers:
@@ -650,7 +651,9 @@ class Routers:
         ack_filter: tuple[int, str],
     ) -> None:
         self._queue: list[Queued] = []
-        self._queue_before, self._filter = ack_filter
+        self._queue_before, how = ack_filter
+        self._filter, _, by_length = how.partition(' ')
+        self._ignored_flags = PSH if by_length else 0
         self._near, self._far = near, far
         self._changed_from, self._offset = middlebox
         self._log = log.open('a', buffering=1)
@@ -683,7 +686,7 @@ class Routers:
             if packet[DEST_AT[version_of(packet)]] not in self._far.peers:
                 continue
             if self._filter and ttl_of(packet) >= self._queue_before:
-                self._enqueue(Queued(known, packet))
+                self._enqueue(Queued(known, packet, self._ignored_flags))
             else:
                 self._go_on(known, packet)
 

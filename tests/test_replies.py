@@ -17,6 +17,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections import Counter, defaultdict
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -501,6 +502,28 @@ def test_ack_filter(lab: Lab, tmp_path: Path, ack_filter: str) -> None:
     for dest in dests:
         for hop in range(1, HOPS + 1):
             assert probes[dest, hop] > 10 and answered[dest, hop] > 0.9 * probes[dest, hop]
+
+
+def test_ack_filter_that_goes_by_length(lab: Lab, tmp_path: Path) -> None:
+    """It writes ACKs of the client into probes: once that is seen, the destinations have no more probes."""
+    with ExitStack() as stack:
+        responder = stack.enter_context(
+            responding(lab, tmp_path / 'answers', ['all of it'], ack_filter=(2, 'overwrite by length'))
+        )
+        dests = [lab.server_address(version) for version in VERSIONS]
+        run = stack.enter_context(elfprobe(lab, *dests, cwd=tmp_path))
+        sends = [stack.enter_context(download(lab, version)) for version in VERSIONS]
+
+        def is_told() -> bool:
+            for send in 10 * sends:
+                send()
+            return all(f'{dest}: an ACK filter on the way' in run.log for dest in dests)
+
+        wait_until(is_told, 20, 'it is told')
+        told = time.monotonic()
+        wait_until(lambda: is_told() and time.monotonic() > told + 2, 20, 'more are sent')
+        after = [answer for answer in responder.answers() if answer.arrived > (told + 1) * 10**9]
+        assert responder.answers() and not after
 
 
 @pytest.mark.parametrize('version', [pytest.param(4, marks=pytest.mark.sample), 6])
