@@ -183,9 +183,9 @@ def test_what_tcp_says_of_loss(retransmitted: int | None, said: str) -> None:
 def test_address_that_answers_at_several_hops() -> None:
     """Told once, and not of a router that the path's change has moved to another hop."""
     summary = Summary()
-    for number, responder in enumerate((A, B, B, A, B), 1):
+    for number, responder in enumerate((A, B, B, A, B, B), 1):
         for sent in range(20):
-            summary.note(ended(number, sent, A if number == 4 and sent < 10 else responder))
+            summary.note(ended(number, sent, A if number == 6 and sent < 10 else responder))
             summary.note(ended(number + 10, sent, f'192.0.2.{100 + number}'))
     lines = [line for line in summary.tables() if 'answers at hops' in line]
     assert [line.partition(':')[0] for line in lines] == [
