@@ -273,5 +273,6 @@ def programs_on_path() -> Iterator[str]:
 
 def close_programs(name: str, candidates: Iterable[str]) -> str:
     """Return the candidates whose names are close to one that is not there, as the end of a sentence."""
-    close = difflib.get_close_matches(name.lower(), {each.lower() for each in candidates}, cutoff=0.7)
+    others = {each.lower() for each in candidates} - {name.lower()}  # a program that does not run is no other one
+    close = difflib.get_close_matches(name.lower(), others, cutoff=0.7)
     return f" (close: {', '.join(close)})" if close else ""

@@ -635,6 +635,11 @@ def test_names_of_a_process(process: tuple[str, str, str], wanted: set[str]) -> 
     assert processes.process_names(Process(1, 0, name, exe, tuple(command.split()))) == wanted
 
 
+def test_names_close_to_one_that_does_not_run() -> None:
+    assert processes.close_programs('Curl', ['curl', 'crul', 'grep']) == ' (close: crul)'
+    assert processes.close_programs('curl', ['curl', 'grep']) == ''
+
+
 def test_process_that_becomes_another_program(tmp_path: Path) -> None:
     """It goes by the name of what it runs now, as often as it has been looked at before."""
     (tmp_path / 'speedtest').symlink_to('/bin/cat')
