@@ -87,7 +87,7 @@ from elf.files import FILE_EXTENSIONS, DiskUse, FileLog, Files, OutputFile, log_
 from elf.findings import PathRewrites
 from elf.live import FlowEvent, LiveView
 from elf.metrics import SERIES_DEFAULT, Figures, Metrics, exporting, listening_address
-from elf.network import WATCHED_MAX, Routes, RouteWatch, attributes, device_name, in_short, translations
+from elf.network import WATCHED_MAX, Routes, RouteWatch, attributes, device_name, in_short, loopback, translations
 from elf.pcapng import PacketFile
 from elf.processes import (
     TASK_COMM_LEN,
@@ -111,6 +111,7 @@ from elf.reasons import (
     OnThisHost,
     OtherDevice,
     OtherNamespace,
+    OwnAddress,
     Reason,
     Translated,
     reasons_in_short,
@@ -2049,6 +2050,9 @@ def find_interface(routes: Routes, fixed: dict[bytes, str], by_process: bool) ->
     if by_process:
         for ifindex in routes.default_devices():
             users.setdefault(ifindex, []).append("the default route")
+    own = users.pop(loopback(), [])  # a list for many hosts has this one, too
+    if own and not users:
+        raise Failure(OwnAddress(own[0]).text())
     if not users:
         nowhere = f"no route leads to {in_short(list(map(address_text, fixed)))}" if fixed else "no default route"
         raise interface_failure(f"{nowhere}: name the device")
@@ -2573,6 +2577,16 @@ class Destinations:
             for key, path in paths
             if path.pacing.seq > 1 and not path.liveness.last_received and not path.liveness.last_responsive
         ]
+
+    def begin_anew(self, addresses: Iterable[str]) -> None:
+        """Forget that hops on the way to destinations were silent: their answers can be read only now."""
+        for packed in map(pack_address, addresses):
+            for table in self._paths, self._flow_paths:
+                old = table.get(packed)
+                if old is not None:
+                    path = table.new(excluded=old.excluded, flows_only=old.flows_only)
+                    path.pacing.seq = old.pacing.seq
+                    table.put(packed, path)
 
     def one_hop_away(self) -> list[str]:
         """Return the destinations with no router before them, those of processes' flows included."""
@@ -3184,7 +3198,7 @@ class Reasons:
         self._destinations = destinations
         self._fixed = list(fixed)[:WATCHED_MAX]
         self._targets = targets
-        self._told: dict[tuple[type[Reason], str], Reason] = {}  # by the name of a process, or by address
+        self._told: dict[tuple[type[Reason], object], Reason] = {}  # by the name of a process, or by address
         self._namespace = os.stat("/proc/self/ns/net").st_ino
         self._begun_at = time.monotonic()
         self._next_look = self._begun_at + FIRST_LOOK
@@ -3219,6 +3233,8 @@ class Reasons:
         self._has_looked_elsewhere = True
         names, can_read = self._read_elsewhere()
         if names:
+            if can_read:
+                self._destinations.begin_anew(silent)
             log.warning("%s", NothingArrives(silent[0], len(silent), self._device_names, names, can_read).text())
 
     def at_end(self, count: dict[str, int]) -> list[Reason]:
@@ -3246,7 +3262,7 @@ class Reasons:
             for name in sorted(self._apps.unseen):
                 yield NoSuchProcess(name, close_programs(name, known))
 
-    def _new(self, name: str, reason: Reason) -> Iterator[Reason]:
+    def _new(self, name: object, reason: Reason) -> Iterator[Reason]:
         if (type(reason), name) not in self._told:
             self._told[type(reason), name] = reason
             yield reason
@@ -3257,16 +3273,19 @@ class Reasons:
             with contextlib.suppress(OSError):  # it has ended
                 name = look_at_process(pid).name
                 for reason in self._of_process(f"{name} (pid {pid})", pid):
-                    if is_end or isinstance(reason, (OtherNamespace, OtherDevice)):
+                    if isinstance(reason, OtherNamespace):
+                        yield from self._new((name, reason.namespace), reason)
+                    elif is_end or isinstance(reason, OtherDevice):
                         yield from self._new(name, reason)
 
     def _of_process(self, about: str, pid: int) -> Iterator[Reason]:
-        if os.stat(f"/proc/{pid}/ns/net").st_ino != self._namespace:
-            yield OtherNamespace(about, command_in_namespace(pid, self._config))
+        namespace = os.stat(f"/proc/{pid}/ns/net").st_ino
+        if namespace != self._namespace:
+            yield OtherNamespace(about, command_in_namespace(pid, self._config), namespace)
             return
-        ours, loopback, peers = self._devices, socket.if_nametoindex("lo"), peers_of(pid, self._routes)
+        ours, peers = self._devices, peers_of(pid, self._routes)
         by_ours = [peer for peer, devices in peers.items() if ours & devices]
-        elsewhere = [peer for peer, devices in peers.items() if devices and not devices & {*ours, loopback}]
+        elsewhere = [peer for peer, devices in peers.items() if devices and not devices & {*ours, loopback()}]
         if elsewhere:
             device = device_name(min(peers[elsewhere[0]]))
             yield OtherDevice(about, elsewhere[0], device, self._device_names)
@@ -3282,7 +3301,7 @@ class Reasons:
         silent = self._destinations.without_probes(self._fixed)
         if silent:
             for packed, addresses in translations(silent).items():
-                stays = all(socket.if_nametoindex("lo") in self._routes.devices_to(each) for each in addresses)
+                stays = all(loopback() in self._routes.devices_to(each) for each in addresses)
                 to = " or ".join(sorted(map(address_text, addresses)))
                 about = address_text(packed)
                 yield from self._new(about, Translated(about, to, stays))
@@ -3294,7 +3313,9 @@ class Reasons:
             about, devices = address_text(packed), self._routes.devices_to(packed)
             if (Translated, about) in self._told or path.distance.length == 1 or path.excluded:
                 continue
-            if devices and not self._devices & devices:
+            if loopback() in devices:
+                yield OwnAddress(about)
+            elif devices and not self._devices & devices:
                 yield ByOtherDevice(about, device_name(min(devices)), ours)
             else:
                 yield NobodySends(about, ours, bool(path.liveness.last_received), has_unfit)

@@ -50,6 +50,11 @@ def device_name(ifindex: int) -> str:
         return f"device {ifindex}"
 
 
+def loopback() -> int:
+    """Return the index of the loopback device."""
+    return socket.if_nametoindex("lo")
+
+
 def either(devices: Iterable[int]) -> str:
     """Return the names of devices of which any will do."""
     return " or ".join(map(device_name, sorted(devices)))
@@ -91,7 +96,7 @@ class Routes:
         if kind == NLMSG_ERROR or route_type not in (RTN_UNICAST, RTN_LOCAL):
             return frozenset()
         if route_type == RTN_LOCAL:  # its route names the device that has the address
-            return frozenset((socket.if_nametoindex("lo"),))
+            return frozenset((loopback(),))
         found = dict(attributes(reply[28:]))
         if RTA_MULTIPATH in found:
             return frozenset(next_hop_devices(found[RTA_MULTIPATH]))
@@ -160,6 +165,8 @@ class RouteWatch:
             return f"{route} leads by {either(devices & self._ours)} {'now' if was_ours else 'again'}"
         if not devices:
             return f"{route} is gone: no packets until there is one"
+        if loopback() in devices:
+            return f"{route} ends on this host: nothing that is sent there leaves it"
         return f"{route} leads by {either(devices)}, not by {either(self._ours)}: no probes there"
 
 

@@ -37,6 +37,7 @@ class OtherNamespace(Reason):
     """The process is in another network namespace. Its packets have no owner by the time they are here."""
 
     command: str  # to measure there
+    namespace: int  # its inode
 
     def text(self) -> str:
         return f"{self.about} is in another network namespace; measure there: {self.command}"
@@ -69,7 +70,10 @@ class NotConnected(Reason):
     """The process has no connection, as far as its sockets tell."""
 
     def text(self) -> str:
-        return f"{self.about} has no connection to another host: it waits, or its sockets are not connected"
+        return (
+            f"{self.about} has no connection to another host: it waits, or its sockets are not connected and may "
+            "send by another interface"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +107,14 @@ class ByOtherDevice(Reason):
 
     def text(self) -> str:
         return f"the route to {self.about} leads by {self.device}, not by {self.ours}: use -i {self.device}"
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnAddress(Reason):
+    """The address is this host's."""
+
+    def text(self) -> str:
+        return f"{self.about} is an address of this host: nothing that is sent there leaves it"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,13 +12,14 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Iterator
 
 import pytest
 
-from lab import Host, Lab, batch, end, nft_table, wait_until
+from lab import PATIENCE, Host, Lab, batch, end, nft_table, wait_until
 from runs import ELFPROBE, Run, elfprobe
 
 pytestmark = pytest.mark.root
@@ -94,12 +95,14 @@ def test_reasons_of_processes(lab: Lab, tmp_path: Path) -> None:
         quiet = stack.enter_context(talking(lab.client, 'quiet'))
         elsewhere = stack.enter_context(talking(lab.client, 'elsewhere', '10.9.0.2'))
         abroad = stack.enter_context(talking(lab.server, 'abroad', lab.client_address(4)))
+        further = stack.enter_context(talking(lab.routers[1], 'abroad', lab.client_address(4)))
         apps = [word for name in names for word in ('-a', name)]
         with elfprobe(lab, *apps, cwd=tmp_path) as measuring:
             assert wait_for(measuring, 'no process of the name crul').endswith('(close: curl)')
             # Told while it runs: what to do otherwise.
             wait_for(measuring, f'elsewhere (pid {elsewhere}) sends to 10.9.0.2 by other0, not by eth0')
             line = wait_for(measuring, f'abroad (pid {abroad}) is in another network namespace')
+            wait_for(measuring, f'abroad (pid {further}) is in another network namespace')  # not the same one
         at_end = measuring.log[measuring.log.index('0 probes, 0 replies') :]
         for text in (
             'no process of the name crul',
@@ -139,11 +142,13 @@ def test_reasons_of_addresses(lab: Lab, tmp_path: Path) -> None:
     with ExitStack() as stack:
         stack.enter_context(nft_table(lab.client, NAT))
         stack.enter_context(talking(lab.client, 'talk', '10.8.8.8', '10.8.8.9'))
-        addresses = ['10.8.8.8', '10.8.8.9', '10.9.0.2', '10.0.3.99', *(f'10.0.3.{n}' for n in range(110, 118))]
+        addresses = ['10.8.8.8', '10.8.8.9', '10.9.0.2', '10.0.3.99', '10.0.1.1', 'fd00:e1f:1::1']
+        addresses += [f'10.0.3.{n}' for n in range(110, 116)]
         measuring = stack.enter_context(elfprobe(lab, *addresses, cwd=tmp_path))
         wait_for(measuring, 'the route to 10.9.0.2 leads by other0, not by eth0')
         wait_for(measuring, 'this host translates 10.8.8.8 to 10.0.3.2', 'name 10.0.3.2 instead')
         wait_for(measuring, 'this host translates 10.8.8.9 to 10.0.1.1', 'nothing leaves')
+        wait_for(measuring, 'the route to 10.0.1.1 ends on this host: nothing that is sent there leaves it')
         # Routes that move while it runs.
         batch(lab.client.name, ['route add 10.0.3.99/32 dev other0'])
         wait_for(measuring, 'the route to 10.0.3.99 leads by other0, not by eth0')
@@ -156,6 +161,8 @@ def test_reasons_of_addresses(lab: Lab, tmp_path: Path) -> None:
         'translates 10.8.8.9 to 10.0.1.1',
         'the route to 10.9.0.2 leads by other0, not by eth0: use -i other0',
         'no packet to 10.0.3.99 left by eth0: nobody here sends there',
+        '10.0.1.1 is an address of this host: nothing that is sent there leaves it',
+        'fd00:e1f:1::1 is an address of this host',
     ):
         assert text in at_end
     assert '10.8.8.8 left' not in at_end
@@ -180,9 +187,12 @@ def test_answers_that_come_in_elsewhere(lab: Lab, tmp_path: Path, hook: str) -> 
             if hook == 'xdp':
                 assert 'alt0' in line and 'which --ingress-hook tc would read' in line
                 return
+            told = time.monotonic_ns()
             assert line.endswith('answers are read on other0, alt0, too')
             wait_until(lambda: {row.outttl for row in measuring.rows() if row.is_answered} == {1, 2}, 20, 'rows')
             assert measuring.stop() == 0
+        first = min(row.sendtime for row in measuring.rows() if row.is_answered)
+        assert first - told < PATIENCE * 10**9  # what was silent before is no reason to back off
     finally:
         batch(client, ['link del alt0'])
 
@@ -204,13 +214,14 @@ def test_device_is_found(lab: Lab, tmp_path: Path) -> None:
 
     # Of a name's addresses, those without a route do not matter: fd99:: has none if the default route is gone.
     batch(lab.client.name, ['route add unreachable fd99::/64'])
-    for arguments in (['10.0.3.2', lab.server_address(6), 'fd99::1'], ['-a', 'nobody']):
+    for arguments in (['10.0.3.2', lab.server_address(6), 'fd99::1', '10.0.1.1'], ['-a', 'nobody']):
         assert 'probing on eth0' in ended(*arguments).stderr
     batch(lab.client.name, ['route del unreachable fd99::/64'])
     for arguments, via, words in (
         (['10.0.3.2', '10.9.0.2'], (), ['-i/--interface', 'eth0 to 10.0.3.2', 'other0 to 10.9.0.2']),
         (['10.9.0.2', '-a', 'nobody'], (), ['eth0 to the default route', 'other0 to 10.9.0.2']),
         (['10.9.0.2'], ('unshare', '-n'), ['no route leads to 10.9.0.2']),
+        (['10.0.1.1'], (), ['10.0.1.1 is an address of this host']),
         (['-a', 'nobody'], ('unshare', '-n'), ['no default route']),
     ):
         refused = ended(*arguments, via=via)
