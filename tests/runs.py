@@ -198,6 +198,7 @@ class Run:
         self.cwd = cwd
         self._stderr = stderr
         self._final: str | None = None
+        self._files: dict[str, GrowingRows] = {}
 
     @property
     def log(self) -> str:
@@ -231,7 +232,7 @@ class Run:
 
     def rows(self, filebase: str = 'elf') -> list[Row]:
         """The rows written so far."""
-        return read_rows(self.cwd / f'{filebase}.csv')
+        return self._files.setdefault(filebase, GrowingRows(self.cwd / f'{filebase}.csv')).read()
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal, wait for the end, return the exit status. It may have ended before."""
@@ -342,17 +343,40 @@ def tcp_connected(lab: Lab, version: int, port: int) -> Iterator[tuple[socket.so
             yield sender, receiver
 
 
+class GrowingRows:
+    """The rows of a CSV file, which may be growing. Each line is read once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._columns: list[tuple[int, bool]] = []
+        self._rows: list[Row] = []
+        self._inode = self._end = 0
+
+    def read(self) -> list[Row]:
+        """The whole lines so far. If another file has the name now, those of that one."""
+        with open(self._path, 'rb') as file:
+            if os.fstat(file.fileno()).st_ino != self._inode:
+                self._inode, self._end, self._rows = os.fstat(file.fileno()).st_ino, 0, []
+            file.seek(self._end)
+            data = file.read()
+        whole = data[: data.rfind(b'\n') + 1]
+        lines = csv.reader(whole.decode().splitlines())
+        if not self._end:
+            header = next(lines)
+            if tuple(header[:15]) != Row._fields[:15]:
+                raise ValueError(f'{self._path}: header {header}')
+            self._columns = [(header.index(name), name in ('dest', 'responder', 'source')) for name in Row._fields]
+        self._end += len(whole)
+        self._rows += [
+            Row._make(line[at] if is_text else int(line[at]) if line[at] else None for at, is_text in self._columns)
+            for line in lines
+        ]
+        return self._rows[:]
+
+
 def read_rows(path: Path) -> list[Row]:
-    """The whole lines of a CSV file, which may be growing."""
-    text = path.read_text(encoding='utf-8')
-    header, *lines = csv.reader(text[: text.rfind('\n') + 1].splitlines())
-    if tuple(header[:15]) != Row._fields[:15]:
-        raise ValueError(f'{path}: header {header}')
-    columns = [(header.index(name), name in ('dest', 'responder', 'source')) for name in Row._fields]
-    return [
-        Row._make(line[at] if is_text else int(line[at]) if line[at] else None for at, is_text in columns)
-        for line in lines
-    ]
+    """The whole lines of a CSV file."""
+    return GrowingRows(path).read()
 
 
 class Packet(NamedTuple):

@@ -102,7 +102,7 @@ def output(process: subprocess.Popen[str]) -> str:
 
 @contextmanager
 def pinging(lab: Lab, *options: str) -> Iterator[None]:
-    """Pings of both families, all the time."""
+    """Pings of both families, all the time. At intervals below 10 ms ping would keep a CPU busy."""
     with ExitStack() as stack:
         for version in VERSIONS:
             stack.callback(end, ping(lab, version, *options))
@@ -398,7 +398,7 @@ def test_others_are_left_alone(lab4, tmp_path, ingress):
     """Neighbour discovery, ping, traceroute work; with `pass` only the stack gets answers to probes."""
     methods, neighbours = ('-U', '-I', '-T'), (lab4.client, lab4.routers[0])
     before = time_exceeded_received(lab4.client)
-    with pinging(lab4, '-i.005'), elfprobe(lab4, '-I', ingress, *both(lab4), cwd=tmp_path) as run:
+    with pinging(lab4, '-i.01'), elfprobe(lab4, '-I', ingress, *both(lab4), cwd=tmp_path) as run:
         wait_until(lambda: len(run.rows()) > 100, 10, '100 rows')
         for host in neighbours:
             host.run('ip', 'neigh', 'flush', 'all')
@@ -628,7 +628,7 @@ def test_many_destinations(lab4, tmp_path):
         for address in ('198.18.{}.{}', '2001:db8::{:x}:{:x}')
     ]
     (tmp_path / 'hosts').write_text('\n'.join([*others, *both(lab4)]))
-    with measuring(lab4, '@hosts', cwd=tmp_path) as run, pinging(lab4, '-i.005'):
+    with measuring(lab4, '@hosts', cwd=tmp_path) as run, pinging(lab4, '-i.01'):
         wait_until(lambda: len(latest(run.rows())) == 8, 20, 'rows of all hops of both destinations')
     with pytest.raises(CommandFailed, match='65537 destinations, at most 65536'), elfprobe(
         lab4, '@hosts', '192.0.2.1', cwd=tmp_path
@@ -653,7 +653,7 @@ def test_silent_router(lab4, tmp_path):
         found = Counter(row.dest for row in run.rows() if row.outttl == ttl and row.recvtime > since)
         return min(found[dest] for dest in both(lab4))
 
-    with measuring(lab4, '-p', '10', cwd=tmp_path) as run, pinging(lab4, '-i.002'):
+    with measuring(lab4, '-p', '10', cwd=tmp_path) as run, pinging(lab4, '-i.01'):
         wait_until(lambda: answers(2, 0) > 20, 10, 'r2 answers')
         with dropping(lab4.routers[1], rules):
             silent = time.monotonic_ns()
@@ -814,7 +814,7 @@ def echoed(lab: Lab) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    'traffic', [lambda lab: pinging(lab, '-i.005'), uploading, echoed], ids=['ping', 'TCP', 'UDP']
+    'traffic', [lambda lab: pinging(lab, '-i.01'), uploading, echoed], ids=['ping', 'TCP', 'UDP']
 )
 def test_path_changes(make_lab, tmp_path, traffic):
     """Ways around r2, and r2 and r3, both ways, one way, back: rows follow, and few probes reach the server.
@@ -939,6 +939,6 @@ def test_other_system(lab4, tmp_path, command, options):
 def test_nsenter(lab4, tmp_path):
     """Into the namespace by another way, which keeps /sys as it is outside."""
     enter = 'nsenter', f'--net={NETNS / lab4.client.name}'
-    with elfprobe(lab4, *both(lab4), cwd=tmp_path, via=enter) as run, pinging(lab4, '-i.005'):
+    with elfprobe(lab4, *both(lab4), cwd=tmp_path, via=enter) as run, pinging(lab4, '-i.01'):
         wait_until(lambda: len(latest(run.rows())) == 8, 10, 'rows of all hops of both destinations')
     assert run.process.returncode == 0

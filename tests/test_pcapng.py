@@ -298,7 +298,7 @@ def test_packets_of_a_run(lab4, silent, tmp_path):
 @root
 def test_disk_takes_no_more_packets(lab4, tmp_path):
     """The run ends, and says why; what is in the file is whole."""
-    lab4.client.popen('ping', '-nq', '-i.005', lab4.server_address(4))
+    lab4.client.popen('ping', '-nq', '-i.01', lab4.server_address(4))
     via = lab4.client.command('prlimit', '--fsize=60000')
     with probing(lab4, '-w', 'probes.pcapng', lab4.server_address(4), cwd=tmp_path, via=via) as elf:
         assert elf.wait() == 1

@@ -559,7 +559,7 @@ def pings(lab: Lab, *options: str) -> list[subprocess.Popen[str]]:
 @root
 def test_summary_says_what_the_rows_say(lab4, tmp_path):
     with probing(lab4, *both(lab4), '-l', cwd=tmp_path) as run:
-        pings(lab4, '-i.005')
+        pings(lab4, '-i.01')
         wait_until(lambda: len(run.rows()) > 600, 20, 'rows')
         assert run.stop() == 0
     lab4.client.end_processes()
@@ -604,7 +604,7 @@ def test_names_of_responders(lab4, tmp_path):
     names = ''.join(f'{lab4.hop(version, hop)} r{hop}.example\n' for version in VERSIONS for hop in HOPS)
     names += f'{lab4.server_address(4)} server.example\n'
     with hosts_file(lab4.client, names), probing(lab4, *both(lab4), cwd=tmp_path) as run:
-        pings(lab4, '-i.005')
+        pings(lab4, '-i.01')
         wait_until(lambda: len(run.rows()) > 100, 20, 'rows')
         assert run.stop() == 0
         with probing(lab4, '-n', *both(lab4), cwd=tmp_path) as numeric:
@@ -939,7 +939,7 @@ def test_histogram_of_reply_ttls(lab4, tmp_path):
     """The second worked example; an older file of the same name is kept."""
     (tmp_path / 'elf.reply_ttl.json').write_text('old')
     with probing(lab4, '-H', str(HOOKS / 'reply_ttl.c'), *both(lab4), cwd=tmp_path) as run:
-        pings(lab4, '-i.005')
+        pings(lab4, '-i.01')
         wait_until(lambda: len(run.rows()) > 200, 20, 'rows')
         assert run.stop() == 0
     lab4.client.end_processes()
