@@ -34,17 +34,17 @@ with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as udp:
         data, sender = udp.recvfrom(9000)
         udp.sendto(data, sender)
 """
-# Sends to all its peers again and again. Its name is the first argument.
+# Sends to all its peers again and again, but to those with a "-" in front. Its name is the first argument.
 TALK = """
 import contextlib, socket, sys, time
 with open('/proc/self/comm', 'w') as file:
     file.write(sys.argv[1])
 peers = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in sys.argv[2:]]
 for peer, address in zip(peers, sys.argv[2:]):
-    peer.connect((address, 7))
+    peer.connect((address.lstrip('-'), 7))
 print(flush=True)
 while True:
-    for peer in peers:
+    for peer in (peer for peer, address in zip(peers, sys.argv[2:]) if address[0] != '-'):
         with contextlib.suppress(ConnectionRefusedError):
             peer.send(bytes(100))
     time.sleep(0.01)
@@ -89,10 +89,11 @@ def wait_for(run: Run, *words: str) -> str:
 
 
 def test_reasons_of_processes(lab: Lab, tmp_path: Path) -> None:
-    names = 'crul', 'quiet', 'own', 'abroad', 'elsewhere'
+    names = 'crul', 'quiet', 'idle', 'own', 'abroad', 'elsewhere'
     with ExitStack() as stack:
         own = stack.enter_context(talking(lab.client, 'own', '127.0.0.1'))
         quiet = stack.enter_context(talking(lab.client, 'quiet'))
+        idle = stack.enter_context(talking(lab.client, 'idle', '-' + lab.server_address(4)))
         elsewhere = stack.enter_context(talking(lab.client, 'elsewhere', '10.9.0.2'))
         abroad = stack.enter_context(talking(lab.server, 'abroad', lab.client_address(4)))
         further = stack.enter_context(talking(lab.routers[1], 'abroad', lab.client_address(4)))
@@ -110,6 +111,7 @@ def test_reasons_of_processes(lab: Lab, tmp_path: Path) -> None:
             f'abroad (pid {abroad}) is in another',
             f'own (pid {own}) talks to this host itself only (127.0.0.1)',
             f'quiet (pid {quiet}) has no connection',
+            f'idle (pid {idle}) is connected to {lab.server_address(4)}, but sends nothing that can carry a probe',
         ):
             assert text in at_end
         assert "'ip route get" not in at_end  # nothing general where the reasons are known
