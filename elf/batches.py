@@ -28,7 +28,7 @@ from elf.usage import Failure
 TEXTS = "dest", "responder", "app"  # all others are numbers
 READ = (
     "origseq", "latency", "sendtime", "dest", "responder", "outttl", "sport", "dport", "protocol",
-    "app", "srtt", "cwnd", "retrans",
+    "app", "srtt", "cwnd", "retrans", "ripid",
 )  # fmt: skip
 REQUIRED = [name for name in READ if name in NAMES[:ALWAYS_THERE]]  # each version writes them
 LIMITS = {"outttl": 1 << 8, "protocol": 1 << 8, "sport": 1 << 16, "dport": 1 << 16,

@@ -13,12 +13,12 @@ import numpy as np
 
 from elf.batches import Batch
 from elf.episodes import PAUSE, SLICE_MAX, SLICE_MIN, SLICE_PROBES, TCP, Snapshot, Way
+from elf.losses import LATE, MOMENT
 from elf.paths import OUTAGE_MIN, Destination, Hop
 from elf.summary import (
     FLOW_HOPS_MAX,
     FLOWS_MAX,
     HOPS_MAX,
-    MOMENT,
     MOMENTS_APART,
     MOMENTS_KEPT,
     REUSE_AFTER,
@@ -183,6 +183,17 @@ def note_seconds(destination: Destination, events: list[Events]) -> None:
         count_until(1 << 62)
 
 
+def note_moments(destination: Destination, hop: Hop, batch: Batch, answers: Any) -> None:
+    """Do Losses.note_moment() for the first answer of a hop in each moment, before the hop has these answers."""
+    losses, number, count = destination.watch.losses, int(batch["outttl"][answers[0]]), hop.latency.count
+    moments = batch["sendtime"][answers] // MOMENT
+    firsts = np.flatnonzero(np.diff(np.maximum.accumulate(moments), prepend=-1))
+    responders, idents = (batch[name][answers[firsts]].tolist() for name in ("responder", "ripid"))
+    for place, moment, responder, ident in zip(firsts.tolist(), moments[firsts].tolist(), responders, idents):
+        its_name = batch.names[responder]
+        losses.note_moment(number, hop.latency, moment, count + place, its_name, None if ident < 0 else ident)
+
+
 def note_slices(way: Way, batch: Batch, flow_of: Any, flows: list[Flow]) -> None:
     """Do Way.note() for answers in the order in which they left: the same slices, but for those at both ends.
 
@@ -327,6 +338,7 @@ class BulkSummary(Summary):
             destination = self._destinations[batch.text("dest", int(its[0]))]
             watch = destination.watch
             if not self._may_watch(destination, int(batch["sendtime"][its[-1]])):
+                watch.losses.forget()
                 continue
             its = its[np.argsort(batch["sendtime"][its], kind="stable")]
             for first in range(0, len(its), WATCHED_AT_ONCE):
@@ -349,6 +361,7 @@ class BulkSummary(Summary):
                     columns.append([None if value < 0 else value for value in batch[name][rows].tolist()])
                 watch.rows += zip(*columns)
                 watch.digest(destination.hops, is_over=False)
+            watch.losses.close(int(batch["sendtime"][its[-1]]) // MOMENT - LATE)
 
     def _hops_of(self, groups: BatchGroups) -> tuple[list[Destination], list[Hop]]:
         """Return the destination and the hop of each group."""
@@ -377,6 +390,7 @@ class BulkSummary(Summary):
         ):
             hop = hops[group]
             hop.unanswered -= end - start
+            note_moments(destinations[group], hop, batch, answered.order[start:end])
             hop.latency.add_all(latencies[start:end])
             if lowest[index] == highest[index]:
                 hop.note_answers(batch.names[lowest[index]], latencies[start:end])
@@ -403,6 +417,11 @@ class BulkSummary(Summary):
             for second in np.unique(seconds[start:end]).tolist():
                 if second > hops[group].unanswered_until:
                     hops[group].note_unanswered(second)
+            rows = silent.order[start:end]
+            losses, number = destinations[group].watch.losses, int(batch["outttl"][rows[0]])
+            found = np.unique(batch["sendtime"][rows] // MOMENT, return_counts=True)
+            for moment, count in zip(*map(np.ndarray.tolist, found)):
+                losses.add_unanswered(number, moment, count)
 
     def _note_flow_hops(self, groups: BatchGroups, flows: list[Flow], fronts: Fronts, are_answered: Any) -> None:
         batch, by_both = groups.batch, groups.flow_hops
@@ -533,6 +552,11 @@ class BulkSummary(Summary):
                     for each in zip(its_sent.tolist(), its_retrans.tolist()):
                         self._note_retrans(destination, flow, *each)
                     continue  # ports were used again
-            destination.retransmitted += max(most[index] - flow.retrans, 0)
+            if most[index] > flow.retrans:
+                destination.retransmitted += most[index] - flow.retrans
+                new = np.diff(np.maximum.accumulate(np.concatenate([[flow.retrans], retrans[start:end]])))
+                for place in np.flatnonzero(new).tolist():
+                    moment = int(sent[start + place]) // MOMENT
+                    destination.watch.losses.note_retransmitted(moment, int(new[place]))
             flow.retrans = max(flow.retrans, most[index])
             flow.last_sent = max(flow.last_sent, newest[index])

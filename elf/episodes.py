@@ -19,6 +19,7 @@ import operator
 from typing import Any, Iterator, Sequence, Tuple
 
 from elf.inference import fisher, median, median_interval, spearman, superiority
+from elf.losses import Losses
 
 SLICE_MIN = 50 * 10**6  # ns: a slice is at least so long ...
 SLICE_PROBES = 3  # ... and has so many answers for each hop, ...
@@ -95,7 +96,7 @@ class Change:
     old: dict[int, tuple[float, float, float]]  # what was usual by hop: median_interval()
     was: Way
     new: Way
-    hops: set[int]  # that differ, as far as the newest flow has told
+    hops: dict[int, str]  # those that differ, as far as is known, and who answers there now
     flows: int = 1
     now: dict[int, tuple[float, float, float]] | None = None  # what is usual of the new way, once that is known
 
@@ -468,12 +469,13 @@ class Way:
 class Watch:
     """The rows of a destination."""
 
-    __slots__ = ("rows", "tests", "changes", "balanced", "newest", "_ways", "_past")
+    __slots__ = ("rows", "tests", "changes", "balanced", "newest", "losses", "_ways", "_past")
 
     def __init__(self, tests: Comparisons) -> None:
         self.rows: list[Row] = []
         self.newest = 0  # when the newest probe left that was looked at, ns
         self.tests = tests
+        self.losses = Losses(tests)
         self._ways: list[Way] = []  # the one of the newest answer last
         self._past: list[Episode] = []  # of ways that were forgotten
         self.changes: list[Change] = []  # the first ones
@@ -511,6 +513,7 @@ class Watch:
         """Forget all but the episodes and the changes."""
         for way in self._ways:
             way.forget()
+        self.losses.forget()
 
     def _settle(self, row: Row, hops: dict[int, Any]) -> Way:
         """Return the way of a flow, of which a responder is new."""
@@ -548,17 +551,18 @@ class Watch:
         sent, number = row[0], row[1]
         last = self.changes[-1] if self.changes else None
         is_near = last is not None and sent - last.end < CHANGE_TOGETHER
-        is_further_hop = last is not None and last.new is old and number not in last.hops  # of the same flow
-        if last and is_near and (last.new is new or is_further_hop):
+        # The same flow: a further hop, or one that has told, of a way with other routers in between.
+        goes_on = last is not None and last.new is old and last.hops.get(number, row[3]) == row[3]
+        if last and is_near and (last.new is new or goes_on):
             last.end = max(last.end, sent)
-            last.flows += not is_further_hop
-            last.hops.add(number)
+            last.flows += not goes_on
+            last.hops[number] = row[3]
             if number < last.hop:
                 last.hop, last.before, last.after = number, old.responders[number], row[3]
             last.new = new
         elif len(self.changes) < CHANGES_MAX:
             before = old.responders[number]
-            self.changes.append(Change(sent, sent, number, before, row[3], old.usual(), old, new, {number}))
+            self.changes.append(Change(sent, sent, number, before, row[3], old.usual(), old, new, {number: row[3]}))
 
     def episodes(self) -> list[Episode]:
         """Return the episodes of all ways, in the order of time."""

@@ -13,6 +13,8 @@ from typing import Any, Callable, ClassVar, Iterable, Iterator, Sequence
 
 from elf.episodes import MARGIN, TCP, Change, Episode
 from elf.inference import holm
+from elf.losses import NEARLY_ALL as NEARLY_ALL_LOST
+from elf.losses import LossEpisode
 from elf.paths import Destination, Hop, Outage
 from elf.rows import Record
 
@@ -183,6 +185,84 @@ class SlowLastHop(Slower):
         return (
             f"{self._rise()} at {self._place(self.hop)}, the last one that answers: a queue, or it answers slowly; "
             "nothing behind it tells"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossForAWhile(Finding):
+    """More probes than usual were unanswered for a while, at a hop and at all behind it."""
+
+    kind = "loss_episode"
+    episode: LossEpisode
+    p: float  # corrected for the number of tests
+    responders: dict[int, str]
+    tcp_sends: bool
+
+    def figures(self) -> dict[str, Any]:
+        its = self.episode
+        back, low, high = its.back or (None, None, None)
+        return {
+            "share": its.share, "share_low": its.low, "share_high": its.high, "usual_share": its.usual,
+            "probes": its.probes, "front": its.front or None, "first_at_most": its.until,
+            "retransmitted": its.retransmitted, "direction": self.direction(), "lasts": its.lasts,
+            "back_share": back, "back_low": low, "back_high": high,
+        }  # fmt: skip
+
+    def span(self) -> tuple[int, int]:
+        return self.episode.begin, self.episode.end
+
+    @property
+    def sure(self) -> float:
+        return 1 - self.p
+
+    def direction(self) -> str | None:
+        """Return "there" or "back", None if the data cannot tell."""
+        its = self.episode
+        if its.back:
+            _, low, high = its.back
+            return "back" if low > 1 / 2 else "there" if high < 1 / 2 else None
+        return "back" if self.tcp_sends and its.forward_p < SIGNIFICANT else None
+
+    def _place(self, hop: int) -> str:
+        return f"hop {hop} ({self.responders[hop]})" if hop in self.responders else f"hop {hop}"
+
+    def _share(self) -> str:
+        its = self.episode
+        usual = f", usually {its.usual:.1%}" if its.usual >= UNANSWERED_SHARE_MIN else ""
+        return f"{its.share:.1%} (95 %: {its.low * 100:.1f}–{its.high * 100:.1f}{usual})"
+
+    def _tcp(self) -> str:
+        its = self.episode
+        return f"; TCP retransmitted {its.retransmitted or 'no'} segments meanwhile" if self.tcp_sends else ""
+
+    def text(self) -> str:
+        its = self.episode
+        front = self._place(its.front) if its.front else "this host"
+        behind = " and at all behind" * bool(its.behind)
+        likely = f", most likely in front of hop {its.hop}" if its.until != its.hop else ""
+        direction = self.direction()
+        way = "on the way there or back" if direction is None else f"on the way {direction}"
+        if its.back:
+            back, _, _ = its.back
+            way += f" (by the routers' IP identifications, {back:.0%} on the way back)"
+        elif direction == "back":
+            way = "rather on the way back, since TCP retransmitted so little; or answers are limited"
+        return (
+            f"{self._share()} of the packets were lost between {front} and {self._place(its.until)}{behind}{likely}"
+            f", {way}{self._tcp()}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class UnansweredForAWhile(LossForAWhile):
+    """The same at the last hop that answers: nothing behind it tells loss from a limit."""
+
+    kind = "unanswered_episode"
+
+    def text(self) -> str:
+        return (
+            f"{self._share()} of the probes to {self._place(self.hop)}, the last one that answers, were unanswered"
+            f": packets were lost, or it limits its answers{self._tcp()}; nothing behind it tells"
         )
 
 
@@ -427,9 +507,9 @@ class NearMiss(OfDestination):
 
 def findings_on(destination: Destination) -> Iterator[Finding]:
     """Yield the findings on a destination: episodes, outages, unanswered probes, changes of responders."""
-    changes = [PathChange(change.hop, change) for change in destination.watch.changes]
-    yield from sorted([*slower_times(destination), *changes], key=lambda each: each.span() or (0, 0))
     outages = destination.outages()
+    changes = [PathChange(change.hop, change) for change in destination.watch.changes]
+    yield from sorted([*episodes(destination, outages), *changes], key=lambda each: each.span() or (0, 0))
     answering = {number: hop for number, hop in sorted(destination.hops.items()) if hop.latency.count}
     for number in answering:
         for outage in outages_to_tell(number, {other: outages[other] for other in answering}):
@@ -444,13 +524,34 @@ def findings_on(destination: Destination) -> Iterator[Finding]:
     yield from shared_responders(answering)
 
 
-def slower_times(destination: Destination) -> Iterator[Slower]:
-    """Yield the episodes that are unlikely to be chance, in the order of time."""
-    found = destination.watch.episodes()
-    corrected = holm([episode.p for episode in found], destination.watch.tests.count)
-    for episode, p in zip(found, corrected):
+def episodes(destination: Destination, outages: dict[int, list[Outage]]) -> Iterator[Slower | LossForAWhile]:
+    """Yield the episodes that are unlikely to be chance."""
+    watch = destination.watch
+    delays, losses = watch.episodes(), watch.losses.episodes()
+    corrected = holm([*(each.p for each in delays), *(each.p for each in losses)], watch.tests.count)
+    for delay, p in zip(delays, corrected):
         if p < SIGNIFICANT:
-            yield slower(destination, episode, p)
+            yield slower(destination, delay, p)
+    for loss, p in zip(losses, corrected[len(delays) :]):
+        if p < SIGNIFICANT and not is_outage(loss, outages):
+            yield lossy(destination, loss, p)
+
+
+def is_outage(loss: LossEpisode, outages: dict[int, list[Outage]]) -> bool:
+    """Return whether no answer comes any more, or an outage tells it already."""
+    return loss.share > NEARLY_ALL_LOST and (loss.lasts or any(
+        outage.begin * 10**9 < loss.end and loss.begin < (outage.begin + outage.seconds) * 10**9
+        for number in outages if number >= loss.hop
+        for outage in outages[number]
+    ))  # fmt: skip
+
+
+def lossy(destination: Destination, episode: LossEpisode, p: float) -> LossForAWhile:
+    """Return an episode as what it is: at the last hop, only TCP tells loss from limited answers."""
+    responders = {number: hop.responder for number, hop in destination.hops.items() if hop.responder}
+    agrees = destination.tcp_sends and episode.retransmitted >= episode.share * episode.probes * TCP_AGREES_FROM
+    kind = LossForAWhile if episode.behind or agrees else UnansweredForAWhile
+    return kind(episode.hop, episode, p, responders, destination.tcp_sends)
 
 
 def slower(destination: Destination, episode: Episode, p: float) -> Slower:
@@ -534,16 +635,18 @@ def sentence(finding: Finding, when: When = monotonic_text) -> str:
 
 def sentences(findings: Sequence[Finding], when: When = monotonic_text) -> Iterator[str]:
     """Yield what the table says of a destination: of many episodes, the largest."""
-    episodes = sorted(
-        (each for each in findings if isinstance(each, Slower)), key=lambda each: -each.episode.weight
+    delays, losses = (
+        sorted((each for each in findings if isinstance(each, kind)), key=lambda each: -each.episode.weight)
+        for kind in (Slower, LossForAWhile)
     )
     changes = [each for each in findings if isinstance(each, PathChange)]
-    left_out = set(map(id, [*episodes[SHOWN_MAX:], *changes[SHOWN_MAX:]]))
+    left_out = set(map(id, [*delays[SHOWN_MAX:], *losses[SHOWN_MAX:], *changes[SHOWN_MAX:]]))
     for finding in findings:
         if id(finding) not in left_out:
             yield sentence(finding, when)
     if left_out:
-        yield f"{len(left_out)} more are in the JSON file of the run only: smaller delays, changes of the path"
+        smaller = "smaller delays, less loss, changes of the path"
+        yield f"{len(left_out)} more are in the JSON file of the run only: {smaller}"
 
 
 def shared_responders(hops: dict[int, Hop]) -> Iterator[OneAddress]:

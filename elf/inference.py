@@ -2,6 +2,7 @@
 """Tests and intervals of statistics, in plain Python.
 
 wilson_ranks(), median_interval()   interval of a median by its order statistics (Fontugne et al., IMC 2017)
+wilson_share()                      Wilson's score interval of a share
 fisher()                            Fisher's exact test, one-sided
 binomial_tail()                     exact binomial test, one-sided
 spearman()                          rank correlation, and how sure that it is none
@@ -46,6 +47,15 @@ def wilson_ranks(count: int, effective: float) -> tuple[int, int]:
     spread = Z * Z / effective
     half = Z * math.sqrt(0.25 / effective + spread / (4 * effective)) / (1 + spread)
     return max(math.floor(count * (0.5 - half)), 0), min(math.ceil(count * (0.5 + half)) - 1, count - 1)
+
+
+def wilson_share(found: int, count: int, effective: float) -> tuple[float, float, float]:
+    """Return a share, and between what it lies with 95 %. effective: how many of the values are independent."""
+    share = found / count
+    spread = Z * Z / effective
+    middle = (share + spread / 2) / (1 + spread)
+    half = Z * math.sqrt(share * (1 - share) / effective + spread / (4 * effective)) / (1 + spread)
+    return share, max(middle - half, 0.0), min(max(middle + half, share), 1.0)
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float, float]:

@@ -98,6 +98,7 @@ class Record(NamedTuple):
     app: str = ""  # as in the CSV: text_of_field() tells the name
     pid: int | None = None
     source: str = ""
+    ripid: int | None = None
 
 
 def csv_field(text: str) -> str:
@@ -125,7 +126,15 @@ SHARED = frozenset({
     "dest", "sport", "dport", "protocol", "source", "outttl", "outtos", "pid", "app", "responder", "recvttl",
     "rtos", "intos", "qttl", "translated",
 })  # fmt: skip
-NOTED = "sendtime", "latency", "origseq", "srtt", "cwnd", "retrans"  # fields of Record that differ by probe
+NOTED = (
+    "sendtime",
+    "latency",
+    "origseq",
+    "srtt",
+    "cwnd",
+    "retrans",
+    "ripid",
+)  # fields of Record that differ by probe
 ALIKE_MAX = 16384  # some 600 bytes each
 NUMBER, NUMBER_OR_NONE = "\1", "\2"  # in the text of a row, before a number is filled in
 

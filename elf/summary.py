@@ -15,6 +15,7 @@ from elf.episodes import Comparisons, Row, Way
 from elf.findings import When, findings_on, monotonic_text, sentences
 from elf.histogram import Stats
 from elf.lines import Line, Mark, fitting
+from elf.losses import LATE, MOMENT
 from elf.paths import Destination, Hop
 from elf.rows import NOTED, Record, text_of_field
 from elf.usage import printable
@@ -27,7 +28,7 @@ FLOW_HOPS_MAX = 65536  # of all of them together
 WAITING_MAX = 4096  # rows of a destination that wait for digest()
 WATCHED_MAX, WATCHED_IDLE = 64, 60 * 10**9  # destinations; ns without a probe, after which another takes the place
 NEVER = 1 << 63  # ns, above every latency
-MOMENT = 10**8  # ns: latencies are compared between the first answers of hops in each moment of a flow
+# Latencies are compared between the first answers of hops in each moment of a flow.
 MOMENTS_KEPT = 8  # of a flow and hop: an answer may come so many later than that of the hop behind
 MOMENTS_APART = 20  # between answers that are compared, at most
 REUSE_AFTER = 10**9  # ns without a probe, after which a lower retransmission count is a new connection's
@@ -218,6 +219,7 @@ class Summary:
         srtt: int | None,
         cwnd: int | None,
         retrans: int | None,
+        ripid: int | None,
     ) -> None:
         """Add a probe that has ended, at its place. The others are the NOTED fields of Record.
 
@@ -243,11 +245,12 @@ class Summary:
             destination.note_second(second)
             if second > hop.unanswered_until:
                 hop.note_unanswered(second)
+            destination.watch.losses.note_unanswered(number, sendtime // MOMENT)
             return
         add_latency(latency)
         add_of_flow(latency)
         if sendtime >= of_flow.until:
-            self._note_moment(place, sendtime, latency)
+            self._note_moment(place, sendtime, latency, ripid)
         if responder != hop.responder:
             hop.note_other(responder, latency)
         if responder != of_flow.responder:
@@ -259,11 +262,14 @@ class Summary:
         rows.append((sendtime, number, latency, responder, flow, srtt, cwnd, retrans))
 
     @staticmethod
-    def _note_moment(place: Place, sendtime: int, latency: int) -> None:
+    def _note_moment(place: Place, sendtime: int, latency: int, ripid: int | None) -> None:
         """Note that an answered probe of the flow left in a later moment than those before."""
         destination, hop, of_flow = place.destination, place.hop, place.of_flow
         moment, second, second_before = sendtime // MOMENT, sendtime // 10**9, (of_flow.until - 1) // 10**9
         of_flow.note_moment(moment, latency)
+        destination.watch.losses.note_moment(
+            place.number, hop.latency, moment, hop.latency.count - 1, place.responder, ripid
+        )
         front = place.flow.hops.get(destination.front(place.number))
         before = front.latency_in(moment) if front else None
         if before is not None:
@@ -298,12 +304,17 @@ class Summary:
                 continue  # BulkSummary has looked at them
             if not self._may_watch(destination, watch.rows[-1][0]):
                 del watch.rows[:]
+                watch.losses.forget()
                 continue
             if most is not None and count > most:
                 watch.rows[:] = self._random.sample(watch.rows, max(len(watch.rows) * most // count, 1))
             watch.digest(destination.hops, is_over)
+            watch.losses.close(watch.newest // MOMENT - LATE)
             if watch.rows:
                 self._waiting.append(destination)
+        if is_over:
+            for destination in self._destinations.values():
+                destination.watch.losses.end()
 
     @staticmethod
     def _note_retrans(destination: Destination, flow: Flow, sendtime: int, retrans: int) -> None:
@@ -311,6 +322,7 @@ class Summary:
             flow.retrans = 0  # a new connection with the same ports
         if retrans > flow.retrans:
             destination.retransmitted += retrans - flow.retrans
+            destination.watch.losses.note_retransmitted(sendtime // MOMENT, retrans - flow.retrans)
             flow.retrans = retrans
         flow.last_sent = max(flow.last_sent, sendtime)
 

@@ -22,6 +22,7 @@ import json
 import os
 import random
 import selectors
+import struct
 import subprocess
 import sys
 import time
@@ -39,6 +40,7 @@ from odd_routers import (
     Device,
     Way,
     packed,
+    replaced,
     time_exceeded,
     ttl_of,
     version_of,
@@ -120,6 +122,11 @@ def address_of(side: int, packet: bytes, hop: int) -> bytes:
     return packed(version_of(packet), address(version_of(packet), hop, side))
 
 
+def counted(answer: bytes, number: int) -> bytes:
+    """Give an answer a counter as its IP identification, as many routers do. IPv6 has none."""
+    return replaced(answer, 4, struct.pack('!H', number & 0xFFFF)) if version_of(answer) == 4 else answer
+
+
 class Routers:
     """All of them: packets wait in one heap for the time at which they go out."""
 
@@ -130,6 +137,7 @@ class Routers:
         self._numbers = itertools.count()
         self._free = {True: [0.0] * (HOPS + 2), False: [0.0] * (HOPS + 2)}  # when a link's last packet has left it
         self._answered: dict[int, float] = {}
+        self._answers = [0] * (HOPS + 1)
         self._turn = 0
         self._text = ''
 
@@ -220,11 +228,12 @@ class Routers:
             if ttl > HOPS:
                 self._send(at, self._far, with_ttl(packet, ttl - HOPS), known)
             elif self._may_answer(ttl, now):
+                self._answers[ttl] += 1
                 at = self._way_back(at + sum(self._on('answers', ttl, now)), ttl, True)
                 if at is not None:
                     farther = sum(map(int, self._on('rttl', ttl, now)))
                     way = Way(source=source, ttl=65 - ttl - farther)
-                    self._send(at, self._near, time_exceeded(way, packet, ttl))
+                    self._send(at, self._near, counted(time_exceeded(way, packet, ttl), self._answers[ttl]))
 
     def _may_answer(self, hop: int, now: float) -> bool:
         for rate in self._on('limit', hop, now):

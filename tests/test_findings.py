@@ -5,6 +5,7 @@ client - r1, which is HOPS routers (slow_routers.py) - server
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -23,7 +24,7 @@ from elf.rows import ALWAYS_THERE, HEADER, NAMES, Record
 from elf.summary import Summary
 from elf.unmatched import Unmatched, UnmatchedAnswers
 from runs import ELFPROBE
-from verdicts import Score, Truth, measured, simulated, truths
+from verdicts import LOSSES, Score, Truth, measured, simulated, sizes, truths
 
 root = pytest.mark.root
 
@@ -62,11 +63,11 @@ def test_episodes_are_found_where_they_are() -> None:
     """Each kind, 0.3 s and longer, 1 ms and more; none is made up."""
     chance, score = random.Random(5), Score()
     for _ in range(2):
-        its = truths(chance, 14, 'upload')
+        its = [each for each in truths(chance, 14, 'upload') if each.kind not in LOSSES]
         score.add(*simulated(chance, its, its[-1].end + 2), 0)
     assert not list(score.missed())
     found = [each for its_ in score.truths.values() for each in its_]
-    assert len(found) >= 28 and set(score.truths) == {
+    assert len(found) >= 24 and set(score.truths) == {
         'queue', 'queue_in_front', 'queue_beyond', 'slow_answers', 'path_change',
     }  # fmt: skip
     for truth, match in found:
@@ -116,6 +117,44 @@ def test_own_traffic_is_told_from_that_of_others() -> None:
     assert 'own congestion window' not in others.sentence
 
 
+LOSS = Truth('loss_episode', 3, 20, 24, 0.1, 'loss')
+LIMITED = Truth('rate_limit', 2, 0, 60, 0.5, 'limit')
+ALWAYS = Truth('loss_episode', 1, 0, 60, 0.05, 'loss')
+LOST = {
+    'on the way there': ([LOSS], 'there'),
+    'on the way back': ([dataclasses.replace(LOSS, effect='loss_back')], 'back'),
+    'all for a moment': ([Truth('loss_episode', 2, 20, 20.4, 1, 'loss')], 'there'),
+    'behind a router that limits its answers': ([LIMITED, LOSS], 'there'),
+    'where some is usual': ([ALWAYS, dataclasses.replace(LOSS, size=0.2)], 'there'),
+    'at the last hop': ([Truth('loss_episode', 4, 20, 24, 0.1, 'loss')], 'there'),
+    'limited answers alone, for a while': ([dataclasses.replace(LIMITED, begin=20, end=30)], ''),
+    'usual loss alone': ([ALWAYS], ''),
+}
+
+
+@pytest.mark.parametrize('its, direction', LOST.values(), ids=LOST)
+def test_loss_is_found_when_and_where_it_is(its: list[Truth], direction: str) -> None:
+    """With the share, and whether probes or answers were lost: the routers' IP identifications count answers."""
+    found = simulated(random.Random(4), its, 45, rate=60)[1]
+    assert len(found) == bool(direction), found
+    for each in found:
+        truth = its[-1]
+        assert (each.kind, each.hop, each.direction) == ('loss_episode', truth.hop, direction)
+        assert abs(each.begin - truth.begin) < (3 if ALWAYS in its else 0.5) and abs(each.end - truth.end) < 0.5
+        usual = sum(other.size for other in its if other is ALWAYS)
+        assert each.low <= truth.size + usual * (1 - truth.size) <= each.high, each
+
+
+def test_loss_that_lasts_becomes_usual_and_an_outage_is_no_loss() -> None:
+    """After ten minutes the share is usual. No answer at all for seconds is told as an outage only."""
+    (lasting,) = simulated(random.Random(6), [Truth('loss_episode', 2, 40, 800, 0.3, 'loss')], 800, rate=10)[1]
+    assert lasting.begin == pytest.approx(40, abs=1) and 590 < lasting.end - lasting.begin < 700
+    kinds = {
+        each.kind for each in simulated(random.Random(6), [Truth('loss_episode', 3, 20, 26, 1, 'loss')], 40)[1]
+    }
+    assert kinds == {'outage'}
+
+
 def test_elfplot_finds_the_same(tmp_path: Path) -> None:
     """In bulk, over the borders of blocks, batches and files."""
     np = pytest.importorskip('numpy')
@@ -124,6 +163,7 @@ def test_elfplot_finds_the_same(tmp_path: Path) -> None:
 
     chance = random.Random(9)
     its = truths(chance, 8, 'upload')
+    its.append(Truth('loss_episode', 2, its[-1].end + 3, its[-1].end + 6, 0.1, 'loss'))
     rows: list[Record] = []
     _, told = simulated(chance, its, its[-1].end + 2, keep=rows)
     columns = dict.fromkeys(NAMES, '')
@@ -144,7 +184,9 @@ def test_elfplot_finds_the_same(tmp_path: Path) -> None:
     found = [finding for finding in findings_on(destination) if finding.span()]
     assert [(each.kind, each.hop) for each in found] == [(each.kind, each.hop) for each in told]
     for finding, each in zip(found, told):
-        assert abs((finding.figures()['rise'] or 0) / 1e9 - each.size) < 0.02 * abs(each.size) + 50e-6
+        size, _, _ = sizes(finding.figures())
+        assert abs(size - each.size) < 0.02 * abs(each.size) + 50e-6
+    assert 'loss_episode' in {each.kind for each in told}
 
 
 # Real packets
@@ -152,11 +194,12 @@ def test_elfplot_finds_the_same(tmp_path: Path) -> None:
 
 @root
 def test_findings_of_real_packets(tmp_path: Path) -> None:
-    """The table, elf.json and elfplot.py say the same: a slow link, a slow router, the way to the server."""
+    """The table, elf.json and elfplot.py say the same: a slow link, a slow router, the way to the server, loss."""
     its = [
         Truth('queue', 3, 3, 4.5, 0.02),
         Truth('slow_answers', 2, 6, 7.5, 0.02, 'answers'),
         Truth('queue_beyond', 4, 9, 11, 0.03, 'back'),
+        Truth('loss_episode', 2, 13, 15, 0.2, 'loss_back'),
     ]
     kept = tmp_path / 'kept'
     done, told = measured('upload', 4, its, 12, keep=str(kept))
@@ -165,7 +208,8 @@ def test_findings_of_real_packets(tmp_path: Path) -> None:
         its_parts = [each for each in told if (each.kind, each.hop) == (truth.kind, truth.hop) and each.size > 0.01]
         assert its_parts, truth
         for match in its_parts:
-            assert abs(match.size - truth.size) < 0.1 * truth.size + 0.001, match
+            assert match.direction == ('back' if truth.kind == 'loss_episode' else None)
+            assert abs(match.size - truth.size) < 0.1 * truth.size + 0.001 or match.direction, match
         assert abs(its_parts[0].begin - truth.begin) < 0.6, its_parts
         assert abs(its_parts[-1].end - truth.end) < 0.8, its_parts
     report = json.loads((kept / 'elf.json').read_text())
@@ -178,5 +222,5 @@ def test_findings_of_real_packets(tmp_path: Path) -> None:
     elfplot = sys.executable, str(ELFPROBE.with_name('elfplot.py')), 'elf.csv'
     shown = subprocess.run(elfplot, cwd=kept, stdout=subprocess.PIPE, text=True, check=True).stdout
     for each in found:
-        if each['figures']['rise'] > 10**7:
+        if each['figures'].get('rise', 10**8) > 10**7:
             assert each['sentence'] in shown

@@ -282,6 +282,24 @@ def test_a_hop_that_changes_twice_at_once_is_two_changes() -> None:
     ]
 
 
+def test_a_change_is_told_once_whichever_hop_tells_first() -> None:
+    """There and back again, the farther hop first: the flow has a way in between that never was."""
+    summary = Summary()
+    for step in range(600):
+        is_other, is_first = 200 <= step < 400, step in (200, 400)
+        for number in 3, 1, 2, 4:
+            other = is_other and not (is_first and number != 3)
+            if step == 400 and number != 3:
+                other = True
+            summary.note(ended(number, step * 10**7 + number, f'192.0.2.{number + 10 * (other and number > 1)}'))
+    summary.digest(is_over=True)
+    told = [line.partition('  ')[2] for line in summary.tables() if 'path changed' in line]
+    assert [line.partition(';')[0] for line in told] == [
+        'the path changed from hop 2 on, which is now 192.0.2.12, no longer 192.0.2.2',
+        'the path changed from hop 2 on, which is now 192.0.2.2, no longer 192.0.2.12',
+    ]
+
+
 @pytest.mark.sample
 def test_table() -> None:
     lines = table_from({1: (4, 0), 2: (3, 3), 3: (2, 1), 4: (5, 5)}, 7).splitlines()

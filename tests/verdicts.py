@@ -34,11 +34,16 @@ from odd_routers import HOPS
 from runs import elfprobe
 from slow_routers import Effect, other_side, slow_routers
 
-SIZES, SECONDS = (0.001, 0.005, 0.030), (0.3, 1, 4)  # s; those of the goals
+SIZES, SECONDS = (0.001, 0.005, 0.030), (0.3, 1, 4, 20)  # s; those of the goals
+LOST = 0.01, 0.1  # shares
 STATE_SECONDS = 20.0  # s
 SETTLE, GAP = 6.0, 2.0  # s before the first truth, least between two
 APPLICATIONS = 'upload', 'download', 'udp'
 PORT = 7010
+LOSSES = 'loss_episode', 'unanswered_episode'
+OF_THE_RUN = 'loss', 'none_behind', 'too_few_behind', 'rate_limit'  # that tell of loss episodes, too
+UNANSWERED_AFTER = 5.3e9  # ns until the row of an unanswered probe comes
+WHOLE = 'loss', 'rate_limit', 'congestion_marks', 'responder_changes', 'outage'  # whose times are not compared
 CHANGE_OFF = 1.0  # s by which a change of the path may be told too early or too late
 
 CLIENT = """
@@ -113,6 +118,11 @@ class Truth:
     effect: str = 'forward'
 
     @property
+    def is_large(self) -> bool:
+        """Whether the goals ask that it be found."""
+        return self.size >= (0.1 if self.kind in LOSSES else 0.005) and self.end - self.begin >= 1
+
+    @property
     def link(self) -> int:
         return HOPS + 1 if self.kind == 'queue_beyond' else self.hop
 
@@ -129,6 +139,7 @@ class Told:
     low: float
     high: float
     sentence: str
+    direction: str | None = None  # of loss
 
 
 def truths(chance: random.Random, count: int, application: str) -> list[Truth]:
@@ -137,6 +148,7 @@ def truths(chance: random.Random, count: int, application: str) -> list[Truth]:
         ['queue'] * 4
         + ['slow_answers'] * 2
         + ['queue_in_front', 'path_change']
+        + ['loss_episode'] * 2
         + ['queue_beyond'] * (application == 'upload')
     )
     found, at = [], SETTLE
@@ -146,6 +158,11 @@ def truths(chance: random.Random, count: int, application: str) -> list[Truth]:
         if number % 2:
             size, seconds = math.exp(chance.uniform(math.log(0.001), math.log(0.05))), chance.uniform(0.3, 5)
         hop, effect = chance.randint(2, HOPS), chance.choice(['forward', 'forward', 'back'])
+        if kind == 'loss_episode':
+            effect = 'loss' if effect == 'forward' else 'loss_back'
+            size, seconds = chance.choice(LOST) if size in SIZES else size * 10, max(seconds, 1)
+            if hop == HOPS and (application != 'upload' or effect == 'loss_back'):  # TCP does not tell
+                kind = 'unanswered_episode'
         if kind == 'queue_in_front':
             hop = 1
         elif kind == 'queue_beyond':
@@ -214,8 +231,23 @@ def told_by(report: dict[str, Any]) -> Iterator[Told]:
     zero = utc_ns(report['monotonic_zero'])
     for each in report['findings']:
         begin, end = ((utc_ns(each[key]) - zero) / 1e9 for key in ('from', 'until'))
-        size, low, high = ((each['figures'].get(key) or 0) / 1e9 for key in ('rise', 'rise_low', 'rise_high'))
-        yield Told(each['kind'], each['hop'], begin, end, size, low, high, each['sentence'])
+        yield Told(
+            each['kind'],
+            each['hop'],
+            begin,
+            end,
+            *sizes(each['figures']),
+            each['sentence'],
+            each['figures'].get('direction'),
+        )
+
+
+def sizes(figures: dict[str, Any]) -> tuple[float, float, float]:
+    """Return how large something was, and between what: s, or shares."""
+    size, low, high = (figures.get(key) or 0 for key in ('share', 'share_low', 'share_high'))
+    if 'rise' in figures:
+        size, low, high = ((figures[key] or 0) / 1e9 for key in ('rise', 'rise_low', 'rise_high'))
+    return size, low, high
 
 
 def simulated(
@@ -244,11 +276,18 @@ def simulated(
         if chance.random() < 0.01:
             value += chance.expovariate(500)
         for truth in its:
-            if truth.begin <= at < truth.end:
+            if truth.kind not in (*LOSSES, *WHOLE) and truth.begin <= at < truth.end:
                 value += truth.size * (hop == truth.hop if truth.kind == 'slow_answers' else hop >= truth.link)
         return value + sum(
             size for begin, lasts, size, link in bursts if begin <= at < begin + lasts and hop >= link
         )
+
+    def fate(hop: int, at: float) -> str:
+        for truth in its:
+            is_there = hop == truth.hop if truth.effect == 'limit' else truth.kind in LOSSES and hop >= truth.hop
+            if is_there and truth.begin <= at < truth.end and chance.random() < truth.size:
+                return truth.effect
+        return ''
 
     def responder(hop: int, at: float) -> str:
         others = [each for each in its if each.begin <= at < each.end and hop >= each.hop]
@@ -256,20 +295,26 @@ def simulated(
         begun = [each.begin for each in others if each.effect == 'way' or is_balanced]
         return f'10.0.{hop}.{other_side(begun[0]) if begun else 2}'
 
-    summary, rows, at, srtt = Summary(), [], 0.0, base[-1]
+    summary, rows, at, srtt, retrans = Summary(), [], 0.0, base[-1], 0
+    answers = [0] * (HOPS + 1)
     for number in itertools.count():
         at += chance.uniform(0.6, 1.4) / (rate * HOPS)
         if at > seconds:
             break
         hop = number % HOPS + 1
         srtt += (latency(HOPS + 1, at) - srtt) / 8
+        lost = fate(hop, at)
+        answers[hop] += lost != 'loss'
+        retrans += fate(HOPS + 1, at) == 'loss'  # each carrier is a segment
+        answer = (int(latency(hop, at) * 1e9), responder(hop, at)) if not lost else (-1, '')
         rows.append(
             Record(
-                '198.51.100.9', 4000, 80, 6, hop, int(at * 1e9), int(latency(hop, at) * 1e9), responder(hop, at),
-                srtt=int(srtt * 1e6), cwnd=int(window(at)), retrans=0, origseq=number * 500,
+                '198.51.100.9', 4000, 80, 6, hop, int(at * 1e9), *answer, srtt=int(srtt * 1e6),
+                cwnd=int(window(at)), retrans=retrans, origseq=number * 500,
+                ripid=None if lost else answers[hop] & 0xFFFF,
             )
         )  # fmt: skip
-    rows.sort(key=lambda row: row.sendtime + row.latency)
+    rows.sort(key=lambda row: row.sendtime + (row.latency if row.responder else UNANSWERED_AFTER))
     if keep is not None:
         keep += rows
     for place, row in enumerate(rows):
@@ -282,17 +327,17 @@ def simulated(
         for finding in findings_on(destination):
             span, figures = finding.span(), finding.figures()
             if span:
-                size, low, high = ((figures[key] or 0) / 1e9 for key in ('rise', 'rise_low', 'rise_high'))
+                its_direction = figures.get('direction')
+                begin, end = (each / 1e9 for each in span)
                 found.append(
-                    Told(finding.kind, finding.hop, span[0] / 1e9, span[1] / 1e9, size, low, high, finding.text())
+                    Told(finding.kind, finding.hop, begin, end, *sizes(figures), finding.text(), its_direction)
                 )
     return list(its), found
 
 
-WHOLE = 'loss', 'rate_limit', 'congestion_marks', 'responder_changes', 'outage'  # whose times are not compared
 HEADS = (
-    'kind', 'found', '5 ms, 1 s or more', 'right place', 'precision', 'size off, median', 'size off, 90 %',
-    'begin off, median',
+    'kind', 'found', 'of large ones', 'right place', 'precision', 'size off, median', 'size off, 90 %',
+    'begin off, median', 'interval holds it',
 )  # fmt: skip
 
 
@@ -315,12 +360,20 @@ class Score:
                     return CHANGE_OFF - abs(each.begin - truth.begin) if each.kind == truth.kind else -1
                 return min(each.end, truth.end) - max(each.begin, truth.begin) - (truth.end - truth.begin) / 4
 
-            near = [each for each in left if each.kind == truth.kind if truth.kind in WHOLE or overlap(each) > 0]
-            near += [each for each in left if each.kind != truth.kind and overlap(each) > 0]
-            near.sort(key=lambda each: (each.kind == truth.kind, each.hop == truth.hop, overlap(each)))
-            match = near[-1] if near and near[-1].kind == truth.kind else None
+            def fits(each: Told, truth: Truth = truth) -> bool:
+                are_last = each.hop == truth.hop == HOPS  # where TCP decides the kind, which lost few segments
+                return each.kind == truth.kind or (are_last and each.kind in LOSSES and truth.kind in LOSSES)
+
+            near = [each for each in left if fits(each) if truth.kind in WHOLE or overlap(each) > 0]
+            near += [each for each in left if not fits(each) and overlap(each) > 0]
+            near.sort(key=lambda each: (fits(each), each.hop == truth.hop, overlap(each)))
+            match = near[-1] if near and fits(near[-1]) else None
             if match:
                 left.remove(match)
+            if truth.kind in LOSSES:
+                left = [each for each in left if each.kind not in OF_THE_RUN]
+            if truth.kind == 'loss':  # it begins after the first probes
+                left = [each for each in left if each.kind not in LOSSES or each.hop != truth.hop]
             if truth.kind == 'responder_changes':  # the hops behind change, too
                 left = [each for each in left if each.kind != truth.kind or each.hop < truth.hop]
             self.truths[truth.kind].append((truth, match))
@@ -337,12 +390,8 @@ class Score:
         for kind in sorted({*self.truths, *self.false}):
             its, false = self.truths[kind], len(self.false[kind])
             found = [(truth, match) for truth, match in its if match]
-            large = [match for truth, match in its if truth.size >= 0.005 and truth.end - truth.begin >= 1]
-            off = sorted(
-                abs(match.size / truth.size - 1)
-                for truth, match in found
-                if match.size and abs(truth.size) >= 0.001
-            )
+            large = [match for truth, match in its if truth.is_large]
+            off = sorted(abs(match.size / truth.size - 1) for truth, match in found if match.size and truth.size)
             late = [abs(match.begin - truth.begin) for truth, match in found]
             cells = [
                 kind,
@@ -357,10 +406,17 @@ class Score:
                     f'{statistics.median(off):.1%}',
                     f'{tenth:.1%}',
                     f'{statistics.median(late) * 1e3:.0f} ms',
+                    percent(sum(match.low <= truth.size <= match.high for truth, match in found), len(found)),
                 ]
             else:
-                cells += ['-'] * 3
+                cells += ['-'] * 4
             yield f'| {" | ".join(cells)} |'
+        lost = [pair for kind in LOSSES for pair in self.truths.get(kind, ()) if pair[1]]
+        if lost:
+            ways = {'loss': 'there', 'loss_back': 'back'}
+            told = [ways[truth.effect] == match.direction for truth, match in lost if match and match.direction]
+            yield ''
+            yield f'Direction of loss: told of {len(told)} of {len(lost)}, right of {sum(told)}.'
         if self.quiet:
             yield ''
             yield f'Quiet runs: {self.quiet / 60:.1f} minutes, {self.false_in_quiet} false findings.'
