@@ -28,7 +28,7 @@ from elf.usage import Failure
 TEXTS = "dest", "responder", "app"  # all others are numbers
 READ = (
     "origseq", "latency", "sendtime", "dest", "responder", "outttl", "sport", "dport", "protocol",
-    "app", "srtt", "cwnd", "retrans", "ripid",
+    "app", "srtt", "cwnd", "retrans", "ripid", "recvttl",
 )  # fmt: skip
 REQUIRED = [name for name in READ if name in NAMES[:ALWAYS_THERE]]  # each version writes them
 LIMITS = {"outttl": 1 << 8, "protocol": 1 << 8, "sport": 1 << 16, "dport": 1 << 16,
@@ -185,7 +185,7 @@ def numbers(name: str, data: Any, words: Any, starts: Any, ends: Any) -> Any:
         if name in REQUIRED:
             raise BadRow(int(are_empty.argmax()), f"{name} is empty")
         values[are_empty] = UNKNOWN
-    if name == "latency":
+    if name in ("latency", "recvttl"):
         are_unanswered = (lengths == 2) & (data[starts] == MINUS) & (data[starts + 1] == ord("1"))
         values[are_unanswered] = -1
         are_odd &= ~are_unanswered

@@ -25,6 +25,7 @@ from elf.summary import (
     Flow,
     FlowHop,
     Summary,
+    note_ttl,
 )
 
 WATCHED_AT_ONCE = 1 << 14  # rows
@@ -192,6 +193,18 @@ def note_moments(destination: Destination, hop: Hop, batch: Batch, answers: Any)
     for place, moment, responder, ident in zip(firsts.tolist(), moments[firsts].tolist(), responders, idents):
         its_name = batch.names[responder]
         losses.note_moment(number, hop.latency, moment, count + place, its_name, None if ident < 0 else ident)
+
+
+def note_ttls(destination: Destination, of_flow: FlowHop, batch: Batch, firsts: Any) -> None:
+    """Do note_ttl() for the first answers of a flow and hop in each moment."""
+    ttls, responders = (batch[name][firsts] for name in ("recvttl", "responder"))
+    its = of_flow.ttl
+    is_settled = its is not None and not its.count and its.responder == batch.names[int(responders[0])]
+    if its and is_settled and (ttls == its.ttl).all() and (responders == responders[0]).all():
+        return
+    number, sent = int(batch["outttl"][firsts[0]]), batch["sendtime"][firsts].tolist()
+    for responder, ttl, at in zip(map(batch.names.__getitem__, responders.tolist()), ttls.tolist(), sent):
+        note_ttl(destination, of_flow, number, responder, ttl, at)
 
 
 def note_slices(way: Way, batch: Batch, flow_of: Any, flows: list[Flow]) -> None:
@@ -515,8 +528,10 @@ class BulkSummary(Summary):
         starts = np.flatnonzero(np.diff(its_numbers, prepend=-1))
         for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(rows)]):
             newest_ones = slice(max(start, end - MOMENTS_KEPT), end)
+            of_flow = flow_hops[int(its_numbers[start])]
             for each in zip(moments[newest_ones].tolist(), latencies[newest_ones].tolist()):
-                flow_hops[int(its_numbers[start])].note_moment(*each)
+                of_flow.note_moment(*each)
+            note_ttls(self._destinations[batch.text("dest", int(rows[start]))], of_flow, batch, rows[start:end])
 
     def _note_tcp(self, groups: BatchGroups, flows: list[Flow]) -> None:
         batch = groups.batch

@@ -20,6 +20,7 @@ from typing import Any, Iterator, Sequence, Tuple
 
 from elf.inference import fisher, median, median_interval, spearman, superiority
 from elf.losses import Losses
+from elf.returns import ReturnChanges
 
 SLICE_MIN = 50 * 10**6  # ns: a slice is at least so long ...
 SLICE_PROBES = 3  # ... and has so many answers for each hop, ...
@@ -469,13 +470,14 @@ class Way:
 class Watch:
     """The rows of a destination."""
 
-    __slots__ = ("rows", "tests", "changes", "balanced", "newest", "losses", "_ways", "_past")
+    __slots__ = ("rows", "tests", "changes", "balanced", "newest", "losses", "returns", "_ways", "_past")
 
     def __init__(self, tests: Comparisons) -> None:
         self.rows: list[Row] = []
         self.newest = 0  # when the newest probe left that was looked at, ns
         self.tests = tests
         self.losses = Losses(tests)
+        self.returns = ReturnChanges()
         self._ways: list[Way] = []  # the one of the newest answer last
         self._past: list[Episode] = []  # of ways that were forgotten
         self.changes: list[Change] = []  # the first ones

@@ -11,11 +11,12 @@ import dataclasses
 import math
 from typing import Any, Callable, ClassVar, Iterable, Iterator, Sequence
 
-from elf.episodes import MARGIN, TCP, Change, Episode
+from elf.episodes import CHANGE_TOGETHER, MARGIN, TCP, Change, Episode, Watch
 from elf.inference import holm
 from elf.losses import NEARLY_ALL as NEARLY_ALL_LOST
 from elf.losses import LossEpisode
 from elf.paths import Destination, Hop, Outage
+from elf.returns import ReturnChange
 from elf.rows import Record
 
 ENOUGH_PROBES = 20  # to a hop, from which on its share of answers counts
@@ -299,6 +300,34 @@ class PathChange(Finding):
 
 
 @dataclasses.dataclass(frozen=True)
+class ReturnPathChange(Finding):
+    """The answers of hops come back over more or fewer routers than before, and the way there is the same."""
+
+    kind = "return_path_change"
+    change: ReturnChange
+
+    def figures(self) -> dict[str, Any]:
+        responder, before, after = self.change.hops[self.hop]
+        return {
+            "longer_by": self.change.longer_by, "responder": responder, "ttl_before": before, "ttl_after": after,
+            "hops": sorted(self.change.hops),
+        }  # fmt: skip
+
+    def span(self) -> tuple[int, int]:
+        return self.change.begin, self.change.end
+
+    def text(self) -> str:
+        responder, before, after = self.change.hops[self.hop]
+        others = [str(number) for number in sorted(self.change.hops) if number != self.hop]
+        more = f" (and from hop {', '.join(others)})" if others else ""
+        longer = self.change.longer_by
+        hops = f"{abs(longer)} hop{'s' * (abs(longer) > 1)}"
+        became = "longer" if longer > 0 else "shorter"
+        way = f"the way back from hop {self.hop} ({responder}){more} became {became} by {hops}"
+        return f"{way}, the way there did not change: its answers come with TTL {after}, no longer {before}"
+
+
+@dataclasses.dataclass(frozen=True)
 class HopOutage(Finding):
     """The hop did not answer for a while."""
 
@@ -509,7 +538,8 @@ def findings_on(destination: Destination) -> Iterator[Finding]:
     """Yield the findings on a destination: episodes, outages, unanswered probes, changes of responders."""
     outages = destination.outages()
     changes = [PathChange(change.hop, change) for change in destination.watch.changes]
-    yield from sorted([*episodes(destination, outages), *changes], key=lambda each: each.span() or (0, 0))
+    returns = return_path_changes(destination.watch)
+    yield from sorted([*episodes(destination, outages), *changes, *returns], key=lambda each: each.span() or (0, 0))
     answering = {number: hop for number, hop in sorted(destination.hops.items()) if hop.latency.count}
     for number in answering:
         for outage in outages_to_tell(number, {other: outages[other] for other in answering}):
@@ -535,6 +565,15 @@ def episodes(destination: Destination, outages: dict[int, list[Outage]]) -> Iter
     for loss, p in zip(losses, corrected[len(delays) :]):
         if p < SIGNIFICANT and not is_outage(loss, outages):
             yield lossy(destination, loss, p)
+
+
+def return_path_changes(watch: Watch) -> Iterator[ReturnPathChange]:
+    """Yield the changes of the way back during which the way there was the same."""
+    for change in watch.returns.all():
+        near = change.begin - CHANGE_TOGETHER, change.end + CHANGE_TOGETHER
+        farthest = max(change.hops)
+        if not any(near[0] < each.end and each.begin < near[1] and each.hop <= farthest for each in watch.changes):
+            yield ReturnPathChange(change.hop, change)
 
 
 def is_outage(loss: LossEpisode, outages: dict[int, list[Outage]]) -> bool:

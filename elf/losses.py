@@ -152,7 +152,7 @@ class HopState:
 
     @property
     def is_known(self) -> bool:
-        return self.answered + self.unanswered >= ENOUGH and self.answered > 0
+        return self.answered > 0 and self.answered + self.unanswered >= ENOUGH
 
     @property
     def usual(self) -> float:
@@ -368,17 +368,21 @@ class Losses:
         self._open, self._states, self._search = {}, {}, None
 
     def _add(self, number: int, moment: Moment) -> None:
-        self._tests.count += sum(
-            number in self._states and self._states[number].is_known for number in moment.cells
-        )
+        is_lossy, known = False, 0
         for hop, cell in moment.cells.items():
-            if cell.in_order and not cell.unanswered:
-                self._states[hop].compared += 1
-                self._states[hop].counting += cell.raised == cell.in_order
+            is_lossy |= cell.unanswered > 0
+            state = self._states.get(hop)
+            if state:
+                known += state.is_known
+                if cell.in_order and not cell.unanswered:
+                    state.compared += 1
+                    state.counting += cell.raised == cell.in_order
+        self._tests.count += known
         search = self._search
         if search is None:
-            if not any(cell.unanswered for cell in moment.cells.values()):
-                self._add_quiet(moment)
+            if not is_lossy:
+                for hop, cell in moment.cells.items():
+                    self._states[hop].add(cell.answered, 0)
                 return
             search = self._search = Search(number, list(self._hops_to_search()))
         search.add(number, moment)
@@ -396,12 +400,6 @@ class Losses:
         probes = sum(answered + unanswered for answered, unanswered, *_ in search.sums.hops.values())
         known = sum(state.answered + state.unanswered for state in self._states.values())
         return number - search.begin < LASTING and probes < known
-
-    def _add_quiet(self, moment: Moment) -> None:
-        for number, cell in moment.cells.items():
-            state = self._states.get(number)
-            if state:
-                state.add(cell.answered, cell.unanswered)
 
     def _hops_to_search(self) -> Iterator[tuple[int, float]]:
         """Yield hops, the farthest first, and their usual shares: without those that limit their answers."""

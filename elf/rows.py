@@ -99,6 +99,7 @@ class Record(NamedTuple):
     pid: int | None = None
     source: str = ""
     ripid: int | None = None
+    recvttl: int = -1
 
 
 def csv_field(text: str) -> str:

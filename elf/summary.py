@@ -17,6 +17,7 @@ from elf.histogram import Stats
 from elf.lines import Line, Mark, fitting
 from elf.losses import LATE, MOMENT
 from elf.paths import Destination, Hop
+from elf.returns import AnswerTtl
 from elf.rows import NOTED, Record, text_of_field
 from elf.usage import printable
 from elf.ways import ways_texts, ways_to
@@ -51,7 +52,7 @@ class FlowHop:
 
     __slots__ = (
         "answered", "unanswered", "total", "minimum", "maximum", "responder", "since", "before", "recent", "until",
-        "moments",
+        "moments", "ttl",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -63,6 +64,7 @@ class FlowHop:
         self.before = ""  # the responder before it
         self.recent = array.array("Q")  # latencies that are not in the figures yet
         self.until = 0  # end of the newest moment in which a probe left that was answered, ns
+        self.ttl: AnswerTtl | None = None  # of the answers of the newest responder
         self.moments = array.array("q")  # the last such moments, and the latency of the first answer in each
 
     def update(self) -> None:
@@ -91,6 +93,19 @@ class FlowHop:
             if moments[at] <= moment:
                 return moments[at + 1] if moment - moments[at] <= MOMENTS_APART else None
         return None
+
+
+def note_ttl(
+    destination: Destination, of_flow: FlowHop, number: int, responder: str, recvttl: int, sendtime: int
+) -> None:
+    """Note the TTL of the first answer in a moment."""
+    its = of_flow.ttl
+    if its is None or responder != its.responder:
+        of_flow.ttl = AnswerTtl(responder, recvttl)
+    elif recvttl != its.ttl or its.count:
+        before = its.add(recvttl, sendtime)
+        if before is not None:
+            destination.watch.returns.note(number, responder, before, recvttl, its.since)
 
 
 class Flow:
@@ -126,6 +141,7 @@ class Place(NamedTuple):
     key: FlowKey
     number: int  # of the hop
     responder: str
+    recvttl: int
     add_latency: Callable[[int], None]  # to the hop's
     add_of_flow: Callable[[int], None]  # to the flow's at this hop
     add_srtt: Callable[[int], None]
@@ -208,7 +224,18 @@ class Summary:
         flow = self._flows.get(key) or self._new_flow(key, destination, probe)
         of_flow = flow.hops.get(number) or self._new_flow_hop(flow, number)
         adding = hop.latency.recent.append, of_flow.recent.append, destination.srtt.recent.append
-        return Place(destination, hop, flow, of_flow, key, number, probe.responder, *adding, destination.watch.rows)
+        return Place(
+            destination,
+            hop,
+            flow,
+            of_flow,
+            key,
+            number,
+            probe.responder,
+            probe.recvttl,
+            *adding,
+            destination.watch.rows,
+        )
 
     def note_at(
         self,
@@ -225,7 +252,7 @@ class Summary:
 
         This runs for each row. What can wait is done once a second.
         """
-        destination, hop, flow, of_flow, _, number, responder, add_latency, add_of_flow, add_srtt, rows = place
+        destination, hop, flow, of_flow, _, number, responder, _, add_latency, add_of_flow, add_srtt, rows = place
         if cwnd is not None:
             if srtt is not None:
                 add_srtt(srtt * 1000)
@@ -267,6 +294,7 @@ class Summary:
         destination, hop, of_flow = place.destination, place.hop, place.of_flow
         moment, second, second_before = sendtime // MOMENT, sendtime // 10**9, (of_flow.until - 1) // 10**9
         of_flow.note_moment(moment, latency)
+        note_ttl(destination, of_flow, place.number, place.responder, place.recvttl, sendtime)
         destination.watch.losses.note_moment(
             place.number, hop.latency, moment, hop.latency.count - 1, place.responder, ripid
         )

@@ -69,6 +69,7 @@ def test_episodes_are_found_where_they_are() -> None:
     found = [each for its_ in score.truths.values() for each in its_]
     assert len(found) >= 24 and set(score.truths) == {
         'queue', 'queue_in_front', 'queue_beyond', 'slow_answers', 'path_change',
+        'return_path_change',
     }  # fmt: skip
     for truth, match in found:
         assert match and abs(match.size - truth.size) < 0.1 * abs(truth.size) + 0.0002, (truth, match)
@@ -155,6 +156,21 @@ def test_loss_that_lasts_becomes_usual_and_an_outage_is_no_loss() -> None:
     assert kinds == {'outage'}
 
 
+def test_a_change_of_the_way_back_is_told() -> None:
+    """Of some hops. Not if packets come back over two ways in turn, or the way there changes, too."""
+    its = [Truth('return_path_change', hop, 10, 20, 2, 'rttl') for hop in (2, 3)]
+    longer, shorter = simulated(random.Random(3), its, 30)[1]
+    assert (longer.kind, longer.hop, longer.size) == ('return_path_change', 2, 2)
+    assert abs(longer.begin - 10) < 0.2 and abs(shorter.begin - 20) < 0.2 and shorter.size == -2
+    assert 'back from hop 2 (10.0.2.2) (and from hop 3) became longer by 2 hops' in longer.sentence
+    chance = random.Random(3)
+    begins = [10 + chance.random() * 10 for _ in range(400)]
+    in_turn = [Truth('return_path_change', 2, begin, begin + chance.random() / 20, 2, 'rttl') for begin in begins]
+    assert simulated(chance, in_turn, 30)[1] == []
+    both = [*its, Truth('path_change', 2, 10, 20, 0, 'way')]
+    assert {each.kind for each in simulated(random.Random(3), both, 30)[1]} == {'path_change'}
+
+
 def test_elfplot_finds_the_same(tmp_path: Path) -> None:
     """In bulk, over the borders of blocks, batches and files."""
     np = pytest.importorskip('numpy')
@@ -164,6 +180,7 @@ def test_elfplot_finds_the_same(tmp_path: Path) -> None:
     chance = random.Random(9)
     its = truths(chance, 8, 'upload')
     its.append(Truth('loss_episode', 2, its[-1].end + 3, its[-1].end + 6, 0.1, 'loss'))
+    its.append(Truth('return_path_change', 3, its[-1].end + 3, its[-1].end + 6, 2, 'rttl'))
     rows: list[Record] = []
     _, told = simulated(chance, its, its[-1].end + 2, keep=rows)
     columns = dict.fromkeys(NAMES, '')
@@ -186,7 +203,7 @@ def test_elfplot_finds_the_same(tmp_path: Path) -> None:
     for finding, each in zip(found, told):
         size, _, _ = sizes(finding.figures())
         assert abs(size - each.size) < 0.02 * abs(each.size) + 50e-6
-    assert 'loss_episode' in {each.kind for each in told}
+    assert {'loss_episode', 'return_path_change'} <= {each.kind for each in told}
 
 
 # Real packets

@@ -44,6 +44,7 @@ LOSSES = 'loss_episode', 'unanswered_episode'
 OF_THE_RUN = 'loss', 'none_behind', 'too_few_behind', 'rate_limit'  # that tell of loss episodes, too
 UNANSWERED_AFTER = 5.3e9  # ns until the row of an unanswered probe comes
 WHOLE = 'loss', 'rate_limit', 'congestion_marks', 'responder_changes', 'outage'  # whose times are not compared
+CHANGES = 'path_change', 'return_path_change'
 CHANGE_OFF = 1.0  # s by which a change of the path may be told too early or too late
 
 CLIENT = """
@@ -149,6 +150,7 @@ def truths(chance: random.Random, count: int, application: str) -> list[Truth]:
         + ['slow_answers'] * 2
         + ['queue_in_front', 'path_change']
         + ['loss_episode'] * 2
+        + ['return_path_change']
         + ['queue_beyond'] * (application == 'upload')
     )
     found, at = [], SETTLE
@@ -173,6 +175,10 @@ def truths(chance: random.Random, count: int, application: str) -> list[Truth]:
             size, seconds = size * chance.randint(0, 1), seconds + 3
             found.append(Truth(kind, hop, at + seconds, at + seconds, -size, ''))
             effect = 'way'
+        if kind == 'return_path_change':  # and back
+            size, seconds = chance.randint(1, 5), seconds + 3
+            found.append(Truth(kind, hop, at + seconds, at + seconds, -size, ''))
+            effect = 'rttl'
         if kind == 'queue' and hop == HOPS and application != 'upload':  # nothing behind tells
             kind = 'slow_last_hop'
         found.append(Truth(kind, hop, at, at + seconds, size, effect))
@@ -245,6 +251,8 @@ def told_by(report: dict[str, Any]) -> Iterator[Told]:
 def sizes(figures: dict[str, Any]) -> tuple[float, float, float]:
     """Return how large something was, and between what: s, or shares."""
     size, low, high = (figures.get(key) or 0 for key in ('share', 'share_low', 'share_high'))
+    if 'longer_by' in figures:
+        size = low = high = figures['longer_by']
     if 'rise' in figures:
         size, low, high = ((figures[key] or 0) / 1e9 for key in ('rise', 'rise_low', 'rise_high'))
     return size, low, high
@@ -276,11 +284,15 @@ def simulated(
         if chance.random() < 0.01:
             value += chance.expovariate(500)
         for truth in its:
-            if truth.kind not in (*LOSSES, *WHOLE) and truth.begin <= at < truth.end:
+            if truth.kind not in (*LOSSES, *WHOLE, 'return_path_change') and truth.begin <= at < truth.end:
                 value += truth.size * (hop == truth.hop if truth.kind == 'slow_answers' else hop >= truth.link)
         return value + sum(
             size for begin, lasts, size, link in bursts if begin <= at < begin + lasts and hop >= link
         )
+
+    def answer_ttl(hop: int, at: float) -> int:
+        on = [each for each in its if each.effect == 'rttl' and each.hop == hop and each.begin <= at < each.end]
+        return 65 - hop - sum(int(each.size) for each in on)
 
     def fate(hop: int, at: float) -> str:
         for truth in its:
@@ -311,7 +323,7 @@ def simulated(
             Record(
                 '198.51.100.9', 4000, 80, 6, hop, int(at * 1e9), *answer, srtt=int(srtt * 1e6),
                 cwnd=int(window(at)), retrans=retrans, origseq=number * 500,
-                ripid=None if lost else answers[hop] & 0xFFFF,
+                ripid=None if lost else answers[hop] & 0xFFFF, recvttl=-1 if lost else answer_ttl(hop, at),
             )
         )  # fmt: skip
     rows.sort(key=lambda row: row.sendtime + (row.latency if row.responder else UNANSWERED_AFTER))
@@ -356,7 +368,7 @@ class Score:
         for truth in its:
 
             def overlap(each: Told, truth: Truth = truth) -> float:
-                if truth.kind == 'path_change':
+                if truth.kind in CHANGES:
                     return CHANGE_OFF - abs(each.begin - truth.begin) if each.kind == truth.kind else -1
                 return min(each.end, truth.end) - max(each.begin, truth.begin) - (truth.end - truth.begin) / 4
 
