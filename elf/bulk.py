@@ -253,11 +253,19 @@ def note_slices(way: Way, batch: Batch, flow_of: Any, flows: list[Flow]) -> None
         highest = np.maximum.accumulate(batch["retrans"][rows][its])
         retrans += np.bincount(number[its], np.diff(highest, prepend=flows[flow].counted).clip(0), len(starts))
         flows[flow].counted = int(highest[-1])
+    flow_of_slice = [None] * len(starts)
+    its_slices, its_flows = number[has_window], flow_of[rows][has_window]
+    firsts = np.flatnonzero(np.diff(its_slices, prepend=-1))
+    if len(firsts):
+        least, most = np.minimum.reduceat(its_flows, firsts), np.maximum.reduceat(its_flows, firsts)
+        for place, low, high in zip(its_slices[firsts].tolist(), least.tolist(), most.tolist()):
+            flow_of_slice[place] = flows[low] if low == high else None
     total = (way.retrans + np.cumsum(retrans)).astype(int).tolist()
     for place, start in enumerate(starts):
         end = edges[place + 1]
         mean = windows[place] / window_counts[place] if window_counts[place] else None
-        way.add_slice(Snapshot(times[start], times[end - 1], latencies[place], mean, total[place], updates[place]))
+        its = latencies[place], mean, total[place], updates[place], flow_of_slice[place]
+        way.add_slice(Snapshot(times[start], times[end - 1], *its))
     way.retrans, way.last = total[-1], times[-1]
     way.begin = way.due = way.last
 

@@ -18,7 +18,7 @@ import dataclasses
 import operator
 from typing import Any, Iterator, Sequence, Tuple
 
-from elf.inference import fisher, median, median_interval, spearman, superiority
+from elf.inference import fisher, median, median_interval, spearman, spearman_highest, superiority
 from elf.losses import Losses
 from elf.returns import ReturnChanges
 
@@ -43,6 +43,7 @@ RECENT_MAX = 40  # newest slices, quiet or not
 INSIDE_MAX = 128  # slices of a run that are kept: of longer ones every second, every fourth ...
 LASTING = 600 * 10**9  # ns, from which on a higher level is the usual one
 UPPER = 0.75  # place among the raised slices of the one that tells the level
+VARIED = 1.5  # upper quartile of the congestion window by the lower one, from which on it may show in delays
 STANDS_OUT = 0.9  # share of pairs of slices in which the step is above the variation in front
 SRTT_GAIN = 8  # measurements over which TCP smooths its round trip
 WAYS_MAX = 8  # of a destination
@@ -75,6 +76,7 @@ class Episode:
     tcp: float | None  # by how much TCP's round trip rose, ns; None: not known
     retransmitted: int  # segments, meanwhile
     own: tuple[float, float] | None = None  # correlation with the congestion window, and p that there is none
+    own_highest: float | None = None  # with 97.5 % it is below; None: several flows, or the window hardly varied
     lasts: bool = False
 
     def meets(self, other: Episode) -> bool:
@@ -122,10 +124,17 @@ class Change:
 class Snapshot:
     """What a slice of time showed, by hop."""
 
-    __slots__ = ("begin", "end", "latency", "excess", "step", "window", "retrans", "updates")
+    __slots__ = ("begin", "end", "latency", "excess", "step", "window", "retrans", "updates", "flow")
 
     def __init__(
-        self, begin: int, end: int, latency: dict[int, float], window: float | None, retrans: int, updates: int
+        self,
+        begin: int,
+        end: int,
+        latency: dict[int, float],
+        window: float | None,
+        retrans: int,
+        updates: int,
+        flow: Any,
     ) -> None:
         self.begin, self.end = begin, end
         self.latency = latency  # medians, ns; [TCP]: its round trip
@@ -133,6 +142,7 @@ class Snapshot:
         self.step: dict[int, float] = {}  # excess over that of the hop in front
         self.window = window  # segments in flight, or allowed to be
         self.retrans = retrans  # segments, so far
+        self.flow = flow  # whose window that is; None: of several
         self.updates = updates  # how often TCP's round trip was another one than before
 
 
@@ -205,7 +215,7 @@ class Way:
     """The flows to a destination whose packets take the same routers."""
 
     __slots__ = (
-        "responders", "episodes", "tests", "due", "begin", "last", "cells", "srtts", "windows", "retrans",
+        "responders", "episodes", "tests", "due", "begin", "last", "cells", "srtts", "windows", "retrans", "flow",
         "is_over", "_latencies", "_steps", "_runs", "_held", "_recent",
     )  # fmt: skip
 
@@ -218,6 +228,7 @@ class Way:
         self.cells: dict[int, list[int]] = {}
         self.srtts: list[int] = []
         self.windows: list[int] = []
+        self.flow: Any = None  # of the windows; False: several
         self.retrans = 0
         self._latencies: dict[int, Reference] = {}
         self._steps: dict[int, Reference] = {}
@@ -247,6 +258,8 @@ class Way:
                 if srtt is not None:
                     self.srtts.append(srtt)
                 self.windows.append(window)
+                if flow is not self.flow:
+                    self.flow = flow if self.flow is None else False
                 if retrans and retrans != flow.counted:
                     if retrans > flow.counted >= 0:
                         self.retrans += retrans - flow.counted
@@ -274,8 +287,10 @@ class Way:
             if self.srtts:
                 latency[TCP] = median(sorted(self.srtts)) * 1000
             window = sum(self.windows) / len(self.windows) if self.windows else None
-            self.add_slice(Snapshot(self.begin, self.last, latency, window, self.retrans, updates))
-        self.cells, self.srtts, self.windows = {}, [], []
+            self.add_slice(
+                Snapshot(self.begin, self.last, latency, window, self.retrans, updates, self.flow or None)
+            )
+        self.cells, self.srtts, self.windows, self.flow = {}, [], [], None
 
     def add_slice(self, snapshot: Snapshot) -> None:
         """Compare a slice with those before, hop by hop."""
@@ -453,18 +468,25 @@ class Way:
         start = before[-1].retrans if before else inside[0].retrans
         return Episode(
             begin, inside[-1].end, hop, front, size, low, high, p, dict(self.responders), told, slower,
-            median(sorted(tcp)) if tcp else None, inside[-1].retrans - start, self._own(series, before, inside),
+            median(sorted(tcp)) if tcp else None, inside[-1].retrans - start, *self._own(series, before, inside),
         )  # fmt: skip
 
     @staticmethod
-    def _own(series: int, before: Sequence[Snapshot], inside: Sequence[Snapshot]) -> tuple[float, float] | None:
-        """Return how the rise goes with the congestion window, before and within it."""
-        pairs = [
-            (each.window, each.step[series])
-            for each in [*before[-len(inside) :], *inside]
-            if each.window is not None and series in each.step
+    def _own(
+        series: int, before: Sequence[Snapshot], inside: Sequence[Snapshot]
+    ) -> tuple[tuple[float, float] | None, float | None]:
+        """Return how the rise goes with the congestion window, before and within it, and the upper bound."""
+        known = [
+            each for each in [*before[-len(inside) :], *inside] if each.window is not None and series in each.step
         ]
-        return spearman([first for first, _ in pairs], [second for _, second in pairs]) if pairs else None
+        if not known:
+            return None, None
+        windows, steps = [each.window or 0.0 for each in known], [each.step[series] for each in known]
+        ordered = sorted(windows)
+        varied = ordered[3 * len(ordered) // 4] >= VARIED * ordered[len(ordered) // 4]
+        flows = {id(each.flow) for each in known}
+        highest = spearman_highest(windows, steps) if varied and len(flows) == 1 and known[0].flow else None
+        return spearman(windows, steps), highest
 
 
 class Watch:

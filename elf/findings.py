@@ -30,6 +30,7 @@ SIGNIFICANT = 0.01  # chance of any wrong episode in a run
 SHOWN_MAX = 8  # episodes of a destination in a table: the largest
 MARKED = "congestion is marked"
 ECN, CE = 3, 3  # bits of the DSCP/ECN byte
+OTHERS_BELOW = 0.3  # the highest that the rank correlation may be, below which the delay is others'
 OWN_FROM = 0.5  # rank correlation, from which on the delay goes with the flow's own packets
 
 
@@ -75,6 +76,7 @@ class Slower(Finding):
             "front_responder": its.responders.get(its.front), "behind": its.slower, "lasts": its.lasts,
             "tcp_rise": None if its.tcp is None else round(its.tcp), "tcp_share": self.tcp_share(),
             "retransmitted": its.retransmitted, "own_correlation": own, "own_p": p,
+            "own_correlation_highest": its.own_highest,
         }  # fmt: skip
 
     def span(self) -> tuple[int, int]:
@@ -115,6 +117,12 @@ class Slower(Finding):
         rho, p = self.episode.own or (0.0, 1.0)
         if rho >= OWN_FROM and p < SIGNIFICANT:
             return f"; it rises and falls with the flow's own congestion window (rank correlation {rho:.2f})"
+        highest = self.episode.own_highest
+        if highest is not None and highest < OTHERS_BELOW:
+            return (
+                "; others' traffic: it does not go with the flow's own congestion window (rank correlation below "
+                f"{highest:.2f})"
+            )
         return ""
 
 

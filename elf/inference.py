@@ -5,7 +5,7 @@ wilson_ranks(), median_interval()   interval of a median by its order statistics
 wilson_share()                      Wilson's score interval of a share
 fisher()                            Fisher's exact test, one-sided
 binomial_tail()                     exact binomial test, one-sided
-spearman()                          rank correlation, and how sure that it is none
+spearman(), spearman_highest()      rank correlation, and how sure that it is none; how high it may be
 superiority()                       how often one of the values is above one of others
 holm()                              correction for the number of tests
 """
@@ -108,23 +108,35 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
-    """Return the rank correlation of two series, and p (two-sided) that there is none.
+    """Return the rank correlation of two series, and p (two-sided) that there is none."""
+    rho, independent = rank_correlation(first, second)
+    if independent <= 3:
+        return rho, 1.0
+    if abs(rho) >= 1:
+        return rho, 0.0
+    return rho, math.erfc(abs(math.atanh(rho)) * math.sqrt(independent - 3) / math.sqrt(2))
 
-    The number of independent pairs is lowered by the autocorrelation of both.
+
+def spearman_highest(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return what the rank correlation of two series is below of with 97.5 % (Fisher's transformation)."""
+    rho, independent = rank_correlation(first, second)
+    if independent <= 3 or abs(rho) >= 1:
+        return 1.0
+    return math.tanh(math.atanh(rho) + Z / math.sqrt(independent - 3))
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Return the rank correlation of two series, and the number of independent pairs.
+
+    That is lowered by the autocorrelation of both.
     """
     of_first, of_second = ranks(first), ranks(second)
     count, mean = len(first), (len(first) - 1) / 2
     over = math.fsum((a - mean) * (b - mean) for a, b in zip(of_first, of_second))
     spread = math.sqrt(math.fsum((a - mean) ** 2 for a in of_first) * math.fsum((b - mean) ** 2 for b in of_second))
     if count < 4 or not spread:
-        return 0.0, 1.0
-    rho = over / spread
-    independent = count / math.sqrt(widening(of_first) * widening(of_second))
-    if independent <= 3:
-        return rho, 1.0
-    if abs(rho) >= 1:
-        return rho, 0.0
-    return rho, math.erfc(abs(math.atanh(rho)) * math.sqrt(independent - 3) / math.sqrt(2))
+        return 0.0, 0.0
+    return over / spread, count / math.sqrt(widening(of_first) * widening(of_second))
 
 
 def superiority(values: Sequence[float], others: Sequence[float]) -> float:

@@ -19,7 +19,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from elf.findings import findings_on
-from elf.inference import binomial_tail, fisher, holm, median_interval, spearman
+from elf.inference import binomial_tail, fisher, holm, median_interval, spearman, spearman_highest
 from elf.rows import ALWAYS_THERE, HEADER, NAMES, Record
 from elf.summary import Summary
 from elf.unmatched import Unmatched, UnmatchedAnswers
@@ -43,7 +43,7 @@ def test_exact_tests_are_exact() -> None:
     first, second = ([chance.random() for _ in range(200)] for _ in range(2))
     assert spearman(first, [each**3 for each in first])[0] == pytest.approx(1)
     rho, p = spearman(first, second)
-    assert abs(rho) < 0.2 and p > 0.01
+    assert abs(rho) < 0.2 and p > 0.01 and rho < spearman_highest(first, second) < rho + 0.2
 
 
 @pytest.mark.parametrize('count', [5, 10, 30, 200])
@@ -114,8 +114,12 @@ def test_own_traffic_is_told_from_that_of_others() -> None:
 
     (own,) = (each for each in simulated(random.Random(7), [], 30, window=window, own=0.001)[1][:1])
     assert (own.kind, own.hop) == ('queue', 3) and 'own congestion window' in own.sentence
-    (others,) = simulated(random.Random(7), [Truth('queue', 3, 10, 25, 0.01)], 30, window=window)[1]
-    assert 'own congestion window' not in others.sentence
+    its = [Truth('queue', 3, 15, 25, 0.01)]
+    (others,) = simulated(random.Random(7), its, 30, window=lambda at: 10 + 30 * math.sin(at * 1e4 // 1500) ** 2)[1]
+    assert "; others' traffic: it does not go with the flow's own congestion window" in others.sentence
+    for unknown in lambda at: 10, window:  # it says nothing if it is constant, and too little if it changes slowly
+        (others,) = simulated(random.Random(7), its, 30, window=unknown)[1]
+        assert 'own congestion window' not in others.sentence
 
 
 LOSS = Truth('loss_episode', 3, 20, 24, 0.1, 'loss')
