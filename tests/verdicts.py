@@ -38,7 +38,9 @@ SIZES, SECONDS = (0.001, 0.005, 0.030), (0.3, 1, 4, 20)  # s; those of the goals
 LOST = 0.01, 0.1  # shares
 STATE_SECONDS = 20.0  # s
 SETTLE, GAP = 6.0, 2.0  # s before the first truth, least between two
-APPLICATIONS = 'upload', 'download', 'udp'
+APPLICATIONS = 'upload', 'download', 'udp'  # each sends 500 bytes at a time, as often as it likes
+QUIET_APPLICATIONS = 'upload', 'bursty', 'download', 'idle', 'udp'
+BURSTS = {'bursty': (0.5, 100), 'idle': (1.0, 1)}  # s between two, packets of each; these upload
 PORT = 7010
 LOSSES = 'loss_episode', 'unanswered_episode'
 OF_THE_RUN = 'loss', 'none_behind', 'too_few_behind', 'rate_limit'  # that tell of loss episodes, too
@@ -49,7 +51,7 @@ CHANGE_OFF = 1.0  # s by which a change of the path may be told too early or too
 
 CLIENT = """
 import select, socket, sys, time
-kind, host, port, interval = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+kind, host, port, interval, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5])
 family = socket.AF_INET6 if ':' in host else socket.AF_INET
 is_udp = kind in ('udp', 'ecn')
 s = socket.socket(family, socket.SOCK_DGRAM if is_udp else socket.SOCK_STREAM)
@@ -62,7 +64,7 @@ if not is_udp:
 s.setblocking(False)
 due = time.monotonic()
 while True:
-    if kind != 'download':
+    for _ in range(count if kind != 'download' else 0):
         try:
             s.send(bytes(500))
         except BlockingIOError:
@@ -100,7 +102,7 @@ listener = socket.create_server((host, port), family=family)
 print('listens', file=sys.stderr, flush=True)
 s, _ = listener.accept()
 s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-while s.recv(65536) if kind == 'upload' else True:
+while s.recv(65536) if kind != 'download' else True:
     if kind == 'download':
         s.send(bytes(500))
         time.sleep(interval)
@@ -207,7 +209,8 @@ def measured(
     with tempfile.TemporaryDirectory(prefix='elf-verdicts-') as directory, ExitStack() as stack:
         lab = stack.enter_context(Lab(routers=1 if its else HOPS))  # a quiet run has the kernel's own routers
         routers = stack.enter_context(slow_routers(lab)) if its else None
-        arguments = application, lab.server_address(version), str(PORT), str(interval)
+        pattern = BURSTS.get(application, (interval, 1))
+        arguments = application, lab.server_address(version), str(PORT), *map(str, pattern)
         options: dict[str, Any] = dict(stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         server = lab.server.popen(sys.executable, '-c', SERVER, *arguments, **options)
         wait_for_line(server, 'listens')
@@ -266,12 +269,14 @@ def simulated(
     noise: float = 50e-6,
     window: Callable[[float], float] = lambda at: 10,
     own: float = 0.0,
+    application: str = 'upload',
     keep: list[Record] | None = None,
 ) -> tuple[list[Truth], list[Told]]:
     """Return the same of rows that are made up: a probe to each hop at this rate, TCP's round trip beside it.
 
     Latencies have a skewed noise; each second of probes meets bursts of other traffic at some link. window is the
-    congestion window at a time; what is above 20 segments of it waits for so many s each in front of hop 3.
+    congestion window at a time; what is above 20 segments of it waits for so many s each in front of hop 3. A
+    bursty or idle application has probes when it sends only.
     """
     base = [0.0, *itertools.accumulate(chance.uniform(0.0002, 0.01) for _ in range(HOPS + 1))]
     bursts = [
@@ -311,6 +316,9 @@ def simulated(
     answers = [0] * (HOPS + 1)
     for number in itertools.count():
         at += chance.uniform(0.6, 1.4) / (rate * HOPS)
+        if application in BURSTS:
+            every, packets = BURSTS[application]
+            at += every * (number % max(packets // 5, 1) == 0)  # a probe for each fifth packet
         if at > seconds:
             break
         hop = number % HOPS + 1
@@ -479,9 +487,7 @@ def main() -> int:
         its = truths(chance, args.truths, application)
         plan.append((application, its, its[-1].end + 2))
     for number in range(args.quiet):
-        plan.append(
-            ('upload' if args.simulated else APPLICATIONS[number % len(APPLICATIONS)], [], args.quiet_seconds)
-        )
+        plan.append((QUIET_APPLICATIONS[number % len(QUIET_APPLICATIONS)], [], args.quiet_seconds))
     for _ in range(0 if args.simulated else args.states):
         plan += [(application, [truth], STATE_SECONDS) for application, truth in states(chance)]
     for number, (application, its, seconds) in enumerate(plan, 1):
@@ -489,7 +495,7 @@ def main() -> int:
         try:
             if args.simulated:
                 rate, noise = chance.choice((50, 100)), math.exp(chance.uniform(math.log(20e-6), math.log(500e-6)))
-                found = simulated(chance, its, seconds, rate, noise)
+                found = simulated(chance, its, seconds, rate, noise, application=application)
             else:
                 found = measured(application, version, its, seconds, keep=args.keep and f'{args.keep}-{number}')
         except CommandFailed as failure:
