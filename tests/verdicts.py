@@ -29,7 +29,7 @@ from elf.clock import utc_ns
 from elf.findings import findings_on
 from elf.rows import Record
 from elf.summary import Summary
-from lab import CommandFailed, Lab, interrupt_on_signals, wait_for_line, wait_until
+from lab import CommandFailed, Lab, end, interrupt_on_signals, wait_for_line, wait_until
 from odd_routers import HOPS
 from runs import elfprobe
 from slow_routers import Effect, other_side, slow_routers
@@ -46,6 +46,7 @@ LOSSES = 'loss_episode', 'unanswered_episode'
 OF_THE_RUN = 'loss', 'none_behind', 'too_few_behind', 'rate_limit'  # that tell of loss episodes, too
 UNANSWERED_AFTER = 5.3e9  # ns until the row of an unanswered probe comes
 WHOLE = 'loss', 'rate_limit', 'congestion_marks', 'responder_changes', 'outage'  # whose times are not compared
+CAUSES = {'own': "it rises and falls with the flow's own", 'others': "others' traffic"}  # and words that tell
 CHANGES = 'path_change', 'return_path_change'
 CHANGE_OFF = 1.0  # s by which a change of the path may be told too early or too late
 
@@ -233,6 +234,51 @@ def measured(
             shutil.copytree(directory, keep)
             Path(keep, 'truths.json').write_text(json.dumps(list(map(dataclasses.asdict, done)), indent=1))
     return done, list(told_by(report))
+
+
+def shaped(cause: str, version: int, chance: random.Random, keep: str = '') -> tuple[list[Truth], list[Told]]:
+    """Return the same of a real queue (tbf) behind the second of the kernel's routers, filled for some seconds.
+
+    cause: 'own': by the probed flow, CUBIC, for as long as the link is slow; 'others': by another flow, and the
+    probed one sends little. How large it is, only the finding tells.
+    """
+    slow = f'dev eth1 root tbf rate 20mbit burst 16kb latency {chance.choice((20, 40, 80))}ms'.split()
+    seconds = chance.uniform(4, 8)
+    with tempfile.TemporaryDirectory(prefix='elf-verdicts-') as directory, ExitStack() as stack:
+        lab = stack.enter_context(Lab(routers=HOPS))
+        stack.enter_context(lab.iperf3_server())
+        server, quiet = lab.server_address(version), {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
+        if cause == 'own':
+            lab.client.popen('iperf3', '-c', server, '-t', '60', '-b', '60M', **quiet)
+        else:
+            arguments = 'upload', server, str(PORT), '0.002', '1'
+            listener = lab.server.popen(sys.executable, '-c', SERVER, *arguments, stderr=subprocess.PIPE)
+            wait_for_line(listener, 'listens')
+            lab.client.popen(sys.executable, '-c', CLIENT, *arguments, **quiet)
+            lab.routers[1].run('tc', 'qdisc', 'add', *slow)
+        rows = Path(directory, 'elf.csv')
+        with elfprobe(lab, '-n', server, cwd=Path(directory)):
+            wait_until(lambda: all(f',{hop},' in rows.read_text() for hop in range(1, HOPS + 1)), 20, 'answers')
+            start = time.monotonic()
+            wait_until(lambda: time.monotonic() > start + SETTLE, SETTLE + 10, 'what is usual')
+            begin = time.monotonic()
+            if cause == 'own':
+                lab.routers[1].run('tc', 'qdisc', 'add', *slow)
+            else:
+                other = lab.routers[0].popen('iperf3', '-c', server, '-t', '60', **quiet)
+            wait_until(lambda: time.monotonic() > begin + seconds, seconds + 10, 'the queue')
+            if cause == 'own':
+                lab.routers[1].run('tc', 'qdisc', 'del', *slow[:3])
+            else:
+                end(other)
+            stop = time.monotonic()
+            wait_until(lambda: time.monotonic() > stop + 4, 15, 'all is over')
+        report = json.loads(Path(directory, 'elf.json').read_text())
+        if keep:
+            shutil.copytree(directory, keep)
+    # tbf drops what its queue has no room for, which other findings tell.
+    told = [each for each in told_by(report) if each.kind not in (*LOSSES, *OF_THE_RUN) or each.hop != 3]
+    return [Truth('queue', 3, begin, stop, 0.0, cause)], told
 
 
 def told_by(report: dict[str, Any]) -> Iterator[Told]:
@@ -437,6 +483,17 @@ class Score:
             told = [ways[truth.effect] == match.direction for truth, match in lost if match and match.direction]
             yield ''
             yield f'Direction of loss: told of {len(told)} of {len(lost)}, right of {sum(told)}.'
+        queues = [pair for pair in self.truths.get('queue', ()) if pair[1] and pair[0].effect in CAUSES]
+        if queues:
+            said = [
+                (truth.effect, cause)
+                for truth, match in queues
+                for cause, words in CAUSES.items()
+                if match and words in match.sentence
+            ]
+            right = sum(truth == cause for truth, cause in said)
+            yield ''
+            yield f'Whose queue (tbf): told of {len(said)} of {len(queues)}, right of {right}.'
         if self.quiet:
             yield ''
             yield f'Quiet runs: {self.quiet / 60:.1f} minutes, {self.false_in_quiet} false findings.'
@@ -478,6 +535,9 @@ def main() -> int:
     parser.add_argument(
         '--states', type=int, default=1, metavar='N', help='rounds of loss and the like (default: 1)'
     )
+    parser.add_argument(
+        '--queues', type=int, default=1, metavar='N', help='rounds of real queues: own, others (default: 1)'
+    )
     args = parser.parse_args()
     print(f'seed {args.seed}', flush=True)
     chance, score = random.Random(args.seed), Score()
@@ -490,12 +550,16 @@ def main() -> int:
         plan.append((QUIET_APPLICATIONS[number % len(QUIET_APPLICATIONS)], [], args.quiet_seconds))
     for _ in range(0 if args.simulated else args.states):
         plan += [(application, [truth], STATE_SECONDS) for application, truth in states(chance)]
+    for _ in range(0 if args.simulated else args.queues):
+        plan += [(cause, [], 0) for cause in CAUSES]
     for number, (application, its, seconds) in enumerate(plan, 1):
         version = (4, 6)[number // len(APPLICATIONS) % 2]
         try:
             if args.simulated:
                 rate, noise = chance.choice((50, 100)), math.exp(chance.uniform(math.log(20e-6), math.log(500e-6)))
                 found = simulated(chance, its, seconds, rate, noise, application=application)
+            elif application in CAUSES:
+                found = shaped(application, version, chance, args.keep and f'{args.keep}-{number}')
             else:
                 found = measured(application, version, its, seconds, keep=args.keep and f'{args.keep}-{number}')
         except CommandFailed as failure:
