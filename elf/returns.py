@@ -36,16 +36,16 @@ class ReturnChange:
         return before - after
 
 
+@dataclasses.dataclass
 class AnswerTtl:
     """The TTL of the answers of a hop to a flow."""
 
     __slots__ = ("responder", "ttl", "new", "count", "since")
-
-    def __init__(self, responder: str, ttl: int) -> None:
-        self.responder = responder
-        self.ttl = ttl
-        self.new = self.count = 0  # another TTL, and for how many moments in a row
-        self.since = 0  # ns
+    responder: str
+    ttl: int
+    new: int  # another TTL ...
+    count: int  # ... for so many moments in a row
+    since: int  # ns
 
     def add(self, ttl: int, sent: int) -> int | None:
         """Add the first answer of a moment. Return the TTL before, if it has changed."""

@@ -101,7 +101,7 @@ def note_ttl(
     """Note the TTL of the first answer in a moment."""
     its = of_flow.ttl
     if its is None or responder != its.responder:
-        of_flow.ttl = AnswerTtl(responder, recvttl)
+        of_flow.ttl = AnswerTtl(responder, recvttl, recvttl, 0, sendtime)
     elif recvttl != its.ttl or its.count:
         before = its.add(recvttl, sendtime)
         if before is not None:
