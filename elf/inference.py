@@ -18,6 +18,7 @@ from typing import Sequence
 
 Z = 1.959964  # of an interval that holds the true value 95 times of 100
 CORRELATION_MAX = 0.9
+PRECISE = 1e-17  # smaller parts of a sum do not count
 
 
 def widening(values: Sequence[float]) -> float:
@@ -72,12 +73,29 @@ def log_choose(count: int, chosen: int) -> float:
 def fisher(high: int, count: int, others_high: int, others: int) -> float:
     """Return p that so many of count, or more, are high by chance, where others_high of others are."""
     every, every_high = count + others, high + others_high
-    whole = log_choose(every, count)
-    return min(1.0, math.fsum(
-        math.exp(log_choose(every_high, its) + log_choose(every - every_high, count - its) - whole)
-        for its in range(high, min(count, every_high) + 1)
-        if count - its <= every - every_high
-    ))  # fmt: skip
+    least, most = max(count - (every - every_high), 0), min(count, every_high)
+    if high <= least:
+        return 1.0
+    if high * every <= every_high * count:  # below the mean: the other tail is the shorter one
+        return max(1 - hypergeometric_sum(range(high - 1, least - 1, -1), count, every_high, every), 0.0)
+    return min(hypergeometric_sum(range(high, most + 1), count, every_high, every), 1.0)
+
+
+def hypergeometric_sum(chosen: range, count: int, every_high: int, every: int) -> float:
+    """Return the probability that one of these numbers of count are high, the most likely number first."""
+    low = every - every_high - count
+    its = chosen[0]
+    term = math.exp(log_choose(every_high, its) + log_choose(low + count, count - its) - log_choose(every, count))
+    total = 0.0
+    for its in chosen:
+        total += term
+        if term < total * PRECISE:
+            break
+        if chosen.step > 0:
+            term *= (every_high - its) * (count - its) / ((its + 1) * (low + its + 1))
+        else:
+            term *= its * (low + its) / ((every_high - its + 1) * (count - its + 1))
+    return total
 
 
 def binomial_tail(found: int, count: int, share: float) -> float:

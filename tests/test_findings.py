@@ -36,6 +36,8 @@ def test_exact_tests_are_exact() -> None:
     """Fisher's tea tasting; a coin; a correlation that is perfect, and one that is none."""
     assert math.isclose(fisher(4, 4, 0, 4), 1 / 70) and math.isclose(fisher(3, 4, 1, 4), 17 / 70)
     assert fisher(0, 4, 2, 4) == 1
+    assert fisher(1000, 20000, 3000, 60000) == pytest.approx(0.5064, abs=1e-4)  # large, and not slow
+    assert fisher(20, 100, 3000, 60000) == pytest.approx(1.4e-7, rel=0.5)
     assert math.isclose(binomial_tail(3, 3, 0.5), 1 / 8) and binomial_tail(0, 9, 0.1) == 1
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.001], tests=20) == pytest.approx([0.02])
