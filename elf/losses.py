@@ -83,11 +83,12 @@ class Counts:
             setattr(its, name, getattr(self, name))
         return its
 
-    def add(self, moment: Moment) -> None:
+    def add(self, moment: Moment, numbers: set[int]) -> None:
+        """Add a moment. Unanswered probes to other hops than these make it no lossy one."""
         unanswered = 0
         for number, cell in moment.cells.items():
             a, u, raised, in_order = self.hops.get(number, (0, 0, 0, 0))
-            unanswered += cell.unanswered
+            unanswered += cell.unanswered if number in numbers else 0
             self.hops[number] = (
                 a + cell.answered, u + cell.unanswered, raised + cell.raised, in_order + cell.in_order
             )  # fmt: skip
@@ -241,7 +242,7 @@ class Search:
 
     def add(self, number: int, moment: Moment) -> None:
         before = self._copy
-        self.sums.add(moment)
+        self.sums.add(moment, self.numbers)
         after = self._copy = self.sums.copy()
         answered, ratios = 0, [0.0] * len(SHARES)
         for hop, weights, cusums in self._hops:
