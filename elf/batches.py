@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import errno
 import itertools
@@ -41,6 +42,8 @@ SURVEY_PIECE, SURVEY_PIECES = 1 << 18, 16  # bytes of a piece of a survey, numbe
 READERS = 2  # processes that parse
 TEXTS_MAX = 1 << 18  # of a table; then a new one begins
 LINE_MAX = 1 << 16  # bytes
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+KEPT_MAX = 1 << 26  # bytes of freed memory that glibc keeps
 PAD = b"0" * 64  # around a block: words are read beyond both ends of a field
 DIGITS_MAX = 18  # of a number that fits
 
@@ -151,6 +154,17 @@ class Texts:
         known = np.concatenate([self._known, found[is_new]])
         order = np.argsort(known)
         self._known, self._number_of = known[order], np.concatenate([self._number_of, np.array(added, int)])[order]
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what arrays have freed for those that follow.
+
+    It would give large blocks back to the kernel, and take them again. The page faults took longer than parsing.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, KEPT_MAX // 2)
+        mallopt(M_TRIM_THRESHOLD, KEPT_MAX)
 
 
 class BadRow(Exception):

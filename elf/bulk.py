@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from elf.batches import Batch
-from elf.episodes import PAUSE, SLICE_MAX, SLICE_MIN, SLICE_PROBES, TCP, Snapshot, Way
+from elf.groups import Groups
 from elf.losses import LATE, MOMENT
 from elf.paths import OUTAGE_MIN, Destination, Hop
+from elf.slices import Stretch
 from elf.summary import (
     FLOW_HOPS_MAX,
     FLOWS_MAX,
@@ -30,66 +31,6 @@ from elf.summary import (
 
 WATCHED_AT_ONCE = 1 << 14  # rows
 NEW_FLOWS_SHARE = 1 / 16  # of the rows of a batch, from which on these are noted one by one
-
-
-class Groups:
-    """Rows by key. A group's rows are in their order: order[starts[g]:ends[g]]."""
-
-    def __init__(self, keys: Any, rows: Any = None) -> None:
-        """keys: of all rows, not negative. With rows, only these are grouped."""
-        keys = keys if rows is None else keys[rows]
-        if len(keys) and int(keys.max()) < 1 << 16:
-            keys = keys.astype(np.uint16)  # numpy has a radix sort for 16 bits
-        order = np.argsort(keys, kind="stable")
-        self._set(order if rows is None else rows[order], keys[order])
-
-    def _set(self, order: Any, ordered: Any) -> None:
-        self.order = order
-        self.starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)])
-        self.ends = np.append(self.starts[1:], len(ordered))
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    @property
-    def sizes(self) -> Any:
-        return self.ends - self.starts
-
-    @property
-    def firsts(self) -> Any:
-        """The first row of each group."""
-        return self.order[self.starts]
-
-    def numbers(self) -> Any:
-        """Return the number of the group of each row, in order."""
-        return np.repeat(np.arange(len(self)), self.sizes)
-
-    def of_rows(self) -> Any:
-        """Return the number of the group of each row, as the rows come."""
-        numbers = np.empty(len(self.order), int)
-        numbers[self.order] = self.numbers()
-        return numbers
-
-    def only(self, mask: Any) -> tuple[Groups, Any]:
-        """Return the groups of those rows that a mask selects, and the numbers that they have here."""
-        selected = mask[self.order]
-        its_numbers = self.numbers()[selected]
-        groups = object.__new__(Groups)
-        groups._set(self.order[selected], its_numbers)
-        return groups, its_numbers[groups.starts]
-
-    def reduce(self, function: Any, values: Any) -> Any:
-        """Return what a ufunc makes of the values of each group. values: in order."""
-        return function.reduceat(values, self.starts) if len(self) else values[:0]
-
-    def running(self, values: Any, before: Any) -> Any:
-        """Return the highest value before each one in its group. values: in order, below 2^35; before: by group."""
-        step = self.numbers() << 35
-        raised = values + step
-        firsts = before + step[self.starts]
-        shifted = np.concatenate([[0], raised[:-1]])[: len(raised)]
-        shifted[self.starts] = firsts
-        return np.maximum.accumulate(shifted) - step
 
 
 class BatchGroups:
@@ -207,69 +148,6 @@ def note_ttls(destination: Destination, of_flow: FlowHop, batch: Batch, firsts: 
         note_ttl(destination, of_flow, number, responder, ttl, at)
 
 
-def note_slices(way: Way, batch: Batch, flow_of: Any, flows: list[Flow]) -> None:
-    """Do Way.note() for answers in the order in which they left: the same slices, but for those at both ends.
-
-    flow_of are the numbers of the rows' flows.
-    """
-    if way.is_over:
-        return
-    times, hops = batch["sendtime"].tolist(), batch["outttl"]
-    need = SLICE_PROBES * len(np.unique(hops))
-    pauses = [*(np.flatnonzero(np.diff(batch["sendtime"]) > PAUSE) + 1).tolist(), len(times)]
-    starts, at, pause = [], bisect.bisect_left(times, way.last), 0
-    while at < len(times):
-        starts.append(at)
-        while pauses[pause] <= at:
-            pause += 1
-        end = max(bisect.bisect_left(times, times[at] + SLICE_MIN), at + need)
-        at = min(end, pauses[pause], bisect.bisect_left(times, times[at] + SLICE_MAX))
-    if not starts:
-        return
-    way.end_slice()
-    edges = np.array([*starts, len(times)])
-    rows = np.arange(starts[0], len(times))
-    number = np.repeat(np.arange(len(starts)), np.diff(edges))
-    srtt, window = batch["srtt"][rows], batch["cwnd"][rows]
-    has_srtt = srtt >= 0
-    keys = np.concatenate([number << 8 | hops[rows], (number << 8 | TCP)[has_srtt]])
-    values = np.concatenate([batch["latency"][rows], srtt[has_srtt] * 1000])
-    order = np.lexsort((values, keys))
-    keys, values = keys[order], values[order]
-    firsts = np.flatnonzero(np.diff(keys, prepend=-1))
-    counts = np.diff(np.append(firsts, len(keys)))
-    medians = (values[firsts + (counts - 1) // 2] + values[firsts + counts // 2]) / 2
-    latencies: list[dict[int, float]] = [{} for _ in starts]
-    for key, median in zip(keys[firsts].tolist(), medians.tolist()):
-        latencies[key >> 8][key & 0xFF] = median
-    has_window = window >= 0
-    windows = np.bincount(number[has_window], window[has_window], len(starts))
-    window_counts = np.bincount(number[has_window], minlength=len(starts))
-    changed = np.concatenate([[False], (np.diff(srtt) != 0) & (np.diff(number) == 0) & has_srtt[1:]])
-    updates = (np.bincount(number[changed], minlength=len(starts)) + 1).tolist()
-    retrans = np.zeros(len(starts))
-    for flow in np.unique(flow_of[rows][has_window]).tolist():
-        its = (flow_of[rows] == flow) & has_window
-        highest = np.maximum.accumulate(batch["retrans"][rows][its])
-        retrans += np.bincount(number[its], np.diff(highest, prepend=flows[flow].counted).clip(0), len(starts))
-        flows[flow].counted = int(highest[-1])
-    flow_of_slice = [None] * len(starts)
-    its_slices, its_flows = number[has_window], flow_of[rows][has_window]
-    firsts = np.flatnonzero(np.diff(its_slices, prepend=-1))
-    if len(firsts):
-        least, most = np.minimum.reduceat(its_flows, firsts), np.maximum.reduceat(its_flows, firsts)
-        for place, low, high in zip(its_slices[firsts].tolist(), least.tolist(), most.tolist()):
-            flow_of_slice[place] = flows[low] if low == high else None
-    total = (way.retrans + np.cumsum(retrans)).astype(int).tolist()
-    for place, start in enumerate(starts):
-        end = edges[place + 1]
-        mean = windows[place] / window_counts[place] if window_counts[place] else None
-        its = latencies[place], mean, total[place], updates[place], flow_of_slice[place]
-        way.add_slice(Snapshot(times[start], times[end - 1], *its))
-    way.retrans, way.last = total[-1], times[-1]
-    way.begin = way.due = way.last
-
-
 class BulkSummary(Summary):
     """A summary that can also be fed many rows at once."""
 
@@ -363,25 +241,14 @@ class BulkSummary(Summary):
                 continue
             its = its[np.argsort(batch["sendtime"][its], kind="stable")]
             for first in range(0, len(its), WATCHED_AT_ONCE):
-                rows = its[first : first + WATCHED_AT_ONCE]
-                numbers = np.unique(groups.flow_of[rows]).tolist()
-                ways = {id(flows[number].way): flows[number].way for number in numbers}
-                way = ways.popitem()[1] if len(ways) == 1 else None
-                pairs = np.unique(batch["outttl"][rows] << 32 | batch["responder"][rows]).tolist()
-                if way and all(way.responders.get(each >> 32) == batch.names[each & 0xFFFFFFFF] for each in pairs):
-                    watch.digest(destination.hops, is_over=True)
-                    note_slices(way, batch.take(rows), groups.flow_of[rows], flows)
-                    watch.newest = max(watch.newest, int(batch["sendtime"][rows[-1]]))
-                    continue
-                if not watch.rows:
-                    self._waiting.append(destination)
-                columns = [batch[name][rows].tolist() for name in ("sendtime", "outttl", "latency", "responder")]
-                columns[3] = list(map(batch.names.__getitem__, columns[3]))
-                columns.append(list(map(flows.__getitem__, groups.flow_of[rows].tolist())))
-                for name in ("srtt", "cwnd", "retrans"):
-                    columns.append([None if value < 0 else value for value in batch[name][rows].tolist()])
-                watch.rows += zip(*columns)
-                watch.digest(destination.hops, is_over=False)
+                stretch = Stretch(batch, its[first : first + WATCHED_AT_ONCE], groups.flow_of, flows)
+                watch.digest(destination.hops, is_over=True)
+                done = stretch.note(watch, destination.hops)
+                if done < len(stretch):
+                    if not watch.rows:
+                        self._waiting.append(destination)
+                    watch.rows += stretch.rows(done, len(stretch))
+                    watch.digest(destination.hops, is_over=False)
             watch.losses.close(int(batch["sendtime"][its[-1]]) // MOMENT - LATE)
 
     def _hops_of(self, groups: BatchGroups) -> tuple[list[Destination], list[Hop]]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from elf.addresses import PROTOCOLS
 from elf.batches import Batch
-from elf.bulk import Groups
+from elf.groups import Groups
 from elf.summary import FlowKey
 
 SECOND = 10**9  # ns

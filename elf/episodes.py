@@ -16,7 +16,7 @@ import array
 import collections
 import dataclasses
 import operator
-from typing import Any, Iterator, Sequence, Tuple
+from typing import Any, Callable, Iterator, Sequence, Tuple
 
 from elf.inference import fisher, median, median_interval, spearman, spearman_highest, superiority
 from elf.losses import Losses
@@ -30,7 +30,8 @@ PAUSE = 10**9  # ns without an answer, which end a slice
 REFERENCE_MIN = 20  # slices of a hop, from which on others are compared with them
 KNOWN_MIN = 100  # quiet slices, from which on what is usual of a new way is kept
 REFERENCE_MAX = 300  # the newest quiet ones, which are kept
-RENEWED_AFTER = 50  # new slices, after which thresholds are computed again
+NEW_MAX = 4 * REFERENCE_MIN  # slices up to which every fifth gives a new threshold
+RENEWED_AFTER = 50  # quiet slices of a way, after which all thresholds are computed again
 MARGIN = 500_000  # ns: a smaller rise is not worth a word ...
 TCP_MARGIN = 750_000  # ... nor this of TCP's round trip, which the other end's own work is part of
 USUAL = 0.975  # share of the quiet slices that are below the threshold
@@ -149,27 +150,37 @@ class Snapshot:
 class Reference:
     """The newest quiet values of something: what is usual."""
 
-    __slots__ = ("values", "usual", "threshold", "_new")
+    __slots__ = ("values", "usual", "threshold")
 
     def __init__(self) -> None:
         self.values = array.array("d")
         self.usual: float | None = None  # the median; None: too few values yet
         self.threshold = 0.0
-        self._new = 0
+
+    @property
+    def is_new(self) -> bool:
+        """Whether each value may change what is usual: otherwise only renew() does."""
+        return len(self.values) < NEW_MAX
 
     def add(self, value: float) -> None:
         self.values.append(value)
-        self._new += 1
         count = len(self.values)
         if count >= REFERENCE_MAX + RENEWED_AFTER:
             del self.values[:RENEWED_AFTER]
-            count -= RENEWED_AFTER
-        if self._new >= RENEWED_AFTER or (count <= 4 * REFERENCE_MIN and not count % 5):
-            self._new = 0
-            if count >= REFERENCE_MIN:
-                ordered = sorted(self.values)
-                self.usual = median(ordered)
-                self.threshold = max(ordered[int(USUAL * (count - 1))], self.usual + MARGIN)
+        if count <= NEW_MAX and not count % 5:
+            self.renew(sorted(self.values))
+
+    def add_all(self, values: Sequence[float]) -> None:
+        """Do what add() does for each of up to RENEWED_AFTER values, where it is not new."""
+        self.values.extend(values)
+        if len(self.values) >= REFERENCE_MAX + RENEWED_AFTER:
+            del self.values[:RENEWED_AFTER]
+
+    def renew(self, ordered: Sequence[float]) -> None:
+        """Take the values, in order, for what is usual."""
+        if len(ordered) >= REFERENCE_MIN:
+            self.usual = float(median(ordered))
+            self.threshold = max(float(ordered[int(USUAL * (len(ordered) - 1))]), self.usual + MARGIN)
 
 
 class Run:
@@ -216,7 +227,7 @@ class Way:
 
     __slots__ = (
         "responders", "episodes", "tests", "due", "begin", "last", "cells", "srtts", "windows", "retrans", "flow",
-        "is_over", "_latencies", "_steps", "_runs", "_held", "_recent",
+        "is_over", "latencies", "steps", "quiet", "renewals", "runs", "recent", "_held",
     )  # fmt: skip
 
     def __init__(self, responders: dict[int, str], tests: Comparisons) -> None:
@@ -230,11 +241,12 @@ class Way:
         self.windows: list[int] = []
         self.flow: Any = None  # of the windows; False: several
         self.retrans = 0
-        self._latencies: dict[int, Reference] = {}
-        self._steps: dict[int, Reference] = {}
-        self._runs: dict[int, Run] = {}
+        self.latencies: dict[int, Reference] = {}
+        self.steps: dict[int, Reference] = {}
+        self.quiet = self.renewals = 0  # slices that were added to these; calls of renew()
+        self.runs: dict[int, Run] = {}
+        self.recent: collections.deque[Snapshot] = collections.deque(maxlen=RECENT_MAX)
         self._held: list[Snapshot] = []  # since the oldest run began
-        self._recent: collections.deque[Snapshot] = collections.deque(maxlen=RECENT_MAX)
 
     def note(self, rows: Sequence[Row]) -> None:
         """Add answered probes in the order in which they left. Those that left before former ones do not count."""
@@ -295,9 +307,13 @@ class Way:
     def add_slice(self, snapshot: Snapshot) -> None:
         """Compare a slice with those before, hop by hop."""
         self._set_steps(snapshot)
-        runs = self._runs
+        self.compare(snapshot)
+
+    def compare(self, snapshot: Snapshot) -> None:
+        """Compare a slice, of which excess and steps are known, with those before."""
+        runs = self.runs
         for series, step in snapshot.step.items():
-            reference = self._steps.get(series)
+            reference = self.steps.get(series)
             if reference is None or reference.usual is None:
                 continue
             self.tests.count += 1
@@ -307,7 +323,7 @@ class Way:
                 run = runs[series] = Run()
             if run is not None:
                 run.add(snapshot, is_raised)
-        self._recent.append(snapshot)
+        self.recent.append(snapshot)
         if not runs:
             self._add_quiet(snapshot)
             return
@@ -330,7 +346,7 @@ class Way:
         snapshot.step = {}
         excess = snapshot.excess = {}
         for number in sorted(snapshot.latency):
-            reference = self._latencies.get(number)
+            reference = self.latencies.get(number)
             if reference is None or reference.usual is None:
                 continue
             excess[number] = its = snapshot.latency[number] - reference.usual
@@ -341,7 +357,7 @@ class Way:
             # TCP smooths its round trip, so it still rises and falls when the hops no longer do.
             since = snapshot.begin - SRTT_GAIN * int(snapshot.latency[TCP]) - QUIET_NS
             most = front
-            for each in reversed(self._recent):
+            for each in reversed(self.recent):
                 if each.end < since:
                     break
                 if each.excess:
@@ -351,28 +367,42 @@ class Way:
     def _add_quiet(self, snapshot: Snapshot) -> None:
         is_new = False
         for number, latency in snapshot.latency.items():
-            reference = self._latencies.get(number)
+            reference = self.latencies.get(number)
             if reference is None:
-                reference = self._latencies[number] = Reference()
+                reference = self.latencies[number] = Reference()
             was_unknown = reference.usual is None
             reference.add(latency)
             is_new |= was_unknown and reference.usual is not None
         if is_new:  # what is usual of a hop is known now: so are the steps of the slices so far
-            for each in self._recent:
+            for each in self.recent:
                 known = set(each.step)
                 self._set_steps(each)
                 for number in set(each.step) - known:
-                    self._steps.setdefault(number, Reference()).add(each.step[number])
-            return
-        for number, step in snapshot.step.items():
-            self._steps.setdefault(number, Reference()).add(step)
+                    self.steps.setdefault(number, Reference()).add(each.step[number])
+        else:
+            for number, step in snapshot.step.items():
+                self.steps.setdefault(number, Reference()).add(step)
+        self.quiet += 1
+        if self.until_renewal == RENEWED_AFTER:
+            self.renew()
+
+    @property
+    def until_renewal(self) -> int:
+        """How many more quiet slices change no threshold but those of new series; the last of them does."""
+        return RENEWED_AFTER - (self.quiet - NEW_MAX) % RENEWED_AFTER
+
+    def renew(self, in_order: Callable[[Any], Sequence[float]] = sorted) -> None:
+        """Take the values for what is usual."""
+        for reference in (*self.latencies.values(), *self.steps.values()):
+            reference.renew(in_order(reference.values))
+        self.renewals += 1
 
     def _adopt(self) -> None:
         """Take the level that lasts as the usual one."""
-        for series, run in self._runs.items():
+        for series, run in self.runs.items():
             self._close(series, run)
-        self._latencies, self._steps, self._runs = {}, {}, {}
-        self._recent.clear()
+        self.latencies, self.steps, self.runs, self.quiet = {}, {}, {}, 0
+        self.recent.clear()
         held, self._held = self._held[-REFERENCE_MAX:], []
         for each in held:
             each.step = {}
@@ -384,40 +414,40 @@ class Way:
     def usual(self) -> dict[int, tuple[float, float, float]]:
         """Return the medians of the quiet slices by hop, each with its interval."""
         found = {}
-        for number, reference in self._latencies.items():
+        for number, reference in self.latencies.items():
             if reference.usual is not None:
                 found[number] = median_interval(list(reference.values))
         return found
 
     def is_known(self) -> bool:
         """Return whether there are enough quiet slices of all hops."""
-        known = self._latencies.values()
+        known = self.latencies.values()
         return bool(known) and all(len(each.values) >= KNOWN_MIN for each in known)
 
     def forget(self) -> None:
         """Forget all but the episodes."""
         self.episodes = self.all_episodes()
         self.cells, self.srtts, self.windows = {}, [], []
-        self._latencies, self._steps, self._runs, self._held = {}, {}, {}, []
-        self._recent.clear()
+        self.latencies, self.steps, self.runs, self._held = {}, {}, {}, []
+        self.recent.clear()
 
     def all_episodes(self) -> list[Episode]:
         """Return the episodes, with those that still last."""
         found = list(self.episodes)
-        for series, run in self._runs.items():
+        for series, run in self.runs.items():
             found += (dataclasses.replace(its, lasts=its.end == run.end) for its in self._episodes_of(series, run))
         return found
 
     def _episodes_of(self, series: int, run: Run) -> Iterator[Episode]:
         """Yield what a run of raised slices shows: one episode for each level that is no chance."""
-        for inside in levels(series, run.slices(), self._steps[series]):
+        for inside in levels(series, run.slices(), self.steps[series]):
             episode = self._episode(series, inside)
             if episode:
                 yield episode
 
     def _episode(self, series: int, inside: list[Snapshot]) -> Episode | None:
         """Return the episode that raised slices show, None if they may be chance."""
-        reference = self._steps[series]
+        reference = self.steps[series]
         raised = sum(each.step.get(series, 0.0) > reference.threshold for each in inside)
         if raised < RAISED_MIN:
             return None
@@ -464,7 +494,7 @@ class Way:
                     slower.append(number)
         tcp = [each.excess[TCP] for each in inside if TCP in each.excess]
         begin = inside[0].begin
-        before = [each for each in self._recent if each.end <= begin]
+        before = [each for each in self.recent if each.end <= begin]
         start = before[-1].retrans if before else inside[0].retrans
         return Episode(
             begin, inside[-1].end, hop, front, size, low, high, p, dict(self.responders), told, slower,
@@ -522,16 +552,25 @@ class Watch:
             row = rows[place]
             way = row[4].way
             if way is None or way.responders.get(row[1]) != row[3]:
-                way = self._settle(row, hops)
+                way = self.settle(row, hops)
             if way is not before:
                 if before:
                     before.note(rows[start:place])
                 before, start = way, place
         if before:
             before.note(rows[start:ready])
+        self.settle_changes()
+        del rows[:ready]
+
+    def settle_changes(self) -> None:
+        """Keep what is usual of new ways."""
         for change in self.changes:
             change.settle()
-        del rows[:ready]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a new way takes the place of another one."""
+        return len(self._ways) >= WAYS_MAX
 
     def forget(self) -> None:
         """Forget all but the episodes and the changes."""
@@ -539,7 +578,7 @@ class Watch:
             way.forget()
         self.losses.forget()
 
-    def _settle(self, row: Row, hops: dict[int, Any]) -> Way:
+    def settle(self, row: Row, hops: dict[int, Any]) -> Way:
         """Return the way of a flow, of which a responder is new."""
         number, responder, flow = row[1], row[3], row[4]
         way: Way | None = flow.way

@@ -19,10 +19,11 @@ from typing import Any, Callable, Iterator, NamedTuple, Sequence
 import numpy as np
 
 from elf.addresses import flow_text
-from elf.batches import Batch, Survey, Texts, open_regular, read_batches, survey
-from elf.bulk import BatchGroups, BulkSummary, Groups
+from elf.batches import Batch, Survey, Texts, keep_freed_memory, open_regular, read_batches, survey
+from elf.bulk import BatchGroups, BulkSummary
 from elf.clock import Mapping, time_of_day, utc_ns, zero_at
 from elf.course import SECOND, SMALL_BINS, Course, bin_width, round_up
+from elf.groups import Groups
 from elf.usage import Failure
 
 CLOCK_LINE = re.compile(r"CLOCK_MONOTONIC 0 is (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?)Z")
@@ -321,6 +322,7 @@ def read(
 
     fine: those of the busiest have narrow bins, for a page that zooms.
     """
+    keep_freed_memory()
     courses = planned_courses(source, in_utc, window, most, fine)
     results = Results(source, BulkSummary(), courses, collections.Counter())
     results.summary.when = source.time_text(in_utc)

@@ -22,7 +22,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import elfplot
-from elf.episodes import Comparisons, Watch
+from elf import episodes
+from elf.episodes import TCP, Comparisons, Snapshot, Watch, Way
 from elf.rows import NAMES as COLUMNS
 from elf.rows import Record, text_of_field
 from elf.summary import Summary
@@ -35,6 +36,7 @@ with suppress(ImportError):
 
     from elf import batches, bulk, compare, course
     from elf import summary as summary_module
+    from elf.slices import Slices
     from elf.sources import sources_of, utc_of_zero
 if elfplot.MISSING and os.environ.get('ELFPROBE_TESTS_STRICT') != '1':
     pytest.skip(f'not installed: {", ".join(elfplot.MISSING.values())}', allow_module_level=True)
@@ -1012,6 +1014,57 @@ def test_summary_of_many_rows_at_once(limits: tuple[int, int, int], monkeypatch:
             assert list(batch.records()) == its
             at_once.note_all(batch)
         assert what_is_known(at_once) == what_is_known(one_by_one), seed
+
+
+def random_slices(seed: int, count: int) -> list[tuple[int, int, dict[int, float], float | None, int, int, None]]:
+    """Slices of a way, as Snapshot has them: some without some hop, times in which a hop is slower, pauses."""
+    chance = random.Random(seed)
+    hops, noise, retrans, now = chance.choice([2, 7]), chance.choice([0.05, 2.0]), 0, START
+    rare, late = chance.choice([1, 0.98, 0.7]), chance.randrange(1, hops + 1)
+    slower: dict[int, tuple[int, float]] = {}
+    found = []
+    for number in range(count):
+        now += chance.choice([50 * MS, 50 * MS, 90 * MS, 2 * S]) if chance.random() < 0.05 else 50 * MS
+        if chance.random() < 0.02:
+            slower[chance.randrange(hops + 1)] = number + chance.randrange(2, 60), chance.uniform(0, 20 * MS)
+        latency, more = {}, 0.0
+        for hop in [*range(1, hops + 1), TCP]:
+            until, rise = slower.get(hop, (0, 0))
+            more += rise * (number < until)
+            if chance.random() < rare and (hop != late or number > count // 3):
+                latency[hop] = float(hop * MS + more + chance.expovariate(1) * noise * MS)
+        if set(latency) - {TCP}:
+            retrans += chance.random() < 0.1
+            window = chance.choice([None, chance.uniform(2, 90)])
+            found.append(
+                (now, now + 49 * MS, dict(sorted(latency.items())), window, retrans, chance.randrange(1, 9), None)
+            )
+    return found
+
+
+@pytest.mark.parametrize('seed', range(8))
+def test_slices_at_once(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is found is the same as in one slice after the other, to the last bit."""
+    monkeypatch.setattr(episodes, 'LASTING', 20 * S)  # ns: some rises do
+    slices_, found = random_slices(seed, 1500), []
+    for at_once in False, True:
+        chance, tests, first = random.Random(seed), Comparisons(), 0
+        way = Way({1: '10.0.1.2'}, tests)
+        while first < len(slices_):
+            its = slices_[first : first + (chance.randrange(1, 400) if at_once else 1)]
+            first += len(its)
+            if at_once:
+                begins, ends, latencies, *others = zip(*its)
+                keys = np.array([place << 8 | series for place, each in enumerate(latencies) for series in each])
+                medians = np.array([value for each in latencies for value in each.values()])
+                Slices(way, begins, ends, keys, medians, *others).compare()
+            else:
+                way.add_slice(Snapshot(*its[0]))
+        known = [(series, list(each.values), each.usual, each.threshold)
+                 for each in (way.latencies, way.steps) for series, each in sorted(each.items())]  # fmt: skip
+        found.append((way.all_episodes(), known, tests.count))
+    assert found[0] == found[1]
+    assert found[0][0]
 
 
 @pytest.fixture

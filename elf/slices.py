@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Episodes in many rows at once: what Watch.digest() and Way.note() do with each of them, in a tenth of their time.
+
+    Stretch             answers of a destination in the order of time; note() gives each way its own
+    note_slices()       cuts the answers of a way into slices
+    Slices              compares slices with those before: many at once, as long as nothing is raised
+
+Needs numpy, which elfprobe.py does without.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from typing import Any, Iterator
+
+import numpy as np
+
+from elf.batches import Batch
+from elf.episodes import (
+    PAUSE,
+    QUIET_NS,
+    RECENT_MAX,
+    RENEWED_AFTER,
+    SLICE_MAX,
+    SLICE_MIN,
+    SLICE_PROBES,
+    SRTT_GAIN,
+    TCP,
+    Reference,
+    Row,
+    Snapshot,
+    Watch,
+    Way,
+)
+from elf.groups import Groups
+from elf.summary import Flow
+
+COLUMNS = "sendtime", "outttl", "latency", "responder", "srtt", "cwnd", "retrans"
+COMPARED_AT_ONCE = 64  # slices
+EVENTS_SHARE = 1 / 64  # of the rows, above which the others are looked at one by one
+
+
+class Stretch:
+    """Answers of a destination in the order in which they left."""
+
+    def __init__(self, batch: Batch, rows: Any, flow_of: Any, flows: list[Flow]) -> None:
+        """flow_of: the numbers of the flows of all rows."""
+        self._columns = {name: batch[name][rows] for name in COLUMNS}
+        self._names = batch.names
+        self._flow_of, self._flows = flow_of[rows], flows
+
+    def __len__(self) -> int:
+        return len(self._flow_of)
+
+    def rows(self, start: int, end: int) -> Iterator[Row]:
+        """Yield some rows as Watch.rows has them."""
+        sent, hops, latencies, responders, *known = (its[start:end].tolist() for its in self._columns.values())
+        known = [[None if value < 0 else value for value in values] for values in known]
+        flows = map(self._flows.__getitem__, self._flow_of[start:end].tolist())
+        return zip(sent, hops, latencies, map(self._names.__getitem__, responders), flows, *known)
+
+    def note(self, watch: Watch, hops: dict[int, Any]) -> int:
+        """Give the answers to the ways of their flows, until flows change their ways too often; return how many."""
+        way_numbers: dict[Way | None, int] = {None: -1}
+        of_flows = np.zeros(int(self._flow_of.max()) + 1, int)
+        for flow in np.flatnonzero(np.bincount(self._flow_of)).tolist():
+            of_flows[flow] = way_numbers.setdefault(self._flows[flow].way, len(way_numbers) - 1)
+        way_of, done = of_flows[self._flow_of], 0
+        kinds = self._unsettled()
+        due = [(int(places[0]), kind) for kind, places in kinds.items()]
+        heapq.heapify(due)
+        in_turn, left = set(), int(len(self) * EVENTS_SHARE) + 8
+        while due:
+            place, kind = heapq.heappop(due)
+            number, hop, responder = kind
+            if kind in in_turn or goes_by(self._flows[number].way, hop, responder):
+                continue
+            if not left:
+                break
+            left -= 1
+            if self._flows[number].way or watch.is_full:
+                self._note_slices(way_numbers, way_of, done, place)
+                done = place
+            way = watch.settle(next(self.rows(place, place + 1)), hops)
+            way_of[place:][self._flow_of[place:] == number] = way_numbers.setdefault(way, len(way_numbers) - 1)
+            if not goes_by(way, hop, responder):
+                in_turn.add(kind)
+            for other, places in kinds.items():
+                if other[0] == number and not goes_by(way, *other[1:]):
+                    for at in places[np.searchsorted(places, place, "right") :][:1].tolist():
+                        heapq.heappush(due, (at, other))
+        else:
+            place = len(self)
+        self._note_slices(way_numbers, way_of, done, place)
+        watch.newest = max(watch.newest, int(self._columns["sendtime"][-1]))
+        watch.settle_changes()
+        return place
+
+    def _unsettled(self) -> dict[tuple[int, int, str], Any]:
+        """Return the rows (their places) of the flows that may change their way, by flow, hop and responder."""
+        keys = self._flow_of << 40 | self._columns["outttl"] << 32 | self._columns["responder"]
+        flows = set()
+        for key in np.unique(keys).tolist():
+            if not goes_by(self._flows[key >> 40].way, key >> 32 & 0xFF, self._names[key & 0xFFFFFFFF]):
+                flows.add(key >> 40)
+        if not flows:
+            return {}
+        by_kind = Groups(keys, np.flatnonzero(np.isin(self._flow_of, list(flows))))
+        found = {}
+        for start, end in zip(by_kind.starts.tolist(), by_kind.ends.tolist()):
+            key = int(keys[by_kind.order[start]])
+            kind = key >> 40, key >> 32 & 0xFF, self._names[key & 0xFFFFFFFF]
+            found[kind] = by_kind.order[start:end]
+        return found
+
+    def _note_slices(self, way_numbers: dict[Way | None, int], way_of: Any, start: int, end: int) -> None:
+        """Give rows to their ways."""
+        ways = list(way_numbers)
+        by_way = Groups(way_of[start:end] + 1)
+        for first, last in zip(by_way.starts.tolist(), by_way.ends.tolist()):
+            rows = by_way.order[first:last] + start
+            its = {name: values[rows] for name, values in self._columns.items()}
+            way = ways[int(way_of[rows[0]]) + 1]
+            assert way
+            note_slices(way, its, self._flow_of[rows], self._flows)
+
+
+def goes_by(way: Way | None, hop: int, responder: str) -> bool:
+    """Return whether this router is known to be the hop of a way."""
+    return way is not None and way.responders.get(hop) == responder
+
+
+def note_slices(way: Way, rows: dict[str, Any], flow_of: Any, flows: list[Flow]) -> None:
+    """Do Way.note() for answers in the order in which they left: the same slices, but for those at both ends.
+
+    rows: their COLUMNS. flow_of: the numbers of their flows.
+    """
+    times = rows["sendtime"].tolist()
+    edges = list(slice_edges(way, times, rows))
+    if way.is_over or len(edges) < 2:
+        return
+    way.end_slice()
+    its = {name: values[edges[0] :] for name, values in rows.items()}
+    count = len(edges) - 1
+    number = np.repeat(np.arange(count), np.diff(edges))
+    srtt, window, latencies, hops = its["srtt"], its["cwnd"], its["latency"], its["outttl"]
+    has_srtt, has_window = srtt >= 0, window >= 0
+    has_srtt &= has_window
+    keys = np.concatenate([number << 8 | hops, (number << 8 | TCP)[has_srtt]])
+    values = np.concatenate([latencies, srtt[has_srtt] * 1000])
+    if len(keys) and count < 1 << 14 and int(values.max()) < 1 << 41:
+        both = np.sort(keys << 41 | values)
+        keys, values = both >> 41, both & (1 << 41) - 1
+    else:
+        order = np.lexsort((values, keys))
+        keys, values = keys[order], values[order]
+    firsts = np.flatnonzero(np.diff(keys, prepend=-1))
+    counts = np.diff(np.append(firsts, len(keys)))
+    medians = (values[firsts + (counts - 1) // 2] + values[firsts + counts // 2]) / 2
+    windows = np.bincount(number[has_window], window[has_window], count)
+    window_counts = np.bincount(number[has_window], minlength=count)
+    changed = np.concatenate([[False], (np.diff(srtt) != 0) & (np.diff(number) == 0) & has_srtt[1:]])
+    retrans = np.zeros(count)
+    by_flow = Groups(flow_of[edges[0] :], np.flatnonzero(has_window))
+    if len(by_flow):
+        which = flow_of[edges[0] :][by_flow.firsts].tolist()
+        counted = its["retrans"][by_flow.order].clip(0)
+        highest = np.maximum(by_flow.running(counted, counted[by_flow.starts]), counted)
+        before = np.concatenate([[0], highest[:-1]])
+        before[by_flow.starts] = [flows[flow].counted for flow in which]
+        retrans = np.bincount(number[by_flow.order], (highest - before).clip(0), count)
+        for flow, last in zip(which, highest[by_flow.ends - 1].tolist()):
+            flows[flow].counted = last
+    its_flow: list[Flow | None] = [None] * count
+    its_slices, its_flows = number[has_window], flow_of[edges[0] :][has_window]
+    firsts_of_flows = np.flatnonzero(np.diff(its_slices, prepend=-1))
+    if len(firsts_of_flows):
+        least, most = (each.reduceat(its_flows, firsts_of_flows).tolist() for each in (np.minimum, np.maximum))
+        for place, low, high in zip(its_slices[firsts_of_flows].tolist(), least, most):
+            its_flow[place] = flows[low] if low == high else None
+    Slices(
+        way,
+        [times[edge] for edge in edges[:-1]],
+        [times[edge - 1] for edge in edges[1:]],
+        keys[firsts],
+        medians,
+        [total / many if many else None for total, many in zip(windows.tolist(), window_counts.tolist())],
+        (way.retrans + np.cumsum(retrans)).astype(int).tolist(),
+        (np.bincount(number[changed], minlength=count) + 1).tolist(),
+        its_flow,
+    ).compare()
+    way.retrans += int(retrans.sum())
+    way.last = way.begin = way.due = times[-1]
+
+
+def slice_edges(way: Way, times: list[int], rows: dict[str, Any]) -> Iterator[int]:
+    """Yield where each slice begins, and where the last one ends. What left before the last one does not count."""
+    need = SLICE_PROBES * np.count_nonzero(np.bincount(rows["outttl"]))
+    pauses = iter([*(np.flatnonzero(np.diff(rows["sendtime"]) > PAUSE) + 1).tolist(), len(times)])
+    at, pause = bisect.bisect_left(times, way.last), 0
+    while at < len(times):
+        yield at
+        while pause <= at:
+            pause = next(pauses)
+        end = max(bisect.bisect_left(times, times[at] + SLICE_MIN, at), at + need)
+        at = min(end, pause, bisect.bisect_left(times, times[at] + SLICE_MAX, at))
+    yield len(times)
+
+
+class Slices:
+    """Slices of a way, one behind the other, that it does not know yet."""
+
+    def __init__(
+        self,
+        way: Way,
+        begins: list[int],
+        ends: list[int],
+        keys: Any,
+        medians: Any,
+        windows: list[float | None],
+        retrans: list[int],
+        updates: list[int],
+        its_flows: list[Any],
+    ) -> None:
+        """keys: slice and series of each of the medians, in order."""
+        self._way = way
+        self._others: tuple[list[Any], ...] = (begins, ends, windows, retrans, updates, its_flows)
+        self._begins, self._ends = np.array(begins), np.array(ends)
+        self._columns = np.flatnonzero(np.bincount(keys & 0xFF)).tolist()  # series
+        if self._columns[0] == TCP:
+            self._columns = [*self._columns[1:], TCP]  # behind the hops
+        column_of = np.zeros(256, int)
+        column_of[self._columns] = range(len(self._columns))
+        shape = len(begins), len(self._columns)
+        self._latency, self._excess, self._step = (np.full(shape, np.nan) for _ in range(3))
+        self._latency[keys >> 8, column_of[keys & 0xFF]] = medians
+        self._is_there = ~np.isnan(self._latency)
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def compare(self) -> None:
+        """Compare them with those before."""
+        way, place = self._way, 0
+        while place < len(self):
+            new = [column for column, series in enumerate(self._columns) if is_new(way, series)]
+            has_new = self._is_there[place:, new].any(axis=1)
+            end = place + int(has_new.argmax()) if has_new.any() else len(self)
+            if end == place:
+                way.add_slice(self._snapshot(place))
+                place += 1
+            else:
+                place = self._compare_known(place, end)
+
+    def _compare_known(self, place: int, end: int) -> int:
+        """Compare slices, of whose series all is known, until this changes; return how many are done."""
+        way = self._way
+        latencies, before = way.latencies, list(way.recent)
+        fronts, ends = np.full((2, RECENT_MAX + end - place), float("-inf"))  # those of the newest ones come first
+        offset = RECENT_MAX - place
+        for at, each in enumerate(before, RECENT_MAX - len(before)):
+            ends[at] = each.end
+            fronts[at] = each.excess[max(each.excess)] if each.excess else float("-inf")
+        ends[RECENT_MAX:] = self._ends[place:end]
+        kept = place  # way.recent has those in front
+        while place < end and way.latencies is latencies:
+            stop, renewals = min(place + COMPARED_AT_ONCE, end), way.renewals
+            are_raised = self._measure(place, stop, fronts[: stop + offset], ends)
+            raised = [*(np.flatnonzero(are_raised.any(axis=1)) + place).tolist(), stop]
+            while place < stop and way.renewals == renewals and way.latencies is latencies:
+                if not way.runs:
+                    next_raised = raised[bisect.bisect_left(raised, place)]
+                    quiet = slice(place, min(next_raised, place + way.until_renewal))
+                    self._add_quiet(quiet)
+                    place = quiet.stop
+                    if place < next_raised or place == stop or way.renewals > renewals:
+                        continue
+                way.recent.extend(map(self._snapshot, range(max(kept, place - RECENT_MAX), place)))
+                way.compare(self._snapshot(place))
+                place += 1
+                kept = place
+        way.recent.extend(map(self._snapshot, range(max(kept, place - RECENT_MAX), place)))
+        return place
+
+    def _measure(self, place: int, stop: int, fronts: Any, ends: Any) -> Any:
+        """Note excess and steps of slices, as Way does; return which are above the threshold.
+
+        fronts, ends: the excess of the last hop and the end, of RECENT_MAX slices before the first one, and so on
+        up to these.
+        """
+        way, rows, count = self._way, slice(place, stop), stop - place
+        latency, are_there = self._latency[rows], self._is_there[rows]
+        latencies, steps = (
+            [its.get(series, Reference()) for series in self._columns] for its in (way.latencies, way.steps)
+        )
+        hops = len(self._columns) - (self._columns[-1] == TCP)
+        self._excess[rows] = excess = latency - np.array([each.usual for each in latencies], float)
+        in_front = np.zeros((count, hops + 1))  # the excess of the nearest hop in front
+        in_front[:, 1:] = excess[:, :hops]
+        if not are_there[:, :hops].all():
+            nearest = np.zeros((count, hops + 1), int)
+            nearest[:, 1:] = np.where(are_there[:, :hops], np.arange(1, hops + 1), 0)
+            in_front = np.take_along_axis(in_front, np.maximum.accumulate(nearest, axis=1), 1)
+        step = self._step[rows]
+        step[:, :hops] = excess[:, :hops] - in_front[:, :-1]
+        fronts[-count:] = in_front[:, -1]
+        if hops < len(self._columns):
+            has_hops = are_there[:, :hops].any(axis=1)
+            fronts[-count:][~has_hops] = excess[~has_hops, hops]
+            round_trip = np.nan_to_num(latency[:, hops]).astype(int)
+            since = self._begins[rows] - SRTT_GAIN * round_trip - QUIET_NS
+            places = np.arange(len(fronts) - count, len(fronts))
+            oldest = np.maximum(np.searchsorted(ends[: len(fronts)], since), places - RECENT_MAX)
+            before = np.lib.stride_tricks.sliding_window_view(fronts, RECENT_MAX)[places - RECENT_MAX]
+            is_out = np.arange(RECENT_MAX) < (RECENT_MAX - places + oldest)[:, None]
+            most = np.where(is_out, float("-inf"), before).max(axis=1)
+            step[:, hops] = excess[:, hops] - np.maximum(in_front[:, -1], most)
+            step[~has_hops, hops] = np.nan
+        return step > np.array([each.threshold for each in steps])
+
+    def _add_quiet(self, quiet: slice) -> None:
+        """Add slices, of which nothing is raised, to what is usual."""
+        way, latency, step = self._way, self._latency[quiet], self._step[quiet]
+        way.tests.count += int(np.count_nonzero(~np.isnan(step)))
+        for references, values in (way.latencies, latency), (way.steps, step):
+            has_gaps = np.isnan(values).any()
+            for series, its in zip(self._columns, values.T):
+                if has_gaps:
+                    its = its[~np.isnan(its)]
+                if len(its):
+                    references[series].add_all(its.tolist())
+        way.quiet += len(latency)
+        if len(latency) and way.until_renewal == RENEWED_AFTER:
+            way.renew(np.sort)
+
+    def _snapshot(self, place: int) -> Snapshot:
+        begins, ends, *others = self._others
+        found = [
+            {series: value for series, value in zip(self._columns, values[place].tolist()) if value == value}
+            for values in (self._latency, self._excess, self._step)
+        ]
+        snapshot = Snapshot(begins[place], ends[place], found[0], *(each[place] for each in others))
+        snapshot.excess, snapshot.step = found[1:]
+        return snapshot
+
+
+def is_new(way: Way, series: int) -> bool:
+    """Return whether each slice may still change what is usual."""
+    found = way.latencies.get(series), way.steps.get(series)
+    return any(each is None or each.usual is None or each.is_new for each in found)
