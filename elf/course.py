@@ -31,6 +31,7 @@ FLOWS_MAX = 1 << 15  # whose retransmissions are followed
 FLOWS_TOLD = 32  # of a destination that are told apart: those that come first
 NAMES_MAX = 1000  # kinds of flows and programs that are counted
 
+WAITING_MIN, WAITING_SHARE = 1 << 12, 1 / 8  # answers that wait to be counted, at most: of cells, if that is more
 EXACT_MAX, SMALL_EXACT_MAX = 1 << 19, 1 << 15  # cells of a destination, from which on latencies are rounded
 STEP = np.log(1.02)  # between rounded latencies
 LATENCY_BITS, BIN_BITS = 36, 11  # of a key; the line's number is in the others
@@ -104,8 +105,10 @@ class Cells:
     """How often each latency occurs, by line and bin; and of each line's bin the times and the slowest."""
 
     def __init__(self, exact_max: int) -> None:
-        self.is_exact = True
+        self._is_exact = True
         self._exact_max = exact_max
+        self._waiting: list[Any] = []  # arrays of key, latency, time
+        self._waiting_count = 0
         self._keys = np.zeros(0, np.int64)  # line, bin, latency
         self._counts = np.zeros(0, np.int64)
         # By line and bin:
@@ -114,9 +117,28 @@ class Cells:
         self._slowest = np.zeros((2, 0), np.int64)  # latency, time
 
     def add(self, lines: Any, bins: Any, latencies: Any, times: Any) -> None:
-        if not len(lines):
-            return
         keys = (lines << BIN_BITS | bins) << LATENCY_BITS | np.minimum(latencies, LATENCY_MAX)
+        self._waiting.append(np.array([keys, latencies, times]))
+        self._waiting_count += len(keys)
+        if self._waiting_count > max(WAITING_MIN, len(self._keys) * WAITING_SHARE):
+            self._count()
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether latencies are not rounded."""
+        self._count()
+        return self._is_exact
+
+    def __len__(self) -> int:
+        self._count()
+        return len(self._keys)
+
+    def _count(self) -> None:
+        """Count those that wait. That takes a look at all cells."""
+        if not self._waiting_count:
+            return
+        keys, latencies, times = np.concatenate(self._waiting, axis=1)
+        self._waiting, self._waiting_count = [], 0
         order = np.argsort(keys)
         keys, times = keys[order], times[order]
         in_bin = keys >> LATENCY_BITS
@@ -124,11 +146,11 @@ class Cells:
         ends = np.append(starts[1:], len(keys)) - 1
         slowest = np.array([latencies[order[ends]], times[ends]])
         self._merge_bins(in_bin[starts], np.add.reduceat(times.astype(float), starts), slowest)
-        if not self.is_exact:
+        if not self._is_exact:
             keys = keys & ~LATENCY_MAX | rounded(keys & LATENCY_MAX)
         self._merge(keys, np.ones(len(keys), np.int64))
-        if self.is_exact and len(self._keys) > self._exact_max:
-            self.is_exact = False
+        if self._is_exact and len(self._keys) > self._exact_max:
+            self._is_exact = False
             keys, counts = self._keys, self._counts
             self._keys = self._counts = np.zeros(0, np.int64)
             self._merge(keys & ~LATENCY_MAX | rounded(keys & LATENCY_MAX), counts)
@@ -159,6 +181,7 @@ class Cells:
             lines, bins = places >> BIN_BITS, places & (BINS - 1)
             return lines << BIN_BITS | (bins - BIN_ZERO >> 1) + BIN_ZERO
 
+        self._count()
         keys, counts, bins, times, slowest = self._keys, self._counts, self._bins, self._times, self._slowest
         self._keys, self._counts, self._bins = (np.zeros(0, np.int64) for _ in range(3))
         self._times, self._slowest = np.zeros(0), np.zeros((2, 0), np.int64)
@@ -169,6 +192,7 @@ class Cells:
 
     def counts(self, lines: list[int]) -> tuple[Any, Any, Any]:
         """Return bins, latencies and counts of some lines together, in this order."""
+        self._count()
         which = np.isin(self._keys >> LATENCY_BITS + BIN_BITS, lines)
         keys, counts = self._keys[which] & (1 << LATENCY_BITS + BIN_BITS) - 1, self._counts[which]
         order = np.argsort(keys, kind="stable")
@@ -405,7 +429,7 @@ class Course:
 
     def srtt(self) -> Bins | None:
         """Return the sockets' own round-trip times, None if there are none."""
-        return self._srtt.of_lines([*range(FLOWS_TOLD + 1)])[0] if len(self._srtt._keys) else None
+        return self._srtt.of_lines([*range(FLOWS_TOLD + 1)])[0] if len(self._srtt) else None
 
     def flows(self, most: int) -> Iterator[tuple[FlowKey | None, tuple[Any, Any, Any], Any]]:
         """Yield the busiest flows of TCP, the others together as None: round-trip times as of answers(), segments

@@ -170,9 +170,9 @@ class Reference:
         if count <= NEW_MAX and not count % 5:
             self.renew(sorted(self.values))
 
-    def add_all(self, values: Sequence[float]) -> None:
-        """Do what add() does for each of up to RENEWED_AFTER values, where it is not new."""
-        self.values.extend(values)
+    def add_all(self, values: bytes) -> None:
+        """Do what add() does for each of up to RENEWED_AFTER values (C doubles), where it is not new."""
+        self.values.frombytes(values)
         if len(self.values) >= REFERENCE_MAX + RENEWED_AFTER:
             del self.values[:RENEWED_AFTER]
 
@@ -391,7 +391,7 @@ class Way:
         """How many more quiet slices change no threshold but those of new series; the last of them does."""
         return RENEWED_AFTER - (self.quiet - NEW_MAX) % RENEWED_AFTER
 
-    def renew(self, in_order: Callable[[Any], Sequence[float]] = sorted) -> None:
+    def renew(self, in_order: Callable[[Sequence[float]], Sequence[float]] = sorted) -> None:
         """Take the values for what is usual."""
         for reference in (*self.latencies.values(), *self.steps.values()):
             reference.renew(in_order(reference.values))

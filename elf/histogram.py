@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import array
 import bisect
+import functools
 import itertools
 import operator
 from typing import Any, NamedTuple
@@ -16,6 +17,14 @@ BOUNDS = sorted({*(round(1000 * 1.02**number) for number in range(820)), *BUCKET
 MIDDLES = [(low + high) / 2 for low, high in zip([BOUNDS[0], *BOUNDS], [*BOUNDS, BOUNDS[-1]])]
 EDGES = [BOUNDS.index(bound) + 1 for bound in BUCKETS]  # counts of LatencyHistogram up to each bucket
 EXACT_MAX = 512  # values that are kept one by one
+
+
+@functools.lru_cache(maxsize=None)
+def bounds_array() -> Any:
+    """Return BOUNDS as an array of numpy."""
+    import numpy as np
+
+    return np.array(BOUNDS)
 
 
 class Stats(NamedTuple):
@@ -82,10 +91,18 @@ class Differences:
 
     def add_all(self, values: Any) -> None:
         """Do what add() does for each value of an array of numpy."""
-        for first in range(0, len(values), EXACT_MAX):
-            self._recent.extend(values[first : first + EXACT_MAX].tolist())
-            if len(self._recent) >= EXACT_MAX:
-                self._move_into_bins()
+        if len(self._recent) + len(values) < EXACT_MAX:
+            self._recent.extend(values.tolist())
+            return
+        import numpy as np
+
+        values = np.concatenate([np.array(self._recent, int), values])
+        numbers = np.searchsorted(bounds_array(), np.abs(values), "left")
+        numbers = len(MIDDLES) + np.where(values >= 0, numbers, -1 - numbers)
+        self._bins = self._bins or array.array("I", bytes(8 * len(MIDDLES)))
+        bins = np.frombuffer(self._bins, np.uint32)
+        bins += np.bincount(numbers, minlength=len(bins)).astype(np.uint32)
+        del self._recent[:]
 
     def median(self) -> float:
         """Return the median of all values. There must be at least one."""
@@ -143,8 +160,11 @@ class LatencyHistogram:
             return
         import numpy as np
 
-        if self.recent or not self._bins:
+        if self._measured:
             self._move_into_bins()
+        values = np.concatenate([np.array(self.recent, int), values])
+        del self.recent[:]
+        self._bins = self._bins or array.array("Q", bytes(8 * len(MIDDLES)))
         is_first = not self._binned
         least, most = int(values.min()), int(values.max())
         self._minimum = least if is_first else min(self._minimum, least)
@@ -153,7 +173,9 @@ class LatencyHistogram:
         self._last = int(values[-1])
         self._total += int(values.sum())
         bins = np.frombuffer(self._bins, np.uint64)
-        bins += np.bincount(np.searchsorted(BOUNDS, values, "left"), minlength=len(MIDDLES)).astype(np.uint64)
+        bins += np.bincount(np.searchsorted(bounds_array(), values, "left"), minlength=len(MIDDLES)).astype(
+            np.uint64
+        )
         self._binned += len(values)
 
     def stats(self) -> Stats:

@@ -11,8 +11,7 @@ Needs numpy, which elfprobe.py does without.
 from __future__ import annotations
 
 import bisect
-import heapq
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence
 
 import numpy as np
 
@@ -27,6 +26,7 @@ from elf.episodes import (
     SLICE_PROBES,
     SRTT_GAIN,
     TCP,
+    USUAL,
     Reference,
     Row,
     Snapshot,
@@ -38,7 +38,8 @@ from elf.summary import Flow
 
 COLUMNS = "sendtime", "outttl", "latency", "responder", "srtt", "cwnd", "retrans"
 COMPARED_AT_ONCE = 64  # slices
-EVENTS_SHARE = 1 / 64  # of the rows, above which the others are looked at one by one
+UNKNOWN = Reference()
+NEW_MAX, NEW_SHARE = 8, 1 / 64  # first answers of flows and hops, so many and of the rows: with more, one by one
 
 
 class Stretch:
@@ -61,74 +62,48 @@ class Stretch:
         return zip(sent, hops, latencies, map(self._names.__getitem__, responders), flows, *known)
 
     def note(self, watch: Watch, hops: dict[int, Any]) -> int:
-        """Give the answers to the ways of their flows, until flows change their ways too often; return how many."""
-        way_numbers: dict[Way | None, int] = {None: -1}
+        """Give the answers to the ways of their flows, up to where a flow may change its way; return how many."""
+        end = self._settle(watch, hops)
+        way_numbers: dict[Way | None, int] = {}
         of_flows = np.zeros(int(self._flow_of.max()) + 1, int)
-        for flow in np.flatnonzero(np.bincount(self._flow_of)).tolist():
-            of_flows[flow] = way_numbers.setdefault(self._flows[flow].way, len(way_numbers) - 1)
-        way_of, done = of_flows[self._flow_of], 0
-        kinds = self._unsettled()
-        due = [(int(places[0]), kind) for kind, places in kinds.items()]
-        heapq.heapify(due)
-        in_turn, left = set(), int(len(self) * EVENTS_SHARE) + 8
-        while due:
-            place, kind = heapq.heappop(due)
-            number, hop, responder = kind
-            if kind in in_turn or goes_by(self._flows[number].way, hop, responder):
-                continue
-            if not left:
-                break
-            left -= 1
-            if self._flows[number].way or watch.is_full:
-                self._note_slices(way_numbers, way_of, done, place)
-                done = place
-            way = watch.settle(next(self.rows(place, place + 1)), hops)
-            way_of[place:][self._flow_of[place:] == number] = way_numbers.setdefault(way, len(way_numbers) - 1)
-            if not goes_by(way, hop, responder):
-                in_turn.add(kind)
-            for other, places in kinds.items():
-                if other[0] == number and not goes_by(way, *other[1:]):
-                    for at in places[np.searchsorted(places, place, "right") :][:1].tolist():
-                        heapq.heappush(due, (at, other))
-        else:
-            place = len(self)
-        self._note_slices(way_numbers, way_of, done, place)
-        watch.newest = max(watch.newest, int(self._columns["sendtime"][-1]))
-        watch.settle_changes()
-        return place
-
-    def _unsettled(self) -> dict[tuple[int, int, str], Any]:
-        """Return the rows (their places) of the flows that may change their way, by flow, hop and responder."""
-        keys = self._flow_of << 40 | self._columns["outttl"] << 32 | self._columns["responder"]
-        flows = set()
-        for key in np.unique(keys).tolist():
-            if not goes_by(self._flows[key >> 40].way, key >> 32 & 0xFF, self._names[key & 0xFFFFFFFF]):
-                flows.add(key >> 40)
-        if not flows:
-            return {}
-        by_kind = Groups(keys, np.flatnonzero(np.isin(self._flow_of, list(flows))))
-        found = {}
-        for start, end in zip(by_kind.starts.tolist(), by_kind.ends.tolist()):
-            key = int(keys[by_kind.order[start]])
-            kind = key >> 40, key >> 32 & 0xFF, self._names[key & 0xFFFFFFFF]
-            found[kind] = by_kind.order[start:end]
-        return found
-
-    def _note_slices(self, way_numbers: dict[Way | None, int], way_of: Any, start: int, end: int) -> None:
-        """Give rows to their ways."""
-        ways = list(way_numbers)
-        by_way = Groups(way_of[start:end] + 1)
-        for first, last in zip(by_way.starts.tolist(), by_way.ends.tolist()):
-            rows = by_way.order[first:last] + start
-            its = {name: values[rows] for name, values in self._columns.items()}
-            way = ways[int(way_of[rows[0]]) + 1]
+        for flow in np.flatnonzero(np.bincount(self._flow_of[:end])).tolist():
+            of_flows[flow] = way_numbers.setdefault(self._flows[flow].way, len(way_numbers))
+        ways, by_way = list(way_numbers), Groups(of_flows[self._flow_of[:end]])
+        for number, first, last in zip(range(len(ways)), by_way.starts.tolist(), by_way.ends.tolist()):
+            rows, way = by_way.order[first:last], ways[number]
             assert way
+            its = {name: values[rows] for name, values in self._columns.items()}
             note_slices(way, its, self._flow_of[rows], self._flows)
+        if end:
+            watch.newest = max(watch.newest, int(self._columns["sendtime"][end - 1]))
+            watch.settle_changes()
+        return end
 
+    def _settle(self, watch: Watch, hops: dict[int, Any]) -> int:
+        """Let the watch see the first answers of new flows and hops; return the place of the first change of a way.
 
-def goes_by(way: Way | None, hop: int, responder: str) -> bool:
-    """Return whether this router is known to be the hop of a way."""
-    return way is not None and way.responders.get(hop) == responder
+        It is 0 if answers show a change, or show too much that is new.
+        """
+        keys = self._flow_of << 40 | self._columns["outttl"] << 32 | self._columns["responder"]
+        found = np.unique(keys)
+        new = []
+        for key in found.tolist():
+            way, hop = self._flows[key >> 40].way, key >> 32 & 0xFF
+            if way is None or hop not in way.responders:
+                new.append(key)
+            elif way.responders[hop] != self._names[key & 0xFFFFFFFF]:
+                return 0
+        if len(new) > NEW_MAX + len(self) * NEW_SHARE or (np.diff(found >> 32) == 0).any():
+            return 0
+        if new:
+            found, places = np.unique(keys, return_index=True)
+            for place in map(int, sorted(places[np.searchsorted(found, new)].tolist())):
+                row = next(self.rows(place, place + 1))
+                way, hop, responder = row[4].way, row[1], row[3]
+                if (way is None and watch.is_full) or (way and way.responders.get(hop, responder) != responder):
+                    return place
+                watch.settle(row, hops)
+        return len(self)
 
 
 def note_slices(way: Way, rows: dict[str, Any], flow_of: Any, flows: list[Flow]) -> None:
@@ -292,7 +267,7 @@ class Slices:
         way, rows, count = self._way, slice(place, stop), stop - place
         latency, are_there = self._latency[rows], self._is_there[rows]
         latencies, steps = (
-            [its.get(series, Reference()) for series in self._columns] for its in (way.latencies, way.steps)
+            [its.get(series, UNKNOWN) for series in self._columns] for its in (way.latencies, way.steps)
         )
         hops = len(self._columns) - (self._columns[-1] == TCP)
         self._excess[rows] = excess = latency - np.array([each.usual for each in latencies], float)
@@ -308,8 +283,7 @@ class Slices:
         if hops < len(self._columns):
             has_hops = are_there[:, :hops].any(axis=1)
             fronts[-count:][~has_hops] = excess[~has_hops, hops]
-            round_trip = np.nan_to_num(latency[:, hops]).astype(int)
-            since = self._begins[rows] - SRTT_GAIN * round_trip - QUIET_NS
+            since = self._begins[rows] - SRTT_GAIN * np.trunc(latency[:, hops]) - QUIET_NS
             places = np.arange(len(fronts) - count, len(fronts))
             oldest = np.maximum(np.searchsorted(ends[: len(fronts)], since), places - RECENT_MAX)
             before = np.lib.stride_tricks.sliding_window_view(fronts, RECENT_MAX)[places - RECENT_MAX]
@@ -325,14 +299,14 @@ class Slices:
         way.tests.count += int(np.count_nonzero(~np.isnan(step)))
         for references, values in (way.latencies, latency), (way.steps, step):
             has_gaps = np.isnan(values).any()
-            for series, its in zip(self._columns, values.T):
+            for series, its in zip(self._columns, np.ascontiguousarray(values.T)):
                 if has_gaps:
                     its = its[~np.isnan(its)]
                 if len(its):
-                    references[series].add_all(its.tolist())
+                    references[series].add_all(its.tobytes())
         way.quiet += len(latency)
         if len(latency) and way.until_renewal == RENEWED_AFTER:
-            way.renew(np.sort)
+            way.renew(partitioned)
 
     def _snapshot(self, place: int) -> Snapshot:
         begins, ends, *others = self._others
@@ -343,6 +317,14 @@ class Slices:
         snapshot = Snapshot(begins[place], ends[place], found[0], *(each[place] for each in others))
         snapshot.excess, snapshot.step = found[1:]
         return snapshot
+
+
+def partitioned(values: Sequence[float]) -> Any:
+    """Return values, of which those that Reference.renew() looks at are where they would be in order."""
+    found = np.array(values)
+    count = len(found)
+    found.partition([(count - 1) // 2, count // 2, int(USUAL * (count - 1))])
+    return found
 
 
 def is_new(way: Way, series: int) -> bool:
