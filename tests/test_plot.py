@@ -12,6 +12,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,7 +35,7 @@ with suppress(ImportError):
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    from elf import batches, bulk, compare, course
+    from elf import batches, bulk, compare, course, sources
     from elf import summary as summary_module
     from elf.slices import Slices
     from elf.sources import sources_of, utc_of_zero
@@ -1133,6 +1134,31 @@ def test_figures_of_many_rows(csv: Path) -> None:
         its = latencies[in_bin == number]
         assert (low, median, high) == pytest.approx(tuple(np.quantile(its, (0.25, 0.5, 0.75))), rel=0.01)
         assert most == its.max()
+
+
+def test_memory_does_not_grow_with_the_rows(csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four times as many rows need as much: of two destinations, one with less detail. The limits are low here."""
+    for module, name, value in (
+        (batches, 'PART', 1 << 16), (batches, 'BLOCK', 1 << 14), (batches, 'SURVEY_PIECE', 1 << 11),
+        (course, 'EXACT_MAX', 2000), (course, 'SMALL_EXACT_MAX', 1000), (course, 'WAITING_MIN', 500),
+        (course, 'POINTS_MAX', 100), (sources, 'LARGE_MAX', 1),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    chance, peaks = random.Random(3), []
+    for count in 6_000, 24_000:
+        with open(csv, 'w') as file:
+            file.write(','.join(COLUMNS[:15]) + '\n')
+            for number in range(count):
+                sent, hop, latency = START + number * 3 * MS, number % 3 + 1, chance.randrange(MS, 2 * MS)
+                dest = f'203.0.113.{80 + number % 2}'
+                file.write(f'0,7,{number},{latency},{sent},0,{dest},10.0.{hop}.2,{hop},64,40112,443,17,1,1\n')
+        tracemalloc.start()
+        for source in sources_of([str(csv)])[0]:
+            found = sources.read(source, False, sources.Window(0, sources.FOREVER, []), 2)
+            assert sum(each.probes for each in found.courses.values()) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0], peaks
 
 
 def test_bins_that_become_too_many() -> None:
