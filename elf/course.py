@@ -31,8 +31,9 @@ FLOWS_MAX = 1 << 15  # whose retransmissions are followed
 FLOWS_TOLD = 32  # of a destination that are told apart: those that come first
 NAMES_MAX = 1000  # kinds of flows and programs that are counted
 
-WAITING_MIN, WAITING_SHARE = 1 << 12, 1 / 8  # answers that wait to be counted, at most: of cells, if that is more
-EXACT_MAX, SMALL_EXACT_MAX = 1 << 19, 1 << 15  # cells of a destination, from which on latencies are rounded
+WAITING_MIN, WAITING_SHARE = 1 << 10, 1 / 8  # answers that wait to be counted, at most: of cells, if that is more
+EXACT_MAX, SMALL_EXACT_MAX = 1 << 19, 1 << 15  # cells of a destination, from which on latencies are rounded ...
+FEW_BINS = 16  # ... and if this does not help, bins become wider, but not fewer than these
 STEP = np.log(1.02)  # between rounded latencies
 LATENCY_BITS, BIN_BITS = 36, 11  # of a key; the line's number is in the others
 LATENCY_MAX, BINS = (1 << LATENCY_BITS) - 1, 1 << BIN_BITS
@@ -128,6 +129,11 @@ class Cells:
         """Whether latencies are not rounded."""
         self._count()
         return self._is_exact
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there are too many, although latencies are rounded."""
+        return len(self._keys) > self._exact_max
 
     def __len__(self) -> int:
         self._count()
@@ -275,6 +281,9 @@ class Course:
             rows = np.flatnonzero(are_answered)
             self._add_answers(batch.take(rows), bins[rows], since[rows])
         self._add_flows(batch, bins, times)
+        if (self._cells.is_full or self._srtt.is_full) and (self.last - self.first) // self.width > FEW_BINS:
+            self._fold()
+            self.folds = max(self.folds - 1, 0)
 
     def _count_names(self, batch: Batch) -> None:
         counts = np.bincount(batch["app"])

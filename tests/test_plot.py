@@ -1176,6 +1176,27 @@ def test_bins_that_become_too_many() -> None:
     assert first == line.bins.number[0] == -7 * S // its.width
 
 
+def test_cells_that_become_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bins become wider, until there are few of them. Latencies stay exact to 1 %."""
+    monkeypatch.setattr(course, 'SMALL_EXACT_MAX', 500)
+    monkeypatch.setattr(course, 'WAITING_MIN', 100)
+    its, texts, chance = course.Course('10.0.0.1', 0, S, is_small=True), batches.Texts(), random.Random(4)
+    latencies = []
+    for start in range(0, 2000, 100):
+        columns = {name: np.ones(100, np.int64) for name in batches.READ}
+        latencies += [chance.randrange(MS, 2 * MS) for _ in range(100)]
+        columns['latency'] = np.array(latencies[-100:])
+        for name in 'dest', 'responder':
+            columns[name][:] = texts.number('10.0.0.1')
+        for name in 'srtt', 'retrans':
+            columns[name][:] = batches.UNKNOWN
+        its.add(batches.Batch(texts.names, columns), np.arange(start, start + 100) * S)
+    [line] = its.lines()
+    assert its.width > S and len(its._cells) < 1000 and len(line.bins) >= course.FEW_BINS // 2
+    assert line.bins.count.sum() == 2000
+    assert line.spread == pytest.approx(list(np.quantile(latencies, course.QUANTILES)), rel=0.01)
+
+
 @pytest.mark.parametrize(
     'text, retrans',
     [
