@@ -32,8 +32,9 @@ FLOWS_TOLD = 32  # of a destination that are told apart: those that come first
 NAMES_MAX = 1000  # kinds of flows and programs that are counted
 
 WAITING_MIN, WAITING_SHARE = 1 << 10, 1 / 8  # answers that wait to be counted, at most: of cells, if that is more
-EXACT_MAX, SMALL_EXACT_MAX = 1 << 19, 1 << 15  # cells of a destination, from which on latencies are rounded ...
-FEW_BINS = 16  # ... and if this does not help, bins become wider, but not fewer than these
+EXACT_MAX, SMALL_EXACT_MAX = 1 << 19, 1 << 14  # cells of a destination, from which on latencies are rounded ...
+CELLS_MAX, SMALL_CELLS_MAX = 1 << 19, 1 << 15  # ... and if this does not help, bins become wider, ...
+FEW_BINS = 16  # ... but not fewer than these
 STEP = np.log(1.02)  # between rounded latencies
 LATENCY_BITS, BIN_BITS = 36, 11  # of a key; the line's number is in the others
 LATENCY_MAX, BINS = (1 << LATENCY_BITS) - 1, 1 << BIN_BITS
@@ -105,9 +106,9 @@ class Line:
 class Cells:
     """How often each latency occurs, by line and bin; and of each line's bin the times and the slowest."""
 
-    def __init__(self, exact_max: int) -> None:
+    def __init__(self, exact_max: int, cells_max: int) -> None:
         self._is_exact = True
-        self._exact_max = exact_max
+        self._exact_max, self._cells_max = exact_max, cells_max
         self._waiting: list[Any] = []  # arrays of key, latency, time
         self._waiting_count = 0
         self._keys = np.zeros(0, np.int64)  # line, bin, latency
@@ -133,7 +134,7 @@ class Cells:
     @property
     def is_full(self) -> bool:
         """Whether there are too many, although latencies are rounded."""
-        return len(self._keys) > self._exact_max
+        return len(self._keys) > self._cells_max
 
     def __len__(self) -> int:
         self._count()
@@ -245,7 +246,8 @@ class Course:
         self.fastest, self.slowest = 1 << 62, 0  # ns
         self.apps: collections.Counter[str] = collections.Counter()
         self.kinds: collections.Counter[tuple[int, int]] = collections.Counter()  # protocol and port
-        self._cells, self._srtt = (Cells(SMALL_EXACT_MAX if is_small else EXACT_MAX) for _ in range(2))
+        limits = (SMALL_EXACT_MAX, SMALL_CELLS_MAX) if is_small else (EXACT_MAX, CELLS_MAX)
+        self._cells, self._srtt = (Cells(*limits) for _ in range(2))
         self._points_max = 0 if is_small else POINTS_MAX
         self._by_hop: dict[int, Any] = {}  # probes and unanswered ones by bin
         self._lines: dict[tuple[int, str], int] = {}

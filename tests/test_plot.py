@@ -1141,6 +1141,7 @@ def test_memory_does_not_grow_with_the_rows(csv: Path, monkeypatch: pytest.Monke
     for module, name, value in (
         (batches, 'PART', 1 << 16), (batches, 'BLOCK', 1 << 14), (batches, 'SURVEY_PIECE', 1 << 11),
         (course, 'EXACT_MAX', 2000), (course, 'SMALL_EXACT_MAX', 1000), (course, 'WAITING_MIN', 500),
+        (course, 'CELLS_MAX', 4000), (course, 'SMALL_CELLS_MAX', 2000),
         (course, 'POINTS_MAX', 100), (sources, 'LARGE_MAX', 1),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
@@ -1178,7 +1179,8 @@ def test_bins_that_become_too_many() -> None:
 
 def test_cells_that_become_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bins become wider, until there are few of them. Latencies stay exact to 1 %."""
-    monkeypatch.setattr(course, 'SMALL_EXACT_MAX', 500)
+    monkeypatch.setattr(course, 'SMALL_EXACT_MAX', 300)
+    monkeypatch.setattr(course, 'SMALL_CELLS_MAX', 500)
     monkeypatch.setattr(course, 'WAITING_MIN', 100)
     its, texts, chance = course.Course('10.0.0.1', 0, S, is_small=True), batches.Texts(), random.Random(4)
     latencies = []
