@@ -93,7 +93,7 @@ def flow_address(lab: Lab, version: int, way: str, flow: str) -> str:
     return re.sub('2$', str(number), lab.server_address(version))
 
 
-@pytest.fixture(scope='module', params=WAYS, ids=lambda routers: f'{routers} routers')
+@pytest.fixture(scope='module')
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     with Lab(routers=request.param) as lab, ExitStack() as stack:
         tables: dict[int, str] = defaultdict(str)
@@ -229,7 +229,16 @@ def without(lab: Lab) -> tuple[Any, list[Counter[str]]]:
     return noticed(lab)
 
 
-@pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    'lab, options',
+    [
+        pytest.param(routers, options, id=f'{routers} routers-{name}')
+        for routers in WAYS
+        for name, options in OPTIONS.items()
+        if routers > 1 or '-p' in options  # no probe is sent without routers, and few with one
+    ],
+    indirect=['lab'],
+)
 def test_nobody_notices(
     lab: Lab, without: tuple[Any, list[Counter[str]]], tmp_path: Path, options: list[str]
 ) -> None:
