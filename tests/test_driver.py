@@ -910,6 +910,8 @@ RECORD = dict(
     pid=77,
     origseq=4294967295,
     source='192.0.2.77',
+    ripid=0,
+    recvttl=62,
 )
 
 
@@ -919,7 +921,7 @@ RECORD = dict(
         ({**REPLY, 'translated': 1}, dict(translated=1)),
         ({**REPLY, 'srtt': 0}, dict(srtt=None)),
         ({**REPLY, 'cwnd': 0}, dict(srtt=None, cwnd=None, retrans=None)),
-        ({}, dict(latency=-1, responder='', intos=None)),
+        ({}, dict(latency=-1, responder='', intos=None, ripid=None, recvttl=-1)),
     ],
     ids=['answered', 'no round trip yet', 'not TCP', 'unanswered'],
 )

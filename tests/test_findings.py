@@ -98,9 +98,9 @@ def test_strangers_traceroutes_take_no_room() -> None:
     unmatched = UnmatchedAnswers(summary)
     for number in range(5000):
         stranger = flow[0], number, 80, 6
-        unmatched.note(stranger, Unmatched(number, 0, 1, '192.0.2.1', b''))
+        unmatched.note(stranger, Unmatched(number, 0, 40, 1, '192.0.2.1', b''))
         unmatched.drop(stranger)
-    unmatched.note(flow, Unmatched(1, 0, 1, '192.0.2.3', b''))
+    unmatched.note(flow, Unmatched(1, 0, 40, 1, '192.0.2.3', b''))
     assert [(each.hop, each.responder, each.answers) for each in unmatched.findings()] == [(3, '192.0.2.3', 1)]
 
 
