@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import marshal
 import os
 import sys
 from importlib.machinery import FileFinder, SourceFileLoader
 from types import CodeType
+from typing import Iterator
 
 from elf.cache import CACHE, Cache
 
@@ -26,18 +28,23 @@ class Bytecode:
     """
 
     def __init__(self) -> None:
-        sources = sorted(entry.path for entry in os.scandir(PACKAGE) if entry.name.endswith(".py"))
-        self._cache = Cache(CACHE, sys.version, [(path, text(path)) for path in sources])
+        self._sources = dict(read_sources())
+        hashes = [(path, hashlib.sha256(source).hexdigest()) for path, source in sorted(self._sources.items())]
+        self._cache = Cache(CACHE, sys.version, sys.flags.optimize, hashes)
         self.kept = codes(self._cache.read())
         self.new: dict[str, CodeType] = {}
         bytecode = self
 
         class Loader(SourceFileLoader):
-            """Take the code of a module from what was kept."""
+            """Take the code of a module from what was kept, or make it from the text whose hash is in the key."""
 
             def get_code(self, fullname: str) -> CodeType | None:
-                code = bytecode.kept.get(fullname) or super().get_code(fullname)
-                if code and fullname not in bytecode.kept:
+                path = self.get_filename(fullname)
+                if path not in bytecode._sources:
+                    return super().get_code(fullname)
+                code = bytecode.kept.get(fullname)
+                if code is None:
+                    code = compile(bytecode._sources[path], path, "exec", dont_inherit=True)
                     bytecode.new[fullname] = code
                 return code
 
@@ -58,7 +65,10 @@ def codes(content: object) -> dict[str, CodeType]:
     return {}
 
 
-def text(path: str) -> str:
-    """Return the text of a source file."""
-    with open(path, encoding="utf-8") as file:
-        return file.read()
+def read_sources() -> Iterator[tuple[str, bytes]]:
+    """Yield path and text of each module of this package that can be read."""
+    for entry in os.scandir(PACKAGE):
+        name, extension = os.path.splitext(entry.name)
+        if extension == ".py" and name.isidentifier():
+            with contextlib.suppress(OSError), open(entry.path, "rb") as file:
+                yield entry.path, file.read()

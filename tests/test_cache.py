@@ -6,6 +6,7 @@ import base64
 import json
 import marshal
 import os
+import py_compile
 import re
 import shutil
 import sys
@@ -246,3 +247,25 @@ def test_modules_are_kept_as_programs_are(tmp_path):
         kept.write_text(spoilt)
         assert refusal() == usual
     assert not ELFPROBE.with_name('elf').joinpath('__pycache__').exists()
+
+
+def test_only_modules_that_can_be_read_are_kept(tmp_path):
+    """What editors and file systems leave in the folder does no harm, and what Python has compiled is not believed."""
+    cache, tree = tmp_path / 'cache', tmp_path / 'tree'
+    cache.mkdir()
+    shutil.copytree(ELFPROBE.with_name('elf'), tree / 'elf')
+    for path in ELFPROBE, ELFPROBE.with_suffix('.c'), ELFPROBE.with_name('elfhooks.c'):
+        shutil.copy(path, tree)
+    (tree / 'elf/.#lock.py').symlink_to('nobody@nowhere')
+    (tree / 'elf/._fork.py').write_bytes(b'\xff\0')
+    (tree / 'elf/folder.py').mkdir()
+    module = tree / 'elf/service.py'
+    text = module.read_text()
+    module.write_text('raise SystemExit("stale")')
+    py_compile.compile(str(module), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    module.write_text(text)
+    command = *in_place_of_var_cache(cache), sys.executable, str(tree / ELFPROBE.name), '-i', 'none0', '192.0.2.1'
+    for _ in range(2):
+        assert "no 'none0'" in run(*command, check=False, cwd=tmp_path).stderr
+        [kept] = (cache / 'elfprobe').iterdir()
+        assert 'elf.service' in marshal.loads(base64.b64decode(json.loads(kept.read_text())))
