@@ -846,6 +846,8 @@ enum probe_form {
 #define STEP_SHIFT_MAX 8
 /* Number of consecutive packets that must say so, before we believe that the path has become longer. */
 #define LONGER_AFTER 16
+/* Number of bare ACKs that must say so, before we believe that the path is shorter than packets with data say. */
+#define SHORTER_AFTER 3
 /* One probe out of so many goes one hop beyond the believed last router. */
 #define EXPLORE_EVERY 20000
 /* Minimum time between two explorations that replies of the last router cause. */
@@ -927,6 +929,7 @@ struct distance {
 	__u8 fallbacks;      /* number of fallback probes since a router answered one */
 	__u8 guards_blocked; /* a router answered a fallback probe, but no guarded one */
 	__u8 by_data;        /* packets with data have told reverse: see destination_seen() */
+	__u8 shorter_acks;   /* number of bare ACKs since then that say that the path is shorter */
 };
 
 struct liveness {
@@ -1386,7 +1389,7 @@ static inline void end_outage(struct path *path, __u64 start, __u64 now)
 static inline int is_as_expected(const struct path *path, __u32 distance, __u64 gap, int has_data)
 {
 	return distance == path->distance.reverse && !path->distance.longer_packets && gap <= TOGETHER_TICKS &&
-	       (path->distance.by_data || !has_data);
+	       (!has_data || (path->distance.by_data && !path->distance.shorter_acks));
 }
 
 /* A packet of the destination arrived from this distance, with a gap of ticks since the one before. Believe a
@@ -1395,13 +1398,14 @@ static inline int is_as_expected(const struct path *path, __u32 distance, __u64 
  * it are retried.
  *
  * A SYN proxy or a load balancer opens each connection with a bare ACK that it sends in the destination's name. So data
- * is believed at once against bare ACKs, and these only after LONGER_AFTER against data. */
+ * is believed at once against bare ACKs. A bare ACK that says shorter than data did is believed if SHORTER_AFTER came
+ * before it, without data from there. */
 static inline void destination_seen(struct path *path, __u32 seen, __u64 gap, int is_first, int has_data, __u64 now,
 				    __u64 ticks)
 {
 	struct distance *distance = &path->distance;
-	int is_doubtful = has_data ? distance->by_data && seen > distance->reverse
-				   : distance->by_data || seen > distance->reverse;
+	int is_shorter = seen < distance->reverse && !has_data && distance->by_data;
+	int is_longer = seen > distance->reverse && (!has_data || distance->by_data);
 
 	if (gap > TOGETHER_TICKS && !is_first)
 		end_outage(path, now - gap * TICK_NS, now);
@@ -1409,10 +1413,16 @@ static inline void destination_seen(struct path *path, __u32 seen, __u64 gap, in
 		path->liveness.last_received = ticks;
 	if (seen == distance->reverse) {
 		distance->longer_packets = 0;
-	} else if (distance->reverse && is_doubtful && distance->longer_packets < LONGER_AFTER) {
+		if (has_data)
+			distance->shorter_acks = 0;
+	} else if (is_shorter && distance->shorter_acks < SHORTER_AFTER) {
+		distance->longer_packets = 0;
+		distance->shorter_acks++;
+	} else if (distance->reverse && is_longer && distance->longer_packets < LONGER_AFTER) {
 		distance->longer_packets++;
 	} else {
 		distance->longer_packets = 0;
+		distance->shorter_acks = 0;
 		if (distance->reverse)
 			path_changed(distance, now);
 		distance->reverse = seen;

@@ -3445,9 +3445,7 @@ class Results:
         probes: dict[FlowKey, dict[int, Sent]] = {flow: {} for flow in keys}
         for key, probe in self._kernel.in_flight_of(set(flow_of)):
             its = dict(zip(self.outstanding_names, self._outstanding.unpack(probe + key)))
-            sent = Sent(
-                its["ident"], its["origseq"], its["outipid"], its["form"] == USUAL, its["sendtime"], key, probe
-            )
+            sent = Sent(its["ident"], its["origseq"], its["outipid"], its["sendtime"], key, probe)
             probes[flow_of[key[:FLOW_KEY_BYTES]]][sent.number] = sent
         rows = []
         for flow, of_flow in probes.items():

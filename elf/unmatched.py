@@ -16,7 +16,8 @@ from elf.findings import NearMiss
 from elf.summary import FlowKey, Summary
 
 ENOUGH_ANSWERS = 2  # that one constant must explain, unless there is one answer and it can quote one probe only
-ENOUGH_OVERWRITTEN = 3  # where the hop has answered before: in a routing loop, bare ACKs end at routers, too
+ENOUGH_OVERWRITTEN = 3  # within OVERWRITTEN_WITHIN: in a routing loop, bare ACKs end at routers, too
+OVERWRITTEN_WITHIN = 10 * 10**9  # ns
 BARE_LENGTH_MAX = 120  # of IP and TCP headers, bytes
 ANSWERS_KEPT = 16  # of a flow
 FLOWS_MAX = 1024
@@ -33,6 +34,7 @@ class Unmatched(NamedTuple):
     recvtime: int  # CLOCK_MONOTONIC, ns, as all times here
     responder: str
     result: bytes  # struct result, without the probe
+    is_copy: bool = False  # of a router that answers this flow: perhaps a second copy, or too late
 
 
 class Sent(NamedTuple):
@@ -41,7 +43,6 @@ class Sent(NamedTuple):
     number: int
     carrier: int  # TCP sequence number of the packet that it was cloned from
     ip_id: int
-    is_proven: bool  # its hop
     sendtime: int
     key: bytes  # struct probe_key
     probe: bytes  # struct probe
@@ -64,18 +65,22 @@ def find_offset(answers: Iterable[Unmatched], probes: Iterable[Sent], known: int
     """Return the constant between quoted numbers and probes that explains most answers, 0 if it is not certain.
 
     Each flow has a constant of its own, and a hop that has not been proven is probed seldom, by one flow after the
-    other. So a single answer must do where the identification leaves no other probe that it can quote.
+    other. So a single answer must do where the identification leaves no other probe that it can quote: in IPv4, if
+    it is not 0, but not in IPv6, whose flow label is that of all packets of the flow.
 
     known is the constant that does not explain these answers.
     """
-    votes = collections.Counter(
-        (answer.number - probe.number) % SEQUENCE_NUMBERS
+    fitting = [
+        (answer, probe)
         for answer in answers
+        if not answer.is_copy
         for probe in probes
         if probe.may_be_quoted_by(answer)
-    )
+    ]
+    votes = collections.Counter((answer.number - probe.number) % SEQUENCE_NUMBERS for answer, probe in fitting)
     best = votes.most_common(2)
-    if not best or (sum(votes.values()) > 1 and best[0][1] < ENOUGH_ANSWERS):
+    is_unique = len(fitting) == 1 and fitting[0][0].ip_id != 0 and ":" not in fitting[0][0].responder
+    if not best or (best[0][1] < ENOUGH_ANSWERS and not is_unique):
         return 0
     if len(best) > 1 and best[0][1] == best[1][1]:
         return 0
@@ -91,7 +96,7 @@ class UnmatchedAnswers:
         self._waiting: dict[FlowKey, dict[int, Unmatched]] = {}  # by flow and quoted number
         self._offsets: dict[FlowKey, int] = {}
         self._counts: collections.Counter[tuple[FlowKey, str]] = collections.Counter()  # by flow and responder
-        self._overwritten: collections.Counter[str] = collections.Counter()  # by destination
+        self._overwritten: dict[str, list[int]] = {}  # by destination: when the newest ones came
 
     def note(self, flow: FlowKey, answer: Unmatched) -> None:
         """Keep an answer. Do not count that of a router which answers this flow: a second copy, or too late."""
@@ -101,8 +106,8 @@ class UnmatchedAnswers:
             self._counts[key] += 1
         if len(self._waiting) < FLOWS_MAX:
             answers = self._waiting.setdefault(flow, {})
-            if len(answers) < ANSWERS_KEPT:
-                answers[answer.number] = answer
+            if len(answers) < (ANSWERS_KEPT // 2 if is_copy else ANSWERS_KEPT):
+                answers[answer.number] = answer._replace(is_copy=is_copy)
 
     def flows(self) -> set[FlowKey]:
         """Return the flows of which answers wait."""
@@ -121,8 +126,9 @@ class UnmatchedAnswers:
                 del answers[answer.number]
                 for each in [each for each in self._counts if each[0] == flow]:
                     del self._counts[each]
-                is_new = any(not probe.is_proven for probe in overwritten)
-                self._overwritten[flow[0]] += ENOUGH_OVERWRITTEN if is_new else 1
+                times = self._overwritten.setdefault(flow[0], [])
+                times.append(answer.recvtime)
+                del times[:-ENOUGH_OVERWRITTEN]
         for is_known in (True, False):
             offset = known if is_known else find_offset(answers.values(), probes.values(), known)
             for answer in list(answers.values()) if offset else ():
@@ -138,7 +144,11 @@ class UnmatchedAnswers:
 
     def take_overwritten(self) -> list[str]:
         """Return the destinations on the way to which an ACK filter overwrites probes, each once."""
-        found = [dest for dest, count in self._overwritten.items() if count >= ENOUGH_OVERWRITTEN]
+        found = [
+            dest
+            for dest, times in self._overwritten.items()
+            if len(times) == ENOUGH_OVERWRITTEN and max(times) - min(times) < OVERWRITTEN_WITHIN
+        ]
         for dest in found:
             del self._overwritten[dest]
         return found

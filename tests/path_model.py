@@ -111,6 +111,7 @@ class Distance(ctypes.Structure):
         ('fallbacks', ctypes.c_uint8),
         ('guards_blocked', ctypes.c_uint8),
         ('by_data', ctypes.c_uint8),
+        ('shorter_acks', ctypes.c_uint8),
     ]
 
 

@@ -223,14 +223,20 @@ AGAINST_DATA: dict[str, tuple[Fields, int, Fields]] = {
     'shorter not at once': (
         dict(length=5, reverse=5, by_data=1, proven=4),
         3,
-        dict(length=5, reverse=5, longer_packets=1, proven=4),
+        dict(length=5, reverse=5, shorter_acks=1, proven=4),
     ),
-    'shorter after 16': (
-        dict(length=5, reverse=5, by_data=1, longer_packets=16),
+    'shorter after 3': (
+        dict(length=5, reverse=5, by_data=1, shorter_acks=3),
         3,
-        dict(length=3, reverse=3, longer_packets=0, by_data=1),
+        dict(length=3, reverse=3, shorter_acks=0, by_data=1),
+    ),
+    'shorter, with longer ones in turn': (
+        dict(length=5, reverse=5, by_data=1, shorter_acks=2),
+        5,
+        dict(length=5, reverse=5, shorter_acks=2, by_data=1),
     ),
 }
+CONFIRMED_BY_DATA = dict(length=5, reverse=5, by_data=1, shorter_acks=2), 5, dict(length=5, shorter_acks=0)
 
 
 @pytest.mark.parametrize(
@@ -240,10 +246,11 @@ AGAINST_DATA: dict[str, tuple[Fields, int, Fields]] = {
         *(({**before, 'by_data': 1}, distance, 1, after) for before, distance, after in SEEN.values()),
         (*OVER_BARE_ACKS[:2], 1, OVER_BARE_ACKS[2]),
         (dict(length=5, reverse=5), 5, 1, dict(length=5, by_data=1)),
+        (*CONFIRMED_BY_DATA[:2], 1, CONFIRMED_BY_DATA[2]),
         *((before, distance, 0, after) for before, distance, after in AGAINST_DATA.values()),
     ],
     ids=[*(f'{kind}: {name}' for kind in ('bare ACK', 'data') for name in SEEN), 'data over bare ACKs',
-         'data as well', *(f'bare ACK against data: {name}' for name in AGAINST_DATA)],
+         'data as well', 'data after all', *(f'bare ACK against data: {name}' for name in AGAINST_DATA)],
 )  # fmt: skip
 def test_destination_seen(model: PathModel, before: Fields, distance: int, has_data: int, after: Fields) -> None:
     path = new_path(**before)
