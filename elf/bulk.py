@@ -250,6 +250,8 @@ class BulkSummary(Summary):
                     watch.rows += stretch.rows(done, len(stretch))
                     watch.digest(destination.hops, is_over=False)
             watch.losses.close(int(batch["sendtime"][its[-1]]) // MOMENT - LATE)
+        for row in Groups(batch["dest"]).firsts.tolist():
+            self._destinations[batch.text("dest", row)].watch.losses.limit()
 
     def _hops_of(self, groups: BatchGroups) -> tuple[list[Destination], list[Hop]]:
         """Return the destination and the hop of each group."""

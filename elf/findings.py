@@ -11,11 +11,11 @@ import dataclasses
 import math
 from typing import Any, Callable, ClassVar, Iterable, Iterator, Sequence
 
-from elf.episodes import CHANGE_TOGETHER, MARGIN, TCP, Change, Episode, Watch
+from elf.episodes import CHANGE_TOGETHER, CHANGES_MAX, MARGIN, TCP, Change, Episode, Watch
 from elf.inference import holm
 from elf.losses import NEARLY_ALL as NEARLY_ALL_LOST
 from elf.losses import LossEpisode
-from elf.paths import Destination, Hop, Outage
+from elf.paths import PROBED_AFTER, Destination, Hop, Outage
 from elf.returns import ReturnChange
 from elf.rows import Record
 
@@ -230,7 +230,7 @@ class LossForAWhile(Finding):
         if its.back:
             _, low, high = its.back
             return "back" if low > 1 / 2 else "there" if high < 1 / 2 else None
-        return "back" if self.tcp_sends and its.forward_p < SIGNIFICANT else None
+        return None
 
     def _place(self, hop: int) -> str:
         return f"hop {hop} ({self.responders[hop]})" if hop in self.responders else f"hop {hop}"
@@ -254,8 +254,6 @@ class LossForAWhile(Finding):
         if its.back:
             back, _, _ = its.back
             way += f" (by the routers' IP identifications, {back:.0%} on the way back)"
-        elif direction == "back":
-            way = "rather on the way back, since TCP retransmitted so little; or answers are limited"
         return (
             f"{self._share()} of the packets were lost between {front} and {self._place(its.until)}{behind}{likely}"
             f", {way}{self._tcp()}"
@@ -571,12 +569,14 @@ def episodes(destination: Destination, outages: dict[int, list[Outage]]) -> Iter
         if p < SIGNIFICANT:
             yield slower(destination, delay, p)
     for loss, p in zip(losses, corrected[len(delays) :]):
-        if p < SIGNIFICANT and not is_outage(loss, outages):
+        if p < SIGNIFICANT and not is_outage(loss, outages) and not is_shorter_path(loss, watch.changes):
             yield lossy(destination, loss, p)
 
 
 def return_path_changes(watch: Watch) -> Iterator[ReturnPathChange]:
     """Yield the changes of the way back during which the way there was the same."""
+    if len(watch.changes) >= CHANGES_MAX:
+        return  # further changes of the way there are not known
     for change in watch.returns.all():
         near = change.begin - CHANGE_TOGETHER, change.end + CHANGE_TOGETHER
         farthest = max(change.hops)
@@ -591,6 +591,15 @@ def is_outage(loss: LossEpisode, outages: dict[int, list[Outage]]) -> bool:
         for number in outages if number >= loss.hop
         for outage in outages[number]
     ))  # fmt: skip
+
+
+def is_shorter_path(loss: LossEpisode, changes: list[Change]) -> bool:
+    """Return whether the hops may have vanished: then probes are unanswered for moments, and no more are sent."""
+    if loss.share <= NEARLY_ALL_LOST or loss.retransmitted:
+        return False
+    return loss.end - loss.begin < PROBED_AFTER * 10**9 or any(
+        change.hop <= loss.hop and abs(change.begin - loss.begin) < CHANGE_TOGETHER for change in changes
+    )
 
 
 def lossy(destination: Destination, episode: LossEpisode, p: float) -> LossForAWhile:

@@ -4,7 +4,6 @@
 wilson_ranks(), median_interval()   interval of a median by its order statistics (Fontugne et al., IMC 2017)
 wilson_share()                      Wilson's score interval of a share
 fisher()                            Fisher's exact test, one-sided
-binomial_tail()                     exact binomial test, one-sided
 spearman(), spearman_highest()      rank correlation, and how sure that it is none; how high it may be
 superiority()                       how often one of the values is above one of others
 holm()                              correction for the number of tests
@@ -96,18 +95,6 @@ def hypergeometric_sum(chosen: range, count: int, every_high: int, every: int) -
         else:
             term *= its * (low + its) / ((every_high - its + 1) * (count - its + 1))
     return total
-
-
-def binomial_tail(found: int, count: int, share: float) -> float:
-    """Return p that found or more of count happen by chance, each with that probability."""
-    if found <= 0 or share >= 1:
-        return 1.0
-    if share <= 0:
-        return 0.0
-    yes, no = math.log(share), math.log1p(-share)
-    return min(1.0, math.fsum(
-        math.exp(log_choose(count, its) + its * yes + (count - its) * no) for its in range(found, count + 1)
-    ))  # fmt: skip
 
 
 def ranks(values: Sequence[float]) -> list[float]:

@@ -16,7 +16,7 @@ import dataclasses
 import math
 from typing import Any, Iterator, Sequence
 
-from elf.inference import binomial_tail, fisher, wilson_share
+from elf.inference import fisher, wilson_share
 
 MOMENT = 10**8  # ns: probes are counted in moments
 LATE = 80  # moments, after which rows of unanswered probes have come
@@ -55,7 +55,6 @@ class LossEpisode:
     probes: int
     behind: int  # how many hops behind answer
     retransmitted: int  # segments, meanwhile
-    forward_p: float  # that TCP retransmits so few if all were lost on the way there
     back: (
         tuple[float, float, float] | None
     )  # share of the losses on the way back, and its interval; None: not known
@@ -312,11 +311,17 @@ class Losses:
     def note_unanswered(self, number: int, moment: int) -> None:
         """Note an unanswered probe."""
         self.add_unanswered(number, moment, 1)
+        self.limit()
+
+    def limit(self) -> None:
+        """Close the oldest moments if too many wait: those of a destination that does not answer any more."""
         if len(self._open) > OPEN_MAX:
             self.close(max(self._open) - LATE)
 
     def add_unanswered(self, number: int, moment: int, count: int) -> None:
-        """Note unanswered probes. The caller closes moments from time to time."""
+        """Note unanswered probes. The caller closes moments from time to time, or calls limit()."""
+        if not self._states:
+            return  # nothing has answered yet: what is usual is not known
         cell = self._cell(number, moment)
         if cell:
             cell.unanswered += count
@@ -475,13 +480,11 @@ class Losses:
         if p > WORTH_KEEPING:
             return None
         share, low, high = wilson_share(unanswered, probes, probes / counts.dispersion())
-        all_probes = sum(answered + unanswered for answered, unanswered, *_ in counts.hops.values())
-        few = binomial_tail(all_probes - counts.retransmitted, all_probes, 1 - low)
         return LossEpisode(
             segment.begin * MOMENT, (segment.end + 1) * MOMENT, first,
             max((number for number in hops if number < likely[0]), default=0), likely[-1],
             share, low, high, usual_unanswered / usual, p, probes, sum(number > first for number in its),
-            counts.retransmitted, few, self._back(counts, its),
+            counts.retransmitted, self._back(counts, its),
         )  # fmt: skip
 
     def _place(self, hops: dict[int, tuple[int, int]]) -> tuple[int, list[int]] | None:

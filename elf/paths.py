@@ -15,7 +15,7 @@ OUTAGE_MIN = 3  # s: an outage is longer, and another hop answers in more second
 OUTAGE_CHANCE = 1e-4  # probability of so many unanswered probes in a row, above which it is no outage
 PROBED_AFTER = 2  # s after the last answer: of a path that became shorter, all probes have left before
 OUTAGES_MAX = 5  # of a hop, that are kept
-PAUSES_MAX = 1000  # of a hop, which may still turn out to be outages
+PAUSES_MAX = 100  # of a hop, which may still turn out to be outages
 RESPONDERS_MAX = 64  # of a hop, that are told apart
 SENDS_FROM = 1 / 2  # share of probes with new data of TCP, from which on its retransmissions tell of loss
 

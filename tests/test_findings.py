@@ -18,11 +18,14 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from elf.episodes import Comparisons
 from elf.findings import findings_on
-from elf.inference import binomial_tail, fisher, holm, median_interval, spearman, spearman_highest
+from elf.histogram import LatencyHistogram
+from elf.inference import fisher, holm, median_interval, spearman, spearman_highest
+from elf.losses import OPEN_MAX, Losses
 from elf.rows import ALWAYS_THERE, HEADER, NAMES, Record
 from elf.summary import Summary
-from elf.unmatched import Unmatched, UnmatchedAnswers
+from elf.unmatched import Sent, Unmatched, UnmatchedAnswers, find_offset
 from runs import ELFPROBE
 from verdicts import LOSSES, Score, Truth, measured, simulated, sizes, truths
 
@@ -38,7 +41,6 @@ def test_exact_tests_are_exact() -> None:
     assert fisher(0, 4, 2, 4) == 1
     assert fisher(1000, 20000, 3000, 60000) == pytest.approx(0.5064, abs=1e-4)  # large, and not slow
     assert fisher(20, 100, 3000, 60000) == pytest.approx(1.4e-7, rel=0.5)
-    assert math.isclose(binomial_tail(3, 3, 0.5), 1 / 8) and binomial_tail(0, 9, 0.1) == 1
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.001], tests=20) == pytest.approx([0.02])
     chance = random.Random(3)
@@ -160,6 +162,65 @@ def test_loss_that_lasts_becomes_usual_and_an_outage_is_no_loss() -> None:
         each.kind for each in simulated(random.Random(6), [Truth('loss_episode', 3, 20, 26, 1, 'loss')], 40)[1]
     }
     assert kinds == {'outage'}
+
+
+def test_hops_that_vanish_for_a_while_lose_nothing() -> None:
+    """The path becomes shorter by two hops. Their probes in flight have no answer, and then none is sent to them."""
+    summary = Summary()
+    flow = '203.0.113.80', 40000, 443, 6
+    for step in range(8000):
+        for hop in range(1, 7):
+            is_gone = hop > 4 and 4000 <= step < 6000
+            if not is_gone or step < 4040:
+                its = Record(
+                    *flow, outttl=hop, sendtime=step * 10**7 + hop, latency=-1 if is_gone else 10**6 * hop,
+                    responder='' if is_gone else f'192.0.2.{hop}', srtt=7000, cwnd=10, retrans=0, origseq=step,
+                )  # fmt: skip
+                summary.note(its)
+        if step % 50 == 0:
+            summary.digest()
+    summary.digest(is_over=True)
+    (destination,) = (destination for _, destination in summary.destinations())
+    assert [finding.kind for finding in findings_on(destination) if finding.span()] == []
+
+
+def test_destinations_that_never_answer_take_no_memory() -> None:
+    """Of one that stopped answering, a bounded number of moments waits."""
+    losses = Losses(Comparisons())
+    for moment in range(3000):
+        losses.add_unanswered(2, moment, 1)
+    assert not losses._open
+    losses.note_moment(1, LatencyHistogram(), 3000, 0, '192.0.2.1', None)
+    for moment in range(3000, 9000):
+        losses.note_unanswered(2, moment)
+    assert len(losses._open) <= OPEN_MAX
+
+
+def test_a_few_expired_packets_are_no_ack_filter() -> None:
+    """Packets of the application that end at routers, as in a routing loop, one in twenty seconds."""
+    unmatched = UnmatchedAnswers(Summary())
+    flow = '203.0.113.80', 40000, 443, 6
+    told = []
+    for step, gap in enumerate([20, 20, 20, 20, 20, 3, 3, 3]):
+        at = step * 100 * 10**9 + gap * step * 10**9 if gap == 20 else 10**12 + step * gap * 10**9
+        sent = Sent(1000, 3048, 7, at, b'', b'')
+        unmatched.note(flow, Unmatched(3048, 7, 40, at + 10**6, '192.0.2.3', b''))
+        assert not list(unmatched.match(flow, {sent.number: sent}))
+        told.append(unmatched.take_overwritten())
+    assert told == 7 * [[]] + [[flow[0]]]
+
+
+@pytest.mark.parametrize('version, ip_id, is_found', [(4, 7, True), (4, 0, False), (6, 7, False)])
+def test_one_answer_tells_an_offset_only_if_it_can_quote_one_probe(
+    version: int, ip_id: int, is_found: bool
+) -> None:
+    """In IPv6, and with an identification of 0, any packet of the flow fits. Two that agree are enough."""
+    sent = {number: Sent(number, 9000, ip_id, 1, b'', b'') for number in (1000, 2000)}
+    responder = '192.0.2.3' if version == 4 else '2001:db8::3'
+    answers = [Unmatched(number + 10**6, ip_id, 80, 10**6, responder, b'') for number in sent]
+    assert (find_offset(answers[:1], [sent[1000]], 0) == 10**6) == is_found
+    assert find_offset(answers, sent.values(), 0) == 10**6
+    assert find_offset([answers[0]._replace(is_copy=True)], [sent[1000]], 0) == 0
 
 
 def test_a_change_of_the_way_back_is_told() -> None:
