@@ -16,8 +16,10 @@ from elf.findings import NearMiss
 from elf.summary import FlowKey, Summary
 
 ENOUGH_ANSWERS = 2  # that one constant must explain, unless there is one answer and it can quote one probe only
-ENOUGH_OVERWRITTEN = 3  # within OVERWRITTEN_WITHIN: in a routing loop, bare ACKs end at routers, too
-OVERWRITTEN_WITHIN = 10 * 10**9  # ns
+# So many overwritten probes tell an ACK filter, or two that are apart. In a routing loop, bare ACKs end at routers,
+# too, but for a moment, and mostly at routers that have answered.
+ENOUGH_OVERWRITTEN = 3
+OVERWRITTEN_APART, OVERWRITTEN_WITHIN = 5 * 10**8, 60 * 10**9  # ns
 BARE_LENGTH_MAX = 120  # of IP and TCP headers, bytes
 ANSWERS_KEPT = 16  # of a flow
 FLOWS_MAX = 1024
@@ -126,9 +128,8 @@ class UnmatchedAnswers:
                 del answers[answer.number]
                 for each in [each for each in self._counts if each[0] == flow]:
                     del self._counts[each]
-                times = self._overwritten.setdefault(flow[0], [])
-                times.append(answer.recvtime)
-                del times[:-ENOUGH_OVERWRITTEN]
+                if not answer.is_copy:
+                    self._overwritten.setdefault(flow[0], []).append(answer.recvtime)
         for is_known in (True, False):
             offset = known if is_known else find_offset(answers.values(), probes.values(), known)
             for answer in list(answers.values()) if offset else ():
@@ -144,13 +145,13 @@ class UnmatchedAnswers:
 
     def take_overwritten(self) -> list[str]:
         """Return the destinations on the way to which an ACK filter overwrites probes, each once."""
-        found = [
-            dest
-            for dest, times in self._overwritten.items()
-            if len(times) == ENOUGH_OVERWRITTEN and max(times) - min(times) < OVERWRITTEN_WITHIN
-        ]
-        for dest in found:
-            del self._overwritten[dest]
+        found = []
+        for dest, times in list(self._overwritten.items()):
+            newest = max(times)
+            times[:] = [time for time in times if newest - time < OVERWRITTEN_WITHIN]
+            if len(times) >= ENOUGH_OVERWRITTEN or newest - min(times) >= OVERWRITTEN_APART:
+                found.append(dest)
+                del self._overwritten[dest]
         return found
 
     def _explained(self, flow: FlowKey, responder: str) -> None:

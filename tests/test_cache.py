@@ -250,7 +250,7 @@ def test_modules_are_kept_as_programs_are(tmp_path):
 
 
 def test_only_modules_that_can_be_read_are_kept(tmp_path):
-    """What editors and file systems leave in the folder does no harm, and what Python has compiled is not believed."""
+    """What editors and file systems leave in the folder does no harm. What Python has compiled is not believed."""
     cache, tree = tmp_path / 'cache', tmp_path / 'tree'
     cache.mkdir()
     shutil.copytree(ELFPROBE.with_name('elf'), tree / 'elf')
