@@ -1137,7 +1137,7 @@ def test_figures_of_many_rows(csv: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_rows(csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four times as many rows need as much: of two destinations, one with less detail. The limits are low here."""
+    """Ten times as many rows need as much, but for what waits. Of two destinations, one with less detail."""
     for module, name, value in (
         (batches, 'PART', 1 << 16), (batches, 'BLOCK', 1 << 14), (batches, 'SURVEY_PIECE', 1 << 11),
         (course, 'EXACT_MAX', 2000), (course, 'SMALL_EXACT_MAX', 1000), (course, 'WAITING_MIN', 500),
@@ -1146,7 +1146,7 @@ def test_memory_does_not_grow_with_the_rows(csv: Path, monkeypatch: pytest.Monke
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
     chance, peaks = random.Random(3), []
-    for count in 6_000, 24_000:
+    for count in 6_000, 60_000:
         with open(csv, 'w') as file:
             file.write(','.join(COLUMNS[:15]) + '\n')
             for number in range(count):
@@ -1159,7 +1159,7 @@ def test_memory_does_not_grow_with_the_rows(csv: Path, monkeypatch: pytest.Monke
             assert sum(each.probes for each in found.courses.values()) == count
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.2 * peaks[0], peaks
+    assert peaks[1] < 1.5 * peaks[0], peaks
 
 
 def test_bins_that_become_too_many() -> None:
