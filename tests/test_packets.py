@@ -914,14 +914,15 @@ def test_sequence_numbers_that_a_middlebox_changes(load: Load, ingress_tc: bool,
         assert programs.receive(moved(fourth._replace(ident=ident), probe, other)).verdict == PASS
         assert programs.rows() == parsed(results.match_late()) == []
     assert programs.in_flight() == [fourth]
-    # One answer is enough if it can quote one probe only.
-    single, its = fourth._replace(sport=2), probe.copy()
-    its[TCP].sport = single.sport
-    programs.put_in_flight(single)
-    assert programs.receive(moved(single, its, 2 * offset)).verdict == PASS
-    programs.rows()
-    [row] = parsed(results.match_late())
-    assert row_of(single, row, version, single.outipid).items() <= row.items()
+    # One answer is enough if it can quote one probe only. In IPv6, any with the flow's label fits.
+    if version == 4:
+        single, its = fourth._replace(sport=2), probe.copy()
+        its[TCP].sport = single.sport
+        programs.put_in_flight(single)
+        assert programs.receive(moved(single, its, 2 * offset)).verdict == PASS
+        programs.rows()
+        [row] = parsed(results.match_late())
+        assert row_of(single, row, version, single.outipid).items() <= row.items()
     # If no constant explains the answers, they are told as they are.
     other = fourth._replace(sport=1, outttl=5)
     programs.put_in_flight(other)
