@@ -60,12 +60,32 @@ class Finding:
         return None
 
 
+def hop_text(hop: int, responders: dict[int, str]) -> str:
+    """Return the hop, followed by who answers there if that is known."""
+    responder = responders.get(hop)
+    return f"hop {hop} ({responder})" if responder else f"hop {hop}"
+
+
 @dataclasses.dataclass(frozen=True)
-class Slower(Finding):
+class OfEpisode(Finding):
+    """A finding that is an episode."""
+
+    episode: Episode | LossEpisode
+    p: float  # corrected for the number of tests
+
+    def span(self) -> tuple[int, int]:
+        return self.episode.begin, self.episode.end
+
+    @property
+    def sure(self) -> float:
+        return 1 - self.p
+
+
+@dataclasses.dataclass(frozen=True)
+class Slower(OfEpisode):
     """Latencies were higher for a while."""
 
     episode: Episode
-    p: float  # corrected for the number of tests
 
     def figures(self) -> dict[str, Any]:
         its = self.episode
@@ -79,13 +99,6 @@ class Slower(Finding):
             "own_correlation_highest": its.own_highest,
         }  # fmt: skip
 
-    def span(self) -> tuple[int, int]:
-        return self.episode.begin, self.episode.end
-
-    @property
-    def sure(self) -> float:
-        return 1 - self.p
-
     def tcp_share(self) -> float | None:
         """Return the share of the rise of TCP's round trip that the episode explains, None if it did not rise."""
         rise = self.episode.tcp
@@ -96,8 +109,7 @@ class Slower(Finding):
         return f"{its.size / 1e6:+.1f} ms (95 %: {its.low / 1e6:.1f}–{its.high / 1e6:.1f})"
 
     def _place(self, hop: int) -> str:
-        responder = self.episode.responders.get(hop)
-        return f"hop {hop} ({responder})" if responder else f"hop {hop}"
+        return hop_text(hop, self.episode.responders)
 
     def _tcp(self) -> str:
         its, share = self.episode, self.tcp_share()
@@ -198,12 +210,11 @@ class SlowLastHop(Slower):
 
 
 @dataclasses.dataclass(frozen=True)
-class LossForAWhile(Finding):
+class LossForAWhile(OfEpisode):
     """More probes than usual were unanswered for a while, at a hop and at all behind it."""
 
     kind = "loss_episode"
     episode: LossEpisode
-    p: float  # corrected for the number of tests
     responders: dict[int, str]
     tcp_sends: bool
 
@@ -217,23 +228,15 @@ class LossForAWhile(Finding):
             "back_share": back, "back_low": low, "back_high": high,
         }  # fmt: skip
 
-    def span(self) -> tuple[int, int]:
-        return self.episode.begin, self.episode.end
-
-    @property
-    def sure(self) -> float:
-        return 1 - self.p
-
     def direction(self) -> str | None:
         """Return "there" or "back", None if the data cannot tell."""
-        its = self.episode
-        if its.back:
-            _, low, high = its.back
-            return "back" if low > 1 / 2 else "there" if high < 1 / 2 else None
-        return None
+        if not self.episode.back:
+            return None
+        _, low, high = self.episode.back
+        return "back" if low > 1 / 2 else "there" if high < 1 / 2 else None
 
     def _place(self, hop: int) -> str:
-        return f"hop {hop} ({self.responders[hop]})" if hop in self.responders else f"hop {hop}"
+        return hop_text(hop, self.responders)
 
     def _share(self) -> str:
         its = self.episode

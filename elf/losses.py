@@ -55,9 +55,7 @@ class LossEpisode:
     probes: int
     behind: int  # how many hops behind answer
     retransmitted: int  # segments, meanwhile
-    back: (
-        tuple[float, float, float] | None
-    )  # share of the losses on the way back, and its interval; None: not known
+    back: tuple[float, float, float] | None  # share of the losses on the way back, interval; None: not known
     lasts: bool = False
 
     @property

@@ -127,15 +127,8 @@ SHARED = frozenset({
     "dest", "sport", "dport", "protocol", "source", "outttl", "outtos", "pid", "app", "responder", "recvttl",
     "rtos", "intos", "qttl", "translated",
 })  # fmt: skip
-NOTED = (
-    "sendtime",
-    "latency",
-    "origseq",
-    "srtt",
-    "cwnd",
-    "retrans",
-    "ripid",
-)  # fields of Record that differ by probe
+# Fields of Record that differ by probe.
+NOTED = "sendtime", "latency", "origseq", "srtt", "cwnd", "retrans", "ripid"
 ALIKE_MAX = 16384  # some 600 bytes each
 NUMBER, NUMBER_OR_NONE = "\1", "\2"  # in the text of a row, before a number is filled in
 

@@ -169,9 +169,7 @@ class Summary:
         self._random = random.Random(1)
         self._tests = Comparisons()
         self.when: When = monotonic_text  # how times are told
-        self.has_paths = (
-            True  # otherwise elf.sources has put others in the place of destinations: no path to tell of
-        )
+        self.has_paths = True  # otherwise elf.sources has put others in the place of destinations
 
     def _label(self, address: str) -> str:
         """Return the address, followed by its name if that is known."""

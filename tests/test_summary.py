@@ -267,6 +267,13 @@ def test_unanswered_probes_of_an_outage_end_later() -> None:
     assert outage.endswith('; or the path, which changed then, became shorter')
 
 
+def changes_told(summary: Summary) -> list[str]:
+    """The changes of the path in the table, without their times and latencies."""
+    summary.digest(is_over=True)
+    told = [line.partition('  ')[2] for line in summary.tables() if 'path changed' in line]
+    return [line.partition(';')[0] for line in told]
+
+
 def test_a_hop_that_changes_twice_at_once_is_two_changes() -> None:
     """Several hops that change at nearly the same time are one."""
     summary = Summary()
@@ -274,9 +281,7 @@ def test_a_hop_that_changes_twice_at_once_is_two_changes() -> None:
         second, third = (2, 3) if step < 200 else (12, 13) if step < 204 else (22, 13)
         for number, name in enumerate((1, second, third, 4), 1):
             summary.note(ended(number, step * 10**7 + number, f'192.0.2.{name}'))
-    summary.digest(is_over=True)
-    told = [line.partition('  ')[2] for line in summary.tables() if 'path changed' in line]
-    assert [line.partition(';')[0] for line in told] == [
+    assert changes_told(summary) == [
         'the path changed from hop 2 on, which is now 192.0.2.12, no longer 192.0.2.2',
         'the path changed from hop 2 on, which is now 192.0.2.22, no longer 192.0.2.12',
     ]
@@ -292,9 +297,7 @@ def test_a_change_is_told_once_whichever_hop_tells_first() -> None:
             if step == 400 and number != 3:
                 other = True
             summary.note(ended(number, step * 10**7 + number, f'192.0.2.{number + 10 * (other and number > 1)}'))
-    summary.digest(is_over=True)
-    told = [line.partition('  ')[2] for line in summary.tables() if 'path changed' in line]
-    assert [line.partition(';')[0] for line in told] == [
+    assert changes_told(summary) == [
         'the path changed from hop 2 on, which is now 192.0.2.12, no longer 192.0.2.2',
         'the path changed from hop 2 on, which is now 192.0.2.2, no longer 192.0.2.12',
     ]
