@@ -349,7 +349,7 @@ struct task_sample {
 
 enum { FLOW_STALLED = 1, FLOW_RESUMED = 2, DESTINATION_EXCLUDED = 3, CLONE_INTERCEPTED = 4, PROBE_ARRIVED = 5 };
 
-/* Tells user space about a flow. For CLONE_INTERCEPTED and PROBE_ARRIVED, only the destination is known. */
+/* Tells user space about a flow. For PROBE_ARRIVED, only the destination is known. */
 struct flow_event {
 	struct probe_key flow;
 	__u32 kind;
@@ -385,18 +385,18 @@ struct counters {
 	__u64 on_link;          /* due, but no router is between here and the destination */
 };
 
-/* How a TCP flow progresses. It moves if something new is acknowledged or received. */
-struct tcp_progress {
+/* How a flow progresses. It moves if something new is acknowledged or received. */
+struct progress {
 	__u64 moved;         /* when it moved last */
 	__u64 since;         /* and when it had nothing outstanding last, if that is later */
 	__u64 last_probed;   /* when a probe left last */
 	__u64 last_unproven; /* when one to a hop that was not proven left last; 0: the flow has moved since */
-	__u64 last_repeat;   /* when the peer had sent data again, in place of new data */
+	__u64 last_repeat;   /* when it was last seen to repeat itself, in place of moving */
 	__u64 stalled_at;    /* when it was found to be stalled; 0: it is not */
-	__u32 position;      /* number of bytes acknowledged and received, modulo 2^32 */
-	__u32 segments;      /* number of data segments received */
+	__u32 position;      /* number of bytes acknowledged and received, or of packets received, modulo 2^32 */
+	__u32 segments;      /* number of data segments received, or of packets that should have moved it */
 	__u32 exams;         /* of its destination when it stalled */
-	__u8 repeats;        /* number of times since it moved that the peer had sent data again */
+	__u8 repeats;        /* number of times since it moved that it was seen to repeat itself */
 	__u8 under_probes;   /* it had been probed when it stalled, and that has not counted yet */
 	__u8 resend_probed;  /* its last packet during the stall carried a probe */
 	__u8 tries;          /* number of packets in the stall while others were moving */
@@ -431,6 +431,22 @@ struct udp_partial {
 	__u8 head[UDP_HEAD_LEN];
 };
 
+/* A flow, seen from here. */
+struct flow_key {
+	struct in6_addr source, dest;
+	__be16 sport, dport; /* ICMP: echo identifier, 0 */
+	__u32 protocol;
+};
+
+/* What the socket of a TCP flow says, or what we know of a flow without a socket here. */
+struct flow_look {
+	__u32 position, segments; /* as in struct progress */
+	__u32 timeouts; /* number of retransmission timers that expired since something was acknowledged */
+	__u32 outstanding;
+	__u32 srtt;     /* us */
+	__u64 patience; /* time in which it should move */
+};
+
 /* What the next packet in elf_egress is. 0: an application packet. */
 enum { CLONE = 1, PROBE = 2 };
 
@@ -446,13 +462,16 @@ struct scratch {
 	__u32 redirected; /* elf_probe redirected the probe once more and dropped the clone; the result: */
 	__s32 redirect_result;
 	struct probe_key key;
-	struct probe probe;  /* elf_egress fills in pid, app and tcp */
-	__u32 charged;       /* PID of the process whose share the probe counts against; 0: none */
-	__u32 acked;         /* first sequence number that is not acknowledged, if probe.tcp has a window */
-	__u32 next;          /* and that was not sent yet */
-	__u32 resent;        /* the carrier is a retransmission */
-	__be16 sport, dport; /* of the carrier, if it is of TCP */
-	__u32 flow_number;   /* of the carrier, see flow_slot() */
+	struct probe probe;    /* elf_egress fills in pid, app and tcp */
+	__u32 charged;         /* PID of the process whose share the probe counts against; 0: none */
+	__u32 acked;           /* first sequence number that is not acknowledged, if probe.tcp has a window */
+	__u32 next;            /* and that was not sent yet */
+	__u32 resent;          /* the carrier is a retransmission */
+	struct flow_key flow;  /* of the carrier */
+	struct flow_look look; /* at it */
+	__u32 early;           /* nothing proves yet that the peer knows its connection */
+	__u32 stalled;
+	__u32 may_carry;     /* as the path model says */
 	__u32 can_fall_back; /* it may carry a fallback probe */
 	__u32 unfit;         /* reason why the packet carries no probe, although its flow is looked at; 0: none */
 	/* In elf_probe: */
@@ -651,7 +670,7 @@ static inline __u32 hidden(struct scratch *scratch, __u32 number)
 #if OLD_MAPS
 BPF_PERF_OUTPUT(results);
 BPF_PERF_OUTPUT(flow_events);
-BPF_TABLE("lru_hash", __u64, struct tcp_progress, tcp_progress, 16384); /* by socket cookie */
+BPF_TABLE("lru_hash", __u64, struct progress, tcp_progress, 16384); /* by socket cookie */
 
 static inline int submit_result(struct xdp_md *ctx, void *result, __u64 size)
 {
@@ -663,10 +682,10 @@ static inline int submit_flow_event(void *ctx, struct flow_event *event)
 	return flow_events.perf_submit(ctx, event, sizeof(*event));
 }
 
-static inline struct tcp_progress *progress_of(struct __sk_buff *skb, struct bpf_sock *sk)
+static inline struct progress *progress_of(struct __sk_buff *skb, struct bpf_sock *sk)
 {
 	__u64 cookie = bpf_get_socket_cookie(skb);
-	struct tcp_progress *progress, none = {};
+	struct progress *progress, none = {};
 
 	progress = tcp_progress.lookup(&cookie);
 	if (progress)
@@ -684,7 +703,7 @@ static inline __u32 first_segment_len(const struct __sk_buff *skb, __u32 payload
 #else
 BPF_RINGBUF_OUTPUT(results, 1); /* 1: see MAP_SIZES in elfprobe.py, also below */
 BPF_RINGBUF_OUTPUT(flow_events, 16);
-BPF_SK_STORAGE(tcp_progress, struct tcp_progress);
+BPF_SK_STORAGE(tcp_progress, struct progress);
 
 static inline int submit_result(struct xdp_md *ctx, void *result, __u64 size)
 {
@@ -699,7 +718,7 @@ static inline int submit_flow_event(void *ctx, struct flow_event *event)
 	return flow_events.ringbuf_output(event, sizeof(*event), 0);
 }
 
-static inline struct tcp_progress *progress_of(struct __sk_buff *skb, struct bpf_sock *sk)
+static inline struct progress *progress_of(struct __sk_buff *skb, struct bpf_sock *sk)
 {
 	return tcp_progress.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 }
@@ -800,15 +819,15 @@ static inline int wants_card_stamp(struct __sk_buff *skb)
  * destination_reached                       length <= this TTL,        last_responsive < TTL
  *                                           proven < TTL
  *
- * flow_looked and flow_probed are about TCP flows that stall: see *Firewalls* below.
+ * flow_looked, flow_probed and flow_received are about flows that stall: see *Firewalls* below.
  *
  * Wrappers in the section after the maps call these functions under the lock. Some fields are used without it:
  * - note_packet() writes liveness.last_received. If two CPUs write it at the same time, it is wrong by a tick.
  *   It is compared with a second.
  * - elf_egress reads pacing.next_due and next_due_tick. choose_hop() checks next_due again. If next_due_tick is
  *   outdated, the probe leaves with the next packet.
- * - elf_egress and user space set excluded, which is never cleared. elf_egress sets trust.exam. flows_only is written
- *   before the entry is in a map.
+ * - elf_egress and user space set excluded, which is never cleared. elf_egress sets exam of a trust, and what is
+ *   watched. flows_only is written before the entry is in a map.
  * - elf_egress postpones next_due while the destination is on-link. If that is lost, the next packet repeats it.
  * - elf_ingress sets arrival_reported. If two CPUs do so at the same time, the log has the line twice. */
 
@@ -938,13 +957,15 @@ struct liveness {
 	__u64 outage_end;     /* first sign of life after it */
 	__u64 farthest_reply; /* time of the last reply of last_responsive */
 	__u64 routers_proven; /* when a hop answered behind unresponsive ones, which proves that these are routers */
+	__u64 watched_until;  /* up to this tick, each received packet of this protocol is looked at */
+	__u32 watched;
 	__u8 last_responsive; /* farthest hop that answers; 0: none */
 };
 
-/* Do TCP flows survive probes? */
+/* Do flows survive probes? A firewall may treat TCP and other protocols differently. */
 struct trust {
 	__u64 last_moved;   /* when a flow moved last */
-	__u64 paused_until; /* no TCP flow is probed until then */
+	__u64 paused_until; /* no flow is probed until then */
 	__u64 last_strike;  /* when the last one was counted */
 	__u64 exam;         /* when the first probe left in this exam; 0: none did */
 	__u64 episode; /* when the last stall began that counts, or may; those at the same time are one with it */
@@ -961,10 +982,10 @@ struct path {
 	struct pacing pacing;
 	struct distance distance;
 	struct liveness liveness;
-	__u8 excluded;         /* no more probes: they make flows stall, or clones were intercepted */
-	__u8 flows_only;       /* the destination is no target itself: probe only the flows of target processes */
-	__u8 arrival_reported; /* user space knows that probes reach the destination */
-	struct trust trust;
+	__u8 excluded;          /* no more probes: they make flows stall, or clones were intercepted */
+	__u8 flows_only;        /* the destination is no target itself: probe only the flows of target processes */
+	__u8 arrival_reported;  /* user space knows that probes reach the destination */
+	struct trust trusts[2]; /* of TCP, of all others */
 	__u16 responders[MAX_HOPS + 1]; /* the queue of each hop's last responder */
 	struct hop hops[MAX_HOPS + 1];
 };
@@ -997,6 +1018,16 @@ static inline __u16 *responder_at(struct path *path, __u64 nr)
 		return 0;
 	ADVANCE(responder, nr, MAX_HOPS);
 	return responder;
+}
+
+/* Return the trust in flows of this protocol. */
+static inline struct trust *trust_in(struct path *path, __u32 protocol)
+{
+	struct trust *trust = path->trusts;
+	__u64 nr = protocol != IPPROTO_TCP;
+
+	ADVANCE(trust, nr, 1);
+	return trust;
 }
 
 /* Return the queue of this hop's responder, 0 if that is not known. */
@@ -1546,11 +1577,14 @@ static inline void destination_reached(struct path *path, __u32 ttl, __u64 now)
 }
 
 /* Firewalls. Some take packets with a low TTL for an attack, and block the flow, for good or for a while. A flow that
- * stalls after it was probed may be such a flow, or in an outage:
+ * stalls after it was probed may be such a flow, or in an outage. A TCP flow stalls if its retransmission timer expires,
+ * or its peer repeats itself. A conversation of another protocol, in which the destination was received before, stalls
+ * if packets go on leaving, and nothing is received for half a second, the longest usual gap and two round trips. TCP
+ * flows and all others are judged by themselves:
  *
- * - While nothing is known of a destination, the first stall pauses the probes of all its TCP flows. If the stalled
- *   flow moves before it is probed again, that is one strike. If it does not, but others do, the connection is lost:
- *   three strikes. STRIKES_MAX exclude the destination.
+ * - While nothing is known of a destination, the first stall pauses the probes of all its flows. If the stalled flow
+ *   moves before it is probed again, that is one strike. If it does not, but others do, the connection is lost: three
+ *   strikes. STRIKES_MAX exclude the destination.
  * - If a flow stalls that was not probed, stalls have another cause. That ends the pause and clears the strikes.
  * - Each half second with probes and without a stall is an exam that is passed. After two for each hop the destination is
  *   trusted. There a stall is an outage: retransmissions carry probes, to the nearest hop first. Each fourth does not,
@@ -1575,33 +1609,37 @@ static inline void destination_reached(struct path *path, __u32 ttl, __u64 now)
 /* A flow stalls if its peer repeats itself so often, with so much time between: at once it may be reordered data. */
 #define REPEATS_MIN 2
 #define REPEATS_TIME (150 * NSEC_PER_MSEC)
+/* A conversation repeats itself if nothing was received for this, half its usual gap, and a round trip. Once it is stalled,
+ * the time is longer, for firewalls that block for half a second: each fourth has no probes. With longer gaps than the
+ * maximum, nothing can be told. */
+#define SILENCE (250 * NSEC_PER_MSEC)
+#define SILENCE_STALLED (550 * NSEC_PER_MSEC)
+#define GAP_MAX (5 * NSEC_PER_SEC)
+#define GAP_DECAY 64
 #define RETRIES_UNPROBED 4
 #define TRIES_LOST 3                    /* a stalled flow is lost after so many retries while others were moving, */
 #define LOST_TIME (5 * NSEC_PER_SEC)    /* and so long a time */
 #define SAME_EPISODE (2 * NSEC_PER_SEC) /* stalls that begin within this time are one */
 
-/* What the socket of a TCP flow says. */
-struct tcp_look {
-	__u32 position, segments; /* as in struct tcp_progress */
-	__u32 timeouts; /* number of retransmission timers that expired since something was acknowledged */
-	__u32 outstanding;
-	__u32 srtt; /* us */
+/* What was received of a flow without a socket here. */
+struct reception {
+	__u64 last;  /* when */
+	__u64 gap;   /* the longest time that usually is between two packets */
+	__u32 count; /* number of packets that were looked at */
 };
 
-static inline int is_trusted(const struct path *path)
+static inline int is_trusted(const struct trust *trust)
 {
-	return path->trust.passed > 2 * path->trust.max_ttl;
+	return trust->passed > 2 * trust->max_ttl;
 }
 
-static inline int is_paused(const struct path *path, __u64 now)
+static inline int is_paused(const struct trust *trust, __u64 now)
 {
-	return now < path->trust.paused_until;
+	return now < trust->paused_until;
 }
 
-static inline void add_strikes(struct path *path, __u32 count, __u64 now)
+static inline void add_strikes(struct path *path, struct trust *trust, __u32 count, __u64 now)
 {
-	struct trust *trust = &path->trust;
-
 	trust->strikes += count;
 	trust->last_strike = now;
 	trust->passed = 0;
@@ -1618,22 +1656,18 @@ static inline void pause_probes(struct trust *trust, __u64 until, int awaits)
 
 /* The pause for a stalled flow is over, and it has not moved. If others have, it is lost. If none has, this is an
  * outage. */
-static inline void end_pause(struct path *path, __u64 now)
+static inline void end_pause(struct path *path, struct trust *trust, __u64 now)
 {
-	struct trust *trust = &path->trust;
-
-	if (!trust->awaits || is_paused(path, now))
+	if (!trust->awaits || is_paused(trust, now))
 		return;
 	trust->awaits = 0;
 	if (trust->last_moved + PAUSE > trust->paused_until + NSEC_PER_SEC)
-		add_strikes(path, STRIKES_LOST, now);
+		add_strikes(path, trust, STRIKES_LOST, now);
 }
 
 /* A flow moves: the path works. */
-static inline void end_exam(struct path *path, __u64 now)
+static inline void end_exam(const struct path *path, struct trust *trust, __u64 now)
 {
-	struct trust *trust = &path->trust;
-
 	trust->last_moved = now;
 	if (!trust->exam || now - trust->exam < EXAM)
 		return;
@@ -1645,7 +1679,7 @@ static inline void end_exam(struct path *path, __u64 now)
 	trust->exams++;
 	if (trust->passed < 0xff)
 		trust->passed++;
-	if (is_trusted(path) && now - trust->last_strike > FORGIVEN)
+	if (is_trusted(trust) && now - trust->last_strike > FORGIVEN)
 		trust->strikes = 0;
 }
 
@@ -1656,15 +1690,13 @@ static inline __u64 survived_after(__u64 probed, __u32 srtt)
 }
 
 /* Can a probe that left at this time be the reason why the flow does not move? */
-static inline int may_have_stopped(const struct tcp_progress *flow, __u64 probed, __u32 srtt)
+static inline int may_have_stopped(const struct progress *flow, __u64 probed, __u32 srtt)
 {
 	return probed && flow->moved <= survived_after(probed, srtt) && flow->since - flow->moved <= IDLE;
 }
 
-static inline void begin_stall(struct path *path, struct tcp_progress *flow, __u32 srtt, __u64 now)
+static inline void begin_stall(struct path *path, struct trust *trust, struct progress *flow, __u32 srtt, __u64 now)
 {
-	struct trust *trust = &path->trust;
-
 	flow->stalled_at = now;
 	flow->tries = 0;
 	flow->exams = trust->exams;
@@ -1680,10 +1712,10 @@ static inline void begin_stall(struct path *path, struct tcp_progress *flow, __u
 	}
 	if (trust->suspicion >= SUSPICION_MAX)
 		path->excluded = 1;
-	if (!flow->under_probes && is_paused(path, now)) {
+	if (!flow->under_probes && is_paused(trust, now)) {
 		pause_probes(trust, 0, 0);
 		trust->strikes = 0;
-	} else if (flow->under_probes && is_trusted(path)) {
+	} else if (flow->under_probes && is_trusted(trust)) {
 		path->pacing.last_probed = 0;
 	} else if (flow->under_probes && !trust->awaits) {
 		pause_probes(trust, now + PAUSE, 1);
@@ -1691,17 +1723,15 @@ static inline void begin_stall(struct path *path, struct tcp_progress *flow, __u
 	}
 }
 
-static inline void end_stall(struct path *path, struct tcp_progress *flow, __u64 now)
+static inline void end_stall(struct path *path, struct trust *trust, struct progress *flow, __u64 now)
 {
-	struct trust *trust = &path->trust;
-
 	flow->stalled_at = 0;
 	flow->last_unproven = 0;
 	trust->exam = 0;
 	if (!flow->under_probes)
 		return;
 	if (trust->awaits) {
-		add_strikes(path, 1, now);
+		add_strikes(path, trust, 1, now);
 		pause_probes(trust, now + (PAUSE_CONTROL << (trust->strikes & 7)), 0);
 	} else if (!flow->resend_probed) {
 		trust->passed = min64(trust->passed, 2 * trust->max_ttl); /* it moves by a packet without a probe */
@@ -1710,10 +1740,8 @@ static inline void end_stall(struct path *path, struct tcp_progress *flow, __u64
 
 /* A stalled flow tries again. Is it lost, because others are moving right now? If others pass their exams, probes are
  * not the reason. */
-static inline void check_lost(struct path *path, struct tcp_progress *flow, __u64 now)
+static inline void check_lost(struct path *path, struct trust *trust, struct progress *flow, __u64 now)
 {
-	struct trust *trust = &path->trust;
-
 	if (flow->stalled_at < trust->episode + SAME_EPISODE)
 		return;
 	if (trust->exams - flow->exams > 2 * trust->max_ttl)
@@ -1725,33 +1753,33 @@ static inline void check_lost(struct path *path, struct tcp_progress *flow, __u6
 	} else if (now - flow->stalled_at > LOST_TIME && trust->exams - flow->exams < 2) {
 		flow->under_probes = 0;
 		trust->episode = flow->stalled_at;
-		add_strikes(path, STRIKES_LOST, now);
+		add_strikes(path, trust, STRIKES_LOST, now);
 		if (!trust->awaits)
 			pause_probes(trust, now + PAUSE, 0);
 	}
 }
 
 /* A packet of the flow leaves. Return whether it may carry a probe. can_stall: the device had its carrier. */
-static inline int flow_looked(struct path *path, struct tcp_progress *flow, const struct tcp_look *look,
-			      int can_stall, __u64 now)
+static inline int flow_looked(struct path *path, struct trust *trust, struct progress *flow,
+			      const struct flow_look *look, int can_stall, __u64 now)
 {
 	int moves = look->position != flow->position;
 	__u32 retries;
 
-	end_pause(path, now);
+	end_pause(path, trust, now);
 	if (moves) {
 		if (flow->stalled_at)
-			end_stall(path, flow, now);
-		end_exam(path, now);
+			end_stall(path, trust, flow, now);
+		end_exam(path, trust, now);
 		flow->moved = now;
 		flow->repeats = 0;
 		if (flow->last_unproven && now > survived_after(flow->last_unproven, look->srtt)) {
 			flow->last_unproven = 0;
-			if (path->trust.suspicion > 0)
-				path->trust.suspicion = 0;
+			if (trust->suspicion > 0)
+				trust->suspicion = 0;
 		}
 	} else if (look->segments != flow->segments && flow->repeats < 0xff &&
-		   now - flow->last_repeat > REPEATS_TIME) {
+		   now - max64(flow->last_repeat, flow->since) > look->patience) {
 		flow->repeats++;
 		flow->last_repeat = now;
 	}
@@ -1762,26 +1790,72 @@ static inline int flow_looked(struct path *path, struct tcp_progress *flow, cons
 	flow->resend_probed = 0;
 	retries = look->timeouts + flow->repeats;
 	if (flow->stalled_at)
-		check_lost(path, flow, now);
+		check_lost(path, trust, flow, now);
 	else if (can_stall && (look->timeouts || flow->repeats >= REPEATS_MIN))
-		begin_stall(path, flow, look->srtt, now);
-	if (path->excluded || is_paused(path, now))
+		begin_stall(path, trust, flow, look->srtt, now);
+	if (path->excluded || is_paused(trust, now))
 		return 0;
 	return flow->stalled_at ? retries % RETRIES_UNPROBED != 0 : now - flow->moved <= IDLE;
 }
 
 /* The packet carried a probe of this form. */
-static inline void flow_probed(struct path *path, struct tcp_progress *flow, enum probe_form form, __u64 now)
+static inline void flow_probed(struct trust *trust, struct progress *flow, enum probe_form form, __u64 now)
 {
 	flow->last_probed = now;
 	if (form != USUAL)
 		flow->last_unproven = now;
 	flow->resend_probed = 1;
-	if (!path->trust.exam)
-		path->trust.exam = now;
+	if (!trust->exam)
+		trust->exam = now;
+}
+
+/* A packet of a flow without a socket here was received. Learn how long that usually takes. A stall that may be due to
+ * probes teaches nothing, and neither does a time in which nothing was sent. */
+static inline void flow_received(struct reception *received, const struct progress *flow, __u64 now)
+{
+	__u64 gap = now > received->last ? now - received->last : 0; /* another CPU may have been faster */
+
+	if (received->count++ && !(flow->stalled_at && flow->under_probes) &&
+	    (gap < GAP_MAX || now > flow->since + GAP_MAX))
+		received->gap = max64(gap, received->gap - (gap ? received->gap / GAP_DECAY : 0));
+	received->last = now;
+}
+
+/* A packet of such a flow leaves, which is not of TCP: the destination should answer. Fill in the look, but for srtt. */
+static inline void look_at_conversation(const struct reception *received, const struct progress *flow,
+					struct flow_look *look)
+{
+	look->position = received->count;
+	look->segments = flow->segments + 1;
+	look->outstanding = 1;
+	look->patience = (flow->stalled_at ? SILENCE_STALLED : SILENCE) + received->gap / 2 + look->srtt * 1000ULL;
+}
+
+/* Can a flow without a socket here be seen to stall, or to move again? */
+static inline int is_conversation(const struct reception *received, const struct progress *flow)
+{
+	return flow->stalled_at || (received->count && received->gap <= GAP_MAX);
+}
+
+/* May a flow that nothing was received of carry a probe? Not while we suspect a firewall, because it could not be seen
+ * to stall. */
+static inline int may_begin_probed(const struct trust *trust, __u64 now)
+{
+	return !trust->strikes && !is_paused(trust, now) && trust->last_moved >= trust->episode;
 }
 
 /* ---- Maps --------------------------------------------------------------------------------- */
+
+struct flow {
+	struct progress progress;
+	struct reception received;
+	/* Of TCP: */
+	__u32 first_seq, first_ack; /* of the first packet that we saw */
+	__u32 next_seq, last_ack;   /* the number behind the last packet; its acknowledgement */
+	__u32 acked;                /* what the peer acknowledged last */
+	__u32 repeats;              /* number of packets with data that were received, or that were sent again */
+	__u32 is_open;              /* the peer knows the connection */
+};
 
 /* Pre-filter for the maps paths and flow_paths: a Bloom filter with one hash function, in an array. An empty slot
  * proves that the address is in neither map. Slots are never cleared, and addresses may share one. */
@@ -1824,6 +1898,9 @@ BPF_F_TABLE("hash", struct probe_key, struct probe, in_flight, 1, BPF_F_NO_PREAL
 BPF_TABLE("lru_hash", struct udp_partial, __u32, partial_checksums, 1);
 /* What a middlebox adds to the TCP sequence numbers of a flow: a key without ident -> a constant. User space finds it. */
 BPF_TABLE("lru_hash", struct probe_key, __u32, seq_offsets, 4096);
+/* Flows that have no socket here: of other protocols than TCP, forwarded, of a container, or of a raw socket. */
+BPF_TABLE("lru_hash", struct flow_key, struct flow, flows, 16384);
+BPF_ARRAY(new_flow, struct flow, 1); /* the first value of an entry: all 0 */
 BPF_ARRAY(unmatched_left, __u32, 1); /* number of replies without a probe that user space still takes */
 BPF_ARRAY(schedules, struct schedule, 1);
 BPF_ARRAY(alive_until, __u64, 1); /* the lease: no probe after this time. 0: before and after the run */
@@ -1986,25 +2063,29 @@ static inline void settle_reservation(struct path *path, const struct reservatio
 	bpf_spin_unlock(&all->lock);
 }
 
-static inline void note_packet(struct path *path, __u32 ttl, int has_data)
+/* A packet of the destination arrived. Return whether to look at its flow. Once a tick is enough, unless one is about to
+ * stall. */
+static inline int note_packet(struct path *path, __u32 protocol, __u32 ttl, int has_data)
 {
 	__u64 now, ticks = ticks_now(), last = READ_ONCE(path->liveness.last_received);
 	__u64 gap = ticks > last ? ticks - last : 0; /* another CPU may have written a later tick */
+	int is_looked_at = gap || (ticks < path->liveness.watched_until && path->liveness.watched == protocol);
 	__u32 distance = ttl_distance(ttl);
 	struct schedule *all;
 
 	if (is_as_expected(path, distance, gap, has_data)) {
 		if (gap)
 			path->liveness.last_received = ticks;
-		return;
+		return is_looked_at;
 	}
 	now = bpf_ktime_get_ns();
 	all = lookup_schedule();
 	if (!all)
-		return;
+		return 0;
 	bpf_spin_lock(&all->lock);
 	destination_seen(path, distance, gap, !last, has_data, now, ticks);
 	bpf_spin_unlock(&all->lock);
+	return is_looked_at;
 }
 
 static inline void note_reply(struct path *path, const struct probe *probe, const struct in6_addr *responder,
@@ -2355,6 +2436,22 @@ static inline int parse_frame(struct hdr_cursor *nh, struct packet *pkt)
 static inline int is_icmp(const struct packet *pkt)
 {
 	return pkt->version == 4 ? pkt->protocol == IPPROTO_ICMP : pkt->protocol == IPPROTO_ICMPV6;
+}
+
+/* Set the key of the flow of a packet that leaves, or is received, whose layer 4 begins at l4. Return a negative number
+ * if its header is cut: it has no ports then. */
+static inline int set_flow_key(struct flow_key *key, const struct packet *pkt, const __be16 *l4, const void *end,
+			       int is_received)
+{
+	key->source = is_received ? pkt->daddr : pkt->saddr;
+	key->dest = is_received ? pkt->saddr : pkt->daddr;
+	key->sport = key->dport = 0;
+	key->protocol = pkt->protocol;
+	if ((void *)(l4 + 3) > end)
+		return -1;
+	key->sport = is_icmp(pkt) ? l4[2] : l4[is_received];
+	key->dport = is_icmp(pkt) ? 0 : l4[!is_received];
+	return 0;
 }
 
 enum icmp_kind { OTHER_ICMP, ECHO_REQUEST, ECHO_REPLY, DEST_UNREACHABLE, TIME_EXCEEDED };
@@ -3219,18 +3316,15 @@ static inline int check_carrier(struct __sk_buff *skb, const struct hdr_cursor *
 	return now <= *lease ? 0 : REASON(lease_expired);
 }
 
-/* Report an event of the packet's flow. If scratch is 0, it is an event of the destination. */
-static inline void report_flow(struct __sk_buff *skb, const struct packet *pkt, const struct scratch *scratch,
-			       __u32 kind)
+/* Report an event of this flow. */
+static inline void report_flow(struct __sk_buff *skb, const struct flow_key *flow, __u32 kind)
 {
 	struct flow_event event = { .kind = kind };
 
-	event.flow.dest = pkt->daddr;
-	if (scratch) {
-		event.flow.sport = scratch->sport;
-		event.flow.dport = scratch->dport;
-		event.flow.protocol = IPPROTO_TCP;
-	}
+	event.flow.dest = flow->dest;
+	event.flow.sport = flow->sport;
+	event.flow.dport = flow->dport;
+	event.flow.protocol = flow->protocol;
 	if (submit_flow_event(skb, &event))
 		COUNT(events_lost);
 }
@@ -3246,27 +3340,20 @@ static inline int had_carrier(struct __sk_buff *skb, __u64 since)
 	return !link_since || *link_since < since;
 }
 
-/* Let the path model look at the flow of a packet, and report what it finds. can_stall: see flow_looked(). Return 0 if
- * the packet may carry a probe, else the reason. */
-static inline int look_at_flow(struct __sk_buff *skb, const struct packet *pkt, const struct scratch *scratch,
-			       const struct bpf_tcp_sock *tp, struct path *path, struct tcp_progress *progress,
-			       int can_stall, __u64 now)
+/* Let the path model look at the flow of a packet, and report what it finds. Return whether the packet may carry a probe.
+ */
+static inline int look_at_flow(struct __sk_buff *skb, struct path *path, struct progress *progress,
+			       struct scratch *scratch, __u64 now)
 {
-	struct tcp_look look = {
-		.position = (__u32)(tp->bytes_acked + tp->bytes_received), /* a SYN: 0, which is no progress */
-		.segments = tp->data_segs_in,
-		.timeouts = tp->icsk_retransmits,
-		.outstanding = tp->packets_out,
-		.srtt = tp->srtt_us >> 3, /* the kernel stores eighths */
-	};
+	int may_carry, can_stall = hidden(scratch, had_carrier(skb, progress->since));
+	struct trust *trust = trust_in(path, scratch->flow.protocol);
 	struct schedule *all = lookup_schedule();
 	__u32 kind = 0;
-	int may_carry;
 
 	if (!all)
-		return NOT_SENT;
+		return 0;
 	bpf_spin_lock(&all->lock);
-	may_carry = flow_looked(path, progress, &look, can_stall, now);
+	may_carry = flow_looked(path, trust, progress, &scratch->look, can_stall, now);
 	bpf_spin_unlock(&all->lock);
 	if (path->excluded) {
 		kind = DESTINATION_EXCLUDED;
@@ -3278,23 +3365,9 @@ static inline int look_at_flow(struct __sk_buff *skb, const struct packet *pkt, 
 		kind = FLOW_STALLED;
 	}
 	if (kind)
-		report_flow(skb, pkt, scratch, kind);
-	return may_carry ? 0 : REASON(flow_stalled);
+		report_flow(skb, &scratch->flow, kind);
+	return may_carry;
 }
-
-/* A TCP flow whose socket is not on this machine: forwarded, of a container, or of a raw socket. */
-struct foreign_key {
-	struct in6_addr source, dest;
-	__be16 sport, dport;
-};
-
-struct foreign_flow {
-	__u32 first_seq, first_ack; /* of the first packet that we saw */
-	__u32 next_seq, last_ack;   /* the number behind the last packet; its acknowledgement */
-	__u32 is_open;              /* the peer knows the connection */
-};
-
-BPF_TABLE("lru_hash", struct foreign_key, struct foreign_flow, foreign_flows, 16384);
 
 /* No sender has more outstanding before the first acknowledgement: windows of SYN packets are not scaled (RFC 7323).
  */
@@ -3302,76 +3375,138 @@ BPF_TABLE("lru_hash", struct foreign_key, struct foreign_flow, foreign_flows, 16
 /* If both numbers differ from the last packet's by more, it is another connection with the same ports. */
 #define SAME_CONNECTION (1 << 24)
 
-/* Return 0 if the foreign TCP flow of the packet may be probed, else the reason. The peer knows the connection if it
- * has sent something since the first packet that we saw, or if more was sent than fits into the first window. */
-static inline int check_foreign_flow(const struct packet *pkt, const struct tcphdr *tcp)
+/* Return the flow of the packet, which has no socket here and these numbers, if it is of TCP; 0 if there is no room. */
+static inline struct flow *flow_of(struct flow_key *key, __u32 seq, __u32 ack)
+{
+	struct flow *flow, *none;
+	int zero = 0;
+
+	flow = flows.lookup(key);
+	if (flow && (seq - flow->next_seq + SAME_CONNECTION <= 2 * SAME_CONNECTION ||
+		     ack - flow->last_ack + SAME_CONNECTION <= 2 * SAME_CONNECTION))
+		return flow;
+	none = new_flow.lookup(&zero);
+	if (!none)
+		return 0;
+	flows.update(key, none);
+	flow = flows.lookup(key);
+	if (!flow)
+		return 0;
+	flow->first_seq = flow->next_seq = seq;
+	flow->first_ack = flow->last_ack = ack;
+	return flow;
+}
+
+/* A packet of a TCP flow without a socket here leaves. Fill in the look. The peer knows the connection if it has sent
+ * something since the first packet that we saw, or if more was sent than fits into the first window. */
+static inline void look_at_foreign_tcp(struct flow *flow, const struct packet *pkt, const struct tcphdr *tcp,
+				       struct scratch *scratch)
 {
 	__u32 seq = bpf_ntohl(tcp->seq), ack = bpf_ntohl(tcp->ack_seq);
-	__u32 next = seq + pkt->l4_len - (tcp->data_offset >> 4) * 4;
-	struct foreign_flow *flow, first = { seq, ack, next, ack, 0 };
-	struct foreign_key key = { pkt->saddr, pkt->daddr, tcp->source, tcp->dest };
-	int is_resent;
+	struct flow_look *look = &scratch->look;
 
-	flow = foreign_flows.lookup(&key);
-	if (!flow || (seq - flow->next_seq + SAME_CONNECTION > 2 * SAME_CONNECTION &&
-		      ack - flow->last_ack + SAME_CONNECTION > 2 * SAME_CONNECTION)) {
-		foreign_flows.update(&key, &first);
-		return REASON(carrier_early);
-	}
-	is_resent = (__s32)(seq - flow->next_seq) < 0;
-	if (!is_resent)
-		flow->next_seq = next;
+	scratch->resent = (__s32)(seq - flow->next_seq) < 0;
+	if (!scratch->resent)
+		flow->next_seq = seq + pkt->l4_len - (tcp->data_offset >> 4) * 4;
 	flow->last_ack = ack;
 	if (ack != flow->first_ack || (__s32)(seq - flow->first_seq) > FIRST_WINDOW_MAX)
 		flow->is_open = 1;
-	if (!flow->is_open)
-		return REASON(carrier_early);
-	return is_resent ? REASON(carrier_resent) : 0;
+	scratch->early = !flow->is_open;
+	look->outstanding = flow->next_seq != flow->acked;
+	if (scratch->resent && look->outstanding) /* else it is a keep-alive */
+		flow->repeats++;
+	look->position = ack + flow->acked;
+	look->segments = flow->repeats;
+	look->patience = REPEATS_TIME;
 }
 
-/* Return 0 if the flow of the packet may be probed now, else the reason. Fill in its TCP state. Flows of other
- * protocols may always be probed. A TCP flow carries no probe
- * - before the peer has acknowledged or sent data. With SYN cookies it knows the connection only from the first
- *   packet behind the handshake. A probe before that has an older number, and the peer answers it with a reset.
+/* A packet of a flow without a socket here leaves. tcp is 0 if it is of another protocol. Fill in the look. Return the
+ * flow's progress; 0 if the flow cannot stall, because the destination was not received in it. */
+static inline struct progress *look_at_foreign(struct path *path, const struct packet *pkt,
+					       const struct tcphdr *tcp, struct scratch *scratch, __u64 now)
+{
+	struct hop *last = hop_at(path, path->liveness.last_responsive);
+	struct flow_look *look = &scratch->look;
+	struct flow *flow;
+
+	flow = flow_of(&scratch->flow, tcp ? bpf_ntohl(tcp->seq) : 0, tcp ? bpf_ntohl(tcp->ack_seq) : 0);
+	if (!flow)
+		return 0;
+	look->timeouts = 0;
+	look->srtt = last ? last->rtt : 0;
+	if (tcp)
+		look_at_foreign_tcp(flow, pkt, tcp, scratch);
+	else
+		look_at_conversation(&flow->received, &flow->progress, look);
+	if (!is_conversation(&flow->received, &flow->progress))
+		return 0;
+	if (look->position == flow->progress.position && now - flow->progress.since > look->patience) {
+		/* Half the time is over after which it stalls. */
+		path->liveness.watched = scratch->flow.protocol;
+		path->liveness.watched_until = ticks_now() + (look->patience + NSEC_PER_SEC) / (TICK_NS + !TICK_NS);
+	}
+	return &flow->progress;
+}
+
+/* Return 0 if the flow of the packet may be probed now, else the reason. Fill in its TCP state. A flow carries no probe
+ * - before the peer has acknowledged or sent data, if it is of TCP. With SYN cookies it knows the connection only from
+ *   the first packet behind the handshake. A probe before that has an older number, and the peer answers it with a
+ *   reset.
  * - from retransmissions, unless it is stalled: then there is nothing else.
- * - while the path model suspects a firewall. We see no stall of a flow whose socket is not on this machine. */
+ * - while the path model suspects a firewall. */
 static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh, const struct packet *pkt,
 			     struct path *path, struct scratch *scratch, __u64 now)
 {
-	struct tcp_state *state = &scratch->probe.tcp;
+	__u64 is_tcp = pkt->protocol == IPPROTO_TCP;
 	struct tcphdr *tcp = nh->pos;
-	struct tcp_progress *progress;
+	struct tcp_state *state = &scratch->probe.tcp;
+	struct flow_look *look = &scratch->look;
+	struct progress *progress;
 	struct bpf_tcp_sock *tp = 0;
-	int reason;
 	struct bpf_sock *sk;
 
+	/* The verifier follows 0 and 1. If clang compared the protocol again, it would forget that the header is whole. */
+	asm volatile("" : "+r"(is_tcp));
 	scratch->resent = 0;
-	if (pkt->protocol != IPPROTO_TCP || (void *)(tcp + 1) > nh->end)
+	scratch->early = 0;
+	if (set_flow_key(&scratch->flow, pkt, nh->pos, nh->end, 0) < 0 || (is_tcp && (void *)(tcp + 1) > nh->end))
 		return 0;
-	sk = skb->sk ? bpf_sk_fullsock(skb->sk) : 0;
+	sk = is_tcp && skb->sk ? bpf_sk_fullsock(skb->sk) : 0;
 	if (sk && sk->type == SOCK_STREAM) /* bpf_tcp_sock() takes raw sockets for TCP, such as the kernel's own */
 		tp = bpf_tcp_sock(sk);
-	if (!tp)
-		return tcp_may_carry(nh) ? check_foreign_flow(pkt, tcp) : 0;
-	scratch->sport = tcp->source;
-	scratch->dport = tcp->dest;
-	scratch->acked = tp->snd_una;
-	scratch->next = tp->snd_nxt;
-	state->srtt = tp->srtt_us >> 3; /* the kernel stores eighths */
-	state->cwnd = tp->snd_cwnd;
-	state->retrans = tp->total_retrans;
-	state->inflight = tp->packets_out;
-	scratch->resent = (__s32)(bpf_ntohl(tcp->seq) - tp->snd_nxt) < 0;
-	progress = progress_of(skb, sk);
-	if (progress) {
-		reason = look_at_flow(skb, pkt, scratch, tp, path, progress,
-				      hidden(scratch, had_carrier(skb, progress->since)), now);
-		if (reason)
-			return reason;
+	if (tp) {
+		scratch->acked = tp->snd_una;
+		scratch->next = tp->snd_nxt;
+		state->srtt = tp->srtt_us >> 3; /* the kernel stores eighths */
+		state->cwnd = tp->snd_cwnd;
+		state->retrans = tp->total_retrans;
+		state->inflight = tp->packets_out;
+		scratch->resent = (__s32)(bpf_ntohl(tcp->seq) - tp->snd_nxt) < 0;
+		scratch->early = tp->bytes_acked <= 1 && !tp->bytes_received;   /* 1: the SYN */
+		look->position = (__u32)(tp->bytes_acked + tp->bytes_received); /* a SYN: 0, which is no progress */
+		look->segments = tp->data_segs_in;
+		look->timeouts = tp->icsk_retransmits;
+		look->outstanding = tp->packets_out;
+		look->srtt = tp->srtt_us >> 3;
+		look->patience = REPEATS_TIME;
+		progress = progress_of(skb, sk);
+	} else if (!is_tcp || tcp_may_carry(nh)) {
+		progress = look_at_foreign(path, pkt, is_tcp ? tcp : 0, scratch, now);
+	} else {
+		return 0;
 	}
-	if (tp->bytes_acked <= 1 && !tp->bytes_received) /* 1: the SYN */
+	scratch->stalled = 0;
+	if (progress) {
+		scratch->may_carry = look_at_flow(skb, path, progress, scratch, now);
+		scratch->stalled = progress->stalled_at != 0;
+	} else {
+		scratch->may_carry = may_begin_probed(trust_in(path, pkt->protocol), now);
+	}
+	if (!READ_ONCE(scratch->may_carry))
+		return REASON(flow_stalled);
+	if (READ_ONCE(scratch->early))
 		return REASON(carrier_early);
-	return scratch->resent && !(progress && progress->stalled_at) ? REASON(carrier_resent) : 0;
+	return scratch->resent && !scratch->stalled ? REASON(carrier_resent) : 0;
 }
 
 /* Send the reserved probe as a clone of the packet. Return 0 if it left, the reason why it did not, or NOT_SENT if
@@ -3389,7 +3524,7 @@ static inline int send_probe(struct __sk_buff *skb, const struct packet *pkt, st
 		expect(scratch, 0);
 		if (!ret) { /* a filter before ours consumed the clone or let it out whole, and would do so again */
 			path->excluded = 1;
-			report_flow(skb, pkt, 0, CLONE_INTERCEPTED);
+			report_flow(skb, &scratch->flow, CLONE_INTERCEPTED);
 		}
 		return REASON(clone_lost);
 	}
@@ -3425,21 +3560,13 @@ static inline int can_fall_back(const struct packet *pkt)
 	       !is_private(&pkt->daddr);
 }
 
-/* Return a number that tells the packet's flow from others. */
-static inline __u32 flow_number(const struct hdr_cursor *nh, const struct packet *pkt)
+/* Return the slot of the packet's flow, see struct turns. Ports of clients are often consecutive, or every other one. Of
+ * two flows with the same slot that send in bursts, one would take all the turns. So every 256 probes the slots are
+ * others. */
+static inline __u32 flow_slot(const struct flow_key *flow, const struct path *path)
 {
-	__be16 *l4 = nh->pos; /* ports; of ICMP the third is the identifier */
+	__u32 number = bpf_ntohs(flow->sport ^ flow->dport);
 
-	if ((void *)(l4 + 3) > nh->end)
-		return 0;
-	return bpf_ntohs(is_icmp(pkt) ? l4[2] : l4[0] ^ l4[1]);
-}
-
-/* Return the slot of the flow with this number, see struct turns. Ports of clients are often consecutive, or every other
- * one. Of two flows with the same slot that send in bursts, one would take all the turns. So every 256 probes the slots
- * are others. */
-static inline __u32 flow_slot(__u32 number, const struct path *path)
-{
 	return ((number >> 1) + (number >> 6) * (path->pacing.seq >> 8)) % FLOW_SLOTS;
 }
 
@@ -3465,14 +3592,21 @@ static inline void note_owner(struct scratch *scratch, const struct owner *owner
 		scratch->reservation.kept = KEPT_BUDGET;
 }
 
-/* The packet carried a probe: note that its flow did, if it is of TCP and has a socket here. */
-static inline void note_flow_probed(struct __sk_buff *skb, struct path *path, enum probe_form form, __u64 now)
+/* The packet carried a probe: note that its flow did. */
+static inline void note_flow_probed(struct __sk_buff *skb, struct path *path, struct scratch *scratch, __u64 now)
 {
-	struct bpf_sock *sk = skb->sk ? bpf_sk_fullsock(skb->sk) : 0;
-	struct tcp_progress *progress = sk && sk->type == SOCK_STREAM ? progress_of(skb, sk) : 0;
+	struct bpf_sock *sk = scratch->flow.protocol == IPPROTO_TCP && skb->sk ? bpf_sk_fullsock(skb->sk) : 0;
+	struct progress *progress;
+	struct flow *flow;
 
+	if (sk && sk->type == SOCK_STREAM) {
+		progress = progress_of(skb, sk);
+	} else {
+		flow = flows.lookup(&scratch->flow);
+		progress = flow ? &flow->progress : 0;
+	}
 	if (progress)
-		flow_probed(path, progress, form, now);
+		flow_probed(trust_in(path, scratch->flow.protocol), progress, scratch->reservation.form, now);
 }
 
 /* A probe is due: send it with this packet. Return 0, the reason why it did not leave, or NOT_SENT. */
@@ -3496,7 +3630,6 @@ static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	__builtin_memset(&scratch->probe.tcp, 0, sizeof(scratch->probe.tcp));
 	/* All that the packet tells goes into scratch first, and is read there. So the verifier follows what comes once,
 	 * and not for each way to parse a packet. */
-	scratch->flow_number = flow_number(nh, pkt);
 	scratch->can_fall_back = can_fall_back(pkt);
 	/* Also for a SYN or FIN, which may show a stall. */
 	reason = check_flow(skb, nh, pkt, path, scratch, now);
@@ -3505,14 +3638,14 @@ static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh,
 		return unfit ? unfit : reason;
 	scratch->reservation.flow = FLOW_SLOTS;
 	if (!READ_ONCE(scratch->resent)) /* these are few */
-		scratch->reservation.flow = flow_slot(READ_ONCE(scratch->flow_number), path);
+		scratch->reservation.flow = flow_slot(&scratch->flow, path);
 	reason = reserve_probe(path, &scratch->reservation, READ_ONCE(scratch->can_fall_back), now);
 	if (reason)
 		return reason;
 	take_probe_of(scratch->charged, now);
 	reason = send_probe(skb, pkt, path, scratch);
 	if (!reason)
-		note_flow_probed(skb, path, scratch->reservation.form, now);
+		note_flow_probed(skb, path, scratch, now);
 	settle_reservation(path, &scratch->reservation, scratch->probe.sendtime, reason == 0);
 	return reason;
 }
@@ -3800,6 +3933,26 @@ static inline enum answer receive_echo_reply(struct xdp_md *ctx, const struct pa
 	return ANSWER;
 }
 
+/* Note that a packet was received, if its flow has no socket here. Its layer 4 begins at l4. */
+static inline void note_flow(const struct packet *pkt, const void *l4, const void *end)
+{
+	const struct tcphdr *tcp = l4;
+	struct flow_key key = {};
+	struct flow *flow;
+
+	if (pkt->fragment || set_flow_key(&key, pkt, l4, end, 1) < 0)
+		return;
+	flow = flows.lookup(&key);
+	if (!flow)
+		return;
+	flow_received(&flow->received, &flow->progress, bpf_ktime_get_ns());
+	if (pkt->protocol != IPPROTO_TCP || (void *)(tcp + 1) > end)
+		return;
+	flow->acked = bpf_ntohl(tcp->ack_seq);
+	if (pkt->l4_len > (tcp->data_offset >> 4) * 4)
+		flow->repeats++;
+}
+
 /* Does the packet begin or reset a TCP connection? Somebody on the way may have sent it in the destination's name: a SYN
  * proxy, a load balancer, a firewall. Its TTL does not tell the distance. The cursor is behind the IP header. */
 static inline int is_for_connection(const struct hdr_cursor *nh, const struct packet *pkt)
@@ -3856,7 +4009,7 @@ int elf_ingress(struct xdp_md *ctx)
 	if (is_for_connection(&nh, &pkt))
 		return VERDICT_PASS;
 	path = path_to(&pkt.saddr);
-	if (path)
-		note_packet(path, pkt.ttl, !is_bare(&nh, &pkt));
+	if (path && note_packet(path, pkt.protocol, pkt.ttl, !is_bare(&nh, &pkt)))
+		note_flow(&pkt, icmp, nh.end);
 	return VERDICT_PASS;
 }

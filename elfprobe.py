@@ -3325,10 +3325,10 @@ class Reasons:
 
 RESULT_PERF_PAGES = 512  # of each CPU's perf buffer, if there is no ring
 FLOW_EVENT_TEXTS = {
-    FlowEvent.STALLED: "{flow}: nothing is acknowledged any more",
+    FlowEvent.STALLED: "{flow}: nothing is acknowledged or received any more",
     FlowEvent.RESUMED: "{flow}: moves again",
     FlowEvent.EXCLUDED:
-        "{dest}: TCP flows stall if they are probed, {flow} last: a firewall may take a low TTL for an attack: "
+        "{dest}: flows stall if they are probed, {flow} last: a firewall may take a low TTL for an attack: "
         "destination excluded for the rest of this run; open connections anew",
     FlowEvent.INTERCEPTED:
         "{dest}: a filter in front of ours took the copy of a packet, or let it out whole: destination "

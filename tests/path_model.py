@@ -30,6 +30,7 @@ typedef unsigned int __u32;
 typedef unsigned long long __u64;
 #define NSEC_PER_MSEC 1000000ULL
 #define NSEC_PER_SEC 1000000000ULL
+#define IPPROTO_TCP 6
 #define MAX_HOPS 32
 #define READ_ONCE(x) (*(volatile __typeof__(x) *)&(x))
 #define ADVANCE(pointer, nr, max) ((pointer) += (nr))
@@ -53,10 +54,18 @@ void exported_hop_replied(struct path *p, __u32 nr, __u32 form, __u64 sendtime, 
 void exported_destination_seen(struct path *p, __u32 seen, __u64 gap, int is_first, int has_data, __u64 now,
                                __u64 ticks)
 { destination_seen(p, seen, gap, is_first, has_data, now, ticks); }
-int exported_flow_looked(struct path *p, struct tcp_progress *flow, struct tcp_look *look, int can_stall, __u64 now)
-{ return flow_looked(p, flow, look, can_stall, now); }
-void exported_flow_probed(struct path *p, struct tcp_progress *flow, __u32 form, __u64 now)
-{ flow_probed(p, flow, form, now); }
+int exported_flow_looked(struct path *p, __u32 protocol, struct progress *flow, struct flow_look *look,
+                         int can_stall, __u64 now)
+{ return flow_looked(p, trust_in(p, protocol), flow, look, can_stall, now); }
+void exported_flow_probed(struct path *p, __u32 protocol, struct progress *flow, __u32 form, __u64 now)
+{ flow_probed(trust_in(p, protocol), flow, form, now); }
+void exported_flow_received(struct path *p, struct reception *received, struct progress *flow, __u64 now)
+{ (void)p; flow_received(received, flow, now); }
+int exported_look_at_conversation(struct path *p, struct reception *received, struct progress *flow,
+                                  struct flow_look *look)
+{ (void)p; look_at_conversation(received, flow, look); return is_conversation(received, flow); }
+int exported_may_begin_probed(struct path *p, __u32 protocol, __u64 now)
+{ return may_begin_probed(trust_in(p, protocol), now); }
 void exported_destination_reached(struct path *p, __u32 ttl, __u64 now) { destination_reached(p, ttl, now); }
 """
 
@@ -122,6 +131,8 @@ class Liveness(ctypes.Structure):
         ('outage_end', ctypes.c_uint64),
         ('farthest_reply', ctypes.c_uint64),
         ('routers_proven', ctypes.c_uint64),
+        ('watched_until', ctypes.c_uint64),
+        ('watched', ctypes.c_uint32),
         ('last_responsive', ctypes.c_uint8),
     ]
 
@@ -144,7 +155,7 @@ class Trust(ctypes.Structure):
 
 
 class Flow(ctypes.Structure):
-    """struct tcp_progress."""
+    """struct progress."""
 
     _fields_ = [
         ('moved', ctypes.c_uint64),
@@ -165,9 +176,16 @@ class Flow(ctypes.Structure):
 
 
 class Look(ctypes.Structure):
-    """struct tcp_look."""
+    """struct flow_look."""
 
-    _fields_ = [(name, ctypes.c_uint32) for name in ('position', 'segments', 'timeouts', 'outstanding', 'srtt')]
+    _fields_ = [
+        *((name, ctypes.c_uint32) for name in ('position', 'segments', 'timeouts', 'outstanding', 'srtt')),
+        ('patience', ctypes.c_uint64),
+    ]
+
+
+class Reception(ctypes.Structure):
+    _fields_ = [('last', ctypes.c_uint64), ('gap', ctypes.c_uint64), ('count', ctypes.c_uint32)]
 
 
 class Path_(ctypes.Structure):
@@ -180,7 +198,7 @@ class Path_(ctypes.Structure):
         ('excluded', ctypes.c_uint8),
         ('flows_only', ctypes.c_uint8),
         ('arrival_reported', ctypes.c_uint8),
-        ('trust', Trust),
+        ('trusts', Trust * 2),  # of TCP, of all others
         ('responders', ctypes.c_uint16 * (MAX_HOPS + 1)),
         ('hops', Hop * (MAX_HOPS + 1)),
     ]
@@ -189,8 +207,10 @@ class Path_(ctypes.Structure):
 def section() -> str:
     """Return the text of the path model in elfprobe.c."""
     text = ELFPROBE_C.read_text()
-    begin, flow = text.index('/* ---- Path model: pacing'), text.index('struct tcp_progress {')
-    return text[flow : text.index('};', flow) + 3] + text[begin : text.index('/* ---- ', begin + 8)]
+    begin = text.index('/* ---- Path model: pacing')
+    structs = (text.index(f'struct {name} {{') for name in ('progress', 'flow_look'))
+    before = ''.join(text[each : text.index('};', each) + 3] for each in structs)
+    return before + text[begin : text.index('/* ---- ', begin + 8)]
 
 
 def compile_c(text: str, output: Path, *flags: str) -> None:
@@ -210,7 +230,7 @@ def parameters(interval_ns: int, rate_global: bool, tick_ns: int) -> list[str]:
 @lru_cache(maxsize=None)
 def shared_library(*flags: str) -> bytes:
     """Return the path model as a shared library, compiled once for the same -D flags."""
-    sizes = 'unsigned int path_size = sizeof(struct path), flow_size = sizeof(struct tcp_progress);\n'
+    sizes = 'unsigned int path_size = sizeof(struct path), flow_size = sizeof(struct progress);\n'
     with tempfile.TemporaryDirectory(prefix='elf-') as directory:
         library = Path(directory, 'path_model.so')
         compile_c(PRELUDE + section() + EXPORTED + sizes, library, '-shared', '-fPIC', *flags)
@@ -239,8 +259,11 @@ class PathModel:
             'probe_cancelled': (u32, u64),
             'hop_replied': (u32, u32, u64, u32, u32, u64),
             'destination_seen': (u32, u64, ctypes.c_int, ctypes.c_int, u64, u64),
-            'flow_looked': (ctypes.POINTER(Flow), ctypes.POINTER(Look), ctypes.c_int, u64),
-            'flow_probed': (ctypes.POINTER(Flow), u32, u64),
+            'flow_looked': (u32, ctypes.POINTER(Flow), ctypes.POINTER(Look), ctypes.c_int, u64),
+            'flow_probed': (u32, ctypes.POINTER(Flow), u32, u64),
+            'flow_received': (ctypes.POINTER(Reception), ctypes.POINTER(Flow), u64),
+            'look_at_conversation': (ctypes.POINTER(Reception), ctypes.POINTER(Flow), ctypes.POINTER(Look)),
+            'may_begin_probed': (u32, u64),
             'destination_reached': (u32, u64),
         }
         for name, arguments in self._arguments.items():

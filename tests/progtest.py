@@ -294,12 +294,19 @@ class Programs:
         if not ip or not layer or layer.name != 'TCP':
             return
         tcp = layer
-        table = self.kernel.map('foreign_flows')
-        key, numbers = table.key_type(), (tcp.seq, (tcp.ack - 1) % 2**32, tcp.seq, tcp.ack)
-        key.sport, key.dport = socket.htons(tcp.sport), socket.htons(tcp.dport)
+        table = self.kernel.map('flows')
+        key, flow = table.key_type(), table.new()
+        flow.first_seq, flow.first_ack, flow.next_seq, flow.last_ack = (
+            tcp.seq,
+            (tcp.ack - 1) % 2**32,
+            tcp.seq,
+            tcp.ack,
+        )
+        flow.is_open = 1
+        key.sport, key.dport, key.protocol = socket.htons(tcp.sport), socket.htons(tcp.dport), socket.IPPROTO_TCP
         for field, address in ('source', ip.src), ('dest', ip.dst):
             ctypes.memmove(ctypes.addressof(key) + getattr(type(key), field).offset, pack_address(address), 16)
-        table.put(bytes(key), table.value_type(*numbers, 1))
+        table.put(bytes(key), flow)
 
     def put_in_flight(self, flight: Flight, cwnd: int = 0) -> None:
         """cwnd: the congestion window, if the probe's socket is on this machine and TCP's."""

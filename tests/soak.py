@@ -353,7 +353,7 @@ class Soak:
             line
             for net, block in BLOCKS.items()
             for version in VERSIONS
-            for line in blocking(block)(f'net{net}v{version}', version, network(version, net))
+            for line in blocking(block)(f'net{net}v{version}', version, network(version, net), UPLOAD)
         )
         stack.enter_context(nft_table(r1, rules, 'firewall'))
         self._server = Server(lab, stack)
@@ -630,7 +630,7 @@ def share(before: Sample, after: Sample) -> float:
 
 def excluded(log: str) -> set[str]:
     """Return the destinations that elfprobe takes to be behind firewalls."""
-    return set(re.findall(r'(\S+): TCP flows stall', log))
+    return set(re.findall(r'(\S+): flows stall', log))
 
 
 def main() -> int:

@@ -7,11 +7,13 @@ import random
 from itertools import count
 from typing import Any, Callable, Sequence
 
-from path_model import Flow, Look, PathModel, new_path
+from path_model import Flow, Look, PathModel, Reception, new_path
 
 MS, SECOND = 10**6, 10**9  # ns
 START = 1000 * SECOND
 CWND = 10
+TCP, UDP = 6, 17
+REPEATS_TIME = 150 * MS  # of elfprobe.c
 
 
 class Network:
@@ -92,7 +94,7 @@ class Network:
             return
         form = model.probe_form(path, ttl, 0, 0)
         model.probe_sent(path, ttl, form, now, model.probe_reserved(path, ttl, now, 0), now)
-        model.flow_probed(path, connection.flow, form, now)
+        model.flow_probed(path, connection.protocol, connection.flow, form, now)
         answered = self.passes(connection, ttl) and not (self.drops and ttl >= self.firewall)
         self.rows.append((now, ttl, answered))
         if answered and ttl <= self.hops and ttl < self.silent:
@@ -108,6 +110,8 @@ class Network:
 
 class Connection:
     """A TCP connection; time from its first packet behind the handshake."""
+
+    protocol = TCP
 
     def __init__(self, net: Network) -> None:
         self.net, self.flow = net, Flow()
@@ -125,9 +129,10 @@ class Connection:
         if net.path.excluded or net.now < net.path.pacing.next_due:
             return
         look = Look(
-            1 + self.una + self.received, self.segments, self.timeouts, self.next - self.una, net.rtt // 1000
-        )
-        if net.model.flow_looked(net.path, self.flow, look, 1, net.now) and not self.closing:
+            1 + self.una + self.received, self.segments, self.timeouts, self.next - self.una, net.rtt // 1000,
+            REPEATS_TIME,
+        )  # fmt: skip
+        if net.model.flow_looked(net.path, TCP, self.flow, look, 1, net.now) and not self.closing:
             net.probe(self)
 
     # Upload
@@ -239,6 +244,62 @@ class Connection:
                 upto = self.next
                 self.net.after(self.net.rtt // 2, lambda: self._acknowledge(upto))
             self._arm()
+
+
+class Conversation:
+    """A flow of UDP. Each request is answered after `delay`, but not between these two seconds of its life."""
+
+    protocol = UDP
+
+    def __init__(self, net: Network, delay: int = 0, mute: tuple[float, float] = (0, 0)) -> None:
+        self.net, self.flow, self.received = net, Flow(), Reception()
+        net.connections += 1
+        self.number, self.begin, self.last_moved = net.connections, net.now, net.now
+        self._delay, self._mute = delay, [net.now + int(each * SECOND) for each in mute]
+
+    def send(self) -> None:
+        net, look = self.net, Look(srtt=self.net.rtt // 1000)
+        if not net.path.excluded and net.now >= net.path.pacing.next_due:
+            if net.model.look_at_conversation(net.path, self.received, self.flow, look):
+                may_carry = net.model.flow_looked(net.path, UDP, self.flow, look, 1, net.now)
+            else:
+                may_carry = net.model.may_begin_probed(net.path, UDP, net.now)
+            if may_carry:
+                net.probe(self)
+        if net.passes(self):
+            net.after(net.rtt // 2 + self._delay, self._answer)
+
+    def _answer(self) -> None:
+        net = self.net
+        if not self._mute[0] <= net.now < self._mute[1] and net.passes(self, forward=False):
+            net.after(net.rtt // 2, self._answered)
+
+    def _answered(self) -> None:
+        self.last_moved = self.net.now
+        self.net.moved += 1
+        self.net.model.flow_received(self.net.path, self.received, self.flow, self.net.now)
+
+
+class Talk:
+    """Sends requests over one UDP flow after the other; gives up after `patience`, and begins anew."""
+
+    def __init__(
+        self, net: Network, kind: str = 'requests', interval: int = 10 * MS, patience: int = 3500 * MS,
+        life: int = 0, **answers: Any,
+    ) -> None:  # fmt: skip
+        self.net, self._interval, self._patience, self._life = net, interval, patience, life
+        self._answers, self.lost = answers, 0
+        self.connection = Conversation(net, **answers)
+        self._tick()
+
+    def _tick(self) -> None:
+        net, flow = self.net, self.connection
+        is_lost = net.now - flow.last_moved > self._patience
+        self.lost += is_lost
+        if is_lost or (self._life and net.now - flow.begin > self._life):
+            self.connection = Conversation(net, **self._answers)
+        self.connection.send()
+        net.after(self._interval, self._tick)
 
 
 class Application:

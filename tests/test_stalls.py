@@ -7,7 +7,7 @@ from typing import Any, Dict
 import pytest
 
 from path_model import PathModel
-from stalls import MS, SECOND, Application, Network
+from stalls import MS, SECOND, Application, Network, Talk
 
 pytestmark = pytest.mark.needs('gcc')
 
@@ -21,14 +21,19 @@ def model() -> PathModel:
     return PathModel()
 
 
+def is_talk(application: Arguments) -> bool:
+    return application.get('kind') == 'requests'
+
+
 def simulate(model: PathModel, seconds: float, network: Arguments, applications: list[Arguments]) -> Any:
     """Return the network and its applications after so many seconds."""
     net = Network(model, **network)
-    talking = [Application(net, **application) for application in applications]
+    talking = [(Talk if is_talk(application) else Application)(net, **application) for application in applications]
     net.run(seconds)
     return net, talking
 
 
+REQUESTS: Arguments = dict(kind='requests')  # and answers, by UDP or ping
 FIREWALLS: dict[str, tuple[Arguments, Arguments, int]] = {
     # the network, the application; the number of connections that are lost
     **{
@@ -51,6 +56,20 @@ FIREWALLS: dict[str, tuple[Arguments, Arguments, int]] = {
         for hop, interval in ((1, 10), (2, 50), (3, 10))
         for block, lost in ((0.5, 0), (3, 0), (60, 2))
     },
+    **{
+        f'{name}, {of}': (network, dict(kind='requests', interval=interval * MS), lost)
+        for of, interval in (('requests', 10), ('ping', 1000))
+        for name, network, lost in (
+            ('blocks for 3 s', dict(block=3 * S), 2),
+            ('blocks for 60 s', dict(block=60 * S), 2),
+            ('blocks for good', dict(block=FOR_EVER), 2),
+            ('at the last hop', dict(block=FOR_EVER, firewall=4), 2),
+            ('lowers the TTL', dict(lowers=True), 2),
+            ('drops the probes', dict(block=60 * S, drops=True), 2),
+        )
+    },
+    'blocks for 0.5 s, requests': (dict(block=S // 2), REQUESTS, 0),
+    'short conversations': (dict(block=FOR_EVER), dict(REQUESTS, life=2 * S), 0),
     'download, drops the probes': (dict(block=60 * S, drops=True), dict(kind='download'), 2),
     'connections are reset': (dict(block=FOR_EVER), dict(reset=True), 2),
     'one packet a second': (dict(block=FOR_EVER), dict(interval=S), 2),
@@ -99,6 +118,25 @@ HARMLESS: dict[str, tuple[Arguments, list[Arguments]]] = {
     'and that are closed': (dict(forgets=80 * S), [dict(interval=100 * S, life=90 * S)] * 3),
     'silent routers and outages': (dict(silent=2, outages=outages(0.3, 1, every=7, count=40)), [SLOW, DOWNLOAD]),
     'silent routers and loss': (dict(silent=2, loss=0.05), [SLOW, DOWNLOAD, dict(interval=S)]),
+    'outages of conversations': (
+        dict(outages=outages(1, 2.5, 5, 30)),
+        [dict(REQUESTS, interval=100 * MS), dict(REQUESTS, interval=S, patience=60 * S)],
+    ),
+    'and soon after the start': (dict(outages=[(3, 2 * S, 7 * S)]), [dict(REQUESTS, interval=100 * MS)]),
+    'one conversation that is answered no more': (
+        {},
+        [dict(REQUESTS, interval=100 * MS), dict(REQUESTS, interval=100 * MS, mute=(3, 400), patience=FOR_EVER)],
+    ),
+    'answers that take long': ({}, [dict(REQUESTS, interval=100 * MS, delay=2 * S), dict(REQUESTS, delay=S // 2)]),
+    'one long pause, again and again': (
+        {},
+        [dict(REQUESTS, interval=100 * MS, mute=(10, 400), patience=20 * S)] * 2,
+    ),
+    'conversations with 10 % loss': (
+        dict(loss=0.1),
+        [dict(REQUESTS, interval=100 * MS), dict(REQUESTS, interval=S, patience=60 * S)],
+    ),
+    'a ping with 20 % loss': (dict(loss=0.2), [dict(REQUESTS, interval=S, patience=60 * S)]),
     '5 % loss': (dict(loss=0.05), [SLOW, DOWNLOAD]),
     '20 % loss': (dict(loss=0.2), [SLOW, DOWNLOAD, dict(interval=S)]),
 }
@@ -111,9 +149,10 @@ def test_what_is_no_firewall(model: PathModel, network: Arguments, applications:
     assert net.rows[-1][0] > net.now - 110 * S
 
 
-def test_rows_tell_of_outages(model: PathModel) -> None:
-    """Retransmissions carry probes, which show up to where answers still come."""
-    net, _ = simulate(model, 270, dict(outages=outages(1, 2.5, 5, 30)), [SLOW])
+@pytest.mark.parametrize('application', [SLOW, dict(REQUESTS, interval=100 * MS)], ids=['TCP', 'requests'])
+def test_rows_tell_of_outages(model: PathModel, application: Arguments) -> None:
+    """Retransmissions carry probes, or requests without an answer, which show up to where answers still come."""
+    net, _ = simulate(model, 270, dict(outages=outages(1, 2.5, 5, 30)), [application])
     for hop, begin, end in net.outages:
         found = [(ttl, answered) for sent, ttl, answered in net.rows if begin + S // 2 <= sent < end]
         assert {(1, True), (2, True)} <= set(found) or (end - begin <= S and found)
@@ -123,7 +162,7 @@ def test_rows_tell_of_outages(model: PathModel) -> None:
 def test_firewall_after_a_long_time(model: PathModel) -> None:
     """It begins to block as flows had gone well for long: each fourth retransmission carries no probe."""
     net, (talking,) = simulate(model, 60, {}, [{}])
-    assert net.path.trust.passed > 50
+    assert net.path.trusts[0].passed > 50
     net.block = S // 2
     net.run(120)
     assert net.path.excluded
