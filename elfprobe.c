@@ -443,8 +443,9 @@ struct flow_look {
 	__u32 position, segments; /* as in struct progress */
 	__u32 timeouts; /* number of retransmission timers that expired since something was acknowledged */
 	__u32 outstanding;
-	__u32 srtt;     /* us */
-	__u64 patience; /* time in which it should move */
+	__u32 srtt;       /* us */
+	__u32 is_one_way; /* the destination was received once only, so perhaps it is to answer no more */
+	__u64 patience;   /* time in which it should move */
 };
 
 /* What the next packet in elf_egress is. 0: an application packet. */
@@ -976,7 +977,10 @@ struct trust {
 	__u8 strikes;       /* signs that stalls are a firewall's doing */
 	__u8 passed;        /* number of exams without a stall */
 	__u8 max_ttl;       /* farthest hop that was probed in them */
+	__u8 doubt;         /* enum doubt: do flows fall silent after one answer because of probes? */
 };
+
+enum doubt { NO_DOUBT, DOUBTED, ONE_WAY };
 
 struct path {
 	struct pacing pacing;
@@ -1585,6 +1589,8 @@ static inline void destination_reached(struct path *path, __u32 ttl, __u64 now)
  * - While nothing is known of a destination, the first stall pauses the probes of all its flows. If the stalled flow
  *   moves before it is probed again, that is one strike. If it does not, but others do, the connection is lost: three
  *   strikes. STRIKES_MAX exclude the destination.
+ * - A flow that falls silent after one answer may be one-way, so it stays probed. But the next one is not, until it has
+ *   two answers, which is as if the first was lost: three strikes. Or it falls silent as well: such flows are one-way.
  * - If a flow stalls that was not probed, stalls have another cause. That ends the pause and clears the strikes.
  * - Each half second with probes and without a stall is an exam that is passed. After two for each hop the destination is
  *   trusted. There a stall is an outage: retransmissions carry probes, to the nearest hop first. Each fourth does not,
@@ -1643,6 +1649,7 @@ static inline void add_strikes(struct path *path, struct trust *trust, __u32 cou
 	trust->strikes += count;
 	trust->last_strike = now;
 	trust->passed = 0;
+	trust->max_ttl = 0;
 	if (trust->strikes >= STRIKES_MAX)
 		path->excluded = 1;
 }
@@ -1666,16 +1673,12 @@ static inline void end_pause(struct path *path, struct trust *trust, __u64 now)
 }
 
 /* A flow moves: the path works. */
-static inline void end_exam(const struct path *path, struct trust *trust, __u64 now)
+static inline void end_exam(struct trust *trust, __u64 now)
 {
 	trust->last_moved = now;
 	if (!trust->exam || now - trust->exam < EXAM)
 		return;
 	trust->exam = 0;
-	if (trust->max_ttl < path->distance.max_ttl_tried) {
-		trust->max_ttl = path->distance.max_ttl_tried;
-		trust->passed = 0;
-	}
 	trust->exams++;
 	if (trust->passed < 0xff)
 		trust->passed++;
@@ -1759,6 +1762,29 @@ static inline void check_lost(struct path *path, struct trust *trust, struct pro
 	}
 }
 
+/* The flow has had one answer, and a packet leaves. Return whether it may carry a probe. */
+static inline int one_way_looked(struct trust *trust, const struct progress *flow)
+{
+	int is_silent = flow->repeats >= REPEATS_MIN;
+
+	if (trust->doubt == DOUBTED && !flow->last_probed) {
+		if (!is_silent)
+			return 0;
+		trust->doubt = ONE_WAY;
+	} else if (trust->doubt == NO_DOUBT && flow->last_probed && is_silent && !is_trusted(trust)) {
+		trust->doubt = DOUBTED;
+	}
+	return 1;
+}
+
+/* The flow moves, and the destination was in doubt. */
+static inline void end_doubt(struct path *path, struct trust *trust, const struct progress *flow, __u64 now)
+{
+	trust->doubt = NO_DOUBT;
+	if (!flow->last_probed)
+		add_strikes(path, trust, STRIKES_LOST, now);
+}
+
 /* A packet of the flow leaves. Return whether it may carry a probe. can_stall: the device had its carrier. */
 static inline int flow_looked(struct path *path, struct trust *trust, struct progress *flow,
 			      const struct flow_look *look, int can_stall, __u64 now)
@@ -1770,7 +1796,9 @@ static inline int flow_looked(struct path *path, struct trust *trust, struct pro
 	if (moves) {
 		if (flow->stalled_at)
 			end_stall(path, trust, flow, now);
-		end_exam(path, trust, now);
+		end_exam(trust, now);
+		if (trust->doubt == DOUBTED && !look->is_one_way)
+			end_doubt(path, trust, flow, now);
 		flow->moved = now;
 		flow->repeats = 0;
 		if (flow->last_unproven && now > survived_after(flow->last_unproven, look->srtt)) {
@@ -1789,6 +1817,8 @@ static inline int flow_looked(struct path *path, struct trust *trust, struct pro
 	flow->segments = look->segments;
 	flow->resend_probed = 0;
 	retries = look->timeouts + flow->repeats;
+	if (look->is_one_way)
+		return !path->excluded && !is_paused(trust, now) && one_way_looked(trust, flow);
 	if (flow->stalled_at)
 		check_lost(path, trust, flow, now);
 	else if (can_stall && (look->timeouts || flow->repeats >= REPEATS_MIN))
@@ -1798,9 +1828,14 @@ static inline int flow_looked(struct path *path, struct trust *trust, struct pro
 	return flow->stalled_at ? retries % RETRIES_UNPROBED != 0 : now - flow->moved <= IDLE;
 }
 
-/* The packet carried a probe of this form. */
-static inline void flow_probed(struct trust *trust, struct progress *flow, enum probe_form form, __u64 now)
+/* The packet carried a probe of this form. A firewall may be behind the hops that were probed so far. */
+static inline void flow_probed(struct trust *trust, struct progress *flow, __u32 ttl, enum probe_form form,
+			       __u64 now)
 {
+	if (trust->max_ttl < ttl) {
+		trust->max_ttl = ttl;
+		trust->passed = 0;
+	}
 	flow->last_probed = now;
 	if (form != USUAL)
 		flow->last_unproven = now;
@@ -1828,6 +1863,7 @@ static inline void look_at_conversation(const struct reception *received, const 
 	look->position = received->count;
 	look->segments = flow->segments + 1;
 	look->outstanding = 1;
+	look->is_one_way = received->count == 1;
 	look->patience = (flow->stalled_at ? SILENCE_STALLED : SILENCE) + received->gap / 2 + look->srtt * 1000ULL;
 }
 
@@ -1841,7 +1877,8 @@ static inline int is_conversation(const struct reception *received, const struct
  * to stall. */
 static inline int may_begin_probed(const struct trust *trust, __u64 now)
 {
-	return !trust->strikes && !is_paused(trust, now) && trust->last_moved >= trust->episode;
+	return !trust->strikes && trust->doubt != DOUBTED && !is_paused(trust, now) &&
+	       trust->last_moved >= trust->episode;
 }
 
 /* ---- Maps --------------------------------------------------------------------------------- */
@@ -2065,27 +2102,33 @@ static inline void settle_reservation(struct path *path, const struct reservatio
 
 /* A packet of the destination arrived. Return whether to look at its flow. Once a tick is enough, unless one is about to
  * stall. */
-static inline int note_packet(struct path *path, __u32 protocol, __u32 ttl, int has_data)
+static inline int looks_at_flow(const struct path *path, __u32 protocol, __u64 ticks)
 {
-	__u64 now, ticks = ticks_now(), last = READ_ONCE(path->liveness.last_received);
+	const struct liveness *liveness = &path->liveness;
+
+	return ticks > READ_ONCE(liveness->last_received) ||
+	       (ticks < liveness->watched_until && liveness->watched == protocol);
+}
+
+static inline void note_packet(struct path *path, __u32 ttl, int has_data, __u64 ticks)
+{
+	__u64 now, last = READ_ONCE(path->liveness.last_received);
 	__u64 gap = ticks > last ? ticks - last : 0; /* another CPU may have written a later tick */
-	int is_looked_at = gap || (ticks < path->liveness.watched_until && path->liveness.watched == protocol);
 	__u32 distance = ttl_distance(ttl);
 	struct schedule *all;
 
 	if (is_as_expected(path, distance, gap, has_data)) {
 		if (gap)
 			path->liveness.last_received = ticks;
-		return is_looked_at;
+		return;
 	}
 	now = bpf_ktime_get_ns();
 	all = lookup_schedule();
 	if (!all)
-		return 0;
+		return;
 	bpf_spin_lock(&all->lock);
 	destination_seen(path, distance, gap, !last, has_data, now, ticks);
 	bpf_spin_unlock(&all->lock);
-	return is_looked_at;
 }
 
 static inline void note_reply(struct path *path, const struct probe *probe, const struct in6_addr *responder,
@@ -3432,7 +3475,7 @@ static inline struct progress *look_at_foreign(struct path *path, const struct p
 	flow = flow_of(&scratch->flow, tcp ? bpf_ntohl(tcp->seq) : 0, tcp ? bpf_ntohl(tcp->ack_seq) : 0);
 	if (!flow)
 		return 0;
-	look->timeouts = 0;
+	look->timeouts = look->is_one_way = 0;
 	look->srtt = last ? last->rtt : 0;
 	if (tcp)
 		look_at_foreign_tcp(flow, pkt, tcp, scratch);
@@ -3486,6 +3529,7 @@ static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh,
 		look->position = (__u32)(tp->bytes_acked + tp->bytes_received); /* a SYN: 0, which is no progress */
 		look->segments = tp->data_segs_in;
 		look->timeouts = tp->icsk_retransmits;
+		look->is_one_way = 0;
 		look->outstanding = tp->packets_out;
 		look->srtt = tp->srtt_us >> 3;
 		look->patience = REPEATS_TIME;
@@ -3606,7 +3650,8 @@ static inline void note_flow_probed(struct __sk_buff *skb, struct path *path, st
 		progress = flow ? &flow->progress : 0;
 	}
 	if (progress)
-		flow_probed(trust_in(path, scratch->flow.protocol), progress, scratch->reservation.form, now);
+		flow_probed(trust_in(path, scratch->flow.protocol), progress, scratch->reservation.ttl,
+			    scratch->reservation.form, now);
 }
 
 /* A probe is due: send it with this packet. Return 0, the reason why it did not leave, or NOT_SENT. */
@@ -3980,6 +4025,7 @@ int elf_ingress(struct xdp_md *ctx)
 	struct packet pkt = {};
 	struct icmphdr *icmp;
 	struct path *path;
+	__u64 ticks;
 
 	if (FRAME == FRAME_TUNNEL)
 		skip_outer(&nh);
@@ -4009,7 +4055,11 @@ int elf_ingress(struct xdp_md *ctx)
 	if (is_for_connection(&nh, &pkt))
 		return VERDICT_PASS;
 	path = path_to(&pkt.saddr);
-	if (path && note_packet(path, pkt.protocol, pkt.ttl, !is_bare(&nh, &pkt)))
+	if (!path)
+		return VERDICT_PASS;
+	ticks = ticks_now();
+	if (looks_at_flow(path, pkt.protocol, ticks)) /* first: then the verifier follows what comes once */
 		note_flow(&pkt, icmp, nh.end);
+	note_packet(path, pkt.ttl, !is_bare(&nh, &pkt), ticks);
 	return VERDICT_PASS;
 }

@@ -57,8 +57,9 @@ void exported_destination_seen(struct path *p, __u32 seen, __u64 gap, int is_fir
 int exported_flow_looked(struct path *p, __u32 protocol, struct progress *flow, struct flow_look *look,
                          int can_stall, __u64 now)
 { return flow_looked(p, trust_in(p, protocol), flow, look, can_stall, now); }
-void exported_flow_probed(struct path *p, __u32 protocol, struct progress *flow, __u32 form, __u64 now)
-{ flow_probed(trust_in(p, protocol), flow, form, now); }
+void exported_flow_probed(struct path *p, __u32 protocol, struct progress *flow, __u32 ttl, __u32 form,
+                          __u64 now)
+{ flow_probed(trust_in(p, protocol), flow, ttl, form, now); }
 void exported_flow_received(struct path *p, struct reception *received, struct progress *flow, __u64 now)
 { (void)p; flow_received(received, flow, now); }
 int exported_look_at_conversation(struct path *p, struct reception *received, struct progress *flow,
@@ -151,6 +152,7 @@ class Trust(ctypes.Structure):
         ('strikes', ctypes.c_uint8),
         ('passed', ctypes.c_uint8),
         ('max_ttl', ctypes.c_uint8),
+        ('doubt', ctypes.c_uint8),
     ]
 
 
@@ -179,7 +181,10 @@ class Look(ctypes.Structure):
     """struct flow_look."""
 
     _fields_ = [
-        *((name, ctypes.c_uint32) for name in ('position', 'segments', 'timeouts', 'outstanding', 'srtt')),
+        *(
+            (name, ctypes.c_uint32)
+            for name in ('position', 'segments', 'timeouts', 'outstanding', 'srtt', 'is_one_way')
+        ),
         ('patience', ctypes.c_uint64),
     ]
 
@@ -260,7 +265,7 @@ class PathModel:
             'hop_replied': (u32, u32, u64, u32, u32, u64),
             'destination_seen': (u32, u64, ctypes.c_int, ctypes.c_int, u64, u64),
             'flow_looked': (u32, ctypes.POINTER(Flow), ctypes.POINTER(Look), ctypes.c_int, u64),
-            'flow_probed': (u32, ctypes.POINTER(Flow), u32, u64),
+            'flow_probed': (u32, ctypes.POINTER(Flow), u32, u32, u64),
             'flow_received': (ctypes.POINTER(Reception), ctypes.POINTER(Flow), u64),
             'look_at_conversation': (ctypes.POINTER(Reception), ctypes.POINTER(Flow), ctypes.POINTER(Look)),
             'may_begin_probed': (u32, u64),

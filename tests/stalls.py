@@ -94,7 +94,7 @@ class Network:
             return
         form = model.probe_form(path, ttl, 0, 0)
         model.probe_sent(path, ttl, form, now, model.probe_reserved(path, ttl, now, 0), now)
-        model.flow_probed(path, connection.protocol, connection.flow, form, now)
+        model.flow_probed(path, connection.protocol, connection.flow, ttl, form, now)
         answered = self.passes(connection, ttl) and not (self.drops and ttl >= self.firewall)
         self.rows.append((now, ttl, answered))
         if answered and ttl <= self.hops and ttl < self.silent:
@@ -130,7 +130,7 @@ class Connection:
             return
         look = Look(
             1 + self.una + self.received, self.segments, self.timeouts, self.next - self.una, net.rtt // 1000,
-            REPEATS_TIME,
+            0, REPEATS_TIME,
         )  # fmt: skip
         if net.model.flow_looked(net.path, TCP, self.flow, look, 1, net.now) and not self.closing:
             net.probe(self)

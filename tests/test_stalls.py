@@ -34,6 +34,7 @@ def simulate(model: PathModel, seconds: float, network: Arguments, applications:
 
 
 REQUESTS: Arguments = dict(kind='requests')  # and answers, by UDP or ping
+ONE_WAY: Arguments = dict(REQUESTS, mute=(0.03, 400), patience=FOR_EVER)  # like iperf3 -u
 FIREWALLS: dict[str, tuple[Arguments, Arguments, int]] = {
     # the network, the application; the number of connections that are lost
     **{
@@ -127,6 +128,8 @@ HARMLESS: dict[str, tuple[Arguments, list[Arguments]]] = {
         {},
         [dict(REQUESTS, interval=100 * MS), dict(REQUESTS, interval=100 * MS, mute=(3, 400), patience=FOR_EVER)],
     ),
+    'one-way flows, answered once': ({}, [dict(ONE_WAY, life=5 * S)]),
+    'and conversations at the same time': ({}, [dict(ONE_WAY, life=5 * S)] * 2 + [dict(REQUESTS, life=2 * S)]),
     'answers that take long': ({}, [dict(REQUESTS, interval=100 * MS, delay=2 * S), dict(REQUESTS, delay=S // 2)]),
     'one long pause, again and again': (
         {},
