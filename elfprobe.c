@@ -397,6 +397,8 @@ struct progress {
 	__u32 segments;      /* number of data segments received, or of packets that should have moved it */
 	__u32 exams;         /* of its destination when it stalled */
 	__u8 repeats;        /* number of times since it moved that it was seen to repeat itself */
+	__u8 doubted;        /* it raised the doubt whether its destination is to answer once only */
+	__u8 withheld;       /* and this flow was not probed, to know that */
 	__u8 under_probes;   /* it had been probed when it stalled, and that has not counted yet */
 	__u8 resend_probed;  /* its last packet during the stall carried a probe */
 	__u8 tries;          /* number of packets in the stall while others were moving */
@@ -438,12 +440,13 @@ struct flow_key {
 	__u32 protocol;
 };
 
-/* What the socket of a TCP flow says, or what we know of a flow without a socket here. */
+/* What the socket of a TCP flow says, or what we know of a flow without a TCP socket here. */
 struct flow_look {
 	__u32 position, segments; /* as in struct progress */
 	__u32 timeouts; /* number of retransmission timers that expired since something was acknowledged */
 	__u32 outstanding;
 	__u32 srtt;       /* us */
+	__u32 port;       /* of the destination, as in the packet */
 	__u32 is_one_way; /* the destination was received once only, so perhaps it is to answer no more */
 	__u64 patience;   /* time in which it should move */
 };
@@ -827,8 +830,10 @@ static inline int wants_card_stamp(struct __sk_buff *skb)
  *   It is compared with a second.
  * - elf_egress reads pacing.next_due and next_due_tick. choose_hop() checks next_due again. If next_due_tick is
  *   outdated, the probe leaves with the next packet.
- * - elf_egress and user space set excluded, which is never cleared. elf_egress sets exam of a trust, and what is
- *   watched. flows_only is written before the entry is in a map.
+ * - elf_egress and user space set excluded, which is never cleared. elf_egress sets watched_until of a trust.
+ *   flows_only is written before the entry is in a map.
+ * - elf_ingress counts what was received of a flow. If its entry in the map is reused meanwhile, one packet is counted
+ *   for another flow.
  * - elf_egress postpones next_due while the destination is on-link. If that is lost, the next packet repeats it.
  * - elf_ingress sets arrival_reported. If two CPUs do so at the same time, the log has the line twice. */
 
@@ -958,8 +963,6 @@ struct liveness {
 	__u64 outage_end;     /* first sign of life after it */
 	__u64 farthest_reply; /* time of the last reply of last_responsive */
 	__u64 routers_proven; /* when a hop answered behind unresponsive ones, which proves that these are routers */
-	__u64 watched_until;  /* up to this tick, each received packet of this protocol is looked at */
-	__u32 watched;
 	__u8 last_responsive; /* farthest hop that answers; 0: none */
 };
 
@@ -978,6 +981,9 @@ struct trust {
 	__u8 passed;        /* number of exams without a stall */
 	__u8 max_ttl;       /* farthest hop that was probed in them */
 	__u8 doubt;         /* enum doubt: do flows fall silent after one answer because of probes? */
+	__u32 doubted_port; /* of the destination, in such flows */
+	__u64 doubted_at;
+	__u64 watched_until; /* up to this tick, each packet received is looked at */
 };
 
 enum doubt { NO_DOUBT, DOUBTED, ONE_WAY };
@@ -1583,14 +1589,16 @@ static inline void destination_reached(struct path *path, __u32 ttl, __u64 now)
 /* Firewalls. Some take packets with a low TTL for an attack, and block the flow, for good or for a while. A flow that
  * stalls after it was probed may be such a flow, or in an outage. A TCP flow stalls if its retransmission timer expires,
  * or its peer repeats itself. A conversation of another protocol, in which the destination was received before, stalls
- * if packets go on leaving, and nothing is received for half a second, the longest usual gap and two round trips. TCP
+ * if packets go on leaving, and nothing is received for half a second, its longest usual gap, and two round trips of the
+ * farthest hop that answers. TCP
  * flows and all others are judged by themselves:
  *
  * - While nothing is known of a destination, the first stall pauses the probes of all its flows. If the stalled flow
  *   moves before it is probed again, that is one strike. If it does not, but others do, the connection is lost: three
  *   strikes. STRIKES_MAX exclude the destination.
- * - A flow that falls silent after one answer may be one-way, so it stays probed. But the next one is not, until it has
- *   two answers, which is as if the first was lost: three strikes. Or it falls silent as well: such flows are one-way.
+ * - A flow that falls silent after one answer may be one-way, so it stays probed. But the next one to the same port is
+ *   not, until it has two answers, which is as if the first was lost: three strikes. Or it falls silent as well: such
+ *   flows are one-way.
  * - If a flow stalls that was not probed, stalls have another cause. That ends the pause and clears the strikes.
  * - Each half second with probes and without a stall is an exam that is passed. After two for each hop the destination is
  *   trusted. There a stall is an outage: retransmissions carry probes, to the nearest hop first. Each fourth does not,
@@ -1615,9 +1623,9 @@ static inline void destination_reached(struct path *path, __u32 ttl, __u64 now)
 /* A flow stalls if its peer repeats itself so often, with so much time between: at once it may be reordered data. */
 #define REPEATS_MIN 2
 #define REPEATS_TIME (150 * NSEC_PER_MSEC)
-/* A conversation repeats itself if nothing was received for this, half its usual gap, and a round trip. Once it is stalled,
- * the time is longer, for firewalls that block for half a second: each fourth has no probes. With longer gaps than the
- * maximum, nothing can be told. */
+/* A conversation repeats itself if nothing was received for this, half its usual gap, and a round trip. Once it is
+ * stalled, the time is longer: one of four times it carries no probe, and that must last longer than a firewall that
+ * blocks for half a second. With longer gaps than the maximum, nothing can be told. */
 #define SILENCE (250 * NSEC_PER_MSEC)
 #define SILENCE_STALLED (550 * NSEC_PER_MSEC)
 #define GAP_MAX (5 * NSEC_PER_SEC)
@@ -1627,16 +1635,17 @@ static inline void destination_reached(struct path *path, __u32 ttl, __u64 now)
 #define LOST_TIME (5 * NSEC_PER_SEC)    /* and so long a time */
 #define SAME_EPISODE (2 * NSEC_PER_SEC) /* stalls that begin within this time are one */
 
-/* What was received of a flow without a socket here. */
+/* What was received of a flow without a TCP socket here. */
 struct reception {
 	__u64 last;  /* when */
 	__u64 gap;   /* the longest time that usually is between two packets */
+	__u64 left;  /* when a packet left last */
 	__u32 count; /* number of packets that were looked at */
 };
 
 static inline int is_trusted(const struct trust *trust)
 {
-	return trust->passed > 2 * trust->max_ttl;
+	return trust->max_ttl && trust->passed > 2 * trust->max_ttl;
 }
 
 static inline int is_paused(const struct trust *trust, __u64 now)
@@ -1650,6 +1659,7 @@ static inline void add_strikes(struct path *path, struct trust *trust, __u32 cou
 	trust->last_strike = now;
 	trust->passed = 0;
 	trust->max_ttl = 0;
+	trust->exam = 0;
 	if (trust->strikes >= STRIKES_MAX)
 		path->excluded = 1;
 }
@@ -1747,7 +1757,7 @@ static inline void check_lost(struct path *path, struct trust *trust, struct pro
 {
 	if (flow->stalled_at < trust->episode + SAME_EPISODE)
 		return;
-	if (trust->exams - flow->exams > 2 * trust->max_ttl)
+	if (trust->max_ttl && trust->exams - flow->exams > 2 * trust->max_ttl)
 		flow->under_probes = 0;
 	if (!flow->under_probes || trust->last_moved <= flow->stalled_at || now - trust->last_moved > NSEC_PER_SEC)
 		return;
@@ -1763,26 +1773,33 @@ static inline void check_lost(struct path *path, struct trust *trust, struct pro
 }
 
 /* The flow has had one answer, and a packet leaves. Return whether it may carry a probe. */
-static inline int one_way_looked(struct trust *trust, const struct progress *flow)
+static inline int one_way_looked(struct trust *trust, struct progress *flow, __u32 port, __u64 now)
 {
 	int is_silent = flow->repeats >= REPEATS_MIN;
 
-	if (trust->doubt == DOUBTED && !flow->last_probed) {
-		if (!is_silent)
+	if (trust->doubt == DOUBTED && trust->doubted_port == port && !flow->last_probed) {
+		flow->withheld = !is_silent;
+		if (flow->withheld)
 			return 0;
 		trust->doubt = ONE_WAY;
-	} else if (trust->doubt == NO_DOUBT && flow->last_probed && is_silent && !is_trusted(trust)) {
+	} else if (trust->doubt == NO_DOUBT && flow->last_probed && is_silent && !flow->doubted &&
+		   !is_trusted(trust)) {
+		flow->doubted = 1;
 		trust->doubt = DOUBTED;
+		trust->doubted_port = port;
+		trust->doubted_at = now;
 	}
 	return 1;
 }
 
-/* The flow moves, and the destination was in doubt. */
-static inline void end_doubt(struct path *path, struct trust *trust, const struct progress *flow, __u64 now)
+/* The flow has had more than one answer. */
+static inline void end_doubt(struct path *path, struct trust *trust, struct progress *flow, __u64 now)
 {
-	trust->doubt = NO_DOUBT;
-	if (!flow->last_probed)
+	if (trust->doubt == DOUBTED && flow->withheld && now - trust->last_strike > SAME_EPISODE)
 		add_strikes(path, trust, STRIKES_LOST, now);
+	if (trust->doubt == DOUBTED && (flow->withheld || flow->doubted))
+		trust->doubt = NO_DOUBT;
+	flow->withheld = flow->doubted = 0;
 }
 
 /* A packet of the flow leaves. Return whether it may carry a probe. can_stall: the device had its carrier. */
@@ -1797,7 +1814,7 @@ static inline int flow_looked(struct path *path, struct trust *trust, struct pro
 		if (flow->stalled_at)
 			end_stall(path, trust, flow, now);
 		end_exam(trust, now);
-		if (trust->doubt == DOUBTED && !look->is_one_way)
+		if (!look->is_one_way)
 			end_doubt(path, trust, flow, now);
 		flow->moved = now;
 		flow->repeats = 0;
@@ -1818,7 +1835,7 @@ static inline int flow_looked(struct path *path, struct trust *trust, struct pro
 	flow->resend_probed = 0;
 	retries = look->timeouts + flow->repeats;
 	if (look->is_one_way)
-		return !path->excluded && !is_paused(trust, now) && one_way_looked(trust, flow);
+		return !path->excluded && !is_paused(trust, now) && one_way_looked(trust, flow, look->port, now);
 	if (flow->stalled_at)
 		check_lost(path, trust, flow, now);
 	else if (can_stall && (look->timeouts || flow->repeats >= REPEATS_MIN))
@@ -1844,7 +1861,7 @@ static inline void flow_probed(struct trust *trust, struct progress *flow, __u32
 		trust->exam = now;
 }
 
-/* A packet of a flow without a socket here was received. Learn how long that usually takes. A stall that may be due to
+/* A packet of a flow without a TCP socket here was received. Learn how long that usually takes. A stall that may be due to
  * probes teaches nothing, and neither does a time in which nothing was sent. */
 static inline void flow_received(struct reception *received, const struct progress *flow, __u64 now)
 {
@@ -1857,28 +1874,34 @@ static inline void flow_received(struct reception *received, const struct progre
 }
 
 /* A packet of such a flow leaves, which is not of TCP: the destination should answer. Fill in the look, but for srtt. */
-static inline void look_at_conversation(const struct reception *received, const struct progress *flow,
-					struct flow_look *look)
+static inline void look_at_conversation(struct reception *received, const struct progress *flow,
+					struct flow_look *look, __u64 now)
 {
 	look->position = received->count;
 	look->segments = flow->segments + 1;
-	look->outstanding = 1;
+	look->outstanding = now - received->left <= GAP_MAX; /* else there is nothing to be answered yet */
+	received->left = now;
 	look->is_one_way = received->count == 1;
 	look->patience = (flow->stalled_at ? SILENCE_STALLED : SILENCE) + received->gap / 2 + look->srtt * 1000ULL;
 }
 
-/* Can a flow without a socket here be seen to stall, or to move again? */
+/* Can a flow without a TCP socket here be seen to stall, or to move again? */
 static inline int is_conversation(const struct reception *received, const struct progress *flow)
 {
 	return flow->stalled_at || (received->count && received->gap <= GAP_MAX);
 }
 
 /* May a flow that nothing was received of carry a probe? Not while we suspect a firewall, because it could not be seen
- * to stall. */
-static inline int may_begin_probed(const struct trust *trust, __u64 now)
+ * to stall. It may after a while, since perhaps there are no other flows, which could end the suspicion. */
+static inline int may_begin_probed(const struct trust *trust, __u32 port, __u64 now)
 {
-	return !trust->strikes && trust->doubt != DOUBTED && !is_paused(trust, now) &&
-	       trust->last_moved >= trust->episode;
+	__u64 suspected = max64(trust->last_strike, trust->episode);
+
+	if (is_paused(trust, now))
+		return 0;
+	if (trust->doubt == DOUBTED && trust->doubted_port == port && now - trust->doubted_at <= FORGIVEN)
+		return 0;
+	return (!trust->strikes && trust->last_moved >= trust->episode) || now - suspected > FORGIVEN;
 }
 
 /* ---- Maps --------------------------------------------------------------------------------- */
@@ -1935,7 +1958,7 @@ BPF_F_TABLE("hash", struct probe_key, struct probe, in_flight, 1, BPF_F_NO_PREAL
 BPF_TABLE("lru_hash", struct udp_partial, __u32, partial_checksums, 1);
 /* What a middlebox adds to the TCP sequence numbers of a flow: a key without ident -> a constant. User space finds it. */
 BPF_TABLE("lru_hash", struct probe_key, __u32, seq_offsets, 4096);
-/* Flows that have no socket here: of other protocols than TCP, forwarded, of a container, or of a raw socket. */
+/* Flows that have no TCP socket here: of other protocols than TCP, forwarded, of a container, or of a raw socket. */
 BPF_TABLE("lru_hash", struct flow_key, struct flow, flows, 16384);
 BPF_ARRAY(new_flow, struct flow, 1); /* the first value of an entry: all 0 */
 BPF_ARRAY(unmatched_left, __u32, 1); /* number of replies without a probe that user space still takes */
@@ -2102,14 +2125,12 @@ static inline void settle_reservation(struct path *path, const struct reservatio
 
 /* A packet of the destination arrived. Return whether to look at its flow. Once a tick is enough, unless one is about to
  * stall. */
-static inline int looks_at_flow(const struct path *path, __u32 protocol, __u64 ticks)
+static inline int looks_at_flow(struct path *path, __u32 protocol, __u64 ticks)
 {
-	const struct liveness *liveness = &path->liveness;
-
-	return ticks > READ_ONCE(liveness->last_received) ||
-	       (ticks < liveness->watched_until && liveness->watched == protocol);
+	return ticks > READ_ONCE(path->liveness.last_received) || ticks < trust_in(path, protocol)->watched_until;
 }
 
+/* Note that it arrived. */
 static inline void note_packet(struct path *path, __u32 ttl, int has_data, __u64 ticks)
 {
 	__u64 now, last = READ_ONCE(path->liveness.last_received);
@@ -3403,7 +3424,8 @@ static inline int look_at_flow(struct __sk_buff *skb, struct path *path, struct 
 	} else if (progress->reported && !progress->stalled_at) {
 		progress->reported = 0;
 		kind = FLOW_RESUMED;
-	} else if (!progress->reported && progress->stalled_at && now - progress->since > STALL_REPORTED) {
+	} else if (!progress->reported && progress->stalled_at && now - progress->since > STALL_REPORTED &&
+		   (progress->under_probes || scratch->flow.protocol == IPPROTO_TCP)) {
 		progress->reported = 1;
 		kind = FLOW_STALLED;
 	}
@@ -3418,7 +3440,7 @@ static inline int look_at_flow(struct __sk_buff *skb, struct path *path, struct 
 /* If both numbers differ from the last packet's by more, it is another connection with the same ports. */
 #define SAME_CONNECTION (1 << 24)
 
-/* Return the flow of the packet, which has no socket here and these numbers, if it is of TCP; 0 if there is no room. */
+/* Return the flow of the packet, which has no TCP socket here and these numbers, if it is of TCP; 0 if there is no room. */
 static inline struct flow *flow_of(struct flow_key *key, __u32 seq, __u32 ack)
 {
 	struct flow *flow, *none;
@@ -3431,7 +3453,10 @@ static inline struct flow *flow_of(struct flow_key *key, __u32 seq, __u32 ack)
 	none = new_flow.lookup(&zero);
 	if (!none)
 		return 0;
-	flows.update(key, none);
+	if (flow)
+		flows.update(key, none);
+	else
+		flows.insert(key, none); /* another CPU may have been faster */
 	flow = flows.lookup(key);
 	if (!flow)
 		return 0;
@@ -3440,7 +3465,7 @@ static inline struct flow *flow_of(struct flow_key *key, __u32 seq, __u32 ack)
 	return flow;
 }
 
-/* A packet of a TCP flow without a socket here leaves. Fill in the look. The peer knows the connection if it has sent
+/* A packet of a TCP flow without a TCP socket here leaves. Fill in the look. The peer knows the connection if it has sent
  * something since the first packet that we saw, or if more was sent than fits into the first window. */
 static inline void look_at_foreign_tcp(struct flow *flow, const struct packet *pkt, const struct tcphdr *tcp,
 				       struct scratch *scratch)
@@ -3463,12 +3488,13 @@ static inline void look_at_foreign_tcp(struct flow *flow, const struct packet *p
 	look->patience = REPEATS_TIME;
 }
 
-/* A packet of a flow without a socket here leaves. tcp is 0 if it is of another protocol. Fill in the look. Return the
+/* A packet of a flow without a TCP socket here leaves. tcp is 0 if it is of another protocol. Fill in the look. Return the
  * flow's progress; 0 if the flow cannot stall, because the destination was not received in it. */
 static inline struct progress *look_at_foreign(struct path *path, const struct packet *pkt,
 					       const struct tcphdr *tcp, struct scratch *scratch, __u64 now)
 {
 	struct hop *last = hop_at(path, path->liveness.last_responsive);
+	struct trust *trust = trust_in(path, scratch->flow.protocol);
 	struct flow_look *look = &scratch->look;
 	struct flow *flow;
 
@@ -3476,18 +3502,18 @@ static inline struct progress *look_at_foreign(struct path *path, const struct p
 	if (!flow)
 		return 0;
 	look->timeouts = look->is_one_way = 0;
+	look->port = scratch->flow.dport;
 	look->srtt = last ? last->rtt : 0;
 	if (tcp)
 		look_at_foreign_tcp(flow, pkt, tcp, scratch);
 	else
-		look_at_conversation(&flow->received, &flow->progress, look);
+		look_at_conversation(&flow->received, &flow->progress, look, now);
 	if (!is_conversation(&flow->received, &flow->progress))
 		return 0;
-	if (look->position == flow->progress.position && now - flow->progress.since > look->patience) {
-		/* Half the time is over after which it stalls. */
-		path->liveness.watched = scratch->flow.protocol;
-		path->liveness.watched_until = ticks_now() + (look->patience + NSEC_PER_SEC) / (TICK_NS + !TICK_NS);
-	}
+	/* When half the time is over after which it stalls, nothing that is received may be missed. */
+	if (look->position == flow->progress.position && now - flow->progress.since > look->patience &&
+	    flow->progress.repeats <= REPEATS_MIN)
+		trust->watched_until = ticks_now() + (look->patience + NSEC_PER_SEC) / (TICK_NS + !TICK_NS);
 	return &flow->progress;
 }
 
@@ -3529,7 +3555,7 @@ static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh,
 		look->position = (__u32)(tp->bytes_acked + tp->bytes_received); /* a SYN: 0, which is no progress */
 		look->segments = tp->data_segs_in;
 		look->timeouts = tp->icsk_retransmits;
-		look->is_one_way = 0;
+		look->is_one_way = look->port = 0;
 		look->outstanding = tp->packets_out;
 		look->srtt = tp->srtt_us >> 3;
 		look->patience = REPEATS_TIME;
@@ -3544,7 +3570,7 @@ static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh,
 		scratch->may_carry = look_at_flow(skb, path, progress, scratch, now);
 		scratch->stalled = progress->stalled_at != 0;
 	} else {
-		scratch->may_carry = may_begin_probed(trust_in(path, pkt->protocol), now);
+		scratch->may_carry = may_begin_probed(trust_in(path, pkt->protocol), scratch->flow.dport, now);
 	}
 	if (!READ_ONCE(scratch->may_carry))
 		return REASON(flow_stalled);
@@ -3640,6 +3666,8 @@ static inline void note_owner(struct scratch *scratch, const struct owner *owner
 static inline void note_flow_probed(struct __sk_buff *skb, struct path *path, struct scratch *scratch, __u64 now)
 {
 	struct bpf_sock *sk = scratch->flow.protocol == IPPROTO_TCP && skb->sk ? bpf_sk_fullsock(skb->sk) : 0;
+	struct trust *trust = trust_in(path, scratch->flow.protocol);
+	struct schedule *all = lookup_schedule();
 	struct progress *progress;
 	struct flow *flow;
 
@@ -3649,9 +3677,11 @@ static inline void note_flow_probed(struct __sk_buff *skb, struct path *path, st
 		flow = flows.lookup(&scratch->flow);
 		progress = flow ? &flow->progress : 0;
 	}
-	if (progress)
-		flow_probed(trust_in(path, scratch->flow.protocol), progress, scratch->reservation.ttl,
-			    scratch->reservation.form, now);
+	if (!progress || !all)
+		return;
+	bpf_spin_lock(&all->lock);
+	flow_probed(trust, progress, scratch->reservation.ttl, scratch->reservation.form, now);
+	bpf_spin_unlock(&all->lock);
 }
 
 /* A probe is due: send it with this packet. Return 0, the reason why it did not leave, or NOT_SENT. */
@@ -3978,14 +4008,14 @@ static inline enum answer receive_echo_reply(struct xdp_md *ctx, const struct pa
 	return ANSWER;
 }
 
-/* Note that a packet was received, if its flow has no socket here. Its layer 4 begins at l4. */
+/* Note that a packet was received, if its flow has no TCP socket here. Its layer 4 begins at l4. */
 static inline void note_flow(const struct packet *pkt, const void *l4, const void *end)
 {
 	const struct tcphdr *tcp = l4;
 	struct flow_key key = {};
 	struct flow *flow;
 
-	if (pkt->fragment || set_flow_key(&key, pkt, l4, end, 1) < 0)
+	if (pkt->fragment == LATER_FRAGMENT || set_flow_key(&key, pkt, l4, end, 1) < 0)
 		return;
 	flow = flows.lookup(&key);
 	if (!flow)

@@ -63,10 +63,10 @@ void exported_flow_probed(struct path *p, __u32 protocol, struct progress *flow,
 void exported_flow_received(struct path *p, struct reception *received, struct progress *flow, __u64 now)
 { (void)p; flow_received(received, flow, now); }
 int exported_look_at_conversation(struct path *p, struct reception *received, struct progress *flow,
-                                  struct flow_look *look)
-{ (void)p; look_at_conversation(received, flow, look); return is_conversation(received, flow); }
-int exported_may_begin_probed(struct path *p, __u32 protocol, __u64 now)
-{ return may_begin_probed(trust_in(p, protocol), now); }
+                                  struct flow_look *look, __u64 now)
+{ (void)p; look_at_conversation(received, flow, look, now); return is_conversation(received, flow); }
+int exported_may_begin_probed(struct path *p, __u32 protocol, __u32 port, __u64 now)
+{ return may_begin_probed(trust_in(p, protocol), port, now); }
 void exported_destination_reached(struct path *p, __u32 ttl, __u64 now) { destination_reached(p, ttl, now); }
 """
 
@@ -132,8 +132,6 @@ class Liveness(ctypes.Structure):
         ('outage_end', ctypes.c_uint64),
         ('farthest_reply', ctypes.c_uint64),
         ('routers_proven', ctypes.c_uint64),
-        ('watched_until', ctypes.c_uint64),
-        ('watched', ctypes.c_uint32),
         ('last_responsive', ctypes.c_uint8),
     ]
 
@@ -153,6 +151,9 @@ class Trust(ctypes.Structure):
         ('passed', ctypes.c_uint8),
         ('max_ttl', ctypes.c_uint8),
         ('doubt', ctypes.c_uint8),
+        ('doubted_port', ctypes.c_uint32),
+        ('doubted_at', ctypes.c_uint64),
+        ('watched_until', ctypes.c_uint64),
     ]
 
 
@@ -170,6 +171,8 @@ class Flow(ctypes.Structure):
         ('segments', ctypes.c_uint32),
         ('exams', ctypes.c_uint32),
         ('repeats', ctypes.c_uint8),
+        ('doubted', ctypes.c_uint8),
+        ('withheld', ctypes.c_uint8),
         ('under_probes', ctypes.c_uint8),
         ('resend_probed', ctypes.c_uint8),
         ('tries', ctypes.c_uint8),
@@ -183,14 +186,14 @@ class Look(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_uint32)
-            for name in ('position', 'segments', 'timeouts', 'outstanding', 'srtt', 'is_one_way')
+            for name in ('position', 'segments', 'timeouts', 'outstanding', 'srtt', 'port', 'is_one_way')
         ),
         ('patience', ctypes.c_uint64),
     ]
 
 
 class Reception(ctypes.Structure):
-    _fields_ = [('last', ctypes.c_uint64), ('gap', ctypes.c_uint64), ('count', ctypes.c_uint32)]
+    _fields_ = [*((name, ctypes.c_uint64) for name in ('last', 'gap', 'left')), ('count', ctypes.c_uint32)]
 
 
 class Path_(ctypes.Structure):
@@ -267,8 +270,8 @@ class PathModel:
             'flow_looked': (u32, ctypes.POINTER(Flow), ctypes.POINTER(Look), ctypes.c_int, u64),
             'flow_probed': (u32, ctypes.POINTER(Flow), u32, u32, u64),
             'flow_received': (ctypes.POINTER(Reception), ctypes.POINTER(Flow), u64),
-            'look_at_conversation': (ctypes.POINTER(Reception), ctypes.POINTER(Flow), ctypes.POINTER(Look)),
-            'may_begin_probed': (u32, u64),
+            'look_at_conversation': (ctypes.POINTER(Reception), ctypes.POINTER(Flow), ctypes.POINTER(Look), u64),
+            'may_begin_probed': (u32, u32, u64),
             'destination_reached': (u32, u64),
         }
         for name, arguments in self._arguments.items():

@@ -234,6 +234,11 @@ class Run:
         """The rows written so far."""
         return self._files.setdefault(filebase, GrowingRows(self.cwd / f'{filebase}.csv')).read()
 
+    def is_trusting(self) -> bool:
+        """Whether flows have gone well under probes for so long that elfprobe takes a stall for an outage."""
+        rows = self.rows()
+        return bool(rows) and rows[-1].sendtime - rows[0].sendtime > 7 * 10**9
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal, wait for the end, return the exit status. It may have ended before."""
         if self.is_running:

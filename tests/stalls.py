@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from itertools import count
 from typing import Any, Callable, Sequence
@@ -130,7 +131,7 @@ class Connection:
             return
         look = Look(
             1 + self.una + self.received, self.segments, self.timeouts, self.next - self.una, net.rtt // 1000,
-            0, REPEATS_TIME,
+            0, 0, REPEATS_TIME,
         )  # fmt: skip
         if net.model.flow_looked(net.path, TCP, self.flow, look, 1, net.now) and not self.closing:
             net.probe(self)
@@ -251,19 +252,20 @@ class Conversation:
 
     protocol = UDP
 
-    def __init__(self, net: Network, delay: int = 0, mute: tuple[float, float] = (0, 0)) -> None:
+    def __init__(self, net: Network, port: int = 7, delay: int = 0, mute: tuple[float, float] = (0, 0)) -> None:
+        self.port = port
         self.net, self.flow, self.received = net, Flow(), Reception()
         net.connections += 1
         self.number, self.begin, self.last_moved = net.connections, net.now, net.now
         self._delay, self._mute = delay, [net.now + int(each * SECOND) for each in mute]
 
     def send(self) -> None:
-        net, look = self.net, Look(srtt=self.net.rtt // 1000)
+        net, look = self.net, Look(srtt=self.net.rtt // 1000, port=self.port)
         if not net.path.excluded and net.now >= net.path.pacing.next_due:
-            if net.model.look_at_conversation(net.path, self.received, self.flow, look):
+            if net.model.look_at_conversation(net.path, self.received, self.flow, look, net.now):
                 may_carry = net.model.flow_looked(net.path, UDP, self.flow, look, 1, net.now)
             else:
-                may_carry = net.model.may_begin_probed(net.path, UDP, net.now)
+                may_carry = net.model.may_begin_probed(net.path, UDP, self.port, net.now)
             if may_carry:
                 net.probe(self)
         if net.passes(self):
@@ -281,12 +283,16 @@ class Conversation:
 
 
 class Talk:
-    """Sends requests over one UDP flow after the other; gives up after `patience`, and begins anew."""
+    """Sends requests over one UDP flow after the other; gives up after `patience`, and begins anew.
+
+    After 20 requests it says nothing for `rest`, and nothing more after `end` seconds.
+    """
 
     def __init__(
         self, net: Network, kind: str = 'requests', interval: int = 10 * MS, patience: int = 3500 * MS,
-        life: int = 0, **answers: Any,
+        life: int = 0, rest: int = 0, end: float = math.inf, **answers: Any,
     ) -> None:  # fmt: skip
+        self._rest, self._end, self._sent = rest, net.now + end * SECOND, 0
         self.net, self._interval, self._patience, self._life = net, interval, patience, life
         self._answers, self.lost = answers, 0
         self.connection = Conversation(net, **answers)
@@ -299,7 +305,9 @@ class Talk:
         if is_lost or (self._life and net.now - flow.begin > self._life):
             self.connection = Conversation(net, **self._answers)
         self.connection.send()
-        net.after(self._interval, self._tick)
+        self._sent += 1
+        if net.now < self._end:
+            net.after(self._rest if self._rest and self._sent % 20 == 0 else self._interval, self._tick)
 
 
 class Application:

@@ -677,8 +677,7 @@ def test_outage(lab4, tmp_path):
     """r2 forwards nothing for a while: when the way is open again, all hops are probed at once, and go on."""
     with measuring(lab4, cwd=tmp_path) as run, pinging(lab4, '-i.005'):
         wait_until(lambda: len(latest(run.rows())) == 8, 10, 'rows of all hops of both destinations')
-        begin = time.monotonic_ns()
-        wait_until(lambda: time.monotonic_ns() - begin > 7000 * MS, 10, 'a stall is no sign of a firewall')
+        wait_until(run.is_trusting, 15, 'a stall is no sign of a firewall')
         with nft_table(lab4.routers[1], CLOSED):
             begin = time.monotonic_ns()
             wait_until(lambda: time.monotonic_ns() - begin > 3000 * MS, 10, 'some rests are over')

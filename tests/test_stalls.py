@@ -34,7 +34,7 @@ def simulate(model: PathModel, seconds: float, network: Arguments, applications:
 
 
 REQUESTS: Arguments = dict(kind='requests')  # and answers, by UDP or ping
-ONE_WAY: Arguments = dict(REQUESTS, mute=(0.03, 400), patience=FOR_EVER)  # like iperf3 -u
+ONE_WAY: Arguments = dict(REQUESTS, mute=(0.01, 400), patience=FOR_EVER)  # like iperf3 -u
 FIREWALLS: dict[str, tuple[Arguments, Arguments, int]] = {
     # the network, the application; the number of connections that are lost
     **{
@@ -129,7 +129,18 @@ HARMLESS: dict[str, tuple[Arguments, list[Arguments]]] = {
         [dict(REQUESTS, interval=100 * MS), dict(REQUESTS, interval=100 * MS, mute=(3, 400), patience=FOR_EVER)],
     ),
     'one-way flows, answered once': ({}, [dict(ONE_WAY, life=5 * S)]),
-    'and conversations at the same time': ({}, [dict(ONE_WAY, life=5 * S)] * 2 + [dict(REQUESTS, life=2 * S)]),
+    'and pings': ({}, [dict(ONE_WAY, port=8), dict(REQUESTS, interval=S, life=5 * S)]),
+    'and short conversations': ({}, [dict(ONE_WAY, port=8, life=5 * S)] * 2 + [dict(REQUESTS, life=2 * S)]),
+    'single requests, after the others stalled': (
+        dict(outages=[(3, 8 * S, 10 * S)]),
+        [dict(REQUESTS, interval=S, end=9), dict(REQUESTS, interval=S, life=1)],
+    ),
+    'idle conversations that a NAT forgets': (
+        dict(forgets=40 * S),
+        [dict(REQUESTS, interval=100 * MS, rest=90 * S, patience=200 * S)] * 3,
+    ),
+    'late answers after a rest': ({}, [dict(REQUESTS, interval=300 * MS, rest=20 * S, delay=400 * MS)] * 2),
+    'a request each ten seconds': ({}, [dict(REQUESTS, interval=10 * S, patience=60 * S)]),
     'answers that take long': ({}, [dict(REQUESTS, interval=100 * MS, delay=2 * S), dict(REQUESTS, delay=S // 2)]),
     'one long pause, again and again': (
         {},
