@@ -1959,7 +1959,7 @@ BPF_TABLE("lru_hash", struct udp_partial, __u32, partial_checksums, 1);
 /* What a middlebox adds to the TCP sequence numbers of a flow: a key without ident -> a constant. User space finds it. */
 BPF_TABLE("lru_hash", struct probe_key, __u32, seq_offsets, 4096);
 /* Flows that have no TCP socket here: of other protocols than TCP, forwarded, of a container, or of a raw socket. */
-BPF_TABLE("lru_hash", struct flow_key, struct flow, flows, 16384);
+BPF_TABLE("lru_hash", struct flow_key, struct flow, flows, 8192);
 BPF_ARRAY(new_flow, struct flow, 1); /* the first value of an entry: all 0 */
 BPF_ARRAY(unmatched_left, __u32, 1); /* number of replies without a probe that user space still takes */
 BPF_ARRAY(schedules, struct schedule, 1);
