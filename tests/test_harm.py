@@ -422,8 +422,11 @@ def time_stamps(udp: socket.socket, version: int, count: int) -> Iterator[int]:
 # Receivers
 
 
-def counted(lab: Lab) -> list[dict[str, int]]:
-    """What client and server count of TCP in exchanges of both families, but for what time decides."""
+def counted(lab: Lab, tries: int = 5) -> list[dict[str, int]]:
+    """What client and server count of TCP in exchanges of both families, but for what time decides.
+
+    Once more if something was sent again, since the machine may have stood still. It must not be so each time.
+    """
     hosts = lab.client, lab.server
     before = [kernel_counters(host) for host in hosts]
     for version in VERSIONS:
@@ -434,6 +437,8 @@ def counted(lab: Lab) -> list[dict[str, int]]:
         Counter({name: host[name] - earlier[name] for name in host if name.startswith('Tcp')})
         for host, earlier in zip(now, before)
     ]
+    if tries and any(host['TcpRetransSegs'] for host in grown):
+        return counted(lab, tries - 1)
     for host, peer in zip(grown, reversed(grown)):
         host['TcpOutSegs'] -= host['TcpExtDelayedACKs']
         peer['TcpInSegs'] -= host['TcpExtDelayedACKs']
