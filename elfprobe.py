@@ -18,7 +18,6 @@ the programs, tells them what the targets are, and writes their results to FILEB
 
 The sections below behave like modules. Each has its constants at its head:
 
-    command line    Config: each option is one field
     C functions     of libbpf, which BCC's library exports, of BCC's library itself, and of the C library
     platform        Platform.detect(): what this kernel, this BCC and this process can do
     kernel          Kernel: elfprobe.c compiled and loaded, its maps, counters, lease and events
@@ -33,7 +32,6 @@ Only "C functions" and "kernel" call BCC or use ctypes. "platform" only checks w
 
 from __future__ import annotations
 
-import argparse
 import array
 import atexit
 import base64
@@ -53,7 +51,6 @@ import os
 import queue
 import re
 import resource
-import secrets
 import select
 import shlex
 import signal
@@ -83,11 +80,12 @@ from elf.command import Command
 from elf.console import Console, LogFormat, open_standard_streams, output_columns, print_lines
 from elf.counters import UNFIT_PACKETS, accounting, troubles, why_no_probes
 from elf.extensions import MalformedExtension, extension_texts
-from elf.files import FILE_EXTENSIONS, DiskUse, FileLog, Files, OutputFile, log_renamed, output_files
+from elf.files import DiskUse, FileLog, Files, OutputFile, log_renamed, output_files
 from elf.findings import PathRewrites
 from elf.live import FlowEvent, LiveView
-from elf.metrics import SERIES_DEFAULT, Figures, Metrics, exporting, listening_address
+from elf.metrics import Figures, Metrics, exporting
 from elf.network import WATCHED_MAX, Routes, RouteWatch, attributes, device_name, in_short, loopback, translations
+from elf.options import TUNNELS, Config, command_in_namespace, own_arguments, parse_arguments
 from elf.pcapng import PacketFile
 from elf.processes import (
     TASK_COMM_LEN,
@@ -123,17 +121,14 @@ from elf.service import ServiceManager
 from elf.summary import FlowKey, Place, Summary
 from elf.unmatched import Sent, Unmatched, UnmatchedAnswers
 from elf.usage import (
+    FOLDER,
     Failure,
-    Parser,
     as_called,
     import_parts,
     missing_packages,
-    not_empty,
     package_version,
-    positive_seconds,
     printable,
     require_attributes,
-    whole_number,
     why_unusable,
 )
 
@@ -159,7 +154,6 @@ except (Exception, SystemExit) as error:
     MISSING["psutil"] = why_unusable("psutil", error)
 
 VERSION = "0.1.0"
-HERE = os.path.dirname(os.path.realpath(__file__))
 UNANSWERED_AFTER = 5.0  # s that a probe may be outstanding
 
 # Names for types of libraries that declare none.
@@ -217,266 +211,6 @@ class Defects:
         """Yield each kind of error, with their number if there were several."""
         for what, count in list(self._counts.items()):
             yield what if count == 1 else f"{what}: {count} times"
-
-
-# ---- Command line ------------------------------------------------------------------------------------
-
-DESTINATIONS_MAX = 65536
-HOOKS_FILE = os.path.join(HERE, "elfhooks.c")
-TUNNELS = {"ethernet": 0, "ipinip": 4, "ip6inip": 41}  # -e -> IP protocol that IPv4 encapsulates
-
-USAGE = "sudo python3 elfprobe.py [-i INTERFACE] [options] [address ...] [-- COMMAND [ARGUMENT ...]]"
-DESCRIPTION = """\
-Shows hop by hop where the latency of a running application comes from, by lowering
-the TTL of copies of the application's own packets. At least one of -a, -P, an address
-and -- COMMAND is needed. COMMAND is started as the user who called sudo; the run ends
-with it.
-
-Without -i elfprobe takes the device by which the addresses are reached; with -a, -P and COMMAND that of the default
-route. 'ip route get ADDRESS' names it. While elfprobe runs, probes ride on packets that the application sends:
-without traffic there are none. On a terminal a table is redrawn each second, unless a command has the terminal.
-Keys: q ends the run, p pauses the view, d shows the next destination, f shows flows, h helps."""
-EPILOG = """\
-examples:
-  elfprobe.py -- curl -O http://example.net/file
-                                             the flows of this curl, from its first packet to its end
-  elfprobe.py -i eno2 -a speedtest           the flows of every speedtest, started now or later
-  elfprobe.py -i eno2 -P 4127 -r g -p 100    of one process and its children, 10 probes/s to a destination
-  elfprobe.py -i eno2 example.net 192.0.2.7  whatever goes to these destinations
-  elfprobe.py -i eno2 -I pass -T -l @hosts   destinations from a file, payload kept, elf.log too
-  elfprobe.py -i eno2 -q -f /var/tmp/night --duration 28800 -a backup &
-                                             all night, in the background (with nohup: after the logout, too)
-  elfprobe.py -w probes.pcapng example.net   packets as well: tshark -r probes.pcapng -T fields -e frame.comment
-  elfprobe.py -i wg0 10.8.0.1                inside a tunnel device, whose packets begin with IP
-  elfplot.py --html elf.csv                  the summary again, and pictures
-
-what the summary shows, for each destination and hop (TTL, or hop limit):
-  probes, answered   how many probes were sent with that TTL, and what share was answered
-  min ... max        time to that router and back, ms
-  jitter             mean difference of one latency to the next, ms
-  adds               what the link in front adds, ms: median difference in the same flow and moment
-  responder          who answered; if there are several, with the share of each
-  TCP                round-trip time by the kernel's TCP (srtt), and segments that it retransmitted
-
-files:
-  FILEBASE.csv       a row for each probe: docs/columns.md explains the columns
-  FILEBASE.json      all that the tables say, and more: docs/report.md explains the keys
-  FILEBASE.log       log and tables (-l, -q)
-  FILE (-w)          probes and answers as packets: docs/packets.md says what is in it
-  FILEBASE.MAP.json  each BPF map that the hooks file (-H) defines, after the run
-
-exit status: 0 after a run, 3 after a run in which no probe was sent, 2 for wrong usage, 1 for every other error;
-one line says what is wrong
-"""
-
-
-def is_rate_global(text: str) -> bool:
-    """Return whether a rate type is the global one: an argparse type."""
-    if text not in ("g", "global", "h", "perhop"):
-        raise argparse.ArgumentTypeError(f"'{text}' is none of g, global, h, perhop")
-    return text.startswith("g")
-
-
-def file_name(text: str) -> str:
-    """Return the name of a file that can be written: an argparse type."""
-    if text == "-":
-        raise argparse.ArgumentTypeError("'-' would be standard output, which has the tables: give a file")
-    return not_empty(text)
-
-
-class ShowVersion(argparse.Action):
-    """Print the versions of elfprobe and of what it runs on, and exit."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
-        found = {
-            "BCC": "missing" if "bcc" in MISSING else bcc.__version__,
-            "pyroute2": package_version("pyroute2"),
-            "psutil": "missing" if "psutil" in MISSING else psutil.__version__,
-        }
-        parts = ", ".join(f"{name} {version}" for name, version in found.items())
-        print(f"elfprobe {VERSION}: Linux {os.uname().release}, {parts}, Python {sys.version.split()[0]}")
-        parser.exit()
-
-
-def argument(*flags: str, default: object, **how: object) -> Any:
-    """Return a field of Config that is an argument of the command line.
-
-    flags and how are what ArgumentParser.add_argument() takes.
-    """
-    return dataclasses.field(default=default, metadata={"flags": flags, "how": how})
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The command line, checked as far as it can be without looking at the machine. Each field is an option."""
-
-    interfaces: tuple[str, ...] = argument(
-        "-i", "--interface", default=(), action="append", type=not_empty, metavar="INTERFACE",
-        help="the device to attach to (default: by which the addresses are reached; for -a, -P and COMMAND that "
-        "of the default route); may be given again, for devices of the same kind",
-    )  # fmt: skip
-    addresses: tuple[str, ...] = argument(
-        "addresses", default=(), nargs="*", type=not_empty, metavar="address",
-        help="target destination: a name (all its addresses), an IPv4 or IPv6 address, "
-        "or @FILE with one of them per line (# begins a comment)",
-    )  # fmt: skip
-    apps: tuple[str, ...] = argument(
-        "-a", "--app", default=(), action="append", type=not_empty, metavar="APP",
-        help="probe the flows of processes of this name, and of their children; the name is the process's, its "
-        "executable's, or that of its script, jar or class; with a slash it is a path; may be given again",
-    )  # fmt: skip
-    pids: tuple[int, ...] = argument(
-        "-P", "--pid", default=(), action="append", metavar="PID", type=whole_number(1, 2**22, "a process ID"),
-        help="probe the flows of this process and its children; may be given again",
-    )  # fmt: skip
-    probeint: int = argument(
-        "-p", "--probeint", default=10, type=whole_number(0, 1000, "a whole number of milliseconds"),
-        help="least interval between two probes, ms, 0 to 1000; 0: a probe for every packet "
-        "that may carry one (default: %(default)s)",
-    )  # fmt: skip
-    rate_global: bool = argument(
-        "-r", "--ratetype", default=False, type=is_rate_global, metavar="{g,global,h,perhop}",
-        help="what -p spaces out: global, any two probes to a destination; perhop, two probes to the "
-        "same hop of a destination (default: perhop)",
-    )  # fmt: skip
-    notrunc: bool = argument(
-        "-T", "--notrunc", default=False, action="store_true",
-        help="probes keep the payload of the packet they were cloned from",
-    )  # fmt: skip
-    ingress: str = argument(
-        "-I", "--ingress", default="drop", choices=("pass", "drop"),
-        help="what to do with the time exceeded that answers a probe, once it is recorded "
-        "(default: %(default)s); every other packet passes",
-    )  # fmt: skip
-    ingress_hook: str = argument(
-        "--ingress-hook", default="auto", choices=("auto", "xdp", "generic", "tc"),
-        help="where answers are read: native XDP, generic XDP, or TC ingress; auto: native XDP where that "
-        "costs the application nothing that is known, otherwise TC ingress (default: %(default)s)",
-    )  # fmt: skip
-    encapsulation: str = argument(
-        "-e", "--encapsulation", default="ethernet", choices=tuple(TUNNELS),
-        help="what encapsulates the flows: ethernet, nothing but the device's own header; ipinip, IPv4 in "
-        "IPv4; ip6inip, IPv6 in IPv4 (default: %(default)s)",
-    )  # fmt: skip
-    filebase: str = argument(
-        "-f", "--filebase", default="elf", type=not_empty,
-        help="base name of FILEBASE.csv, FILEBASE.json and FILEBASE.log (default: %(default)s)",
-    )  # fmt: skip
-    rotate: int | None = argument(
-        "--rotate", default=None, metavar="MIB", type=whole_number(1, 10**6, "a whole number of MiB"),
-        help="begin a new CSV when this one has so many MiB: FILEBASE.2.csv, FILEBASE.3.csv and so on",
-    )  # fmt: skip
-    capture: str | None = argument(
-        "-w", "--write", default=None, metavar="FILE", type=file_name,
-        help="also write the probes and their answers as packets to FILE (pcapng), for Wireshark and the like",
-    )  # fmt: skip
-    logfile: bool = argument(
-        "-l", "--logfile", default=False, action="store_true", help="also log to FILEBASE.log"
-    )  # fmt: skip
-    quiet: bool = argument(
-        "-q", "--quiet", default=False, action="store_true",
-        help="neither log nor tables on the console: they go to FILEBASE.log (-l)",
-    )  # fmt: skip
-    debug: bool = argument(
-        "-d", "--debug", default=False, action="store_true",
-        help="more log: the BPF counters, the CPU time that the programs take",
-    )  # fmt: skip
-    hooks: str = argument(
-        "-H", "--hooks", default=HOOKS_FILE, metavar="FILE",
-        help="hooks file to compile in (default: elfprobe's own elfhooks.c, whose hooks do nothing)",
-    )  # fmt: skip
-    duration: float | None = argument(
-        "--duration", default=None, type=positive_seconds, metavar="SECONDS",
-        help="stop after so long (default: on a signal)",
-    )  # fmt: skip
-    max_rate: int = argument(
-        "--max-rate", default=50000, metavar="N",
-        type=whole_number(1, 10**6, "a whole number of probes per second"),
-        help="most probes per second over all destinations together (default: %(default)s)",
-    )  # fmt: skip
-    json: bool = argument(
-        "--json", default=False, action="store_true",
-        help="at the end print the content of FILEBASE.json in place of the tables",
-    )  # fmt: skip
-    metrics: tuple[str, int] | None = argument(
-        "--metrics", default=None, type=listening_address, metavar="[ADDRESS:]PORT",
-        help="serve OpenMetrics at http://ADDRESS:PORT/metrics while it runs; an IPv6 address is in brackets "
-        "(default address: 127.0.0.1)",
-    )  # fmt: skip
-    metrics_series: int = argument(
-        "--metrics-series", default=SERIES_DEFAULT, metavar="N",
-        type=whole_number(1, 10**4, "a whole number of combinations"),
-        help="most combinations of destination, hop and responder in the metrics (default: %(default)s)",
-    )  # fmt: skip
-    live: bool = argument(
-        "--no-live", default=True, action="store_false",
-        help="no table on the terminal while it runs, only log lines",
-    )  # fmt: skip
-    numeric: bool = argument(
-        "-n", "--numeric", default=False, action="store_true", help="look up no host names of addresses"
-    )  # fmt: skip
-    cache: bool = argument(
-        "--no-cache", default=True, action="store_false",
-        help="compile programs and modules, and do not keep them for the next start",
-    )  # fmt: skip
-    command: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # no option: the arguments as given
-    child: tuple[str, ...] = ()  # what follows --
-    salt: int = 0  # no option: 16 random bits, so that nobody can guess the probes' identifiers
-
-    @property
-    def by_process(self) -> bool:
-        """Return whether the flows of processes are targets."""
-        return bool(self.apps or self.pids or self.child)
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line, made of the fields of Config."""
-    parser = Parser(
-        prog=as_called("elfprobe.py"), usage=as_called(USAGE), description=DESCRIPTION, epilog=as_called(EPILOG),
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
-    for field in dataclasses.fields(Config):
-        flags, how = field.metadata.get("flags", ()), dict(field.metadata.get("how", {}))
-        if any(flag.startswith("-") for flag in flags):
-            how["dest"] = field.name
-        if flags:
-            default = [] if field.default == () else field.default
-            parser.add_argument(*flags, default=default, **how)
-    parser.add_argument(
-        "--version", dest=argparse.SUPPRESS, nargs=0, action=ShowVersion, help="version, and what it runs on"
-    )
-    return parser
-
-
-def own_arguments(argv: Sequence[str]) -> list[str]:
-    """Return the arguments before "--". Those behind it are the command's."""
-    return list(itertools.takewhile(lambda word: word != "--", argv))
-
-
-def parse_arguments(argv: list[str]) -> Config:
-    """Return the configuration. Raises Failure (status 2) for wrong usage."""
-    ours = own_arguments(argv)
-    dashes, child = len(ours) < len(argv), argv[len(ours) + 1 :]
-    given: dict[str, Any] = vars(argument_parser().parse_intermixed_args(ours))
-    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    config = Config(
-        **{**given, **lists, "command": tuple(argv), "child": tuple(child), "salt": secrets.randbits(16)}
-    )
-    if dashes and not (child and child[0]):
-        raise Failure(as_called("no command behind --: elfprobe.py [options] -- COMMAND [ARGUMENT ...]"), 2)
-    if not (config.addresses or config.by_process):
-        raise Failure("nothing to probe: give an address, -a APP, -P PID or -- COMMAND", 2)
-    twice = [name for number, name in enumerate(config.interfaces) if name in config.interfaces[:number]]
-    if twice:
-        raise Failure(f"argument -i/--interface: '{twice[0]}' is given twice", 2)
-    own = [os.path.abspath(config.filebase + extension) for extension in FILE_EXTENSIONS]
-    if config.capture and os.path.abspath(config.capture) in own:
-        raise Failure(f"argument -w/--write: '{config.capture}' is a file of -f: give another name", 2)
-    if config.quiet:
-        return dataclasses.replace(config, logfile=True, live=False)
-    if config.child:  # the terminal is the command's
-        return dataclasses.replace(config, live=False)
-    return config
 
 
 # ---- C functions: of libbpf, BCC's library and the C library -----------------------------------------
@@ -1014,6 +748,17 @@ def has_other_clock() -> bool:
     return False
 
 
+def versions() -> str:
+    """Return the versions of elfprobe and of what it runs on."""
+    found = {
+        "BCC": "missing" if "bcc" in MISSING else bcc.__version__,
+        "pyroute2": package_version("pyroute2"),
+        "psutil": "missing" if "psutil" in MISSING else psutil.__version__,
+    }
+    parts = ", ".join(f"{name} {version}" for name, version in found.items())
+    return f"elfprobe {VERSION}: Linux {os.uname().release}, {parts}, Python {sys.version.split()[0]}"
+
+
 def require_machine(config: Config) -> None:
     """Raise Failure unless this process has the packages, the rights and the clock that a run needs."""
     if MISSING:
@@ -1028,7 +773,7 @@ def require_machine(config: Config) -> None:
 
 # ---- Kernel: elfprobe.c compiled and loaded, its maps and events -------------------------------------
 
-C_FILE = os.path.join(HERE, "elfprobe.c")
+C_FILE = os.path.join(FOLDER, "elfprobe.c")
 LD_IMM64, MAP_FD = 0x18, 1  # linux/bpf.h: BPF_LD | BPF_DW | BPF_IMM, BPF_PSEUDO_MAP_FD
 PARAMETER_MARK = 0xE1F0BE0000000000  # as in elfprobe.c
 # By their numbers in elfprobe.c.
@@ -2484,6 +2229,7 @@ def attachments(
 
 # ---- Targets: destinations, target processes and their sockets ---------------------------------------
 
+DESTINATIONS_MAX = 65536
 UNDECIDED, TARGET, OURSELVES = 1, 2, 3  # status of a process, as in elfprobe.c
 IN_PATHS = 1  # in a slot of the address filter, as in elfprobe.c
 REMOVED_MAX = 1 << 16  # former target destinations whose sequence numbers are kept
@@ -3129,34 +2875,6 @@ class ConnectionPoller:
 FIRST_LOOK = 1.0  # s after the start; the next ones come after three times as long as the one before
 DEVICES_MAX = 64  # on which answers are read
 TARGETS_LOOKED_AT, SOCKETS_LOOKED_AT = 50, 100  # processes; sockets of each
-OPTIONS_WITH_INTERFACE = re.compile(r"(-[dlqT]*)i(.*)|--interface(=.*)?", re.S)
-
-
-def without_interface(argv: Sequence[str]) -> list[str]:
-    """Return the arguments before "--" without -i and its value."""
-    kept: list[str] = []
-    words = iter(own_arguments(argv))
-    for word in words:
-        match = OPTIONS_WITH_INTERFACE.fullmatch(word)
-        if not match:
-            kept.append(word)
-            continue
-        if match[1] and match[1] != "-":
-            kept.append(match[1])
-        if not (match[2] or match[3]):
-            next(words, "")
-    return kept
-
-
-def command_in_namespace(pid: int, config: Config) -> str:
-    """Return the command line that measures in the network namespace of a process."""
-    options = without_interface(sys.argv[1:])
-    if not (config.apps or config.pids or config.addresses):
-        options += ["-P", str(pid)]
-    sudo = ["sudo"] if "SUDO_UID" in os.environ else []
-    installed = not as_called("elfprobe.py").endswith(".py")
-    program = [os.path.abspath(sys.argv[0])] if installed else [sys.executable, os.path.join(HERE, "elfprobe.py")]
-    return shlex.join([*sudo, "nsenter", "-t", str(pid), "-n", *program, *options])
 
 
 def peers_of(pid: int, routes: Routes) -> dict[str, frozenset[int]]:
@@ -4247,7 +3965,7 @@ def main(argv: list[str], detect: Callable[[], Platform] = Platform.detect) -> i
     console = Console()
     status, stop = 0, Stop()
     try:
-        config = parse_arguments(argv)
+        config = parse_arguments(argv, versions)
         require_machine(config)
         file_log = set_up_logging(config, console)
         stop.watch()

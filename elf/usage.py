@@ -13,6 +13,7 @@ import shlex
 import sys
 from typing import Any, Callable, Iterable, NoReturn
 
+FOLDER = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))  # of elfprobe.py and the C files
 OS_RELEASE = "/etc/os-release", "/usr/lib/os-release"  # os-release(5)
 # ID or ID_LIKE there -> how to install packages, and how that distribution begins the name of one of Python's.
 INSTALLERS = {

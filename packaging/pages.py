@@ -28,6 +28,7 @@ for package in "bcc", "numpy", "matplotlib":  # take long, and no help needs the
 import elfplot  # noqa: E402
 import elfprobe  # noqa: E402
 from elf.cache import CACHE  # noqa: E402
+from elf.options import argument_parser  # noqa: E402
 
 SECTIONS = {"elfprobe": 8, "elfplot": 1}
 # Name of a value -> what completes it, if anything: arguments of bash's compgen; an action of zsh's _arguments.
@@ -47,9 +48,9 @@ KINDS = {
 class Program:
     """A program as its parser describes it."""
 
-    def __init__(self, name: str, module: ModuleType) -> None:
+    def __init__(self, name: str, module: ModuleType, parser: argparse.ArgumentParser) -> None:
         self.name = name
-        self.parser: argparse.ArgumentParser = module.argument_parser()
+        self.parser = parser
         self.summary = (module.__doc__ or "").splitlines()[0].rstrip(".")
 
     def options(self) -> Iterator[argparse.Action]:
@@ -235,7 +236,10 @@ def zsh_completion(program: Program) -> str:
 
 def main(manuals: str, bash: str, zsh: str, share: str) -> None:
     """Write all files; the folders are made."""
-    for program in Program("elfprobe", elfprobe), Program("elfplot", elfplot):
+    for program in (
+        Program("elfprobe", elfprobe, argument_parser()),
+        Program("elfplot", elfplot, elfplot.argument_parser()),
+    ):
         section = SECTIONS[program.name]
         for path, text in (
             (Path(manuals, f"man{section}", f"{program.name}.{section}"), man_page(program, share)),

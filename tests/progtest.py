@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import elfprobe
 from elf.addresses import address_text, pack_address
+from elf.options import Config
 from elf.rows import NAMES
 from elf.summary import Summary
 
@@ -137,7 +138,7 @@ def own_namespace() -> Iterator[None]:
 
 
 class Programs:
-    """elfprobe.c loaded, with `with_warnings` always compiled; `config` goes to `elfprobe.Config`, and `platform`
+    """elfprobe.c loaded, with `with_warnings` always compiled; `config` goes to `Config`, and `platform`
     changes fields of this machine's `elfprobe.Platform`."""
 
     def __init__(
@@ -157,7 +158,7 @@ class Programs:
         if not has_routes:  # everything is on-link at the loopback device
             changes['routes'] = elfprobe.RouteOffsets()
         self.platform = dataclasses.replace(elfprobe.Platform.detect(), **changes)
-        options = elfprobe.Config(('none',), cache=not with_warnings, **config)
+        options = Config(('none',), cache=not with_warnings, **config)
         self.kernel = elfprobe.Kernel(options, build, self.platform, with_warnings, more_programs)
         self.results = elfprobe.Results(self.kernel, Summary())
         self._verdicts = {XDP_DROP: DROP, XDP_PASS: PASS}

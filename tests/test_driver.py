@@ -32,10 +32,10 @@ from elf.addresses import address_text, pack_address
 from elf.console import LogFormat
 from elf.extensions import MalformedExtension, extension_texts, ones_complement_sum
 from elf.files import DiskUse, OutputFile, RowFiles
+from elf.options import Config, parse_arguments
 from elf.processes import AppNames, Process
 from elf.rows import HEADER, NOTED, Record, RowMaker, app_text
 from elf.usage import Failure, import_parts
-from elfprobe import Config
 from lab import wait_until
 
 SCRIPT = Path(elfprobe.__file__)
@@ -147,12 +147,12 @@ DEFAULTS = dict(
 @pytest.mark.parametrize('line, changes', GOOD.items(), ids=GOOD)
 def test_options(line: str, changes: dict[str, Any]) -> None:
     device = [] if 'interfaces' in changes else ['-i', 'none0']
-    config = elfprobe.parse_arguments([*device, *line.split(), '192.0.2.1'])
+    config = parse_arguments([*device, *line.split(), '192.0.2.1'])
     assert {name: getattr(config, name) for name in DEFAULTS} == {**DEFAULTS, **changes}
 
 
 def test_defaults_stand_once() -> None:
-    config = elfprobe.parse_arguments(['-i', 'none0', '192.0.2.1'])
+    config = parse_arguments(['-i', 'none0', '192.0.2.1'])
     assert dataclasses.replace(config, salt=0) == Config(('none0',), ('192.0.2.1',))
 
 
@@ -160,17 +160,17 @@ def test_defaults_stand_once() -> None:
     'line', ['-i none0 -T a b c', 'a b c -i none0 -T', 'a -i none0 b -T c', '-T a -i none0 b c']
 )
 def test_addresses_before_between_and_behind_options(line: str) -> None:
-    config = elfprobe.parse_arguments(line.split())
+    config = parse_arguments(line.split())
     assert (config.addresses, config.interfaces, config.notrunc) == (('a', 'b', 'c'), ('none0',), True)
 
 
 @pytest.mark.parametrize('line', ['-a ping', '-P 1', 'example.net', '@hosts', '-- curl'])
 def test_one_kind_of_target_is_enough(line: str) -> None:
-    assert elfprobe.parse_arguments(['-i', 'none0', *line.split()]).interfaces == ('none0',)
+    assert parse_arguments(['-i', 'none0', *line.split()]).interfaces == ('none0',)
 
 
 def test_options_behind_the_command_are_its_own() -> None:
-    config = elfprobe.parse_arguments(['-T', '--', 'curl', '-i', 'none0', '--', '-p', '5'])
+    config = parse_arguments(['-T', '--', 'curl', '-i', 'none0', '--', '-p', '5'])
     assert (config.interfaces, config.notrunc, config.probeint) == ((), True, 10)
     assert config.child == ('curl', '-i', 'none0', '--', '-p', '5')
 

@@ -29,8 +29,9 @@ TREE = ELFPROBE.parent
 sys.path.insert(0, str(TREE))
 import elfplot  # noqa: E402
 import elfprobe  # noqa: E402
+from elf.options import argument_parser, command_in_namespace, parse_arguments  # noqa: E402
 
-PARSERS = {'elfprobe': elfprobe.argument_parser, 'elfplot': elfplot.argument_parser}
+PARSERS = {'elfprobe': argument_parser, 'elfplot': elfplot.argument_parser}
 PROGRAMS = pytest.mark.parametrize('program', PARSERS)
 MAN = {'elfprobe': 'man8/elfprobe.8', 'elfplot': 'man1/elfplot.1'}
 EPOCH = '1700000000'  # SOURCE_DATE_EPOCH
@@ -131,14 +132,14 @@ def test_hooks_are_the_installed_ones(usr: Path, tmp_path: Path, lab4) -> None:
 
 def test_command_in_a_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is named as this one was called."""
-    config = elfprobe.parse_arguments(['-a', 'nginx'])
+    config = parse_arguments(['-a', 'nginx'])
     monkeypatch.delenv('SUDO_UID', raising=False)
     for called, named in (
         ('/opt/bin/elfprobe', '/opt/bin/elfprobe'),
         ('./elfprobe.py', f'{sys.executable} {ELFPROBE}'),
     ):
         monkeypatch.setattr('sys.argv', [called, '-i', 'eth0', '-a', 'nginx'])
-        assert elfprobe.command_in_namespace(7, config) == f'nsenter -t 7 -n {named} -a nginx'
+        assert command_in_namespace(7, config) == f'nsenter -t 7 -n {named} -a nginx'
 
 
 @pytest.mark.needs('man')

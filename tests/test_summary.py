@@ -1025,6 +1025,7 @@ import sys
 import threading
 sys.path.insert(0, sys.argv[1])
 import elfprobe
+from elf.options import Config
 
 descriptors = elfprobe.map_descriptors
 
@@ -1035,7 +1036,7 @@ def tell_address(module):
 elfprobe.map_descriptors = tell_address
 
 def find():
-    config = elfprobe.Config(('lo',), hooks=sys.argv[2], cache=False)
+    config = Config(('lo',), hooks=sys.argv[2], cache=False)
     kernel = elfprobe.Kernel(config, elfprobe.Build(), elfprobe.Platform.detect())
     print(*kernel.hook_maps())
     kernel.close()
