@@ -3,7 +3,7 @@
 
 Nothing here imports elfprobe.py or BCC, and nothing needs root. Each module imports only from those below it:
 
-    options                 the command line of elfprobe.py
+    options      loop       the command line of elfprobe.py; timers, signals and errors of its main loop
     report       metrics    FILEBASE.json; metrics for scrapers
     exporter     command    the process that serves them; the command of "-- COMMAND"
     unmatched               answers that quote no probe, because a middlebox changed it
