@@ -13,6 +13,7 @@ Nothing here imports elfprobe.py or BCC, and nothing needs root. Each module imp
     paths        rows       destinations and hops; the columns of elf.csv
     histogram    counters   statistics of latencies; counters of elfprobe.c in words
     clock                   how CLOCK_MONOTONIC maps to UTC
+    devices                 the network devices of a run
     network      reasons    routes and translated addresses; why a target has no probes, in words
     addresses    processes  addresses, their names, flows; which processes are targets
     console      extensions log, live table, standard output; what routers append to the packet that they quote

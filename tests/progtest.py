@@ -31,11 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import elfprobe
 from elf.addresses import address_text, pack_address
+from elf.devices import Device, Frame
 from elf.options import Config
 from elf.rows import NAMES
 from elf.summary import Summary
 
-LOOPBACK = elfprobe.Device('lo', 1)
+LOOPBACK = Device('lo', 1)
 TC_ACT_UNSPEC, TC_ACT_SHOT, TC_ACT_STOLEN = -1, 2, 4
 XDP_DROP, XDP_PASS = 1, 2
 DROP, PASS = 'drop', 'pass'  # verdicts of elf_ingress, wherever it runs
@@ -144,7 +145,7 @@ class Programs:
     def __init__(
         self,
         by_owner: bool = False,
-        frame: elfprobe.Frame = elfprobe.Frame.ETHERNET,
+        frame: Frame = Frame.ETHERNET,
         ingress_tc: bool = True,
         tcx: bool = True,
         has_routes: bool = False,

@@ -212,7 +212,10 @@ def test_stall_without_carrier_is_held_against_no_flow(
     carrier. (Without a carrier in fact, no packet would leave that could show the stall.)"""
     lab = make_lab(routers=1)
     server = lab.server_address(4)
-    via = *lab.client.command(), *with_change('' if has_carrier else 'elfprobe.IFF_RUNNING = 1 << 15')
+    via = (
+        *lab.client.command(),
+        *with_change('' if has_carrier else 'from elf import devices; devices.IFF_RUNNING = 1 << 15'),
+    )
     with lab.iperf3_server(), elfprobe(lab, '-p', '0', server, cwd=tmp_path, via=via) as measuring:
         lab.client.popen('iperf3', '-c', server, '-b', '1M', '-l', '1000', '-t', '60')
         wait_until(lambda: len(measuring.rows()) > 20, 10, 'rows')

@@ -53,6 +53,7 @@ from scapy.packet import Packet, Raw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from elf.devices import Frame
 from elf.findings import PathRewrites
 from elf.unmatched import UnmatchedAnswers
 from lab import run, wait_until
@@ -1363,7 +1364,7 @@ def in_ethernet(packet: bytes) -> bytes:
 def test_what_xdp_on_a_tunnel_is_shown_in_front(
     load: Load, version: int, in_front: Callable[[bytes], bytes]
 ) -> None:
-    programs, probe = load(frame=elfprobe.Frame.TUNNEL), PROBES['TCP'](version)
+    programs, probe = load(frame=Frame.TUNNEL), PROBES['TCP'](version)
     programs.put_in_flight(flight_of(probe, **KNOWN))
     reply = bytes(time_exceeded(version, bytes(probe)[14:]))[14:]
     assert programs.receive(in_front(reply)).verdict == DROP
