@@ -3,6 +3,7 @@
 
 Nothing here imports elfprobe.py or BCC, and nothing needs root. Each module imports only from those below it:
 
+    unprobed                why targets have no probes
     options      loop       the command line of elfprobe.py; timers, signals and errors of its main loop
     report       metrics    FILEBASE.json; metrics for scrapers
     exporter     command    the process that serves them; the command of "-- COMMAND"

@@ -80,8 +80,9 @@ def drained(programs: Programs, path: Path, rate: int, seconds: float) -> tuple[
     ) as files, elfprobe.Routes() as routes:
         destinations = elfprobe.Destinations(programs.kernel)
         reasons = elfprobe.Reasons(
-            config, [LOOPBACK], routes, elfprobe.AppNames(()), destinations, (), tuple, attached.read_elsewhere
-        )
+            config, [LOOPBACK], routes, elfprobe.AppNames(()), destinations, (), tuple, elfprobe.duplicated_sockets,
+            attached.read_elsewhere,
+        )  # fmt: skip
         view = elfprobe.LiveView(None, LOOPBACK.name, results.summary)
         measurement = elfprobe.Measurement(config, attached, results, files, report, clock, view, reasons)
         feeder.start()
