@@ -5,6 +5,7 @@ Nothing here imports elfprobe.py or BCC, and nothing needs root. Each module imp
 
     unprobed                why targets have no probes
     options      loop       the command line of elfprobe.py; timers, signals and errors of its main loop
+    results                 from what the kernel tells to rows, findings and lines of the log
     report       metrics    FILEBASE.json; metrics for scrapers
     exporter     command    the process that serves them; the command of "-- COMMAND"
     unmatched               answers that quote no probe, because a middlebox changed it

@@ -33,6 +33,7 @@ import elfprobe
 from elf.addresses import address_text, pack_address
 from elf.devices import Device, Frame
 from elf.options import Config
+from elf.results import Results
 from elf.rows import NAMES
 from elf.summary import Summary
 
@@ -161,7 +162,7 @@ class Programs:
         self.platform = dataclasses.replace(elfprobe.Platform.detect(), **changes)
         options = Config(('none',), cache=not with_warnings, **config)
         self.kernel = elfprobe.Kernel(options, build, self.platform, with_warnings, more_programs)
-        self.results = elfprobe.Results(self.kernel, Summary())
+        self.results = Results(self.kernel, Summary())
         self._verdicts = {XDP_DROP: DROP, XDP_PASS: PASS}
         if ingress_tc:
             self._verdicts = {TC_ACT_SHOT: DROP, TC_ACT_UNSPEC: PASS}

@@ -34,6 +34,7 @@ from elf.extensions import MalformedExtension, extension_texts, ones_complement_
 from elf.files import DiskUse, OutputFile, RowFiles
 from elf.options import Config, parse_arguments
 from elf.processes import AppNames, Process
+from elf.results import UNANSWERED_AFTER
 from elf.rows import HEADER, NOTED, Record, RowMaker, app_text
 from elf.usage import Failure, import_parts
 from lab import wait_until
@@ -1380,7 +1381,7 @@ def test_sizes_and_parameters_follow_the_rate(rate: int) -> None:
     sizes = elfprobe.map_sizes(config, elfprobe.Build(), elfprobe.Platform(has_ring_buffer=True))
     waiting = sizes['in_flight']
     assert waiting & (waiting - 1) == 0 and waiting >= 1024
-    assert waiting >= min(rate * (elfprobe.UNANSWERED_AFTER + elfprobe.RENEW_EVERY), elfprobe.IN_FLIGHT_MAX)
+    assert waiting >= min(rate * (UNANSWERED_AFTER + elfprobe.RENEW_EVERY), elfprobe.IN_FLIGHT_MAX)
     assert 1024 <= sizes['partial_checksums'] <= waiting
     values = elfprobe.parameters(config, sizes)
     assert (values['INTERVAL_NS'], values['MAX_RATE']) == (20 * 10**6, rate)

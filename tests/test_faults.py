@@ -1238,6 +1238,13 @@ def test_next_start_clears_what_a_killed_one_left(busy, tmp_path, killed, comman
     assert (f'{left} that a killed elfprobe left' in measuring.log) == bool(left)
 
 
+# The files, where with_fault() finds them.
+OF_FILES = '''
+from elf.files import OutputFile, ReplacedFile
+elfprobe.OutputFile, elfprobe.ReplacedFile = OutputFile, ReplacedFile
+'''
+
+
 @root
 @pytest.mark.parametrize(
     ('stage', 'fault'),
@@ -1261,7 +1268,7 @@ def test_nothing_is_left_of_a_start_that_fails(lab4, tmp_path, stage, fault):
     with undone(lab4.client):
         change = NO_TCX if stage.startswith(('Clsact', 'tc_', 'pyroute2')) else ''
         ended = lab4.client.run(
-            *with_fault(stage, fault, change),
+            *with_fault(stage, fault, OF_FILES + change),
             *COMMAND,
             '-i',
             'eth0',
@@ -1290,7 +1297,7 @@ def test_interface_is_clean_after_a_fault_at_work(busy, tmp_path, stage, fault, 
     before = attached(busy.client)
     with undone(busy.client):
         ended = busy.client.run(
-            *with_fault(stage, fault, 'from elf.files import ReplacedFile\nelfprobe.ReplacedFile = ReplacedFile'),
+            *with_fault(stage, fault, OF_FILES),
             *COMMAND,
             '-i',
             'eth0',
