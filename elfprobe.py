@@ -90,6 +90,14 @@ from elf.devices import (
 from elf.files import DiskUse, FileLog, Files, output_files
 from elf.live import FlowEvent, LiveView
 from elf.loop import Defects, Every, Stop
+from elf.machine import (
+    LOCKDOWN,
+    PAGE,
+    has_other_clock,
+    is_kernel_memory_locked,
+    linux_version,
+    missing_capabilities,
+)
 from elf.metrics import Figures, Metrics, exporting
 from elf.network import Routes, attributes
 from elf.options import TUNNELS, Config, own_arguments, parse_arguments
@@ -502,9 +510,7 @@ def struct_offsets(btf: ctypes.c_void_p, name: bytes) -> dict[bytes, int]:
 
 # ---- Platform: what this kernel, this BCC and this process can do ------------------------------------
 
-PAGE = os.sysconf("SC_PAGESIZE")
 CLOCK_MONOTONIC_COARSE = 6  # linux/time.h
-LOCKDOWN = "/sys/kernel/security/lockdown"  # kernel_lockdown(7)
 # Programs that call one helper each. BPF instructions: code, destination, source, offset, immediate value.
 CALL, EXIT, ZERO_R0 = 0x85, (0x95, 0, 0, 0, 0), (0xB7, 0, 0, 0, 0)
 CALLS_JIFFIES64 = ((CALL, 0, 0, 0, 118), ZERO_R0, EXIT)  # bpf_jiffies64()
@@ -516,18 +522,6 @@ CALLS_PROBE_READ_KERNEL = (  # bpf_probe_read_kernel(r10 - 8, 8, 0)
     (0x7A, 10, 0, -8, 0), (0xBF, 1, 10, 0, 0), (0x07, 1, 0, 0, -8), (0xB7, 2, 0, 0, 8), (0xB7, 3, 0, 0, 0),
     (CALL, 0, 0, 0, 113), ZERO_R0, EXIT,
 )  # fmt: skip
-
-
-class Capability(enum.IntEnum):
-    """Numbers of capabilities, linux/capability.h."""
-
-    DAC_OVERRIDE = 1
-    DAC_READ_SEARCH = 2
-    NET_ADMIN = 12
-    SYS_PTRACE = 19
-    SYS_ADMIN = 21
-    PERFMON = 38
-    BPF = 39
 
 
 class RouteOffsets(NamedTuple):
@@ -617,13 +611,6 @@ class Platform:
         )
 
 
-def linux_version() -> tuple[int, int, int]:
-    """Return the three numbers of the kernel's version."""
-    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", os.uname().release)
-    first, second, third = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
-    return first, second, third
-
-
 def find_offsets() -> tuple[SharedInfo, RouteOffsets, SocketLock]:
     """Return offsets from the kernel's BTF. Those that it does not have, or all without BTF, are 0."""
     shared_info, routes, socket_lock = SharedInfo(), RouteOffsets(), SocketLock()
@@ -649,43 +636,6 @@ def shared_info_offsets(skb: dict[bytes, int], shared: dict[bytes, int]) -> Shar
     if b"flags" in shared:  # SKBFL_ZEROCOPY_ENABLE, since Linux 5.12
         return SharedInfo(skb[b"head"], skb[b"end"], shared[b"flags"], 1, stamps)
     return SharedInfo(skb[b"head"], skb[b"end"], stamps, 8, stamps)  # SKBTX_DEV_ZEROCOPY
-
-
-def is_kernel_memory_locked() -> bool:
-    """Return whether programs may not read the kernel's memory, kernel_lockdown(7)."""
-    with contextlib.suppress(OSError), open(LOCKDOWN, encoding="ascii") as file:
-        return "[confidentiality]" in file.read()
-    return False
-
-
-def missing_capabilities(by_process: bool) -> list[str]:
-    """Return the names of the capabilities that a run needs and this process has not.
-
-    Instead of a needed capability, the process may have one that includes it.
-    """
-    needed = {
-        "cap_net_admin": (Capability.NET_ADMIN,),
-        "cap_bpf": (Capability.BPF, Capability.SYS_ADMIN),
-        "cap_perfmon": (Capability.PERFMON, Capability.SYS_ADMIN),
-    }
-    if by_process:
-        needed["cap_sys_ptrace"] = (Capability.SYS_PTRACE,)
-        needed["cap_dac_read_search"] = (Capability.DAC_READ_SEARCH, Capability.DAC_OVERRIDE)
-    effective = effective_capabilities()
-    return [name for name, any_of in needed.items() if not any(effective >> number & 1 for number in any_of)]
-
-
-def effective_capabilities() -> int:
-    """Return the capabilities of this process: a bit for each, by its number."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-        return next(int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
-
-
-def has_other_clock() -> bool:
-    """Return whether this is a time namespace that shifts CLOCK_MONOTONIC, time_namespaces(7)."""
-    with contextlib.suppress(OSError), open("/proc/self/timens_offsets", encoding="ascii") as file:
-        return any(line.split()[1:] != ["0", "0"] for line in file if line.startswith("monotonic"))
-    return False
 
 
 def versions() -> str:

@@ -27,7 +27,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import elfprobe
-from elf import addresses, files, processes, usage
+from elf import addresses, files, machine, processes, usage
 from elf.addresses import address_text, pack_address
 from elf.console import LogFormat
 from elf.extensions import MalformedExtension, extension_texts, ones_complement_sum
@@ -280,7 +280,7 @@ def test_what_is_required(
 
 def test_not_root(capfd: pytest.CaptureFixture[str], empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elfprobe, 'MISSING', {})
-    monkeypatch.setattr(elfprobe, 'effective_capabilities', lambda: 0)
+    monkeypatch.setattr(machine, 'effective_capabilities', lambda: 0)
     assert_refuses(['-i', 'none0', '192.0.2.1'], 1, ['root', 'sudo', 'cap_bpf'], capfd, empty)
 
 

@@ -1262,7 +1262,8 @@ def test_namespaces(net, stage, tmp_path, own_cgroup, enter, unshare, polling):
 def test_fallback(net, stage, tmp_path, name, error, missing):
     """Without the kernel's help, connections are looked for."""
     (tmp_path / 'lockdown').write_text('none integrity [confidentiality]\n')
-    via = *net.client.command(), *with_fault(name, error, f'elfprobe.LOCKDOWN = {str(tmp_path / "lockdown")!r}')
+    change = f'from elf import machine\nmachine.LOCKDOWN = {str(tmp_path / "lockdown")!r}'
+    via = *net.client.command(), *with_fault(name, error, change)
     older = stage.talk('./speedtest', 'talk(tcp())')
     with elfprobe(net, '-a', 'speedtest', '-p', '0', cwd=tmp_path, via=via) as elf:
         stage.go()
