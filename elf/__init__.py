@@ -18,6 +18,7 @@ Nothing here imports elfprobe.py or BCC, and nothing needs root. Each module imp
     devices                 the network devices of a run
     network      reasons    routes and translated addresses; why a target has no probes, in words
     addresses    processes  addresses, their names, flows; which processes are targets
+    source                  what BCC compiles
     machine                 the kernel, and what this process may do
     console      extensions log, live table, standard output; what routers append to the packet that they quote
     service      bytecode   the service manager; these modules, kept for the next start

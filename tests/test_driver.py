@@ -36,6 +36,7 @@ from elf.options import Config, parse_arguments
 from elf.processes import AppNames, Process
 from elf.results import UNANSWERED_AFTER
 from elf.rows import HEADER, NOTED, Record, RowMaker, app_text
+from elf.source import HOOKS, program_text
 from elf.usage import Failure, import_parts
 from lab import wait_until
 
@@ -1329,7 +1330,7 @@ def located(text: str) -> Iterator[tuple[tuple[str, int], str]]:
 def test_program_text(hooks: str, tmp_path: Path) -> None:
     path = tmp_path / 'my hooks.c'
     path.write_text(hooks)
-    text = elfprobe.program_text(str(path))
+    text = program_text(str(path))
     program = SCRIPT.with_name('elfprobe.c')
     lines = dict(located(text))
     for source in program, path:
@@ -1342,7 +1343,7 @@ def test_program_text(hooks: str, tmp_path: Path) -> None:
     assert declarations < text.index(f'#line 1 "{path}"') < text.index('static inline int hook_beforesend')
     defined = re.findall(r'(?:int|void) (elf_v\w+)\(struct \w+ \*ctx\)\s*\{', text)
     assert sorted(defined) == sorted(HOOK_NAMES)
-    assert set(elfprobe.HOOKS) == HOOK_NAMES
+    assert set(HOOKS) == HOOK_NAMES
 
 
 @pytest.mark.parametrize(
@@ -1355,7 +1356,7 @@ def test_bad_hooks_file(content: bytes | None, reason: str, tmp_path: Path) -> N
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(Failure, match=f"-H/--hooks.*'{path}': {reason}") as raised:
-        elfprobe.program_text(str(path))
+        program_text(str(path))
     assert raised.value.status == 1
 
 

@@ -61,7 +61,7 @@ SOMEONES = """
 import signal, socket, sys
 from bcc import BPF, lib
 from pyroute2 import IPRoute
-from elfprobe import kernel_headers
+from elf.source import kernel_headers
 where = sys.argv[1]
 kind, context, verdict = BPF.XDP, 'xdp_md', '2'
 on_egress = {'egress': 'ctx->mark == 9 ? 2 : -1',
@@ -91,7 +91,7 @@ COUNTING = """
 import ctypes, os, socket, sys
 from bcc import BPF, lib
 from pyroute2 import IPRoute
-from elfprobe import kernel_headers
+from elf.source import kernel_headers
 COUNT = '''
 int count%d(struct __sk_buff *ctx)
 {

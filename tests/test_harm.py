@@ -71,7 +71,7 @@ WITNESS = """
 import socket, sys
 from bcc import BPF
 from pyroute2 import IPRoute
-from elfprobe import kernel_headers
+from elf.source import kernel_headers
 with kernel_headers():
     bpf = BPF(text='''
 struct kind { u64 cookie; u32 mark, priority; u64 is_probe; };
