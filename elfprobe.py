@@ -22,7 +22,7 @@ The sections below behave like modules. Each has its constants at its head:
     platform        Platform.detect(): what this kernel, this BCC and this process can do
     kernel          Kernel: elfprobe.c compiled and loaded, its maps, counters, lease and events
     attachments     one class for each way to attach a program to a device
-    targets         destinations, target processes and their sockets; the fallback that polls
+    targets         destinations, target processes and their sockets
     run             one measurement, and the entry point
 
 Only "C functions" and "kernel" call BCC or use ctypes. "platform" only checks whether functions exist.
@@ -69,7 +69,7 @@ if __name__ == "__main__":
 
     bytecode = None if "--no-cache" in itertools.takewhile("--".__ne__, sys.argv) else Bytecode()
 
-from elf.addresses import ReverseDns, address_text, pack_address, resolve_all, why_unreachable
+from elf.addresses import ReverseDns, address_text, pack_address, resolve_all
 from elf.cache import CACHE, Cache
 from elf.clock import Clock, time_of_day, utc_text
 from elf.command import Command
@@ -102,6 +102,7 @@ from elf.metrics import Figures, Metrics, exporting
 from elf.network import Routes, attributes
 from elf.options import TUNNELS, Config, own_arguments, parse_arguments
 from elf.pcapng import PacketFile
+from elf.poller import SCAN_EVERY, ConnectionPoller
 from elf.processes import (
     TASK_COMM_LEN,
     AppNames,
@@ -1872,10 +1873,8 @@ REMOVED_MAX = 1 << 16  # former target destinations whose sequence numbers are k
 EVENTS_MAX = 1 << 16  # of processes that may wait; events behind these count as missed
 COUNT_EVERY = 10.0  # s between two lines with the number of target processes
 SETTLED_AFTER = 0.05  # s without a new process, after which the log names it
-SCAN_EVERY = 1.0  # s between two scans of the processes
 RESCAN_CPU_SHARE = 0.05  # of a core, at most, to look for processes whose events were missed
 FORKS_SAMPLED, FORKS_SAMPLED_MAX = 3, 30  # to find where a task has its PID; of 30 forks, 27 may be missed
-LINGER = 30.0  # s that a destination stays a target after its last connection ended (polling only)
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, linux/proc_ns.h: its inode number, always
 FSCONFIG_CMD_CREATE = 6  # linux/mount.h
 SO_COOKIE, IPPROTO_MPTCP = 57, 262  # asm-generic/socket.h, linux/in.h
@@ -2414,98 +2413,6 @@ class ProcessFollower:
             self._processes.forget(process_id, pid)
 
 
-def connected_addresses(chosen: dict[int, str]) -> dict[bytes, str]:
-    """Return the remote addresses of processes' sockets in this network namespace, each with its process."""
-    found: dict[bytes, str] = {}
-    for connection in psutil.net_connections("inet"):
-        if connection.pid in chosen and connection.raddr:
-            packed = pack_address(connection.raddr.ip)
-            if not why_unreachable(packed):
-                found[packed] = f"{chosen[connection.pid]}, pid {connection.pid}"
-    return found
-
-
-class ConnectionPoller:
-    """The fallback if the kernel cannot tell which process a packet belongs to.
-
-    It reads the target processes' connections again and again, and makes their remote addresses target
-    destinations. It misses connections that are shorter than its interval. Packets that other processes send to
-    the same addresses carry probes, too.
-    """
-
-    def __init__(
-        self,
-        kernel: Kernel,
-        destinations: Destinations,
-        fixed: Iterable[bytes],
-        apps: AppNames,
-        pids: Iterable[int],
-        seen: ProcessLog,
-    ) -> None:
-        """fixed are the destinations that the user names. They are always targets."""
-        self._kernel = kernel
-        self._seen = seen
-        self._destinations = destinations
-        self._fixed = frozenset(fixed)
-        self._apps = apps
-        self._pids = tuple(pids)
-        self._chosen: set[tuple[int, int]] | None = None  # PIDs and starts, at the last scan
-        self._last_seen: dict[bytes, float] = {}
-
-    def targets(self) -> list[int]:
-        """Return the PIDs of the target processes at the last scan."""
-        return [pid for pid, _ in self._chosen or ()]
-
-    def scan(self) -> None:
-        """Read the connections once."""
-        now = time.monotonic()
-        running = list(running_processes())
-        known: Iterable[int] = self._pids
-        if self._chosen is not None:  # leave out new processes with an old PID, keep children of ended parents
-            known = [process.pid for process in running if (process.pid, process.started) in self._chosen]
-        chosen = choose_processes(running, self._apps, known)
-        for pid in {pid for pid, _ in self._chosen or ()} - chosen.keys():
-            self._seen.ended(pid)
-        for pid, name in chosen.items():
-            self._seen.met(pid, name)
-        self._chosen = {(process.pid, process.started) for process in running if process.pid in chosen}
-        for packed, owner in connected_addresses(chosen).items():
-            if packed in self._fixed:
-                continue
-            if packed not in self._last_seen:
-                if not self._destinations.add(packed):
-                    continue
-                log.info("tracing destination %s (%s)", address_text(packed), owner)
-            self._last_seen[packed] = now
-        for packed in [packed for packed, seen in self._last_seen.items() if now - seen > LINGER]:
-            del self._last_seen[packed]
-            self._destinations.remove(packed)
-            log.info("no longer tracing destination %s", address_text(packed))
-
-    def try_scan(self) -> None:
-        """Read the connections once, if they can be read."""
-        with self._kernel.defects.noted("the processes' connections could not be read"):
-            self.scan()
-
-    @contextlib.contextmanager
-    def followed(self) -> Iterator[None]:
-        """Scan now, then again and again in a thread of its own, so that no row waits for it."""
-        ended = threading.Event()
-
-        def follow() -> None:
-            while not ended.wait(SCAN_EVERY):
-                self.try_scan()
-
-        self.scan()
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-
-
 # ---- Run: one measurement, and the entry point -------------------------------------------------------
 
 DEVICES_MAX = 64  # on which answers are read
@@ -3002,7 +2909,7 @@ class ElfProbe:
                 if config.by_process:  # lines about processes follow
                     log_lines(heading)
                 apps = AppNames(config.apps)
-                poller = ConnectionPoller(attached.kernel, destinations, fixed, apps, pids, processes)
+                poller = ConnectionPoller(attached.kernel.defects, destinations, fixed, apps, pids, processes)
                 targets, is_exact = self._follow_processes(active, attached, poller, apps, pids, processes)
                 if names and not is_exact:  # exact programs know the sockets of elfprobe itself
                     destinations.spare_lookups(names)

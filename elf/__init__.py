@@ -4,6 +4,7 @@
 Nothing here imports elfprobe.py or BCC, and nothing needs root. Each module imports only from those below it:
 
     unprobed                why targets have no probes
+    poller                  the fallback that reads connection tables
     options      loop       the command line of elfprobe.py; timers, signals and errors of its main loop
     results                 from what the kernel tells to rows, findings and lines of the log
     report       metrics    FILEBASE.json; metrics for scrapers

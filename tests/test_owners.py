@@ -1275,7 +1275,7 @@ def test_fallback(net, stage, tmp_path, name, error, missing):
 
 
 # As where there are no ring buffers, and a destination is soon no longer a target.
-FORGETFUL_COMMAND = with_change(f'elfprobe.LINGER = 0.5\n{platform(has_ring_buffer=False)}')
+FORGETFUL_COMMAND = with_change(f'from elf import poller\npoller.LINGER = 0.5\n{platform(has_ring_buffer=False)}')
 
 
 def test_destination_that_is_a_target_again(net, stage, tmp_path):
