@@ -3,10 +3,9 @@
 
 Nothing here imports elfprobe.py or BCC, and nothing needs root. Each module imports only from those below it:
 
-    unprobed                why targets have no probes
-    poller                  the fallback that reads connection tables
-    options      loop       the command line of elfprobe.py; timers, signals and errors of its main loop
-    results                 from what the kernel tells to rows, findings and lines of the log
+    unprobed     poller     why targets have no probes; the fallback that reads connection tables
+    results      options    from what the kernel tells to rows, findings and the log; the command line
+    loop                    timers, signals and errors of the main loop
     report       metrics    FILEBASE.json; metrics for scrapers
     exporter     command    the process that serves them; the command of "-- COMMAND"
     unmatched               answers that quote no probe, because a middlebox changed it
@@ -17,7 +16,8 @@ Nothing here imports elfprobe.py or BCC, and nothing needs root. Each module imp
     histogram    counters   statistics of latencies; counters of elfprobe.c in words
     clock                   how CLOCK_MONOTONIC maps to UTC
     devices                 the network devices of a run
-    network      reasons    routes and translated addresses; why a target has no probes, in words
+    reasons                 why a target has no probes, in words
+    network                 routes and translated addresses
     addresses    processes  addresses, their names, flows; which processes are targets
     source                  what BCC compiles
     machine                 the kernel, and what this process may do
