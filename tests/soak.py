@@ -64,6 +64,7 @@ FOUND_OUT = ('60s',)  # these cost connections, and must be found out
 ROTATE = 4  # MiB
 SILENT_RATE_MAX = 100  # new destinations per second
 MEMORY_PER_FLOW = 2048  # bytes of elfprobe, for each flow that it remembers
+MEMORY_PER_ROW = 17  # bytes: latency and difference, which each hop keeps one by one at first (elf/histogram.py)
 PAGE = os.sysconf('SC_PAGE_SIZE')
 TICK = os.sysconf('SC_CLK_TCK')
 # What counts as more than before: bytes; entries of a map, some of which is in flight; shares of a processor.
@@ -596,10 +597,12 @@ class Soak:
 
         remembered = min(last[-1].flows, FLOWS_MAX) - min(base[-1].flows, FLOWS_MAX)
         before, then = (figure / 1e6 for figure in compared(lambda sample: sample.memory))
-        print(f'memory: {before:.1f} MB, then {then:.1f} MB, with {remembered} more flows to remember')
-        if then > before + (MEMORY_MORE + MEMORY_PER_FLOW * remembered) / 1e6:
+        rows = last[-1].rows - base[-1].rows
+        print(f'memory: {before:.1f} MB, then {then:.1f} MB, with {remembered} more flows and {rows} more rows')
+        if then > before + (MEMORY_MORE + MEMORY_PER_FLOW * remembered + MEMORY_PER_ROW * rows) / 1e6:
             yield f'memory grows from {before:.1f} to {then:.1f} MB'
-        before, then = compared(lambda sample: sample.descriptors)
+        before = max(sample.descriptors for sample in base)
+        then = min(sample.descriptors for sample in last)  # there is one more while the report is written
         print(f'descriptors: {before:.0f}, then {then:.0f}')
         if then > before:
             yield f'descriptors grow from {before:.0f} to {then:.0f}'
