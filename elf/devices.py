@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The network devices of a run: which they are, what their packets begin with, their state, and that no other run
-uses them."""
+"""The network devices of a run: find them, tell their state, lock them against another run."""
 
 from __future__ import annotations
 

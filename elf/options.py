@@ -248,7 +248,7 @@ def own_arguments(argv: Sequence[str]) -> list[str]:
 
 
 def parse_arguments(argv: list[str], versions: Callable[[], str] = str) -> Config:
-    """Return the configuration. Raises Failure (status 2) for wrong usage. versions: see argument_parser()."""
+    """Return the configuration. Raises Failure (status 2) for wrong usage. versions: what --version prints."""
     ours = own_arguments(argv)
     dashes, child = len(ours) < len(argv), argv[len(ours) + 1 :]
     given: dict[str, Any] = vars(argument_parser(versions).parse_intermixed_args(ours))

@@ -20,7 +20,7 @@ log = logging.getLogger("elfprobe")
 
 
 class Destinations(Protocol):
-    """The kernel's table of target destinations, as far as it is needed here."""
+    """The part of Destinations in elfprobe.py that this module uses."""
 
     def add(self, packed: bytes) -> bool:
         """Make an address a target. Return False if there is no room."""

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Results: from what the kernel tells of probes that have ended to rows, the summary and findings; from events of
-flows to lines of the log; from the hooks' maps to files."""
+"""Turn ended probes into rows, the summary and findings. Log events of flows. Save the hooks' maps."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from typing import Any, Callable, Iterator, Protocol
 from elf.addresses import address_text, flow_text, pack_address
 from elf.extensions import MalformedExtension, extension_texts
 from elf.files import OutputFile, log_renamed
-from elf.findings import PathRewrites
+from elf.findings import NUMBER_TRANSLATED, PathRewrites
 from elf.live import FlowEvent, LiveView
 from elf.loop import Stop
 from elf.pcapng import PacketFile
@@ -28,8 +27,8 @@ from elf.usage import Failure
 UNANSWERED_AFTER = 5.0  # s that a probe may be outstanding
 PROBE_KEY = struct.Struct("=16sHHII")  # struct probe_key: destination, ports, protocol, ident
 FLOW_KEY_BYTES = 20  # at its start: destination and ports
-UNMATCHED, NUMBER_TRANSLATED = 0xFFFF, 2  # as in elfprobe.c
-UNMATCHED_AT_ONCE = 128  # answers that user space takes every RENEW_EVERY of elfprobe.py
+UNMATCHED = 0xFFFF  # as in elfprobe.c
+UNMATCHED_AT_ONCE = 128  # answers that user space takes between two calls of match_late()
 RESULT_PERF_PAGES = 512  # of each CPU's perf buffer, if there is no ring
 FLOW_EVENT_TEXTS = {
     FlowEvent.STALLED: "{flow}: nothing is acknowledged or received any more",
@@ -53,11 +52,11 @@ log = logging.getLogger("elfprobe")
 
 
 class Kernel(Protocol):
-    """What is needed here of the kernel's side, which is Kernel in elfprobe.py."""
+    """The part of Kernel in elfprobe.py that this module uses."""
 
     @property
     def outstanding(self) -> tuple[str, list[str]]:
-        """Format and names of a probe in flight with its key."""
+        """Return the struct format and the field names of a probe in flight with its key."""
 
     def layout(self, name: str) -> Any:
         """Return the layout of a struct of elfprobe.c."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What BCC compiles: elfprobe.c with the hooks file, and the few kernel headers that it takes."""
+"""What BCC compiles: elfprobe.c with the hooks file, and the few kernel headers that BCC includes."""
 
 from __future__ import annotations
 

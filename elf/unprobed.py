@@ -46,10 +46,10 @@ log = logging.getLogger("elfprobe")
 
 
 class Destinations(Protocol):
-    """The kernel's table of target destinations, as far as it is needed here."""
+    """The part of Destinations in elfprobe.py that this module uses."""
 
     def without_probes(self, wanted: Iterable[bytes]) -> dict[bytes, Any]:
-        """Return those of the destinations to which no probe has left, with their struct path."""
+        """Return the destinations to which no probe has left, with their struct path."""
 
     def without_answers(self) -> list[str]:
         """Return the destinations from which nothing came, nor from routers on the way, though probes left."""
@@ -59,7 +59,10 @@ class Destinations(Protocol):
 
 
 def peers_of(sockets: Iterable[socket.socket], routes: Routes) -> dict[str, frozenset[int]]:
-    """Return the addresses to which sockets are connected, with the devices that lead there."""
+    """Return the addresses to which sockets are connected, with the devices that lead there.
+
+    Raises OSError if the iterable does.
+    """
     found = {}
     for sock in itertools.islice(sockets, SOCKETS_LOOKED_AT):
         with contextlib.suppress(OSError):  # not connected
@@ -84,7 +87,8 @@ class Reasons:
     ) -> None:  # fmt: skip
         """targets returns the PIDs of the target processes.
 
-        sockets_of yields a process's sockets. It raises OSError if the process has ended, or if they cannot be had.
+        sockets_of yields a process's sockets, and closes each before the next one. Iterating raises OSError if the
+        process has ended, or if its sockets cannot be had.
         read_elsewhere reads answers on other devices. It returns their names, and whether it works.
         """
         self._sockets_of = sockets_of

@@ -71,6 +71,7 @@ def platform(**fields: Any) -> str:
 
 def with_text(old: str, new: str) -> str:
     """A change for `with_change()`: elfprobe.c has another text in one place."""
+    assert old in ELFPROBE.with_suffix('.c').read_text()
     return f"""
 program_text = elfprobe.program_text
 elfprobe.program_text = lambda hooks: program_text(hooks).replace({old!r}, {new!r})
