@@ -1588,11 +1588,11 @@ def test_next_probe_is_due_when_the_interval_is_over(load: Load) -> None:
 
 
 STEPS = {  # horizon, responsive, and for how many ms it has been silent: the next horizon
-    'not for long': ((3, 2, 400), 3),
+    'not for long': ((3, 2, 100), 3),
     'long enough': ((3, 2, 600), 4),
-    'longer behind a silent one': ((3, 1, 1900), 3),
+    'longer behind a silent one': ((3, 1, 1000), 3),
     'behind a silent one': ((3, 1, 2100), 4),
-    'longer still behind two': ((3, 0, 7900), 3),
+    'longer still behind two': ((3, 0, 5000), 3),
     'behind two silent ones': ((3, 0, 8100), 4),
     'nearer than what has answered': ((3, 5, 0), 6),
     'no farther': ((32, 31, 60000), 32),
