@@ -1614,6 +1614,35 @@ def test_steps_while_the_length_is_unknown(load: Load, where: tuple[int, int, in
     assert Ether(probe)[IP].ttl == (horizon if horizon > farthest else 1)
 
 
+RECEIVED = {  # what answers a packet, and whether that counts as received in its flow
+    'datagram': (datagram(), datagram(sport=4433, dport=40113), {}, 1),
+    'first fragment': (datagram(), datagram(sport=4433, dport=40113), dict(flags='MF'), 1),
+    'later fragment': (datagram(), datagram(sport=4433, dport=40113), dict(flags=0, frag=100), 0),
+    'from another port': (datagram(), datagram(sport=4434, dport=40113), {}, 0),
+    'echo reply': (echo(4), ICMP(type=0, id=0x4142, seq=0x4344), {}, 1),
+    'echo reply to another': (echo(4), ICMP(type=0, id=0x4143, seq=0x4344), {}, 0),
+}
+
+
+def number_received(programs: Programs) -> int:
+    """In all flows without a TCP socket."""
+    return sum(flow.received.count for _, flow in programs.kernel.map('flows').items())
+
+
+@pytest.mark.parametrize('sent, received, fields, count', RECEIVED.values(), ids=RECEIVED)
+def test_received_packets_are_counted_by_flow(
+    load: Load, sent: Packet, received: Packet, fields: dict[str, Any], count: int
+) -> None:
+    """Those of flows without a TCP socket. If none comes any more, a firewall may be the reason."""
+    programs = load()
+    programs.follow(SERVER[4])
+    with programs.attached() as send:
+        send(frame(ip(4), sent, data(8)))
+    before = number_received(programs)
+    programs.receive(frame(ip(4, src=SERVER[4], dst=CLIENT[4], ttl=60, **fields), received, data(8)))
+    assert number_received(programs) == before + count
+
+
 def test_ticks_of_two_cpus(load: Load) -> None:
     """Where another CPU has just noted the next tick, nothing was silent meanwhile."""
     programs = load()
