@@ -1590,8 +1590,7 @@ static inline void destination_reached(struct path *path, __u32 ttl, __u64 now)
  * stalls after it was probed may be such a flow, or in an outage. A TCP flow stalls if its retransmission timer expires,
  * or its peer repeats itself. A conversation of another protocol, in which the destination was received before, stalls
  * if packets go on leaving, and nothing is received for half a second, its longest usual gap, and two round trips of the
- * farthest hop that answers. TCP
- * flows and all others are judged by themselves:
+ * farthest hop that answers. TCP flows and all others are judged by themselves:
  *
  * - While nothing is known of a destination, the first stall pauses the probes of all its flows. If the stalled flow
  *   moves before it is probed again, that is one strike. If it does not, but others do, the connection is lost: three
@@ -1795,10 +1794,11 @@ static inline int one_way_looked(struct trust *trust, struct progress *flow, __u
 /* The flow has had more than one answer. */
 static inline void end_doubt(struct path *path, struct trust *trust, struct progress *flow, __u64 now)
 {
-	if (trust->doubt == DOUBTED && flow->withheld && now - trust->last_strike > SAME_EPISODE)
-		add_strikes(path, trust, STRIKES_LOST, now);
-	if (trust->doubt == DOUBTED && (flow->withheld || flow->doubted))
+	if (trust->doubt == DOUBTED && (flow->withheld || flow->doubted)) {
 		trust->doubt = NO_DOUBT;
+		if (flow->withheld && now - trust->last_strike > SAME_EPISODE)
+			add_strikes(path, trust, STRIKES_LOST, now);
+	}
 	flow->withheld = flow->doubted = 0;
 }
 
@@ -1861,8 +1861,8 @@ static inline void flow_probed(struct trust *trust, struct progress *flow, __u32
 		trust->exam = now;
 }
 
-/* A packet of a flow without a TCP socket here was received. Learn how long that usually takes. A stall that may be due to
- * probes teaches nothing, and neither does a time in which nothing was sent. */
+/* A packet of a flow without a TCP socket here was received. Learn how long that usually takes. A stall that may be due
+ * to probes teaches nothing, and neither does a time in which nothing was sent. */
 static inline void flow_received(struct reception *received, const struct progress *flow, __u64 now)
 {
 	__u64 gap = now > received->last ? now - received->last : 0; /* another CPU may have been faster */
@@ -3440,7 +3440,8 @@ static inline int look_at_flow(struct __sk_buff *skb, struct path *path, struct 
 /* If both numbers differ from the last packet's by more, it is another connection with the same ports. */
 #define SAME_CONNECTION (1 << 24)
 
-/* Return the flow of the packet, which has no TCP socket here and these numbers, if it is of TCP; 0 if there is no room. */
+/* Return the flow with this key, which has no TCP socket here; 0 if there is no room. If it is of TCP, seq and ack are the
+ * numbers of its packet, else 0. */
 static inline struct flow *flow_of(struct flow_key *key, __u32 seq, __u32 ack)
 {
 	struct flow *flow, *none;
@@ -3465,7 +3466,7 @@ static inline struct flow *flow_of(struct flow_key *key, __u32 seq, __u32 ack)
 	return flow;
 }
 
-/* A packet of a TCP flow without a TCP socket here leaves. Fill in the look. The peer knows the connection if it has sent
+/* A packet of a TCP flow without a socket here leaves. Fill in the look. The peer knows the connection if it has sent
  * something since the first packet that we saw, or if more was sent than fits into the first window. */
 static inline void look_at_foreign_tcp(struct flow *flow, const struct packet *pkt, const struct tcphdr *tcp,
 				       struct scratch *scratch)
