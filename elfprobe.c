@@ -980,6 +980,7 @@ struct trust {
 	__u8 strikes;       /* signs that stalls are a firewall's doing */
 	__u8 passed;        /* number of exams without a stall */
 	__u8 max_ttl;       /* farthest hop that was probed in them */
+	__u8 has_stalled;   /* a probed flow stalled, in spite of trust, and none has moved again */
 	__u8 doubt;         /* enum doubt: do flows fall silent after one answer because of probes? */
 	__u32 doubted_port; /* of the destination, in such flows */
 	__u64 doubted_at;
@@ -1601,7 +1602,8 @@ static inline void destination_reached(struct path *path, __u32 ttl, __u64 now)
  * - If a flow stalls that was not probed, stalls have another cause. That ends the pause and clears the strikes.
  * - Each half second with probes and without a stall is an exam that is passed. After two for each hop the destination is
  *   trusted. There a stall is an outage: retransmissions carry probes, to the nearest hop first. Each fourth does not,
- *   in case that it is a firewall. A connection that is lost nevertheless ends the trust.
+ *   in case that it is a firewall. A connection that is lost nevertheless ends the trust, and so does a new flow that
+ *   moves while the stalled one does not: where an outage is over, both do.
  * - A firewall that drops the probes themselves only meets those to its own hop and behind it, which are never proven and
  *   so are rare: exams say little about them. Each stall with such a probe raises a suspicion, each other stall lowers
  *   it, and a flow that survives such a probe ends it. At SUSPICION_MAX the destination is excluded, trusted or not. */
@@ -1652,13 +1654,20 @@ static inline int is_paused(const struct trust *trust, __u64 now)
 	return now < trust->paused_until;
 }
 
+/* Exams begin anew, with the hops that are probed from now on. */
+static inline void end_trust(struct trust *trust)
+{
+	trust->passed = 0;
+	trust->max_ttl = 0;
+	trust->exam = 0;
+	trust->has_stalled = 0;
+}
+
 static inline void add_strikes(struct path *path, struct trust *trust, __u32 count, __u64 now)
 {
 	trust->strikes += count;
 	trust->last_strike = now;
-	trust->passed = 0;
-	trust->max_ttl = 0;
-	trust->exam = 0;
+	end_trust(trust);
 	if (trust->strikes >= STRIKES_MAX)
 		path->excluded = 1;
 }
@@ -1729,6 +1738,7 @@ static inline void begin_stall(struct path *path, struct trust *trust, struct pr
 		trust->strikes = 0;
 	} else if (flow->under_probes && is_trusted(trust)) {
 		path->pacing.last_probed = 0;
+		trust->has_stalled = 1;
 	} else if (flow->under_probes && !trust->awaits) {
 		pause_probes(trust, now + PAUSE, 1);
 		trust->episode = now;
@@ -1742,6 +1752,7 @@ static inline void end_stall(struct path *path, struct trust *trust, struct prog
 	trust->exam = 0;
 	if (!flow->under_probes)
 		return;
+	trust->has_stalled = 0;
 	if (trust->awaits) {
 		add_strikes(path, trust, 1, now);
 		pause_probes(trust, now + (PAUSE_CONTROL << (trust->strikes & 7)), 0);
@@ -1813,6 +1824,8 @@ static inline int flow_looked(struct path *path, struct trust *trust, struct pro
 	if (moves) {
 		if (flow->stalled_at)
 			end_stall(path, trust, flow, now);
+		else if (!flow->since && trust->has_stalled)
+			end_trust(trust);
 		end_exam(trust, now);
 		if (!look->is_one_way)
 			end_doubt(path, trust, flow, now);

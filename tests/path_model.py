@@ -150,6 +150,7 @@ class Trust(ctypes.Structure):
         ('strikes', ctypes.c_uint8),
         ('passed', ctypes.c_uint8),
         ('max_ttl', ctypes.c_uint8),
+        ('has_stalled', ctypes.c_uint8),
         ('doubt', ctypes.c_uint8),
         ('doubted_port', ctypes.c_uint32),
         ('doubted_at', ctypes.c_uint64),

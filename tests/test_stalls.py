@@ -166,7 +166,7 @@ def test_what_is_no_firewall(model: PathModel, network: Arguments, applications:
 @pytest.mark.parametrize('application', [SLOW, dict(REQUESTS, interval=100 * MS)], ids=['TCP', 'requests'])
 def test_rows_tell_of_outages(model: PathModel, application: Arguments) -> None:
     """Retransmissions carry probes, or requests without an answer, which show up to where answers still come."""
-    net, _ = simulate(model, 270, dict(outages=outages(1, 2.5, 5, 30)), [application])
+    net, _ = simulate(model, 300, dict(outages=outages(1, 2.5, 5, 30, every=45)), [application])
     for hop, begin, end in net.outages:
         found = [(ttl, answered) for sent, ttl, answered in net.rows if begin + S // 2 <= sent < end]
         assert {(1, True), (2, True)} <= set(found) or (end - begin <= S and found)
@@ -181,6 +181,19 @@ def test_firewall_after_a_long_time(model: PathModel) -> None:
     net.run(120)
     assert net.path.excluded
     assert talking.lost == 0
+
+
+@pytest.mark.parametrize('kind', ['upload', 'download', 'requests'])
+@pytest.mark.parametrize('network', [dict(block=60 * S), dict(block=60 * S, firewall=3), dict(block=3 * S)])
+def test_firewall_in_spite_of_trust(model: PathModel, network: Arguments, kind: str) -> None:
+    """Outages hid it: flows went well under probes to the hops before it, and stalled without any."""
+    net, (talking,) = simulate(model, 0, network, [dict(kind=kind)])
+    for trust in net.path.trusts:
+        trust.passed, trust.max_ttl, trust.suspicion = 50, 5, -16
+    net.run(80)
+    assert net.path.excluded
+    assert talking.lost <= 4
+    assert talking.connection.last_moved > net.now - 2 * S
 
 
 def test_rare_stalls_do_not_add_up(model: PathModel) -> None:
