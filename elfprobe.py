@@ -114,7 +114,7 @@ from elf.processes import (
 )
 from elf.reasons import Reason, reasons_in_short
 from elf.report import Report
-from elf.results import ACK_FILTER_TEXT, FLOW_KEY_BYTES, UNANSWERED_AFTER, Results, log_flow_events, save_maps
+from elf.results import FLOW_KEY_BYTES, UNANSWERED_AFTER, Results, log_flow_events, save_maps
 from elf.ring import Events, Ring
 from elf.source import C_FILE, kernel_headers, program_text, read_source
 from elf.summary import Summary
@@ -2662,10 +2662,10 @@ class Measurement:
 
     def _match_late(self) -> None:
         self._write(self._results.match_late())
-        for dest in self._results.unmatched.take_overwritten():
-            self._kernel.exclude(pack_address(dest))
-            log.warning("%s", ACK_FILTER_TEXT.format(dest=dest))
-            self._view.note(FlowEvent.EXCLUDED, (dest, 0, 0, socket.IPPROTO_TCP))
+        for found in self._results.unmatched.take_ack_filters():
+            self._kernel.exclude(pack_address(found.dest))
+            log.warning("%s", found.text())
+            self._view.note(FlowEvent.EXCLUDED, (found.dest, 0, 0, socket.IPPROTO_TCP))
 
     def _expire(self) -> None:
         """Write a portion of the rows of probes that have been outstanding for too long.

@@ -543,6 +543,29 @@ class NearMiss(OfDestination):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class AckFilter(OfDestination):
+    """An ACK filter in front of the hop wrote acknowledgements of the application into probes."""
+
+    kind = "ack_filter"
+    answers: int  # each quotes an acknowledgement in place of a probe
+    begin: int  # when the first and the last of them came, ns
+    end: int
+
+    def figures(self) -> dict[str, Any]:
+        return {"responder": self.responder, "answers": self.answers}
+
+    def span(self) -> tuple[int, int]:
+        return self.begin, self.end
+
+    def text(self) -> str:
+        return (
+            f"{self.dest}: an ACK filter on the way, before hop {self.hop}, writes acknowledgements of the "
+            f"application into probes, so these end at routers ({self.answers} did, some at {self.responder}): "
+            "destination excluded for the rest of this run"
+        )
+
+
 def findings_on(destination: Destination) -> Iterator[Finding]:
     """Yield the findings on a destination: episodes, outages, unanswered probes, changes of responders."""
     outages = destination.outages()
@@ -725,7 +748,7 @@ class PathRewrites:
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, str], Rewritten] = {}  # by destination and change
-        self.near_misses: Callable[[], Iterable[NearMiss]] = tuple
+        self.unmatched: Callable[[], Iterable[OfDestination]] = tuple  # of answers that quote no probe
 
     def note(self, probe: Record) -> None:
         """Note the changes that the reply to a probe shows."""
@@ -751,7 +774,7 @@ class PathRewrites:
     def findings(self) -> Iterator[OfDestination]:
         for (dest, what), its in sorted(self._found.items(), key=lambda item: item[0]):
             yield (CongestionMarks if what == MARKED else PathRewrite)(its.hop, dest, its.responder, what, its)
-        yield from self.near_misses()
+        yield from self.unmatched()
 
 
 def tos_change(sent: int, quoted: int) -> str:

@@ -43,10 +43,6 @@ FLOW_EVENT_TEXTS = {
         "{dest}: a probe reached it and was answered: a router on the way raises the TTL, or the path is shorter "
         "than it seemed: probes stop before it from now on",
 }  # fmt: skip
-ACK_FILTER_TEXT = (
-    "{dest}: an ACK filter on the way writes acknowledgements of the application into probes, so that these end at "
-    "routers: destination excluded for the rest of this run"
-)
 
 log = logging.getLogger("elfprobe")
 
@@ -97,7 +93,7 @@ class Results:
         self.packets: PacketFile | None = None  # to which probes and answers are added
         self.rewrites = PathRewrites()
         self.unmatched = UnmatchedAnswers(summary)
-        self.rewrites.near_misses = self.unmatched.findings
+        self.rewrites.unmatched = self.unmatched.findings
         self.summary = summary
         self.replies = 0
         self.matched_late = 0  # of them: the programs did not match these answers
@@ -191,7 +187,7 @@ class Results:
         probes: dict[FlowKey, dict[int, Sent]] = {flow: {} for flow in keys}
         for key, probe in self._kernel.in_flight_of(set(flow_of)):
             its = dict(zip(self.outstanding_names, self._outstanding.unpack(probe + key)))
-            sent = Sent(its["ident"], its["origseq"], its["outipid"], its["sendtime"], key, probe)
+            sent = Sent(its["ident"], its["origseq"], its["outipid"], its["sendtime"], its["outttl"], key, probe)
             probes[flow_of[key[:FLOW_KEY_BYTES]]][sent.number] = sent
         rows = []
         for flow, of_flow in probes.items():

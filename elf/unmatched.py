@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections
 from typing import Iterable, Iterator, NamedTuple
 
-from elf.findings import NearMiss
+from elf.findings import AckFilter, NearMiss, OfDestination
 from elf.summary import FlowKey, Summary
 
 ENOUGH_ANSWERS = 2  # that one constant must explain, unless there is one answer and it can quote one probe only
@@ -46,6 +46,7 @@ class Sent(NamedTuple):
     carrier: int  # TCP sequence number of the packet that it was cloned from
     ip_id: int
     sendtime: int
+    hop: int  # its TTL
     key: bytes  # struct probe_key
     probe: bytes  # struct probe
 
@@ -98,7 +99,8 @@ class UnmatchedAnswers:
         self._waiting: dict[FlowKey, dict[int, Unmatched]] = {}  # by flow and quoted number
         self._offsets: dict[FlowKey, int] = {}
         self._counts: collections.Counter[tuple[FlowKey, str]] = collections.Counter()  # by flow and responder
-        self._overwritten: dict[str, list[int]] = {}  # by destination: when the newest ones came
+        self._overwritten: dict[str, list[tuple[Sent, Unmatched]]] = {}  # the newest ones, by destination
+        self._ack_filters: dict[str, AckFilter] = {}  # by destination
 
     def note(self, flow: FlowKey, answer: Unmatched) -> None:
         """Keep an answer. Do not count that of a router which answers this flow: a second copy, or too late."""
@@ -129,7 +131,10 @@ class UnmatchedAnswers:
                 for each in [each for each in self._counts if each[0] == flow]:
                     del self._counts[each]
                 if not answer.is_copy:
-                    self._overwritten.setdefault(flow[0], []).append(answer.recvtime)
+                    # In IPv6 several may fit. None to a hop that answers does, and the newest of the others may.
+                    silent = self._summary.first_silent_hop(flow)
+                    probe = max(overwritten, key=lambda probe: (probe.hop >= silent, probe.sendtime))
+                    self._overwritten.setdefault(flow[0], []).append((probe, answer))
         for is_known in (True, False):
             offset = known if is_known else find_offset(answers.values(), probes.values(), known)
             for answer in list(answers.values()) if offset else ():
@@ -143,15 +148,18 @@ class UnmatchedAnswers:
         if len(self._offsets) > FLOWS_MAX:
             del self._offsets[next(iter(self._offsets))]
 
-    def take_overwritten(self) -> list[str]:
-        """Return the destinations on the way to which an ACK filter overwrites probes, each once."""
+    def take_ack_filters(self) -> list[AckFilter]:
+        """Return the ACK filters that were found since the last call, one for each destination."""
         found = []
-        for dest, times in list(self._overwritten.items()):
-            newest = max(times)
-            times[:] = [time for time in times if newest - time < OVERWRITTEN_WITHIN]
-            if len(times) >= ENOUGH_OVERWRITTEN or newest - min(times) >= OVERWRITTEN_APART:
-                found.append(dest)
+        for dest, pairs in list(self._overwritten.items()):
+            newest = max(answer.recvtime for _, answer in pairs)
+            pairs[:] = [pair for pair in pairs if newest - pair[1].recvtime < OVERWRITTEN_WITHIN]
+            oldest = min(answer.recvtime for _, answer in pairs)
+            if len(pairs) >= ENOUGH_OVERWRITTEN or newest - oldest >= OVERWRITTEN_APART:
+                sent, answer = min(pairs, key=lambda pair: pair[0].hop)
+                found.append(AckFilter(sent.hop, dest, answer.responder, len(pairs), oldest, newest))
                 del self._overwritten[dest]
+        self._ack_filters.update((each.dest, each) for each in found)
         return found
 
     def _explained(self, flow: FlowKey, responder: str) -> None:
@@ -174,8 +182,9 @@ class UnmatchedAnswers:
             if not answers:
                 del self._waiting[flow]
 
-    def findings(self) -> Iterator[NearMiss]:
-        """Yield the answers to probed flows that stayed unexplained."""
+    def findings(self) -> Iterator[OfDestination]:
+        """Yield the ACK filters, and the answers to probed flows that stayed unexplained."""
+        yield from self._ack_filters.values()
         found: collections.Counter[tuple[str, int, str]] = collections.Counter()
         for (flow, responder), count in self._counts.items():
             hop = self._summary.first_silent_hop(flow)

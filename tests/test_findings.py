@@ -104,7 +104,8 @@ def test_strangers_traceroutes_take_no_room() -> None:
         unmatched.note(stranger, Unmatched(number, 0, 40, 1, '192.0.2.1', b''))
         unmatched.drop(stranger)
     unmatched.note(flow, Unmatched(1, 0, 40, 1, '192.0.2.3', b''))
-    assert [(each.hop, each.responder, each.answers) for each in unmatched.findings()] == [(3, '192.0.2.3', 1)]
+    (found,) = unmatched.findings()
+    assert (found.kind, found.hop, found.responder, found.answers) == ('near_miss', 3, '192.0.2.3', 1)
 
 
 def test_packets_that_are_balanced_are_no_changes_of_the_path() -> None:
@@ -205,10 +206,10 @@ def test_a_few_expired_packets_are_no_ack_filter() -> None:
     def is_told_after(*seconds: float) -> bool:
         for second in seconds:
             at = int(second * 10**9)
-            sent = Sent(1000, 3048, 7, at, b'', b'')
+            sent = Sent(1000, 3048, 7, at, 3, b'', b'')
             unmatched.note(flow, Unmatched(3048, 7, 40, at + 10**6, '192.0.2.3', b''))
             assert not list(unmatched.match(flow, {sent.number: sent}))
-        return unmatched.take_overwritten() == [flow[0]]
+        return [(each.dest, each.hop) for each in unmatched.take_ack_filters()] == [(flow[0], 3)]
 
     assert not is_told_after(1, 1.1)
     assert not is_told_after(100) and not is_told_after(170) and not is_told_after(240)
@@ -220,7 +221,7 @@ def test_one_answer_tells_an_offset_only_if_it_can_quote_one_probe(
     version: int, ip_id: int, is_found: bool
 ) -> None:
     """In IPv6, and with an identification of 0, any packet of the flow fits. Two that agree are enough."""
-    sent = {number: Sent(number, 9000, ip_id, 1, b'', b'') for number in (1000, 2000)}
+    sent = {number: Sent(number, 9000, ip_id, 1, 3, b'', b'') for number in (1000, 2000)}
     responder = '192.0.2.3' if version == 4 else '2001:db8::3'
     answers = [Unmatched(number + 10**6, ip_id, 80, 10**6, responder, b'') for number in sent]
     assert (find_offset(answers[:1], [sent[1000]], 0) == 10**6) == is_found

@@ -888,7 +888,7 @@ def test_sequence_numbers_that_a_middlebox_changes(load: Load, ingress_tc: bool,
     programs.empty('seq_offsets')
     results, now = programs.results, time.monotonic_ns()
     results.unmatched, results.rewrites = UnmatchedAnswers(results.summary), PathRewrites()
-    results.rewrites.near_misses = results.unmatched.findings
+    results.rewrites.unmatched = results.unmatched.findings
     known = dict(seq=SEQ, origseq=7, sendtime=now)
     base = flight_of(probe, **known)
     first, second, third, fourth = [

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import json
 import re
 import socket
 import struct
@@ -534,6 +535,13 @@ def test_ack_filter_that_goes_by_length(lab: Lab, tmp_path: Path) -> None:
         wait_until(lambda: is_told() and time.monotonic() > told + 2, 20, 'more are sent')
         after = [answer for answer in responder.answers() if answer.arrived > (told + 1) * 10**9]
         assert responder.answers() and not after
+        assert run.stop() == 0
+    findings = json.loads((tmp_path / 'elf.json').read_text())['findings']
+    found = {each['destination']: each for each in findings if each['kind'] == 'ack_filter'}
+    for dest, version in zip(dests, VERSIONS):
+        its, behind = found[dest]['figures'], {hop_address(version, hop) for hop in range(2, HOPS + 1)}
+        assert found[dest]['hop'] >= 2 and its['responder'] in behind and its['answers'] >= 2
+        assert found[dest]['from'] < found[dest]['until']
 
 
 @pytest.mark.parametrize('version', [pytest.param(4, marks=pytest.mark.sample), 6])
