@@ -369,6 +369,7 @@ struct counters {
 	__u64 in_flight_full;  /* probes for which the map in_flight had no room, or could not be locked */
 	__u64 over_max_rate;   /* due, but over the budget */
 	__u64 over_new_paths;  /* packets of targets to new destinations, over the budget for these */
+	__u64 no_room;         /* packets of targets to new destinations, for which there was no room */
 	__u64 carrier_low_ttl; /* due, but the packet belongs to somebody's traceroute */
 	__u64 carrier_unfit;   /* due, but the packet must not be cloned: SYN, FIN, RST, fragment, other protocol */
 	__u64 carrier_resent;  /* due, but the packet is a retransmission or a keep-alive */
@@ -1962,8 +1963,8 @@ BPF_ARRAY(layouts, struct layouts, 1);
 
 /* Target destinations. With BPF_F_NO_PREALLOC a hash has memory only for the entries that exist. */
 BPF_F_TABLE("hash", struct in6_addr, struct path, paths, 1, BPF_F_NO_PREALLOC);
-/* Destinations of the flows of target processes. */
-BPF_TABLE("lru_hash", struct in6_addr, struct path, flow_paths, 1);
+/* Destinations of the flows of target processes. If it is full, user space makes room. */
+BPF_F_TABLE("hash", struct in6_addr, struct path, flow_paths, 1, BPF_F_NO_PREALLOC);
 BPF_ARRAY(new_path, struct path, 1); /* the first value of an entry in flow_paths: all 0, but for flows_only */
 BPF_ARRAY(address_filter, struct filter_line, FILTER_LINES);
 BPF_F_TABLE("hash", struct probe_key, struct probe, in_flight, 1, BPF_F_NO_PREALLOC);
@@ -2080,8 +2081,11 @@ static inline struct path *add_flow_path(struct in6_addr *dest, __u8 *slot, stru
 	}
 	path->flows_only = 1;   /* before the insert, because packets of other processes find the entry at once */
 	*slot |= IN_FLOW_PATHS; /* no race with user space: it has written all its slots before packets come */
-	flow_paths.insert(dest, path); /* fails if another CPU was faster */
-	return flow_paths.lookup(dest);
+	flow_paths.insert(dest, path); /* fails if another CPU was faster, or there is no room */
+	path = flow_paths.lookup(dest);
+	if (!path)
+		COUNT(no_room);
+	return path;
 }
 
 /* Reserve one probe. Keep so much of the budget for others. Return 0, the reason why there is none, or NOT_SENT. */
@@ -2923,7 +2927,7 @@ static inline int build_probe(struct __sk_buff *skb, struct clone *clone, struct
 
 #if BY_OWNER
 
-BPF_HASH(processes, __u32, struct process, 65536); /* by PID */
+BPF_HASH(processes, __u32, struct process, 16384); /* by PID */
 BPF_HASH(apps, struct app_name, __u32, 1024);      /* target names in lower case -> 1: the whole name;
 						    * 0: its first 15 characters, so that user space must check */
 BPF_ARRAY(task_sample, struct task_sample, 1);

@@ -674,6 +674,7 @@ BATCH = 4096  # entries of a map that are read at once
 EVENT_PERF_PAGES = 64  # of each CPU's perf buffer, if there are no ring buffers
 PARTIAL_CHECKSUMS_MAX = 1 << 15  # probes with a partial checksum: 0.65 s of them at 50,000 a second
 FLOW_DESTINATIONS_MAX = 16384  # destinations of processes' flows
+MADE_ROOM = 4  # one out of so many is forgotten if there is no room for more
 # Probes in flight, at most: up to --max-rate 170000 all that are sent have room, even if none is ever answered.
 IN_FLIGHT_MAX = 1 << 20
 IN_FLIGHT_SEARCHED = 1 << 17  # probes in flight among which those of unmatched answers are looked for
@@ -1176,6 +1177,7 @@ class Kernel:
         self.outstanding = probe.format + key.format[1:], probe.names + key.names
         self._sendtime: int = self._in_flight.value_type.sendtime.offset
         self.oldest_in_flight = 0  # CLOCK_MONOTONIC, ns
+        self._no_room = 0  # counter when room for destinations was made last
 
     def _load_all(self, config: Config, build: Build, text: str, flags: list[str]) -> None:
         """Load what an earlier run has kept, or else compile and load. Raises Failure."""
@@ -1364,6 +1366,16 @@ class Kernel:
             if path is not None:
                 path.excluded = 1
                 table.put(packed, path)
+
+    def make_room(self) -> None:
+        """Forget some destinations of flows if there was no room for more: those without probes for longest."""
+        no_room = self.counters()["no_room"]
+        if no_room != self._no_room:
+            self._no_room = no_room
+            flow_paths = self.map("flow_paths")
+            found = sorted((path.excluded, path.pacing.last_sent, key) for key, path in flow_paths.items())
+            for _, _, key in found[: len(found) // MADE_ROOM + 1]:
+                flow_paths.remove(key)
 
     def take_probe(self, key: bytes) -> bool:
         """Remove a probe in flight. Return whether it was there: whoever removes a probe owns it."""
@@ -2559,6 +2571,7 @@ class Measurement:
         self._steps = (
             Every(RENEW_EVERY, self._renew_lease),
             Every(0, self._expire),
+            Every(RENEW_EVERY, self._kernel.make_room),
             Every(CHECK_EVERY, self._check_attachments),
             Every(RENEW_EVERY, self._look_for_reasons),
             Every(REPORT_EVERY, self._log_counters),
