@@ -72,6 +72,12 @@
 #ifndef SKB_SK
 #error "SKB_SK, SOCK_OWNED: offsets of sk in struct sk_buff, of sk_lock.owned in struct sock; 0 if unknown"
 #endif
+#ifndef BPRM_FILE
+#error "BPRM_FILE, FILE_DENTRY, DENTRY_NAME: offsets of file in struct linux_binprm, of f_path.dentry, of d_name.name"
+#endif
+#ifndef TASK_PARENT
+#error "TASK_PARENT: offset of real_parent in struct task_struct"
+#endif
 #ifndef MPTCP
 #error "MPTCP: 1 if TC programs can find the MPTCP socket of a TCP socket (Linux 5.19), 0 if not"
 #endif
@@ -113,6 +119,7 @@
 #define NOTRUNC PARAMETER(4) /* 0 trims probes to their headers, 1 keeps the payload */
 #define INGRESS_DROP PARAMETER(5) /* 1 drops a time exceeded that answers a probe, 0 passes it to the stack */
 #define BY_APP PARAMETER(6) /* 1 if target processes are chosen by name, so that each new process must be checked */
+#define BY_PATH PARAMETER(7) /* 1 if some of these names are paths, which only user space sees */
 
 /* ---- Protocol headers (no kernel header is needed to compile this file) ------------------- */
 
@@ -500,6 +507,9 @@ struct scratch {
 #define bpf_ntohs(wire) ((__u16)(wire))
 #define bpf_htonl(host) ((__be32)(host))
 #define bpf_ntohl(wire) ((__u32)(wire))
+#define first_lowest(word) __builtin_bswap64(word)
+#else
+#define first_lowest(word) (word) /* 8 characters, or the reverse of it: the first one is in the lowest byte */
 #endif
 
 /* Helpers by number, because some versions of BCC do not declare them, or give their names to other helpers. */
@@ -2927,9 +2937,10 @@ static inline int build_probe(struct __sk_buff *skb, struct clone *clone, struct
 
 #if BY_OWNER
 
-BPF_HASH(processes, __u32, struct process, 16384); /* by PID */
-BPF_HASH(apps, struct app_name, __u32, 1024);      /* target names in lower case -> 1: the whole name;
+BPF_HASH(processes, __u32, struct process, 16384);  /* by PID */
+BPF_HASH(apps, struct app_name, __u32, 1024);       /* target names in lower case -> 1: the whole name;
 						    * 0: its first 15 characters, so that user space must check */
+BPF_HASH(interpreters, struct app_name, __u8, 256); /* names of executables up to a digit or dot, as -a's above */
 BPF_ARRAY(task_sample, struct task_sample, 1);
 BPF_ARRAY(task_pid_offset, __u32, 1); /* of pid in struct task_struct, with tgid behind it; user space finds it */
 BPF_RINGBUF_OUTPUT(process_events, 64);
@@ -2979,6 +2990,63 @@ static inline __u32 status_by_name(const struct app_name *app)
 	return *is_whole ? TARGET : UNDECIDED;
 }
 
+/* Return a name up to its first digit or dot: what follows is the version of an interpreter. No branch, as above. */
+static inline struct app_name without_version(const struct app_name *app)
+{
+	__u64 word[sizeof(*app) / 8], low, from_0, above_9, no_dot, end, ended = 0;
+	const __u64 top = 0x8080808080808080ULL;
+	struct app_name stem;
+	__u32 i;
+
+	__builtin_memcpy(word, app, sizeof(*app));
+#pragma unroll
+	for (i = 0; i < sizeof(*app) / 8; i++) {
+		word[i] = first_lowest(word[i]);
+		low = word[i] & ~top;
+		from_0 = low + 0x5050505050505050ULL;  /* highest bit of each byte: '0' or above */
+		above_9 = low + 0x4646464646464646ULL; /* above '9' */
+		no_dot = (low ^ 0x2e2e2e2e2e2e2e2eULL) + 0x7f7f7f7f7f7f7f7fULL; /* not '.' */
+		end = ((from_0 ^ above_9) | ~no_dot) & ~word[i] & top;
+		end &= -end;                                               /* of the first such byte only */
+		word[i] = first_lowest(word[i] & (end >> 7) - 1 & ~ended); /* what is in front of it */
+		ended |= -((end | -end) >> 63);
+	}
+	__builtin_memcpy(&stem, word, sizeof(stem));
+	return stem;
+}
+
+/* Return whether the parent of a task (struct task_struct) is a target, or whether we cannot know. */
+static inline int has_target_parent(__u64 task)
+{
+	struct process *process;
+	int zero = 0;
+	__u32 *offset, tgid;
+	__u64 parent;
+
+	offset = task_pid_offset.lookup(&zero);
+	if (!offset || !*offset || probe_read_kernel(&parent, sizeof(parent), (void *)(task + TASK_PARENT)) ||
+	    probe_read_kernel(&tgid, sizeof(tgid), (void *)(parent + *offset + sizeof(tgid))))
+		return 1;
+	process = processes.lookup(&tgid);
+	return process && process->status != OURSELVES;
+}
+
+/* Return whether the current process runs a program now that no name of -a can mean, by its executable's name. If that
+ * is an interpreter's, the name may be in the command line, which user space reads. bprm: struct linux_binprm. */
+static inline int is_other_program(__u64 bprm)
+{
+	struct app_name name = {}, stem;
+	__u64 file, dentry, text;
+
+	if (BY_PATH || probe_read_kernel(&file, sizeof(file), (void *)(bprm + BPRM_FILE)) ||
+	    probe_read_kernel(&dentry, sizeof(dentry), (void *)(file + FILE_DENTRY)) ||
+	    probe_read_kernel(&text, sizeof(text), (void *)(dentry + DENTRY_NAME)) ||
+	    bpf_probe_read_kernel_str(&name, sizeof(name), (void *)text) <= 1 || status_by_name(&name))
+		return 0;
+	stem = without_version(&name);
+	return !interpreters.lookup(&stem);
+}
+
 /* Enter the process into the map. It replaces a former process with the same PID. */
 static inline void enter_process(struct process_event *event, const struct app_name *app)
 {
@@ -2996,7 +3064,7 @@ static inline void report_process(struct process_event *event)
 }
 
 /* sched_process_exec, in the process. A target stays one, under its new name. Any other process may become one by a
- * name that only user space sees: the name of its executable or its script. */
+ * name that only user space sees: that of a script. Without BTF, user space must look at each. */
 int elf_exec(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct process_event event = { .pid = bpf_get_current_pid_tgid() >> 32 };
@@ -3011,6 +3079,9 @@ int elf_exec(struct bpf_raw_tracepoint_args *ctx)
 	if (!BY_APP)
 		return 0;
 	event.status = status_by_name(&app);
+	if (BPRM_FILE && !process && !event.status && !has_target_parent(ctx->args[0]) &&
+	    is_other_program(ctx->args[2]))
+		return 0;
 	if (!event.status)
 		event.status = UNDECIDED;
 	enter_process(&event, &app);

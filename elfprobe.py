@@ -104,6 +104,7 @@ from elf.options import TUNNELS, Config, own_arguments, parse_arguments
 from elf.pcapng import PacketFile
 from elf.poller import SCAN_EVERY, ConnectionPoller
 from elf.processes import (
+    INTERPRETERS,
     TASK_COMM_LEN,
     AppNames,
     ProcessLog,
@@ -488,9 +489,9 @@ def kernel_btf(load: str) -> Iterator[ctypes.c_void_p]:
 
 
 def struct_offsets(btf: ctypes.c_void_p, name: bytes) -> dict[bytes, int]:
-    """Return the byte offsets of a kernel struct's own members, by name. Raises LookupError.
+    """Return the byte offsets of a kernel struct's members, by name. Raises LookupError.
 
-    name is that of the struct or of a typedef.
+    Members of a struct or union without a name inside are its own. name is that of the struct or of a typedef.
     """
     lib = bcc.lib
     lib.btf__type_by_id.restype = ctypes.c_void_p
@@ -501,12 +502,22 @@ def struct_offsets(btf: ctypes.c_void_p, name: bytes) -> dict[bytes, int]:
         if typedef < 0:
             raise LookupError(name)
         found = BtfType.from_address(lib.btf__type_by_id(btf, typedef)).size  # the type
-    address = lib.btf__type_by_id(btf, found)
+    return dict(member_offsets(btf, found))
+
+
+def member_offsets(btf: ctypes.c_void_p, type_id: int) -> Iterator[tuple[bytes, int]]:
+    """Yield name and byte offset of each member of a struct or union."""
+    address = bcc.lib.btf__type_by_id(btf, type_id)
     kind = BtfType.from_address(address)
     members = (BtfMember * (kind.info & 0xFFFF)).from_address(address + ctypes.sizeof(BtfType))
     bits = 0xFFFFFF if kind.info >> 31 else 0xFFFFFFFF  # with bit fields, their size is in the highest byte
-    name_of = lib.btf__name_by_offset
-    return {name_of(btf, member.name_off): (member.offset & bits) // 8 for member in members}
+    for member in members:
+        offset = (member.offset & bits) // 8
+        if member.name_off:
+            yield bcc.lib.btf__name_by_offset(btf, member.name_off), offset
+        else:
+            for name, inside in member_offsets(btf, member.type):
+                yield name, offset + inside
 
 
 # ---- Platform: what this kernel, this BCC and this process can do ------------------------------------
@@ -562,6 +573,19 @@ class SocketLock(NamedTuple):
     owned: int = 0
 
 
+class ExecutableOffsets(NamedTuple):
+    """Where the kernel keeps the name of the executable that a process begins to run, and its parent.
+
+    They are offsets in struct linux_binprm, struct file, struct dentry and struct task_struct, all 0 if the kernel
+    does not tell them.
+    """
+
+    bprm_file: int = 0
+    file_dentry: int = 0
+    dentry_name: int = 0
+    task_parent: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Platform:
     """What the kernel and BCC can do. The defaults are those of the oldest ones: BCC 0.12, Linux 5.4.
@@ -583,6 +607,7 @@ class Platform:
     shared_info: SharedInfo = SharedInfo()
     routes: RouteOffsets = RouteOffsets()
     socket_lock: SocketLock = SocketLock()
+    executable: ExecutableOffsets = ExecutableOffsets()
 
     @classmethod
     def detect(cls) -> Platform:
@@ -591,8 +616,8 @@ class Platform:
         has_links = hasattr(bcc.lib, "bpf_link_create")
         tick = round(time.clock_getres(CLOCK_MONOTONIC_COARSE) * 1e9)
         can_read = takes_program(CALLS_PROBE_READ_KERNEL)
-        none = SharedInfo(), RouteOffsets(), SocketLock()
-        shared_info, routes, socket_lock = find_offsets() if can_read else none
+        none = SharedInfo(), RouteOffsets(), SocketLock(), ExecutableOffsets()
+        shared_info, routes, socket_lock, executable = find_offsets() if can_read else none
         return cls(
             version=version,
             has_links=has_links,
@@ -609,12 +634,14 @@ class Platform:
             shared_info=shared_info,
             routes=routes,
             socket_lock=socket_lock if takes_program(CALLS_GET_CURRENT_TASK) else SocketLock(),
+            executable=executable,
         )
 
 
-def find_offsets() -> tuple[SharedInfo, RouteOffsets, SocketLock]:
+def find_offsets() -> tuple[SharedInfo, RouteOffsets, SocketLock, ExecutableOffsets]:
     """Return offsets from the kernel's BTF. Those that it does not have, or all without BTF, are 0."""
     shared_info, routes, socket_lock = SharedInfo(), RouteOffsets(), SocketLock()
+    executable = ExecutableOffsets()
     new, old = "btf__load_vmlinux_btf", "libbpf_find_kernel_btf"  # the old name is from before libbpf 0.5
     with contextlib.suppress(AttributeError, LookupError), kernel_btf(new if hasattr(bcc.lib, new) else old) as btf:
         skb = struct_offsets(btf, b"sk_buff")
@@ -622,13 +649,16 @@ def find_offsets() -> tuple[SharedInfo, RouteOffsets, SocketLock]:
             shared_info = shared_info_offsets(skb, struct_offsets(btf, b"skb_shared_info"))
         with contextlib.suppress(LookupError):  # before Linux 5.2
             dst, route, route6 = (struct_offsets(btf, name) for name in (b"dst_entry", b"rtable", b"rt6_info"))
-            # _skb_refdst is in a union without a name, just behind the 48 bytes of cb.
-            routes = RouteOffsets(skb[b"cb"] + 48, dst[b"flags"], route[b"rt_gw_family"], route6[b"rt6i_flags"])
+            routes = RouteOffsets(skb[b"_skb_refdst"], dst[b"flags"], route[b"rt_gw_family"], route6[b"rt6i_flags"])
         with contextlib.suppress(LookupError):
             lock, owned = struct_offsets(btf, b"sock")[b"sk_lock"], struct_offsets(btf, b"socket_lock_t")[b"owned"]
-            # sk may be in a union without a name, 16 bytes before cb.
-            socket_lock = SocketLock(skb[b"cb"] - 16, lock + owned)
-    return shared_info, routes, socket_lock
+            socket_lock = SocketLock(skb[b"sk"], lock + owned)
+        with contextlib.suppress(LookupError):
+            file, path = struct_offsets(btf, b"file")[b"f_path"], struct_offsets(btf, b"path")[b"dentry"]
+            name = struct_offsets(btf, b"dentry")[b"d_name"] + struct_offsets(btf, b"qstr")[b"name"]
+            bprm, parent = struct_offsets(btf, b"linux_binprm")[b"file"], struct_offsets(btf, b"task_struct")
+            executable = ExecutableOffsets(bprm, file + path, name, parent[b"real_parent"])
+    return shared_info, routes, socket_lock, executable
 
 
 def shared_info_offsets(skb: dict[bytes, int], shared: dict[bytes, int]) -> SharedInfo:
@@ -667,7 +697,7 @@ def require_machine(config: Config) -> None:
 LD_IMM64, MAP_FD = 0x18, 1  # linux/bpf.h: BPF_LD | BPF_DW | BPF_IMM, BPF_PSEUDO_MAP_FD
 PARAMETER_MARK = 0xE1F0BE0000000000  # as in elfprobe.c
 # By their numbers in elfprobe.c.
-PARAMETERS = "INTERVAL_NS", "MAX_RATE", "WAKE_EVERY", "RATE_GLOBAL", "NOTRUNC", "INGRESS_DROP", "BY_APP"
+PARAMETERS = "INTERVAL_NS", "MAX_RATE", "WAKE_EVERY", "RATE_GLOBAL", "NOTRUNC", "INGRESS_DROP", "BY_APP", "BY_PATH"
 PER_CPU_MAPS = 5, 6, 10, 21  # enum bpf_map_type, linux/bpf.h: hash, array, lru_hash, cgroup_storage
 BPF_MAP_TYPE_QUEUE, BPF_MAP_TYPE_STACK = 22, 23
 BATCH = 4096  # entries of a map that are read at once
@@ -723,6 +753,10 @@ def build_flags(config: Config, build: Build, platform: Platform) -> dict[str, s
         "RT6_FLAGS": str(platform.routes.route6_flags),
         "SKB_SK": str(platform.socket_lock.skb_sk),
         "SOCK_OWNED": str(platform.socket_lock.owned),
+        "BPRM_FILE": str(platform.executable.bprm_file),
+        "FILE_DENTRY": str(platform.executable.file_dentry),
+        "DENTRY_NAME": str(platform.executable.dentry_name),
+        "TASK_PARENT": str(platform.executable.task_parent),
         "MPTCP": str(int(platform.has_mptcp)),
         "TICK_NS": f"{platform.tick}ULL",
         "BY_OWNER": str(int(build.by_owner)),
@@ -750,7 +784,8 @@ def parameters(config: Config, sizes: dict[str, int]) -> dict[str, int]:
     results = sizes.get("results", RESULT_BYTES) // RESULT_BYTES
     wake_every = max(results // 4 // (os.cpu_count() or 1), 1)
     values = config.probeint * 1000000, config.max_rate, wake_every
-    flags = config.rate_global, config.notrunc, config.ingress == "drop", bool(config.apps)
+    by_path = any("/" in app for app in config.apps)
+    flags = config.rate_global, config.notrunc, config.ingress == "drop", bool(config.apps), by_path
     return dict(zip(PARAMETERS, (*values, *map(int, flags))))
 
 
@@ -2254,10 +2289,16 @@ class ProcessFollower:
         return self._processes.targets()
 
     def _enter_names(self) -> None:
-        """Write the names of -a to the kernel's table, each with whether that is certainly the whole name."""
+        """Write the names of -a to the kernel's table, each with whether that is certainly the whole name.
+
+        Also the names of interpreters, up to a digit or dot.
+        """
         table = self._kernel.map("apps")
         for app in self._apps.names:
             table.put(comm_bytes(app), len(os.fsencode(app)) < TASK_COMM_LEN - 1)
+        table = self._kernel.map("interpreters")
+        for interpreter in INTERPRETERS:
+            table.put(comm_bytes(re.split(r"[0-9.]", interpreter)[0]), 1)
 
     def _attach_to_cgroup(self, stack: contextlib.ExitStack) -> None:
         """Attach CGROUP_PROGRAMS by BPF links, which go when this process ends, however it ends."""

@@ -1573,6 +1573,55 @@ def test_program_that_follows_one_that_is_forgotten(net, tmp_path):
         assert elf.stop() == 0
 
 
+# Notes in the log at which processes user space looks, because the kernel cannot decide alone.
+LOOKING = """
+look = elfprobe.look_at_process
+def look_and_tell(pid):
+    process = look(pid)
+    print('looked at', process.name, file=sys.stderr, flush=True)
+    return process
+elfprobe.look_at_process = look_and_tell
+"""
+
+# Its child, which was there before it had its name, runs a program whose name says nothing.
+LATE_NAME = """
+import os, socket, sys, time
+ready, go = os.pipe()
+if os.fork() == 0:
+    os.read(ready, 1)
+    os.execv(sys.argv[1], ['plain', '-c', *sys.argv[2:]])
+with open('/proc/self/comm', 'w') as file:
+    file.write('speedtest')
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM):
+    os.write(go, b'x')
+    time.sleep(60)
+"""
+
+
+def test_programs_that_only_the_kernel_looks_at(net, tmp_path):
+    """Whose names say that they are none of -a. An interpreter may be one, and so may a target's child."""
+    plain = shutil.copy(PYTHON, tmp_path / 'plain')
+    via = *net.client.command(), *with_change(LOOKING)
+    with elfprobe(net, '-a', 'speedtest', cwd=tmp_path, via=via) as elf:
+        seen = [
+            net.client.popen(*command)
+            for command in (
+                ('tail', '-f', '/dev/null'),
+                ('sh', '-c', 'sleep 61; :'),
+                (sys.executable, '-c', 'import time; time.sleep(60)'),
+            )
+        ]
+        wait_until(lambda: f'looked at {Path(sys.executable).name}' in elf.log, 10, 'an interpreter is looked at')
+        assert 'looked at sh' in elf.log and 'looked at tail' not in elf.log
+        late = net.client.popen(sys.executable, '-c', LATE_NAME, str(plain), SENDING, net.server_address(4))
+        wait_until(elf.rows, 20, 'the child is probed')
+        end(late)
+        for program in seen:
+            end(program)
+        assert elf.stop() == 0
+    assert {row.app for row in read_rows(elf)} == {'plain'}
+
+
 def test_unusual_surroundings(net, tmp_path):
     """SIGCHLD is ignored, which is inherited, and something is mounted at a name that is no UTF-8."""
     mount = os.fsdecode(b'mkdir m\xff && mount -t tmpfs none m\xff && exec "$0" "$@"')
