@@ -194,7 +194,7 @@ class Programs:
 
     def duration(self, name: str, frame: Any, repeat: int, context: SkBuff | None = None) -> int:
         """ns that a run of one program on a packet takes, the mean of so many in a row."""
-        return self._test_run(name, frame, context, repeat=repeat).duration
+        return int(self._test_run(name, frame, context, repeat=repeat).duration)
 
     def _test_run(self, name: str, frame: Any, context: SkBuff | None, **fields: int) -> Options:
         data = bytes(frame)

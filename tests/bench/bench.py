@@ -57,11 +57,10 @@ def first_line(path: str) -> str:
 
 def machine() -> Iterator[str]:
     """What the figures depend on besides elfprobe."""
-    cpuinfo = dict(
-        map(str.strip, line.split(':', 1))
-        for line in Path('/proc/cpuinfo').read_text().splitlines()  # type: ignore[misc]
-        if ':' in line
-    )
+    cpuinfo = {
+        name.strip(): value.strip()
+        for name, _, value in (line.partition(':') for line in Path('/proc/cpuinfo').read_text().splitlines())
+    }
     model = cpuinfo.get('model name', platform.machine())
     virtual = ', virtual machine' if 'hypervisor' in cpuinfo.get('flags', '').split() else ''
     yield f'{model}, {os.cpu_count()} cores{virtual}; load {os.getloadavg()[0]:.1f} at the start'

@@ -61,7 +61,8 @@ def compared(lab: Lab, rows: list[Row], packets: list[Packet], offset: int, took
         else:
             sent.add((packet.flow, packet.ip_id, packet.ttl), packet)
     answered = [row for row in rows if row.is_answered]
-    wrong, errors = Counter(), []
+    wrong: Counter[str] = Counter()
+    errors = []
     for row in rows:
         probes = sent.around((row.flow, row.outipid, row.outttl), row.sendtime + offset)
         if len(probes) != 1:

@@ -86,11 +86,12 @@ def by_test_run(quick: bool) -> Iterator[Figure]:
                     programs.run(f'elf_{way}', packet)
                     # What TCP sends has the time with it.
                     context = SkBuff(tstamp=time.monotonic_ns()) if name.endswith('TCP') else None
-                    took = tuple(
+                    empty, elf = (
                         programs.duration(f'{program}_{way}', packet, repeat, context)
                         for program in ('empty', 'elf')
                     )
-                    shortest[name] = tuple(map(min, took, shortest.get(name, took)))
+                    least_empty, least_elf = shortest.get(name, (empty, elf))
+                    shortest[name] = min(empty, least_empty), min(elf, least_elf)
         for name, (_, _, goal) in CASES.items():
             empty, elf = shortest[name]
             yield Figure(f'{name}, {"-a" if by_owner else "by address"}', elf - empty, 'ns', goal, empty)
@@ -174,7 +175,10 @@ def in_traffic(quick: bool) -> Iterator[Figure]:
     with traffic_lab() as (lab, ipr, device), load(probeint=0, rate_global=True, max_rate=10**6) as programs:
         samples: list[tuple[int, int]] = []
 
-        programs.kernel.on_event('samples', lambda data: samples.append(struct.unpack('=II', data[:8])))
+        def take(events: elfprobe.Events) -> None:
+            samples.extend(struct.unpack_from('=II', event) for event in events.each())
+
+        programs.kernel.on_events('samples', take)
 
         def median(traffic: Traffic, program: str) -> float:
             put(programs, 'egress', program)
@@ -227,7 +231,9 @@ def by_owner_in_traffic(quick: bool) -> Iterator[Figure]:
             with ExitStack() as stack:
                 programs = stack.enter_context(load(by_owner, probeint=1000, rate_global=True))
                 if by_owner:
-                    follower = elfprobe.ProcessFollower(programs.kernel, ['speedtest'], [])
+                    follower = elfprobe.ProcessFollower(
+                        programs.kernel, elfprobe.AppNames(['speedtest']), [], elfprobe.ProcessLog()
+                    )
                     stack.enter_context(follower.followed())
                 else:
                     programs.follow(lab.server_address(4), length=5)
