@@ -119,7 +119,7 @@
 #define NOTRUNC PARAMETER(4) /* 0 trims probes to their headers, 1 keeps the payload */
 #define INGRESS_DROP PARAMETER(5) /* 1 drops a time exceeded that answers a probe, 0 passes it to the stack */
 #define BY_APP PARAMETER(6) /* 1 if target processes are chosen by name, so that each new process must be checked */
-#define BY_PATH PARAMETER(7) /* 1 if some of these names are paths, which only user space sees */
+#define ODD_NAMES PARAMETER(7) /* 1 if some of these names are paths, or not in ASCII: only user space knows them */
 
 /* ---- Protocol headers (no kernel header is needed to compile this file) ------------------- */
 
@@ -1779,7 +1779,7 @@ static inline void check_lost(struct path *path, struct trust *trust, struct pro
 	if (flow->stalled_at < trust->episode + SAME_EPISODE)
 		return;
 	if (trust->max_ttl && trust->exams - flow->exams > 2 * trust->max_ttl)
-		flow->under_probes = 0;
+		flow->under_probes = trust->has_stalled = 0;
 	if (!flow->under_probes || trust->last_moved <= flow->stalled_at || now - trust->last_moved > NSEC_PER_SEC)
 		return;
 	if (flow->tries < TRIES_LOST) {
@@ -1835,7 +1835,7 @@ static inline int flow_looked(struct path *path, struct trust *trust, struct pro
 	if (moves) {
 		if (flow->stalled_at)
 			end_stall(path, trust, flow, now);
-		else if (!flow->since && trust->has_stalled)
+		else if (!flow->moved && trust->has_stalled)
 			end_trust(trust);
 		end_exam(trust, now);
 		if (!look->is_one_way)
@@ -3038,7 +3038,7 @@ static inline int is_other_program(__u64 bprm)
 	struct app_name name = {}, stem;
 	__u64 file, dentry, text;
 
-	if (BY_PATH || probe_read_kernel(&file, sizeof(file), (void *)(bprm + BPRM_FILE)) ||
+	if (ODD_NAMES || probe_read_kernel(&file, sizeof(file), (void *)(bprm + BPRM_FILE)) ||
 	    probe_read_kernel(&dentry, sizeof(dentry), (void *)(file + FILE_DENTRY)) ||
 	    probe_read_kernel(&text, sizeof(text), (void *)(dentry + DENTRY_NAME)) ||
 	    bpf_probe_read_kernel_str(&name, sizeof(name), (void *)text) <= 1 || status_by_name(&name))
@@ -3064,7 +3064,7 @@ static inline void report_process(struct process_event *event)
 }
 
 /* sched_process_exec, in the process. A target stays one, under its new name. Any other process may become one by a
- * name that only user space sees: that of a script. Without BTF, user space must look at each. */
+ * name that only user space sees: of a script, or a long one. Without BTF, user space must look at each. */
 int elf_exec(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct process_event event = { .pid = bpf_get_current_pid_tgid() >> 32 };

@@ -697,7 +697,16 @@ def require_machine(config: Config) -> None:
 LD_IMM64, MAP_FD = 0x18, 1  # linux/bpf.h: BPF_LD | BPF_DW | BPF_IMM, BPF_PSEUDO_MAP_FD
 PARAMETER_MARK = 0xE1F0BE0000000000  # as in elfprobe.c
 # By their numbers in elfprobe.c.
-PARAMETERS = "INTERVAL_NS", "MAX_RATE", "WAKE_EVERY", "RATE_GLOBAL", "NOTRUNC", "INGRESS_DROP", "BY_APP", "BY_PATH"
+PARAMETERS = (
+    "INTERVAL_NS",
+    "MAX_RATE",
+    "WAKE_EVERY",
+    "RATE_GLOBAL",
+    "NOTRUNC",
+    "INGRESS_DROP",
+    "BY_APP",
+    "ODD_NAMES",
+)
 PER_CPU_MAPS = 5, 6, 10, 21  # enum bpf_map_type, linux/bpf.h: hash, array, lru_hash, cgroup_storage
 BPF_MAP_TYPE_QUEUE, BPF_MAP_TYPE_STACK = 22, 23
 BATCH = 4096  # entries of a map that are read at once
@@ -784,8 +793,8 @@ def parameters(config: Config, sizes: dict[str, int]) -> dict[str, int]:
     results = sizes.get("results", RESULT_BYTES) // RESULT_BYTES
     wake_every = max(results // 4 // (os.cpu_count() or 1), 1)
     values = config.probeint * 1000000, config.max_rate, wake_every
-    by_path = any("/" in app for app in config.apps)
-    flags = config.rate_global, config.notrunc, config.ingress == "drop", bool(config.apps), by_path
+    odd_names = any("/" in app or not app.isascii() for app in config.apps)
+    flags = config.rate_global, config.notrunc, config.ingress == "drop", bool(config.apps), odd_names
     return dict(zip(PARAMETERS, (*values, *map(int, flags))))
 
 
@@ -1403,14 +1412,27 @@ class Kernel:
                 table.put(packed, path)
 
     def make_room(self) -> None:
-        """Forget some destinations of flows if there was no room for more: those without probes for longest."""
+        """Forget some destinations of flows if there was no room for more: those without probes for longest.
+
+        None that is excluded is forgotten: it would be probed again.
+        """
         no_room = self.counters()["no_room"]
-        if no_room != self._no_room:
-            self._no_room = no_room
-            flow_paths = self.map("flow_paths")
-            found = sorted((path.excluded, path.pacing.last_sent, key) for key, path in flow_paths.items())
-            for _, _, key in found[: len(found) // MADE_ROOM + 1]:
-                flow_paths.remove(key)
+        if no_room == self._no_room:
+            return
+        self._no_room = no_room
+        table = self.map("flow_paths")
+        path = table.new()
+        excluded, last_sent = (
+            type(path).excluded.offset,
+            type(path).pacing.offset + type(path.pacing).last_sent.offset,
+        )
+        entries = [
+            (data[excluded], struct.unpack_from("=Q", data, last_sent), key) for key, data in table.raw_items()
+        ]
+        surplus = max(len(entries) - table.max_entries * (MADE_ROOM - 1) // MADE_ROOM, 0)
+        for is_excluded, _, key in sorted(entries)[:surplus]:
+            if not is_excluded:
+                table.remove(key)
 
     def take_probe(self, key: bytes) -> bool:
         """Remove a probe in flight. Return whether it was there: whoever removes a probe owns it."""
@@ -2210,8 +2232,8 @@ class ProcessFollower:
     """Follows the target processes, exactly and from their first packet.
 
     The programs of elfprobe.c store with each socket the process that creates or accepts it, and follow exec, fork
-    and exit of target processes. This class adds what only user space sees when a process starts: executable and
-    script.
+    and exit of target processes. This class adds what only user space sees when a process starts: scripts, and
+    names that are long or paths.
     """
 
     def __init__(

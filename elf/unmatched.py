@@ -130,7 +130,7 @@ class UnmatchedAnswers:
                 del answers[answer.number]
                 for each in [each for each in self._counts if each[0] == flow]:
                     del self._counts[each]
-                if not answer.is_copy:
+                if not answer.is_copy and flow[0] not in self._ack_filters:
                     # In IPv6 several may fit. None to a hop that answers does, and the newest of the others may.
                     silent = self._summary.first_silent_hop(flow)
                     probe = max(overwritten, key=lambda probe: (probe.hop >= silent, probe.sendtime))

@@ -110,7 +110,7 @@ class Network:
 
 
 class Connection:
-    """A TCP connection; time from its first packet behind the handshake."""
+    """A TCP connection, from its SYN on."""
 
     protocol = TCP
 
@@ -119,21 +119,23 @@ class Connection:
         net.connections += 1
         self.number = net.connections
         self.una = self.next = self.received = self.segments = self.timeouts = 0
-        self.is_open = True
+        self.is_open, self.is_established = True, False
         self.last_moved = net.now
         self._timer = 0  # number of the running one
         self.closing = False
 
     def look(self) -> None:
-        """A packet leaves."""
+        """A packet leaves: a SYN before the connection is established."""
         net = self.net
         if net.path.excluded or net.now < net.path.pacing.next_due:
             return
+        position = 1 + self.una + self.received if self.is_established else 0
         look = Look(
-            1 + self.una + self.received, self.segments, self.timeouts, self.next - self.una, net.rtt // 1000,
+            position, self.segments, self.timeouts, self.next - self.una, net.rtt // 1000,
             0, 0, REPEATS_TIME,
         )  # fmt: skip
-        if net.model.flow_looked(net.path, TCP, self.flow, look, 1, net.now) and not self.closing:
+        may_carry = net.model.flow_looked(net.path, TCP, self.flow, look, 1, net.now)
+        if may_carry and self.is_established and not self.closing:
             net.probe(self)
 
     # Upload
@@ -320,22 +322,22 @@ class Application:
         self.net, self.kind, self.interval, self.patience = net, kind, interval, patience
         self.reset, self.life, self.pause = reset, life, pause
         self.connections = self.lost = 0
-        self._connect(net.now)
+        self._connect(Connection(net))
 
-    def _connect(self, began: int, tries: int = 0) -> None:
+    def _connect(self, connection: Connection, tries: int = 0) -> None:
         net = self.net
-        if tries:
-            attempt = Connection(net)
-            attempt.next, attempt.timeouts, attempt.closing = 1, tries, True
-            attempt.look()
+        connection.timeouts, connection.next = tries, 1
+        connection.look()
+        connection.timeouts = connection.next = 0
         if net.passes(None):
-            net.after(net.rtt, self._connected)
+            net.after(net.rtt, lambda: self._connected(connection))
         else:
-            net.after(SECOND << tries, lambda: self._connect(began, min(tries + 1, 6)))
+            net.after(SECOND << tries, lambda: self._connect(connection, min(tries + 1, 6)))
 
-    def _connected(self) -> None:
+    def _connected(self, connection: Connection) -> None:
         self.connections += 1
-        self.connection, self._since = Connection(self.net), self.net.now
+        self.connection, self._since = connection, self.net.now
+        connection.is_established, connection.last_moved = True, self.net.now
         if self.kind == 'download':
             self.connection.serve(self.interval)
         self._tick()
@@ -346,11 +348,11 @@ class Application:
         if waits and net.now - connection.last_moved > self.patience:
             self.lost += 1
             connection.close(self.reset)
-            self._connect(net.now)
+            self._connect(Connection(net))
             return
         if self.life and net.now - self._since > self.life:
             connection.close()
-            net.after(self.pause, lambda: self._connect(net.now))
+            net.after(self.pause, lambda: self._connect(Connection(net)))
             return
         if self.kind == 'upload':
             connection.send()

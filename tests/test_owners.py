@@ -1578,7 +1578,7 @@ LOOKING = """
 look = elfprobe.look_at_process
 def look_and_tell(pid):
     process = look(pid)
-    print('looked at', process.name, file=sys.stderr, flush=True)
+    print('looked at', pid, file=sys.stderr, flush=True)
     return process
 elfprobe.look_at_process = look_and_tell
 """
@@ -1603,20 +1603,18 @@ def test_programs_that_only_the_kernel_looks_at(net, tmp_path):
     plain = shutil.copy(PYTHON, tmp_path / 'plain')
     via = *net.client.command(), *with_change(LOOKING)
     with elfprobe(net, '-a', 'speedtest', cwd=tmp_path, via=via) as elf:
-        seen = [
-            net.client.popen(*command)
-            for command in (
-                ('tail', '-f', '/dev/null'),
-                ('sh', '-c', 'sleep 61; :'),
-                (sys.executable, '-c', 'import time; time.sleep(60)'),
-            )
-        ]
-        wait_until(lambda: f'looked at {Path(sys.executable).name}' in elf.log, 10, 'an interpreter is looked at')
-        assert 'looked at sh' in elf.log and 'looked at tail' not in elf.log
+        commands = ('tail', '-f', '/dev/null'), ('sh', '-c', 'sleep 61; :'), (PYTHON, '-c', 'input()')
+        tail, *interpreters = started = [net.client.popen(*each, stdin=subprocess.PIPE) for each in commands]
+
+        def is_looked_at(program):
+            return f'looked at {program.pid}\n' in elf.log
+
+        wait_until(lambda: all(map(is_looked_at, interpreters)), 10, 'the interpreters are looked at')
+        assert not is_looked_at(tail)
         late = net.client.popen(sys.executable, '-c', LATE_NAME, str(plain), SENDING, net.server_address(4))
         wait_until(elf.rows, 20, 'the child is probed')
         end(late)
-        for program in seen:
+        for program in started:
             end(program)
         assert elf.stop() == 0
     assert {row.app for row in read_rows(elf)} == {'plain'}

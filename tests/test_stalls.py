@@ -106,6 +106,10 @@ HARMLESS: dict[str, tuple[Arguments, list[Arguments]]] = {
         [dict(SLOW, reset=True), dict(interval=S)],
     ),
     'one of two links fails': (dict(outages=outages(20), share=2), [SLOW] * 4),
+    'a long path, and an application that connects anew': (
+        dict(hops=15, outages=outages(5, 12, every=20, count=12)),
+        [SLOW, dict(DOWNLOAD, life=2 * S), dict(interval=S)],
+    ),
     'an application with little to say': (dict(outages=outages(3, 10)), [dict(interval=S), dict(interval=3 * S)]),
     'short connections': (
         dict(outages=outages(0.4, 4, 12, every=20, count=12)),
@@ -166,7 +170,7 @@ def test_what_is_no_firewall(model: PathModel, network: Arguments, applications:
 @pytest.mark.parametrize('application', [SLOW, dict(REQUESTS, interval=100 * MS)], ids=['TCP', 'requests'])
 def test_rows_tell_of_outages(model: PathModel, application: Arguments) -> None:
     """Retransmissions carry probes, or requests without an answer, which show up to where answers still come."""
-    net, _ = simulate(model, 300, dict(outages=outages(1, 2.5, 5, 30, every=45)), [application])
+    net, _ = simulate(model, 270, dict(outages=outages(1, 2.5, 5, 30)), [application])
     for hop, begin, end in net.outages:
         found = [(ttl, answered) for sent, ttl, answered in net.rows if begin + S // 2 <= sent < end]
         assert {(1, True), (2, True)} <= set(found) or (end - begin <= S and found)
