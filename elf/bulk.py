@@ -14,6 +14,7 @@ import numpy as np
 from elf.batches import Batch
 from elf.groups import Groups
 from elf.losses import LATE, MOMENT
+from elf.moments import BulkLosses, note_moments, note_silence
 from elf.paths import OUTAGE_MIN, Destination, Hop
 from elf.slices import Stretch
 from elf.summary import (
@@ -125,17 +126,6 @@ def note_seconds(destination: Destination, events: list[Events]) -> None:
         count_until(1 << 62)
 
 
-def note_moments(destination: Destination, hop: Hop, batch: Batch, answers: Any) -> None:
-    """Do Losses.note_moment() for the first answer of a hop in each moment, before the hop has these answers."""
-    losses, number, count = destination.watch.losses, int(batch["outttl"][answers[0]]), hop.latency.count
-    moments = batch["sendtime"][answers] // MOMENT
-    firsts = np.flatnonzero(np.diff(np.maximum.accumulate(moments), prepend=-1))
-    responders, idents = (batch[name][answers[firsts]].tolist() for name in ("responder", "ripid"))
-    for place, moment, responder, ident in zip(firsts.tolist(), moments[firsts].tolist(), responders, idents):
-        its_name = batch.names[responder]
-        losses.note_moment(number, hop.latency, moment, count + place, its_name, None if ident < 0 else ident)
-
-
 def note_ttls(destination: Destination, of_flow: FlowHop, batch: Batch, firsts: Any) -> None:
     """Do note_ttl() for the first answers of a flow and hop in each moment."""
     ttls, responders = (batch[name][firsts] for name in ("recvttl", "responder"))
@@ -150,6 +140,11 @@ def note_ttls(destination: Destination, of_flow: FlowHop, batch: Batch, firsts: 
 
 class BulkSummary(Summary):
     """A summary that can also be fed many rows at once."""
+
+    def _new_destination(self, dest: str) -> Destination:
+        destination = super()._new_destination(dest)
+        destination.watch.losses = BulkLosses(self._tests)
+        return destination
 
     def note_all(self, batch: Batch) -> None:
         """Add many probes: the same as note() for each of them, in their order.
@@ -275,12 +270,14 @@ class BulkSummary(Summary):
             hops[group].unanswered += size
         latencies, responders = (batch[name][answered.order] for name in ("latency", "responder"))
         lowest, highest = (answered.reduce(function, responders).tolist() for function in (np.minimum, np.maximum))
+        which = numbers.tolist()
+        all_losses: list[Any] = [each.watch.losses for each in destinations]
+        note_moments(batch, answered, [all_losses[group] for group in which], [hops[group] for group in which])
         for index, (group, start, end) in enumerate(
             zip(numbers.tolist(), answered.starts.tolist(), answered.ends.tolist())
         ):
             hop = hops[group]
             hop.unanswered -= end - start
-            note_moments(destinations[group], hop, batch, answered.order[start:end])
             hop.latency.add_all(latencies[start:end])
             if lowest[index] == highest[index]:
                 hop.note_answers(batch.names[lowest[index]], latencies[start:end])
@@ -302,16 +299,13 @@ class BulkSummary(Summary):
         for destination, its_events in by_destination.values():
             note_seconds(destination, its_events)
         silent, numbers = by_hop.only(~are_answered)
-        seconds = batch["sendtime"][silent.order] // 10**9
-        for group, start, end in zip(numbers.tolist(), silent.starts.tolist(), silent.ends.tolist()):
-            for second in np.unique(seconds[start:end]).tolist():
-                if second > hops[group].unanswered_until:
-                    hops[group].note_unanswered(second)
-            rows = silent.order[start:end]
-            losses, number = destinations[group].watch.losses, int(batch["outttl"][rows[0]])
-            found = np.unique(batch["sendtime"][rows] // MOMENT, return_counts=True)
-            for moment, count in zip(*map(np.ndarray.tolist, found)):
-                losses.add_unanswered(number, moment, count)
+        which = numbers.tolist()
+        seconds = silent.numbers() << 35 | batch["sendtime"][silent.order] // 10**9
+        for key in np.unique(seconds).tolist():
+            hop, second = hops[which[key >> 35]], key & (1 << 35) - 1
+            if second > hop.unanswered_until:
+                hop.note_unanswered(second)
+        note_silence(batch, silent, [all_losses[group] for group in which])
 
     def _note_flow_hops(self, groups: BatchGroups, flows: list[Flow], fronts: Fronts, are_answered: Any) -> None:
         batch, by_both = groups.batch, groups.flow_hops

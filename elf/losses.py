@@ -118,10 +118,10 @@ class Cell:
 
     __slots__ = ("answered", "unanswered", "raised", "in_order")
 
-    def __init__(self) -> None:
-        self.answered = self.unanswered = 0
-        self.raised = 0  # by how much the responder's IP identification rose meanwhile ...
-        self.in_order = 0  # ... while it answered so many probes
+    def __init__(self, answered: int = 0, unanswered: int = 0, raised: int = 0, in_order: int = 0) -> None:
+        self.answered, self.unanswered = answered, unanswered
+        self.raised = raised  # by how much the responder's IP identification rose meanwhile ...
+        self.in_order = in_order  # ... while it answered so many probes
 
 
 class Moment:
@@ -247,9 +247,14 @@ class Search:
             if cell is None:
                 continue
             answered += cell.answered
+            unanswered = cell.unanswered
             for place, cusum in enumerate(cusums):
-                ratios[place] += cell.unanswered * weights[place]
-                found = cusum.add(ratios[place] + answered * ANSWERED[place], number, before, after)
+                if unanswered:
+                    ratios[place] += unanswered * weights[place]
+                ratio = ratios[place] + answered * ANSWERED[place]
+                if ratio <= 0 and cusum.before is None:
+                    continue  # as most of them: a call takes long
+                found = cusum.add(ratio, number, before, after)
                 if found:
                     self.segments.append(found)
         if len(self.segments) > SEGMENTS_MAX:
@@ -357,14 +362,21 @@ class Losses:
             if 0 <= state.moment <= until and state.latency.count > state.counted:
                 self._count(number, state.moment, state.latency.count - state.counted)
                 state.counted, state.ident = state.latency.count, None
+        self._look(until)
+        self._closed = until
+
+    def _look(self, until: int) -> None:
+        """Look at the moments that wait, up to this one."""
         for number in sorted(number for number in self._open if number <= until):
             self._add(number, self._open.pop(number))
-        self._closed = until
 
     def end(self) -> None:
         """Look at all moments, but those at the end of the run."""
-        newest = max([*self._open, *(state.moment for state in self._states.values())], default=-1)
-        self.close(newest - AT_THE_END)
+        self.close(self._newest() - AT_THE_END)
+
+    def _newest(self) -> int:
+        """Return the newest moment with a probe, -1 if there is none."""
+        return max([*self._open, *(state.moment for state in self._states.values())], default=-1)
 
     def forget(self) -> None:
         """Forget all but the episodes."""
