@@ -77,6 +77,14 @@ class Batch:
     def text(self, name: str, row: int) -> str:
         return self.names[int(self.columns[name][row])]
 
+    def texts(self, name: str, rows: Any) -> list[str]:
+        return list(map(self.names.__getitem__, self.columns[name][rows].tolist()))
+
+    def flows(self, rows: Any) -> list[tuple[str, int, int, int]]:
+        """Return what flow() does for each of some rows."""
+        ports = (self.columns[name][rows].tolist() for name in ("sport", "dport", "protocol"))
+        return list(zip(self.texts("dest", rows), *ports))
+
     def flow(self, row: int) -> tuple[str, int, int, int]:
         """Return the key of the flow of a row, as the summary has it."""
         sport, dport, protocol = (int(self.columns[name][row]) for name in ("sport", "dport", "protocol"))

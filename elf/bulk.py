@@ -6,6 +6,7 @@ Needs numpy, which elfprobe.py does without.
 
 from __future__ import annotations
 
+import array
 import bisect
 from typing import Any, NamedTuple
 
@@ -83,59 +84,69 @@ class Fronts:
 
 
 class Events(NamedTuple):
-    """The rows of a hop with the first answer in their second, and the seconds."""
+    """The rows of a hop with the first answer in their second."""
 
     hop: Hop
     number: int
-    rows: Any
-    seconds: Any
+    rows: list[int]
+    seconds: list[int]
+    places: list[
+        int
+    ]  # of those that matter: an outage may end with it, or it is in front of such a one, or the last
+    before: int  # active seconds
+    last_before: int  # the last of them
+
+    def count_until(self, row: int) -> None:
+        """Let the hop have the events in front of a row."""
+        done = bisect.bisect_left(self.rows, row)
+        self.hop.active_seconds = self.before + done
+        self.hop.last_second = self.seconds[done - 1] if done else self.last_before
 
 
-def note_seconds(destination: Destination, events: list[Events]) -> None:
-    """Do Hop.note_second() for all events of a destination, in the order of their rows.
+def note_seconds(destination: Destination, events: dict[int, Events]) -> None:
+    """Do Hop.note_second() for all events of a destination, by hop, in the order of their rows.
 
-    An event matters if an outage may end with it, if it is the one before that, or the hop's last one: of the
-    others, only the number of seconds is kept. They are left out if that is quicker.
+    Where all these hops have answered before, only the events that matter are noted one by one.
     """
-    keys = []
-    for index, (hop, _, _, seconds) in enumerate(events):
-        far = np.flatnonzero(np.diff(seconds, prepend=hop.last_second) > OUTAGE_MIN)
-        for place in {*far.tolist(), *(far[far > 0] - 1).tolist(), len(seconds) - 1}:
-            keys.append((int(events[index].rows[place]), index, place))
-    is_quicker = len(keys) * len(events) < sum(len(each.rows) for each in events)
-    if not is_quicker:
-        keys = [
-            (row, index, place) for index, its in enumerate(events) for place, row in enumerate(its.rows.tolist())
-        ]
-    lists = [
-        (its.hop, its.rows.tolist(), [its.hop.last_second, *its.seconds.tolist()], its.hop.active_seconds)
-        for its in events
-    ]
-
-    def count_until(row: int) -> None:
-        for hop, rows, seconds, before in lists:
-            done = bisect.bisect_left(rows, row)
-            hop.active_seconds, hop.last_second = before + done, seconds[done]
-
-    for row, index, place in sorted(keys):
-        if is_quicker:
-            count_until(row)
-        its = events[index]
-        its.hop.note_second(int(its.seconds[place]), *destination.neighbours(its.number))
-    if is_quicker:
-        count_until(1 << 62)
-
-
-def note_ttls(destination: Destination, of_flow: FlowHop, batch: Batch, firsts: Any) -> None:
-    """Do note_ttl() for the first answers of a flow and hop in each moment."""
-    ttls, responders = (batch[name][firsts] for name in ("recvttl", "responder"))
-    its = of_flow.ttl
-    is_settled = its is not None and not its.count and its.responder == batch.names[int(responders[0])]
-    if its and is_settled and (ttls == its.ttl).all() and (responders == responders[0]).all():
+    if not all(its.before for its in events.values()):
+        found = [(row, number, at) for number, its in events.items() for at, row in enumerate(its.rows)]
+        for _, number, at in sorted(found):
+            its = events[number]
+            its.hop.note_second(its.seconds[at], *destination.neighbours(number))
         return
-    number, sent = int(batch["outttl"][firsts[0]]), batch["sendtime"][firsts].tolist()
-    for responder, ttl, at in zip(map(batch.names.__getitem__, responders.tolist()), ttls.tolist(), sent):
-        note_ttl(destination, of_flow, number, responder, ttl, at)
+    answering = sorted(number for number, hop in destination.hops.items() if hop.active_seconds)
+    near = dict(zip(answering, zip([0, *answering], [*answering[1:], 0])))
+    found = [(its.rows[at], number, at) for number, its in events.items() for at in its.places]
+    for row, number, at in sorted(found):
+        for each in (number, *near[number]):
+            if each in events:
+                events[each].count_until(row)
+        events[number].hop.note_second(events[number].seconds[at], *map(destination.hops.get, near[number]))
+    for its in events.values():
+        its.hop.active_seconds, its.hop.last_second = its.before + len(its.rows), its.seconds[-1]
+
+
+def note_ttls(
+    batch: Batch, rows: Any, groups: Groups, flow_hops: list[FlowHop], destinations: dict[str, Destination]
+) -> None:
+    """Do note_ttl() for the first answers of flows and hops in each moment. groups: these rows of each of them."""
+    ttls, responders = batch["recvttl"][rows], batch["responder"][rows]
+    least, most, lowest, highest = (
+        groups.reduce(function, values).tolist()
+        for values in (ttls, responders)
+        for function in (np.minimum, np.maximum)
+    )
+    for group, of_flow in enumerate(flow_hops):
+        its = of_flow.ttl
+        is_one = least[group] == most[group] and lowest[group] == highest[group]
+        is_known = its and not its.count and (its.ttl, its.responder) == (least[group], batch.names[lowest[group]])
+        if is_one and is_known:
+            continue
+        which = rows[groups.starts[group] : groups.ends[group]]
+        destination, number = destinations[batch.text("dest", which[0])], int(batch["outttl"][which[0]])
+        sent, its_ttls = batch["sendtime"][which].tolist(), batch["recvttl"][which].tolist()
+        for responder, ttl, at in zip(batch.texts("responder", which), its_ttls, sent):
+            note_ttl(destination, of_flow, number, responder, ttl, at)
 
 
 class BulkSummary(Summary):
@@ -168,12 +179,21 @@ class BulkSummary(Summary):
             batch = batch.take(slice(row + 1, None))
 
     def _has_room(self, groups: BatchGroups) -> bool:
-        """Return whether there is room, even if all flows and hops are new."""
+        """Return whether there is room, even if all flows and their hops are new."""
         return (
             len(self._flows) + len(groups.flows) <= FLOWS_MAX
             and self._flow_hops + len(groups.flow_hops) <= FLOW_HOPS_MAX
-            and self.hops + len(groups.hops) <= HOPS_MAX
+            and (self.hops + len(groups.hops) <= HOPS_MAX or self.hops + len(self._new_hops(groups)) <= HOPS_MAX)
         )
+
+    def _new_hops(self, groups: BatchGroups) -> list[int]:
+        """Return the first rows of new hops."""
+        rows, batch = groups.hops.firsts, groups.batch
+        known = {dest: destination.hops for dest, destination in self._destinations.items()}
+        dests, numbers = batch.texts("dest", rows), batch["outttl"][rows].tolist()
+        return [
+            row for row, dest, number in zip(rows.tolist(), dests, numbers) if number not in known.get(dest, ())
+        ]
 
     def _row_that_needs_room(self, groups: BatchGroups) -> int:
         """Return the first row for which others are forgotten, the number of rows if there is none."""
@@ -181,17 +201,13 @@ class BulkSummary(Summary):
         if self._has_room(groups):
             return len(batch)
         # In the order in which note() does it: 0 is a new hop, 1 a new flow, 2 a new hop of a flow.
-        new = []
-        for row in groups.hops.firsts.tolist():
-            destination = self._destinations.get(batch.text("dest", row))
-            if not destination or int(batch["outttl"][row]) not in destination.hops:
-                new.append((row, 0))
-        for row in groups.flows.firsts.tolist():
-            if batch.flow(row) not in self._flows:
-                new.append((row, 1))
-        for row in groups.flow_hops.firsts.tolist():
-            flow = self._flows.get(batch.flow(row))
-            if not flow or int(batch["outttl"][row]) not in flow.hops:
+        new = [(row, 0) for row in self._new_hops(groups)]
+        rows = groups.flows.firsts
+        new += ((row, 1) for row, key in zip(rows.tolist(), batch.flows(rows)) if key not in self._flows)
+        rows = groups.flow_hops.firsts
+        for row, key, number in zip(rows.tolist(), batch.flows(rows), batch["outttl"][rows].tolist()):
+            flow = self._flows.get(key)
+            if not flow or number not in flow.hops:
                 new.append((row, 2))
         hops, flows, flow_hops = self.hops, len(self._flows), self._flow_hops
         for row, kind in sorted(new):
@@ -213,11 +229,12 @@ class BulkSummary(Summary):
         fronts = Fronts(groups, destinations, are_answered)
         self._note_hops(groups, destinations, hops, are_answered)
         flows: list[Any] = [None] * len(groups.flows)
-        for group in groups.flows.firsts.argsort().tolist():
-            row = int(groups.flows.firsts[group])
-            key = batch.flow(row)
+        rows = groups.flows.firsts
+        keys = batch.flows(rows)
+        for group in rows.argsort().tolist():
+            key = keys[group]
             flows[group] = self._flows.get(key) or self._new_flow(
-                key, self._destinations[key[0]], batch.record(row)
+                key, self._destinations[key[0]], batch.record(int(rows[group]))
             )
         self._note_flow_hops(groups, flows, fronts, are_answered)
         self._note_tcp(groups, flows)
@@ -253,9 +270,10 @@ class BulkSummary(Summary):
         batch, by_hop = groups.batch, groups.hops
         newest = by_hop.reduce(np.maximum, batch["sendtime"][by_hop.order] // 10**9).tolist()
         found: list[Any] = [None] * len(by_hop)
-        for group in by_hop.firsts.argsort().tolist():
-            row = int(by_hop.firsts[group])
-            dest, number = batch.text("dest", row), int(batch["outttl"][row])
+        rows = by_hop.firsts
+        dests, numbers = batch.texts("dest", rows), batch["outttl"][rows].tolist()
+        for group in rows.argsort().tolist():
+            dest, number = dests[group], numbers[group]
             destination = self._destinations.get(dest) or self._new_destination(dest)
             found[group] = destination, destination.hops.get(number) or self._new_hop(destination, number)
             destination.note_second(newest[group])
@@ -286,18 +304,8 @@ class BulkSummary(Summary):
             for first in sorted(np.unique(its, return_index=True)[1].tolist()):
                 hop.note_answers(batch.names[int(its[first])], latencies[start:end][its == its[first]])
         seconds = batch["sendtime"][answered.order] // 10**9
-        before = np.array([hops[group].last_second for group in numbers.tolist()])
-        are_first = seconds > answered.running(seconds, before)
-        its_group = numbers[answered.numbers()[are_first]]
-        rows, seconds = answered.order[are_first], seconds[are_first]
-        events = Groups(its_group)
-        by_destination: dict[int, tuple[Destination, list[Events]]] = {}
-        for start, end in zip(events.starts.tolist(), events.ends.tolist()):
-            group = int(its_group[start])
-            its = Events(hops[group], int(batch["outttl"][rows[start]]), rows[start:end], seconds[start:end])
-            by_destination.setdefault(id(destinations[group]), (destinations[group], []))[1].append(its)
-        for destination, its_events in by_destination.values():
-            note_seconds(destination, its_events)
+        before = np.array([hops[group].last_second for group in which], int)
+        self._note_events(batch, answered, seconds, before, [destinations[group] for group in which])
         silent, numbers = by_hop.only(~are_answered)
         which = numbers.tolist()
         seconds = silent.numbers() << 35 | batch["sendtime"][silent.order] // 10**9
@@ -306,6 +314,44 @@ class BulkSummary(Summary):
             if second > hop.unanswered_until:
                 hop.note_unanswered(second)
         note_silence(batch, silent, [all_losses[group] for group in which])
+
+    @staticmethod
+    def _note_events(
+        batch: Batch, answered: Groups, seconds: Any, before: Any, destinations: list[Destination]
+    ) -> None:
+        """Note the seconds in which hops answered.
+
+        answered: the answers of each hop. before: the last second in which it answered, and its destination.
+        """
+        are_first = seconds > answered.running(seconds, before)
+        events = Groups(answered.numbers()[are_first])
+        rows, seconds = answered.order[are_first], seconds[are_first]
+        which = answered.numbers()[are_first][events.starts]
+        previous = np.concatenate([[0], seconds[:-1]])[: len(seconds)]
+        previous[events.starts] = before[which]
+        matter = seconds - previous > OUTAGE_MIN
+        matter[:-1] |= matter[1:]
+        matter[events.ends - 1] = True
+        places = np.flatnonzero(matter)
+        bounds = np.searchsorted(places, [events.starts, events.ends]).T.tolist()
+        numbers, its_rows, its_seconds = (
+            batch["outttl"][rows[events.starts]].tolist(),
+            rows.tolist(),
+            seconds.tolist(),
+        )
+        by_destination: dict[int, tuple[Destination, dict[int, Events]]] = {}
+        for group, number, start, end, (first, last) in zip(
+            which.tolist(), numbers, events.starts.tolist(), events.ends.tolist(), bounds
+        ):
+            destination = destinations[group]
+            hop = destination.hops[number]
+            its = Events(
+                hop, number, its_rows[start:end], its_seconds[start:end],
+                (places[first:last] - start).tolist(), hop.active_seconds, hop.last_second,
+            )  # fmt: skip
+            by_destination.setdefault(id(destination), (destination, {}))[1][number] = its
+        for destination, its_events in by_destination.values():
+            note_seconds(destination, its_events)
 
     def _note_flow_hops(self, groups: BatchGroups, flows: list[Flow], fronts: Fronts, are_answered: Any) -> None:
         batch, by_both = groups.batch, groups.flow_hops
@@ -361,15 +407,23 @@ class BulkSummary(Summary):
         numbers, latencies, dests = (batch[name][rows] for name in ("outttl", "latency", "dest"))
         keys = groups.flow_of[rows] << 8 | numbers
         # What is known, each in front of all rows.
-        known = [
-            (flow << 8 | number, at // 2 - MOMENTS_KEPT, its.moments[at], its.moments[at + 1])
-            for flow, its_flow in enumerate(flows)
-            for number, its in its_flow.hops.items()
-            for at in range(0, len(its.moments), 2)
+        before = [
+            (flow << 8 | number, its.moments)
+            for flow, each in enumerate(flows)
+            for number, its in each.hops.items()
         ]
+        lengths = np.array([len(its) // 2 for _, its in before], int)
+        pairs = array.array("q")
+        for _, its_moments in before:
+            pairs.extend(its_moments)
+        places = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        known = (
+            np.repeat([key for key, _ in before], lengths),
+            places - MOMENTS_KEPT,
+            *np.array(pairs, int).reshape(-1, 2).T,
+        )
         all_keys, all_rows, all_moments, all_latencies = (
-            np.concatenate([before, now])
-            for before, now in zip(np.array(known, int).reshape(-1, 4).T, (keys, rows, moments, latencies))
+            np.concatenate([before, now]) for before, now in zip(known, (keys, rows, moments, latencies))
         )
         order = np.lexsort((all_rows, all_keys))  # by time, too: moments only grow
         all_keys, all_rows, all_moments, all_latencies = (
@@ -395,14 +449,12 @@ class BulkSummary(Summary):
             row = int(compared[by_hop.order[start]])
             hop = self._destinations[batch.text("dest", row)].hops[int(batch["outttl"][row])]
             hop.added.add_all(differences[by_hop.order[start:end]])
-        its_numbers = answered.numbers()[are_first]
-        starts = np.flatnonzero(np.diff(its_numbers, prepend=-1))
-        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(rows)]):
-            newest_ones = slice(max(start, end - MOMENTS_KEPT), end)
-            of_flow = flow_hops[int(its_numbers[start])]
-            for each in zip(moments[newest_ones].tolist(), latencies[newest_ones].tolist()):
-                of_flow.note_moment(*each)
-            note_ttls(self._destinations[batch.text("dest", int(rows[start]))], of_flow, batch, rows[start:end])
+        of_rows = Groups(answered.numbers()[are_first])
+        which, starts, ends = answered.numbers()[are_first][of_rows.starts].tolist(), of_rows.starts, of_rows.ends
+        newest = np.array([moments, latencies]).T
+        for group, start, end in zip(which, np.maximum(starts, ends - MOMENTS_KEPT).tolist(), ends.tolist()):
+            flow_hops[group].note_moments(newest[start:end].tobytes())
+        note_ttls(batch, rows, of_rows, [flow_hops[group] for group in which], self._destinations)
 
     def _note_tcp(self, groups: BatchGroups, flows: list[Flow]) -> None:
         batch = groups.batch

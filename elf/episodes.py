@@ -311,18 +311,24 @@ class Way:
 
     def compare(self, snapshot: Snapshot) -> None:
         """Compare a slice, of which excess and steps are known, with those before."""
-        runs = self.runs
+        raised = []
         for series, step in snapshot.step.items():
             reference = self.steps.get(series)
-            if reference is None or reference.usual is None:
-                continue
-            self.tests.count += 1
-            is_raised = step > reference.threshold
-            run = runs.get(series)
-            if run is None and is_raised:
-                run = runs[series] = Run()
-            if run is not None:
-                run.add(snapshot, is_raised)
+            if reference is not None and reference.usual is not None:
+                self.tests.count += 1
+                if step > reference.threshold:
+                    raised.append(series)
+        self.follow(snapshot, raised)
+
+    def follow(self, snapshot: Snapshot, raised: Sequence[int]) -> None:
+        """Add a slice, of which these series are raised, to the runs or to what is usual."""
+        runs = self.runs
+        for series in raised:
+            if series not in runs:
+                runs[series] = Run()
+        for series, run in runs.items():
+            if series in snapshot.step:
+                run.add(snapshot, series in raised)
         self.recent.append(snapshot)
         if not runs:
             self._add_quiet(snapshot)

@@ -22,7 +22,7 @@ class Groups:
     def _set(self, order: Any, ordered: Any) -> None:
         self.order = order
         self.starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)])
-        self.ends = np.append(self.starts[1:], len(ordered))
+        self.ends = np.append(self.starts[1:], len(ordered))[: len(self.starts)]
 
     def __len__(self) -> int:
         return len(self.starts)

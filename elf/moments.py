@@ -3,7 +3,7 @@
 
     note_moments()      counts the answers of a batch by moment
     note_silence()      counts its unanswered probes
-    BulkLosses          has these counts until moments close. Where nothing is lost, it looks at many moments at once
+    BulkLosses          has these counts until moments close; looks at many at once where nothing is lost
 
 Needs numpy, which elfprobe.py does without.
 """

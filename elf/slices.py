@@ -242,7 +242,10 @@ class Slices:
         while place < end and way.latencies is latencies:
             stop, renewals = min(place + COMPARED_AT_ONCE, end), way.renewals
             are_raised = self._measure(place, stop, fronts[: stop + offset], ends)
-            raised = [*(np.flatnonzero(are_raised.any(axis=1)) + place).tolist(), stop]
+            raised_at: dict[int, list[int]] = {}
+            for at, column in zip(*(each.tolist() for each in np.nonzero(are_raised))):
+                raised_at.setdefault(at + place, []).append(self._columns[column])
+            raised = [*raised_at, stop]
             while place < stop and way.renewals == renewals and way.latencies is latencies:
                 if not way.runs:
                     next_raised = raised[bisect.bisect_left(raised, place)]
@@ -251,11 +254,12 @@ class Slices:
                     place = quiet.stop
                     if place < next_raised or place == stop or way.renewals > renewals:
                         continue
-                way.recent.extend(map(self._snapshot, range(max(kept, place - RECENT_MAX), place)))
-                way.compare(self._snapshot(place))
+                self._keep_recent(kept, place)
+                way.tests.count += int(np.count_nonzero(~np.isnan(self._step[place])))
+                way.follow(self._snapshot(place), raised_at.get(place, ()))
                 place += 1
                 kept = place
-        way.recent.extend(map(self._snapshot, range(max(kept, place - RECENT_MAX), place)))
+        self._keep_recent(kept, place)
         return place
 
     def _measure(self, place: int, stop: int, fronts: Any, ends: Any) -> Any:
@@ -310,13 +314,38 @@ class Slices:
 
     def _snapshot(self, place: int) -> Snapshot:
         begins, ends, *others = self._others
-        found = [
-            {series: value for series, value in zip(self._columns, values[place].tolist()) if value == value}
-            for values in (self._latency, self._excess, self._step)
-        ]
-        snapshot = Snapshot(begins[place], ends[place], found[0], *(each[place] for each in others))
-        snapshot.excess, snapshot.step = found[1:]
+        snapshot = Snapshot(
+            begins[place], ends[place], self.values_at(place, "latency"), *(its[place] for its in others)
+        )
+        snapshot.excess, snapshot.step = (self.values_at(place, name) for name in ("excess", "step"))
         return snapshot
+
+    def values_at(self, place: int, name: str) -> dict[int, float]:
+        """Return what Snapshot has of a slice by series: latency, excess or step."""
+        values = getattr(self, "_" + name)[place].tolist()
+        return {series: value for series, value in zip(self._columns, values) if value == value}
+
+    def _keep_recent(self, first: int, place: int) -> None:
+        """Let the way know the newest slices in front of a place, from the first one that it does not know on."""
+        newest = range(max(first, place - RECENT_MAX), place)
+        self._way.recent.extend(SliceAt(self, at, *(each[at] for each in self._others)) for at in newest)
+
+
+class SliceAt(Snapshot):
+    """A slice that has its values by series as soon as somebody asks for them: of most, nobody does."""
+
+    __slots__ = ("_slices", "_place")
+
+    def __init__(self, slices: Slices, place: int, begin: int, end: int, *others: Any) -> None:
+        self.begin, self.end = begin, end
+        self.window, self.retrans, self.updates, self.flow = others
+        self._slices, self._place = slices, place
+
+    def __getattr__(self, name: str) -> Any:  # of slots that have no value yet
+        if name not in ("latency", "excess", "step"):
+            raise AttributeError(name)
+        setattr(self, name, self._slices.values_at(self._place, name))
+        return getattr(self, name)
 
 
 def partitioned(values: Sequence[float]) -> Any:

@@ -86,6 +86,13 @@ class FlowHop:
         if len(moments) > 2 * MOMENTS_KEPT:
             del moments[:2]
 
+    def note_moments(self, newest: bytes) -> None:
+        """Do what note_moment() does for the newest of several: moments and latencies (64 bits) in turn."""
+        moments = self.moments
+        moments.frombytes(newest)
+        del moments[: -2 * MOMENTS_KEPT]
+        self.until = (moments[-2] + 1) * MOMENT
+
     def latency_in(self, moment: int) -> int | None:
         """Return the latency in a moment, or in the newest one shortly before it, ns. None: there is none."""
         moments = self.moments
