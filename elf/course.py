@@ -234,8 +234,16 @@ class Course:
     """
 
     def __init__(
-        self, dest: str, start: int, width: int, by: str = "dest", folds: int = 0, is_small: bool = False
+        self,
+        dest: str,
+        start: int,
+        width: int,
+        by: str = "dest",
+        folds: int = 0,
+        is_small: bool = False,
+        share: int = 1,
     ) -> None:
+        """share: so many courses have the memory of one."""
         self.dest = dest
         self.name = f"to {dest}" if by == "dest" else dest  # or what is in its place, see elf/sources.py
         self.start = start
@@ -247,7 +255,7 @@ class Course:
         self.apps: collections.Counter[str] = collections.Counter()
         self.kinds: collections.Counter[tuple[int, int]] = collections.Counter()  # protocol and port
         limits = (SMALL_EXACT_MAX, SMALL_CELLS_MAX) if is_small else (EXACT_MAX, CELLS_MAX)
-        self._cells, self._srtt = (Cells(*limits) for _ in range(2))
+        self._cells, self._srtt = (Cells(*(limit // share for limit in limits)) for _ in range(2))
         self._points_max = 0 if is_small else POINTS_MAX
         self._by_hop: dict[int, Any] = {}  # probes and unanswered ones by bin
         self._lines: dict[tuple[int, str], int] = {}
@@ -283,7 +291,7 @@ class Course:
             rows = np.flatnonzero(are_answered)
             self._add_answers(batch.take(rows), bins[rows], since[rows])
         self._add_flows(batch, bins, times)
-        if (self._cells.is_full or self._srtt.is_full) and (self.last - self.first) // self.width > FEW_BINS:
+        while (self._cells.is_full or self._srtt.is_full) and (self.last - self.first) // self.width > FEW_BINS:
             self._fold()
             self.folds = max(self.folds - 1, 0)
 

@@ -35,6 +35,7 @@ KEYS = {"dest": "destinations", "flow": "flows", "responder": "responders", "app
 NO_NAME = "(no name)"  # of a program
 FOREVER = 1 << 62  # ns
 LARGE_MAX = 16  # courses with all details; further ones have wider bins, are rounded sooner, and have no points
+FULL_MAX, SMALL_FULL_MAX = 4, 64  # courses, large and small ones, from which on they share memory
 FINE_MAX = 4  # courses with narrow bins, where a page wants them
 FINE_FOLDS = 2  # how often these fold into usual ones
 
@@ -260,6 +261,8 @@ def planned_courses(source: Source, in_utc: bool, window: Window, most: int, fin
             )
     courses = {}
     busiest = sorted(found, key=lambda dest: (-sum(each[0] for each in found[dest]), dest))[:most]
+    large = min(len(busiest), LARGE_MAX)
+    share, small_share = -(-large // FULL_MAX), -(-(len(busiest) - large) // SMALL_FULL_MAX)
     for rank, dest in enumerate(busiest):
         hops = np.zeros(256)
         for each in found[dest]:
@@ -268,10 +271,10 @@ def planned_courses(source: Source, in_utc: bool, window: Window, most: int, fin
         width = bin_width(int(end - start), float(np.median(hops[hops > 0])))
         if rank >= LARGE_MAX:
             width = max(width, round_up(int(end - start) / SMALL_BINS))
-            courses[dest] = Course(dest, int(start), width, window.by, is_small=True)
+            courses[dest] = Course(dest, int(start), width, window.by, is_small=True, share=small_share)
         else:
             folds = FINE_FOLDS if fine and rank < FINE_MAX else 0
-            courses[dest] = Course(dest, int(start), width >> folds, window.by, folds)
+            courses[dest] = Course(dest, int(start), width >> folds, window.by, folds, share=share)
     return courses
 
 

@@ -1162,6 +1162,28 @@ def test_memory_does_not_grow_with_the_rows(csv: Path, monkeypatch: pytest.Monke
     assert peaks[1] < 1.5 * peaks[0], peaks
 
 
+def test_destinations_share_memory(csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many, each has less detail. What is counted is exact, and percentiles are within 1 %."""
+    for module, name, value in (
+        (course, 'EXACT_MAX', 400), (course, 'CELLS_MAX', 400), (course, 'WAITING_MIN', 100),
+        (sources, 'FULL_MAX', 2), (batches, 'SURVEY_PIECE', 1 << 20),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    chance = random.Random(4)
+    rows = [
+        row(number / 100, 1, chance.uniform(1, 1.1), dest=f'203.0.113.{number % 8}') for number in range(8 * 500)
+    ]
+    csv.write_text(text_of(rows))
+    [source] = sources_of([str(csv)])[0]
+    found = sources.read(source, False, sources.Window(0, sources.FOREVER, []), 8).courses
+    assert len(found) == 8 and sum(len(each._cells) for each in found.values()) <= 2 * 400
+    for dest, each in found.items():
+        [line] = each.lines()
+        latencies = [its['latency'] for its in rows if its['dest'] == dest]
+        assert line.bins.count.sum() == len(latencies) == 500
+        assert line.spread == pytest.approx(list(np.quantile(latencies, course.QUANTILES)), rel=0.01)
+
+
 def test_bins_that_become_too_many() -> None:
     """Rows long before and behind those that the survey saw: bins become wider, nothing is lost."""
     its = course.Course('10.0.0.1', 0, 1000)
