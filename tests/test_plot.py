@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tracemalloc
+import types
 from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import elfplot
 from elf import episodes
 from elf.episodes import TCP, Comparisons, Snapshot, Watch, Way
+from elf.histogram import LatencyHistogram
 from elf.rows import NAMES as COLUMNS
 from elf.rows import Record, text_of_field
 from elf.summary import Summary
@@ -35,8 +37,9 @@ with suppress(ImportError):
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    from elf import batches, bulk, compare, course, sources
+    from elf import batches, bulk, compare, course, losses, moments, sources
     from elf import summary as summary_module
+    from elf.groups import Groups
     from elf.slices import Slices
     from elf.sources import sources_of, utc_of_zero
 if elfplot.MISSING and os.environ.get('ELFPROBE_TESTS_STRICT') != '1':
@@ -1015,6 +1018,60 @@ def test_summary_of_many_rows_at_once(limits: tuple[int, int, int], monkeypatch:
             assert list(batch.records()) == its
             at_once.note_all(batch)
         assert what_is_known(at_once) == what_is_known(one_by_one), seed
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_losses_at_once(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is found, and what is usual, is the same as with one row after the other."""
+    for module in losses, moments:
+        monkeypatch.setattr(module, 'REFERENCE_MAX', 300)
+    chance, texts = random.Random(seed), batches.Texts()
+    every, usual = chance.choice([3, 20, 400]) * MS, chance.choice([0, 0.003])
+    hops, batch_size = chance.choice([1, 4]), chance.choice([50, 2000])
+    now, idents, columns = START, [0] * hops, {name: np.zeros(6000, int) for name in batches.READ}
+    for place in range(6000):
+        now += chance.choice([0, every, 2 * every, 30 * S if chance.random() < 0.002 else 0])
+        hop = chance.randrange(hops)
+        is_lost = chance.random() < (0.3 if place // 300 % 7 == 3 else usual)
+        idents[hop] += chance.random() < 0.9 or not is_lost
+        columns['sendtime'][place] = now - chance.choice([0, 0, 200 * MS])
+        columns['outttl'][place], columns['latency'][place] = hop + 1, -1 if is_lost else MS
+        columns['responder'][place] = texts.number(f'10.0.{hop}.{1 + (chance.random() < 0.001)}')
+        columns['ripid'][place] = -1 if chance.random() < 0.001 else idents[hop] & 0xFFFF
+    columns['responder'][columns['latency'] < 0] = 0
+    found: list[Any] = []
+    for kind in losses.Losses, moments.BulkLosses:
+        tests = Comparisons()
+        its, nodes = kind(tests), [types.SimpleNamespace(latency=LatencyHistogram()) for _ in range(hops)]
+        for first in range(0, 6000, batch_size):
+            which = slice(first, first + batch_size)
+            batch = batches.Batch(texts.names, {name: each[which] for name, each in columns.items()})
+            lost = batch['latency'] < 0
+            answered, silent = (Groups(batch['outttl'], np.flatnonzero(each)) for each in (~lost, lost))
+            if isinstance(its, moments.BulkLosses):
+                at = [nodes[hop - 1] for hop in batch['outttl'][answered.firsts].tolist()]
+                moments.note_moments(batch, answered, [its] * len(at), at)
+                moments.note_silence(batch, silent, [its] * len(silent))
+            for record in batch.records():
+                hop, moment = record.outttl, record.sendtime // losses.MOMENT
+                latency = nodes[hop - 1].latency
+                if kind is losses.Losses and record.responder:
+                    its.note_moment(hop, latency, moment, latency.count, record.responder, record.ripid)
+                if record.responder:
+                    latency.add(record.latency)
+            for record in batch.records() if kind is losses.Losses else ():
+                if not record.responder:
+                    its.add_unanswered(record.outttl, record.sendtime // losses.MOMENT, 1)
+            newest = int(batch['sendtime'].max()) // losses.MOMENT
+            its.note_retransmitted(newest, first % 3)
+            its.close(newest - losses.LATE)
+        its.end()
+        states = {
+            number: [getattr(state, name) for name in state.__slots__ if name != 'latency']
+            for number, state in sorted(its._states.items())
+        }
+        found.append((its.episodes(), states, tests.count))
+    assert found[0] == found[1]
 
 
 def random_slices(seed: int, count: int) -> list[tuple[int, int, dict[int, float], float | None, int, int, None]]:
