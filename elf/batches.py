@@ -43,7 +43,7 @@ READERS = 2  # processes that parse
 TEXTS_MAX = 1 << 18  # of a table; then a new one begins
 LINE_MAX = 1 << 16  # bytes
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-KEPT_MAX = 1 << 26  # bytes of freed memory that glibc keeps
+KEPT_MAX = 1 << 25  # bytes of freed memory that glibc keeps
 PAD = b"0" * 64  # around a block: words are read beyond both ends of a field
 DIGITS_MAX = 18  # of a number that fits
 
@@ -260,7 +260,12 @@ def parse(block: bytes, header: Sequence[str], texts: Texts) -> dict[str, Any]:
     if not columns["dest"].all():
         raise BadRow(int((columns["dest"] == 0).argmax()), "dest is empty")
     columns["responder"][columns["latency"] < 0] = 0
-    return columns
+    return {name: narrow(values) for name, values in columns.items()}
+
+
+def narrow(values: Any) -> Any:
+    """Return integers in 32 bits if they fit: half of what goes to another process."""
+    return values.astype(np.int32) if values.max(initial=0) < 1 << 31 else values
 
 
 def separators(data: Any, has_quotes: bool) -> Any:
@@ -345,7 +350,7 @@ def read_part(file: BinaryIO, header: Sequence[str], texts: Texts, begin: int, e
                 raise BadRow(rows + bad.row, str(bad)) from bad
             rows += len(parts[-1]["sendtime"])
     parts = parts or [{name: np.zeros(0, int) for name in READ}]
-    return {name: np.concatenate([part[name] for part in parts]) for name in READ}
+    return {name: np.concatenate([part.pop(name) for part in parts]) for name in READ}
 
 
 def read_parts(
@@ -361,7 +366,10 @@ def read_parts(
         except BadRow as bad:
             yield Part({}, 0, [], (bad.row, str(bad)))
             return
-        yield Part(columns, sent, texts.names[sent:], None)
+        part = Part(columns, sent, texts.names[sent:], None)
+        del columns
+        yield part
+        del part  # otherwise it takes memory until the next one is there
         sent = len(texts.names)
 
 
@@ -371,6 +379,7 @@ def send_parts(pipe: Any, *arguments: Any) -> None:
     with contextlib.suppress(BrokenPipeError):
         for part in read_parts(*arguments):
             pipe.send(part)
+            del part
 
 
 @contextlib.contextmanager
@@ -449,6 +458,7 @@ def survey(path: str) -> Survey:
     except BadRow as bad:
         raise Failure(f"'{path}' is not as elfprobe writes it: {bad} in line {bad.row + 2}") from bad
     columns = {name: np.concatenate([part[name] for part in parts] or [np.zeros(0, int)]) for name in READ}
+    columns = {name: values.astype(np.int64) for name, values in columns.items()}
     return Survey(path, Batch(texts.names, columns), size, min(SURVEY_PIECE * len(pieces) / max(size, 1), 1.0))
 
 
@@ -474,8 +484,8 @@ def read_batches(path: str, texts: Texts, tell: Callable[[int], None] = lambda _
                     seen[which][known:] = names
                     its_number = np.array([texts.number(name) for name in seen[which]])
                     columns.update({name: its_number[columns[name]] for name in TEXTS})
-                    yield Batch(texts.names, columns)
                     lines += len(columns["sendtime"])
+                    yield Batch(texts.names, {name: columns.pop(name).astype(np.int64) for name in READ})
                     tell(bounds[number + 1] - bounds[number])
     except EOFError:
         raise Failure(f"cannot read '{path}': a process that read it was killed") from None

@@ -334,26 +334,33 @@ def read(
     for rows, mappings in source.files:
         batches = [rows.batch] if rows.share >= 1 else read_batches(rows.path, texts, tell)
         for batch in batches:
-            times = source.times(mappings, batch["sendtime"], in_utc)
-            if window.by == "dest":  # all of them: an error names some
-                count(results.counts, batch, (times >= window.begin) & (times <= window.end))
-            batch, times = kept(batch, times, window)
-            if window.by != "dest":
-                count(results.counts, batch, slice(None))
-            results.summary.note_all(batch)
-            results.summary.digest()
-            for number in np.flatnonzero(np.bincount(batch["dest"])).tolist():
-                dest = batch.names[number]
-                its = np.flatnonzero(batch["dest"] == number)
-                if dest in window.dests and dest not in courses:  # too few rows for the survey
-                    begin, end = span_of([source], in_utc)
-                    courses[dest] = Course(dest, int(times[its[0]]), bin_width(end - begin, 0))
-                if dest in courses:
-                    courses[dest].add(batch.take(its), times[its])
+            add_batch(results, batch, source.times(mappings, batch["sendtime"], in_utc), window, in_utc)
+            del batch  # otherwise it takes memory until the next one is there
     results.summary.digest(is_over=True)
     for dest in [dest for dest, course in courses.items() if not course.probes]:
         del courses[dest]
     return results
+
+
+def add_batch(results: Results, batch: Batch, times: Any, window: Window, in_utc: bool) -> None:
+    """Add rows with their times."""
+    courses = results.courses
+    if window.by == "dest":  # all of them: an error names some
+        count(results.counts, batch, (times >= window.begin) & (times <= window.end))
+    batch, times = kept(batch, times, window)
+    if window.by != "dest":
+        count(results.counts, batch, slice(None))
+    results.summary.note_all(batch)
+    results.summary.digest()
+    groups = Groups(batch["dest"])
+    for start, end in zip(groups.starts.tolist(), groups.ends.tolist()):
+        its = groups.order[start:end]
+        dest = batch.text("dest", its[0])
+        if dest in window.dests and dest not in courses:  # too few rows for the survey
+            first, last = span_of([results.source], in_utc)
+            courses[dest] = Course(dest, int(times[its[0]]), bin_width(last - first, 0))
+        if dest in courses:
+            courses[dest].add(batch.take(its), times[its])
 
 
 def count(counts: collections.Counter[str], batch: Batch, are_wanted: Any) -> None:
