@@ -28,6 +28,7 @@ from elf.summary import (
     Flow,
     FlowHop,
     Summary,
+    note_retrans,
     note_ttl,
 )
 
@@ -258,7 +259,7 @@ class BulkSummary(Summary):
                 done = stretch.note(watch, destination.hops)
                 if done < len(stretch):
                     if not watch.rows:
-                        self._waiting.append(destination)
+                        self.waiting.append(destination)
                     watch.rows += stretch.rows(done, len(stretch))
                     watch.digest(destination.hops, is_over=False)
             watch.losses.close(int(batch["sendtime"][its[-1]]) // MOMENT - LATE)
@@ -388,7 +389,7 @@ class BulkSummary(Summary):
             sent = batch["sendtime"][answered.order[start:end]].tolist()
             for responder, sendtime in zip(map(batch.names.__getitem__, responders[start:end].tolist()), sent):
                 if of_flow.responder != responder:
-                    self._note_responder(hop, of_flow, key, number, responder, sendtime)
+                    self.note_responder(hop, of_flow, key, number, responder, sendtime)
                 elif lowest == highest:
                     break  # it stays
 
@@ -488,7 +489,7 @@ class BulkSummary(Summary):
                 earlier = np.maximum.accumulate(np.concatenate([[flow.last_sent], its_sent[:-1]]))
                 if ((its_retrans < highest[start:end]) & (its_sent > earlier + REUSE_AFTER)).any():
                     for each in zip(its_sent.tolist(), its_retrans.tolist()):
-                        self._note_retrans(destination, flow, *each)
+                        note_retrans(destination, flow, *each)
                     continue  # ports were used again
             if most[index] > flow.retrans:
                 destination.retransmitted += most[index] - flow.retrans

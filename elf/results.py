@@ -20,7 +20,7 @@ from elf.loop import Stop
 from elf.pcapng import PacketFile
 from elf.ring import HEADER, Events, framed, framed_size
 from elf.rows import Record, RowMaker
-from elf.summary import FlowKey, Place, Summary
+from elf.summary import FlowKey, Summary
 from elf.unmatched import Sent, Unmatched, UnmatchedAnswers
 from elf.usage import Failure
 
@@ -105,29 +105,31 @@ class Results:
         outstanding, self.outstanding_names = kernel.outstanding
         self._outstanding = struct.Struct(outstanding)
         self.names = result.names
-        self._answered_rows = RowMaker(framed(result.format), self.names, self._answer_place, self._note_answer)
-        self._unanswered_rows = RowMaker(outstanding, self.outstanding_names, self._place, summary.note_at)
+        self._answered_rows = RowMaker(framed(result.format), self.names, self._noter_of_answers)
+        self._unanswered_rows = RowMaker(outstanding, self.outstanding_names, self._noter)
         self._events: list[Events] = []
         kernel.on_events("results", self._events.append, RESULT_PERF_PAGES)
 
-    def _answer_place(self, probe: Record) -> tuple[Place, Record | None]:
-        """Return where the summary notes probes like this answered one, and it itself if its quote is changed."""
-        return self._place(probe), probe if probe.translated or probe.intos != probe.outtos else None
+    def _noter_of_answers(self, probe: Record) -> Callable[..., None]:
+        """Return the function that is told of answered probes like this one."""
+        note = self._noter(probe)
+        if not probe.translated and probe.intos == probe.outtos:
+            return note
 
-    def _note_answer(self, where: tuple[Place, Record | None], sendtime: int, *others: Any) -> None:
-        place, changed = where
-        if changed:
-            self.rewrites.note(changed._replace(sendtime=sendtime))
-        self.summary.note_at(place, sendtime, *others)
+        def note_changed(sendtime: int, *others: Any) -> None:
+            self.rewrites.note(probe._replace(sendtime=sendtime))
+            note(sendtime, *others)
 
-    def _place(self, probe: Record) -> Place:
-        """Return where the summary notes probes like this one."""
+        return note_changed
+
+    def _noter(self, probe: Record) -> Callable[..., None]:
+        """Return the function of the summary that is told of probes like this one."""
         forgotten = self.summary.forgotten
-        place = self.summary.place(probe)
+        note = self.summary.place(probe).note
         if self.summary.forgotten != forgotten:
-            self._answered_rows.forget_places()
-            self._unanswered_rows.forget_places()
-        return place
+            self._answered_rows.forget_noters()
+            self._unanswered_rows.forget_noters()
+        return note
 
     def take(self) -> str:
         """Return the rows of all replies that came since the last call."""

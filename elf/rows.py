@@ -125,7 +125,7 @@ IN_EXPRESSIONS = {"address_text": address_text, "app_text": app_text, "csv_field
 # these are next to each other in elfprobe.c's structs.
 SHARED = frozenset({
     "dest", "sport", "dport", "protocol", "source", "outttl", "outtos", "pid", "app", "responder", "recvttl",
-    "rtos", "intos", "qttl", "translated",
+    "rtos", "intos", "qttl", "qlen", "rsize", "translated",
 })  # fmt: skip
 # Fields of Record that differ by probe.
 NOTED = "sendtime", "latency", "origseq", "srtt", "cwnd", "retrans", "ripid"
@@ -136,7 +136,7 @@ NUMBER, NUMBER_OR_NONE = "\1", "\2"  # in the text of a row, before a number is 
 class Alike:
     """What rows have in common whose SHARED fields are the same."""
 
-    __slots__ = ("values", "template", "template_of_texts", "place")
+    __slots__ = ("values", "template", "template_of_texts", "note")
 
     def __init__(self, values: dict[str, Any], text: str) -> None:
         """values: the fields of Record that are the same. text: the row, with marks where numbers are missing."""
@@ -144,7 +144,7 @@ class Alike:
         self.values = values
         self.template = text.replace(NUMBER_OR_NONE, "%d")
         self.template_of_texts = text.replace(NUMBER_OR_NONE, "%s")
-        self.place: Any = None  # where the summary notes these probes
+        self.note: Callable[..., None] | None = None  # tells the summary of such a probe, by its NOTED fields
 
 
 class RowMaker:
@@ -155,13 +155,11 @@ class RowMaker:
     take several times as long for each row.
     """
 
-    def __init__(
-        self, layout: str, names: Sequence[str], place: Callable[[Record], object], note: Callable[..., None]
-    ) -> None:
+    def __init__(self, layout: str, names: Sequence[str], noter: Callable[[Record], Callable[..., None]]) -> None:
         """layout and names: the struct module's format of a probe, and the names of the values in it.
 
-        If "recvtime" is not among the names, the probes are unanswered. place returns where probes are noted that
-        are like this one. note takes such a place, and the NOTED fields of a probe.
+        If "recvtime" is not among the names, the probes are unanswered. noter returns the function that is told of
+        probes like this one, by their NOTED fields.
         """
         values = {column.name: column.answered if "recvtime" in names else column.unanswered for column in COLUMNS}
         for name, default in Record._field_defaults.items():
@@ -169,14 +167,13 @@ class RowMaker:
         used = {name: words(value).intersection(names) for name, value in values.items()}
         same = {name: value for name, value in values.items() if used[name] <= SHARED}
         others = {name: value for name, value in values.items() if name not in same}
-        self._place = place
+        self._noter = noter
         self._known: dict[tuple[Any, ...], Alike] = {}
         found = list(values_of(layout, names))
-        self._keys, self._parts, shared = shared_parts(found)
-        self._fields, fields = fields_of(found, set().union(*(used[name] for name in others)))
+        shared = [value.name for value in found if value.name in SHARED]
+        self._layout, self._parts, fields = packed(found, set().union(*(used[name] for name in others)))
         namespace: dict[str, Any] = {
             **IN_EXPRESSIONS, "Alike": Alike, "known": self._known.get, "new": self._new, "begin": self._begin,
-            "note": note,
         }  # fmt: skip
         exec(alike_source(shared, same, others), namespace)
         exec(rows_source(fields, others, same), namespace)
@@ -184,28 +181,26 @@ class RowMaker:
 
     def rows(self, data: bytes, *texts: str) -> list[str]:
         """Return the rows of probes, one behind the other in data. texts: mpls and ifinfo of all of them."""
-        keys: Iterable[tuple[Any, ...]] = self._keys.iter_unpack(data)
-        if texts:
-            keys = (key + texts for key in keys)
-        rows: list[str] = self._rows(zip(keys, self._fields.iter_unpack(data)))
+        rows: list[str] = self._rows(self._layout.iter_unpack(data), texts)
         return rows
 
-    def forget_places(self) -> None:
-        """Ask again for the place of each probe."""
+    def forget_noters(self) -> None:
+        """Ask again for the function that is told of each probe."""
         self._known.clear()
 
     def _new(self, key: tuple[Any, ...]) -> Alike:
         if len(self._known) >= ALIKE_MAX:
             self._known.clear()
-        count = len(self._parts)
-        fields = [value for part, data in zip(self._parts, key) for value in part.unpack(data)]
-        alike: Alike = self._alike(fields, *key[count:])
+        *parts, texts = key
+        fields = [value for part, data in zip(self._parts, parts) for value in part.unpack(data)]
+        alike: Alike = self._alike(fields, *texts)
         self._known[key] = alike
         return alike
 
-    def _begin(self, alike: Alike, noted: tuple[Any, ...]) -> object:
-        alike.place = self._place(Record(**{**alike.values, **dict(zip(NOTED, noted))}))
-        return alike.place
+    def _begin(self, alike: Alike, *noted: Any) -> Callable[..., None]:
+        """Return the function that is told of such probes, of which this is the first one."""
+        alike.note = self._noter(Record(**{**alike.values, **dict(zip(NOTED, noted))}))
+        return alike.note
 
 
 def words(expression: str) -> set[str]:
@@ -232,25 +227,23 @@ def size_of(values: Iterable[Value]) -> int:
     return struct.calcsize("=" + "".join(value.code for value in values))
 
 
-def shared_parts(values: Iterable[Value]) -> tuple[struct.Struct, list[struct.Struct], list[str]]:
-    """Return a layout that yields each part of SHARED fields as bytes, the layouts of the parts, and all names."""
-    whole, parts, names = "=", [], []
+def packed(values: Iterable[Value], chosen: set[str]) -> tuple[struct.Struct, list[struct.Struct], list[str]]:
+    """Return a layout that yields SHARED fields that are next to each other as bytes, and those that are chosen.
+
+    Also return the layouts of these parts, and the names of all that is yielded: part0, part1 and so on.
+    """
+    whole, names = "=", []
+    parts: list[struct.Struct] = []
     for is_shared, group in itertools.groupby(values, lambda value: value.name in SHARED):
-        part = list(group)
-        whole += f"{size_of(part)}{'s' if is_shared else 'x'}"
+        its = list(group)
         if is_shared:
-            parts.append(struct.Struct("=" + "".join(value.code for value in part)))
-            names += [value.name for value in part]
+            names.append(f"part{len(parts)}")
+            whole += f"{size_of(its)}s"
+            parts.append(struct.Struct("=" + "".join(value.code for value in its)))
+            continue
+        names += [value.name for value in its if value.name in chosen]
+        whole += "".join(value.code if value.name in chosen else f"{size_of([value])}x" for value in its)
     return struct.Struct(whole), parts, names
-
-
-def fields_of(values: Iterable[Value], chosen: set[str]) -> tuple[struct.Struct, list[str]]:
-    """Return a layout that yields only the chosen fields, and their names in its order."""
-    codes, names = [], []
-    for value in values:
-        codes.append(value.code if value.name in chosen else f"{size_of([value])}x")
-        names += [value.name] if value.name in chosen else []
-    return struct.Struct("=" + "".join(codes)), names
 
 
 def alike_source(fields: list[str], values: dict[str, str], others: dict[str, str]) -> str:
@@ -267,26 +260,29 @@ def alike_source(fields: list[str], values: dict[str, str], others: dict[str, st
 
 
 def rows_source(fields: list[str], values: dict[str, str], same: dict[str, str]) -> str:
-    """Return the source of a function that makes rows of pairs of a key and the fields that are not SHARED.
+    """Return the source of a function that makes rows of what packed() yields.
 
     values: of columns and of Record, by name. same: those that an Alike has.
     """
+    called = {name: value if value in fields else f"its_{name}" for name, value in values.items()}
     columns = [name for name in NAMES if name in values]
     can_be_none = [name for name in columns if "None" in values[name]]
-    numbers = ", ".join(f"its_{name}" for name in columns)
+    numbers = ", ".join(called[name] for name in columns)
     texts = ", ".join(
-        f"'' if its_{name} is None else its_{name}" if name in can_be_none else f"its_{name}" for name in columns
+        f"'' if {called[name]} is None else {called[name]}" if name in can_be_none else called[name]
+        for name in columns
     )
-    are_numbers = " and ".join(f"its_{name} is not None" for name in can_be_none) or "True"
-    noted = ", ".join(f"its_{name}" if name in values else same[name] for name in NOTED)
+    are_numbers = " and ".join(f"{called[name]} is not None" for name in can_be_none) or "True"
+    noted = ", ".join(called.get(name) or same[name] for name in NOTED)
+    key = "".join(f"{name}, " for name in fields if name.startswith("part")) + "texts"
     return "\n".join((
-        "def rows(probes):",
+        "def rows(probes, texts):",
         "    made = []",
         "    append = made.append",
-        f"    for key, ({', '.join(fields)}) in probes:",
-        "        alike = known(key) or new(key)",
-        *(f"        its_{name} = {value}" for name, value in values.items()),
+        f"    for {', '.join(fields)} in probes:",
+        f"        alike = known(({key})) or new(({key}))",
+        *(f"        {name} = {values[its]}" for its, name in called.items() if name not in fields),
         f"        append(alike.template % ({numbers}) if {are_numbers} else alike.template_of_texts % ({texts}))",
-        f"        note(alike.place or begin(alike, ({noted})), {noted})",
+        f"        (alike.note or begin(alike, {noted}))({noted})",
         "    return made",
     ))  # fmt: skip

@@ -8,10 +8,10 @@ import itertools
 import logging
 import math
 import random
-from typing import Callable, Iterable, Iterator, NamedTuple, Tuple
+from typing import Callable, Iterable, Iterator, Tuple
 
 from elf.addresses import flow_text
-from elf.episodes import Comparisons, Row, Way
+from elf.episodes import Comparisons, Way
 from elf.findings import When, findings_on, monotonic_text, sentences
 from elf.histogram import Stats
 from elf.lines import Line, Mark, fitting
@@ -138,21 +138,116 @@ class Flow:
         return self.hops
 
 
-class Place(NamedTuple):
+class Place:
     """Where a Summary notes the probes of a flow to a hop that a responder answers, or that nobody answers."""
 
-    destination: Destination
-    hop: Hop
-    flow: Flow
-    of_flow: FlowHop
-    key: FlowKey
-    number: int  # of the hop
-    responder: str
-    recvttl: int
-    add_latency: Callable[[int], None]  # to the hop's
-    add_of_flow: Callable[[int], None]  # to the flow's at this hop
-    add_srtt: Callable[[int], None]
-    rows: list[Row]  # that wait for digest()
+    __slots__ = (
+        "summary", "destination", "hop", "flow", "of_flow", "key", "number", "responder", "recvttl", "rows",
+        "add_latency", "add_of_flow", "add_srtt",
+    )  # fmt: skip
+
+    def __init__(
+        self, summary: Summary, destination: Destination, flow: Flow, of_flow: FlowHop, probe: Record
+    ) -> None:
+        self.summary = summary
+        self.destination = destination
+        self.hop = hop = destination.hops[probe.outttl]
+        self.flow = flow
+        self.of_flow = of_flow
+        self.key: FlowKey = (probe.dest, probe.sport, probe.dport, probe.protocol)
+        self.number = probe.outttl  # of the hop
+        self.responder = probe.responder
+        self.recvttl = probe.recvttl
+        self.rows = destination.watch.rows  # that wait for digest()
+        self.add_latency = hop.latency.recent.append
+        self.add_of_flow = of_flow.recent.append
+        self.add_srtt = destination.srtt.recent.append
+
+    def note(
+        self,
+        sendtime: int,
+        latency: int,
+        origseq: int,
+        srtt: int | None,
+        cwnd: int | None,
+        retrans: int | None,
+        ripid: int | None,
+    ) -> None:
+        """Add a probe that has ended: the NOTED fields of Record.
+
+        This runs for each row. What can wait is done once a second.
+        """
+        flow = self.flow
+        if cwnd is not None:
+            destination = self.destination
+            if srtt is not None:
+                self.add_srtt(srtt * 1000)
+            if retrans != flow.retrans:
+                note_retrans(destination, flow, sendtime, retrans or 0)
+            elif sendtime > flow.last_sent:
+                flow.last_sent = sendtime
+            destination.tcp_probes += 1
+            destination.cwnd = cwnd
+            if origseq != flow.sequence:
+                destination.tcp_advances += 1
+                flow.sequence = origseq
+        responder, of_flow = self.responder, self.of_flow
+        if not responder:
+            self._note_unanswered(sendtime)
+            return
+        self.add_latency(latency)
+        self.add_of_flow(latency)
+        if sendtime >= of_flow.until:
+            self._note_moment(sendtime, latency, ripid)
+        if responder != self.hop.responder:
+            self.hop.note_other(responder, latency)
+        if responder != of_flow.responder:
+            self.summary.note_responder(self.hop, of_flow, self.key, self.number, responder, sendtime)
+        rows = self.rows
+        if len(rows) < WAITING_MAX:
+            if not rows:
+                self.summary.waiting.append(self.destination)
+            rows.append((sendtime, self.number, latency, responder, flow, srtt, cwnd, retrans))
+
+    def _note_unanswered(self, sendtime: int) -> None:
+        self.hop.unanswered += 1
+        self.of_flow.unanswered += 1
+        second = sendtime // 10**9
+        self.destination.note_second(second)
+        if second > self.hop.unanswered_until:
+            self.hop.note_unanswered(second)
+        self.destination.watch.losses.note_unanswered(self.number, sendtime // MOMENT)
+
+    def _note_moment(self, sendtime: int, latency: int, ripid: int | None) -> None:
+        """Note that an answered probe of the flow left in a later moment than those before."""
+        destination, hop, of_flow, number = self.destination, self.hop, self.of_flow, self.number
+        moment, second, second_before = sendtime // MOMENT, sendtime // 10**9, (of_flow.until - 1) // 10**9
+        of_flow.note_moment(moment, latency)
+        note_ttl(destination, of_flow, number, self.responder, self.recvttl, sendtime)
+        destination.watch.losses.note_moment(
+            number, hop.latency, moment, hop.latency.count - 1, self.responder, ripid
+        )
+        front = self.flow.hops.get(destination.front(number))
+        before = front.latency_in(moment) if front else None
+        if before is not None:
+            hop.added.add(latency - before)
+        hop.latency.limit()  # now, since many are slower to sort than few at a time
+        destination.note_second(second)
+        if second > second_before:
+            of_flow.update()
+        if second > hop.last_second:
+            hop.note_second(second, *destination.neighbours(number))
+
+
+def note_retrans(destination: Destination, flow: Flow, sendtime: int, retrans: int) -> None:
+    """Note that the retransmission count of a flow is not the one before."""
+    if retrans < flow.retrans and sendtime > flow.last_sent + REUSE_AFTER:
+        flow.retrans = 0  # a new connection with the same ports
+    if retrans > flow.retrans:
+        destination.retransmitted += retrans - flow.retrans
+        destination.watch.losses.note_retransmitted(sendtime // MOMENT, retrans - flow.retrans)
+        flow.retrans = retrans
+    flow.last_sent = max(flow.last_sent, sendtime)
 
 
 class Summary:
@@ -171,7 +266,7 @@ class Summary:
         self._flow_hops = 0
         self._probes_left_out = 0
         self.forgotten = 0  # how often destinations or flows were forgotten
-        self._waiting: list[Destination] = []  # those with rows that wait for digest()
+        self.waiting: list[Destination] = []  # those with rows that wait for digest()
         self._watched: dict[int, Destination] = {}  # by id, the newest of them last
         self._random = random.Random(1)
         self._tests = Comparisons()
@@ -219,100 +314,17 @@ class Summary:
 
     def note(self, probe: Record) -> None:
         """Add a probe that has ended."""
-        self.note_at(self.place(probe), *map(probe.__getattribute__, NOTED))
+        self.place(probe).note(*map(probe.__getattribute__, NOTED))
 
     def place(self, probe: Record) -> Place:
         """Return where to note probes like this one, until `forgotten` grows."""
         dest, number, key = probe.dest, probe.outttl, (probe.dest, probe.sport, probe.dport, probe.protocol)
         destination = self._destinations.get(dest) or self._new_destination(dest)
-        hop = destination.hops.get(number) or self._new_hop(destination, number)
+        if number not in destination.hops:
+            self._new_hop(destination, number)
         flow = self._flows.get(key) or self._new_flow(key, destination, probe)
         of_flow = flow.hops.get(number) or self._new_flow_hop(flow, number)
-        adding = hop.latency.recent.append, of_flow.recent.append, destination.srtt.recent.append
-        return Place(
-            destination,
-            hop,
-            flow,
-            of_flow,
-            key,
-            number,
-            probe.responder,
-            probe.recvttl,
-            *adding,
-            destination.watch.rows,
-        )
-
-    def note_at(
-        self,
-        place: Place,
-        sendtime: int,
-        latency: int,
-        origseq: int,
-        srtt: int | None,
-        cwnd: int | None,
-        retrans: int | None,
-        ripid: int | None,
-    ) -> None:
-        """Add a probe that has ended, at its place. The others are the NOTED fields of Record.
-
-        This runs for each row. What can wait is done once a second.
-        """
-        destination, hop, flow, of_flow, _, number, responder, _, add_latency, add_of_flow, add_srtt, rows = place
-        if cwnd is not None:
-            if srtt is not None:
-                add_srtt(srtt * 1000)
-            if retrans != flow.retrans:
-                self._note_retrans(destination, flow, sendtime, retrans or 0)
-            elif sendtime > flow.last_sent:
-                flow.last_sent = sendtime
-            destination.tcp_probes += 1
-            destination.cwnd = cwnd
-            if origseq != flow.sequence:
-                destination.tcp_advances += 1
-                flow.sequence = origseq
-        if not responder:
-            hop.unanswered += 1
-            of_flow.unanswered += 1
-            second = sendtime // 10**9
-            destination.note_second(second)
-            if second > hop.unanswered_until:
-                hop.note_unanswered(second)
-            destination.watch.losses.note_unanswered(number, sendtime // MOMENT)
-            return
-        add_latency(latency)
-        add_of_flow(latency)
-        if sendtime >= of_flow.until:
-            self._note_moment(place, sendtime, latency, ripid)
-        if responder != hop.responder:
-            hop.note_other(responder, latency)
-        if responder != of_flow.responder:
-            self._note_responder(hop, of_flow, place.key, place.number, responder, sendtime)
-        if len(rows) >= WAITING_MAX:
-            return
-        if not rows:
-            self._waiting.append(destination)
-        rows.append((sendtime, number, latency, responder, flow, srtt, cwnd, retrans))
-
-    @staticmethod
-    def _note_moment(place: Place, sendtime: int, latency: int, ripid: int | None) -> None:
-        """Note that an answered probe of the flow left in a later moment than those before."""
-        destination, hop, of_flow = place.destination, place.hop, place.of_flow
-        moment, second, second_before = sendtime // MOMENT, sendtime // 10**9, (of_flow.until - 1) // 10**9
-        of_flow.note_moment(moment, latency)
-        note_ttl(destination, of_flow, place.number, place.responder, place.recvttl, sendtime)
-        destination.watch.losses.note_moment(
-            place.number, hop.latency, moment, hop.latency.count - 1, place.responder, ripid
-        )
-        front = place.flow.hops.get(destination.front(place.number))
-        before = front.latency_in(moment) if front else None
-        if before is not None:
-            hop.added.add(latency - before)
-        if second > second_before:
-            of_flow.update()
-            hop.latency.limit()
-            destination.note_second(second)
-        if second > hop.last_second:
-            hop.note_second(second, *destination.neighbours(place.number))
+        return Place(self, destination, flow, of_flow, probe)
 
     def _may_watch(self, destination: Destination, now: int) -> bool:
         """Return whether there is room to look for episodes of a destination. Those without probes make room."""
@@ -329,7 +341,7 @@ class Summary:
 
     def digest(self, most: int | None = None, is_over: bool = False) -> None:
         """Look for episodes in the rows that wait: in a sample, if there are more than so many."""
-        waiting, self._waiting = self._waiting, []
+        waiting, self.waiting = self.waiting, []
         count = sum(len(each.watch.rows) for each in waiting)
         for destination in waiting:
             watch = destination.watch
@@ -344,22 +356,12 @@ class Summary:
             watch.digest(destination.hops, is_over)
             watch.losses.close(watch.newest // MOMENT - LATE)
             if watch.rows:
-                self._waiting.append(destination)
+                self.waiting.append(destination)
         if is_over:
             for destination in self._destinations.values():
                 destination.watch.losses.end()
 
-    @staticmethod
-    def _note_retrans(destination: Destination, flow: Flow, sendtime: int, retrans: int) -> None:
-        if retrans < flow.retrans and sendtime > flow.last_sent + REUSE_AFTER:
-            flow.retrans = 0  # a new connection with the same ports
-        if retrans > flow.retrans:
-            destination.retransmitted += retrans - flow.retrans
-            destination.watch.losses.note_retransmitted(sendtime // MOMENT, retrans - flow.retrans)
-            flow.retrans = retrans
-        flow.last_sent = max(flow.last_sent, sendtime)
-
-    def _note_responder(
+    def note_responder(
         self, hop: Hop, of_flow: FlowHop, key: FlowKey, number: int, responder: str, sendtime: int
     ) -> None:
         """Note the responder of a flow at a hop, if it is the first one or another one than before."""

@@ -857,10 +857,10 @@ def made(values: dict[str, Any], *texts: str, count: int = 1) -> tuple[list[str]
     layout = '=' + 'x'.join(CODES[type(value)] for value in values.values())
     records = []
 
-    def note(place: Record, *noted: Any) -> None:
-        records.append(place._replace(**dict(zip(NOTED, noted))))
+    def noter(probe: Record) -> Callable[..., None]:
+        return lambda *noted: records.append(probe._replace(**dict(zip(NOTED, noted))))
 
-    maker = RowMaker(layout, list(values), lambda probe: probe, note)
+    maker = RowMaker(layout, list(values), noter)
     return maker.rows(count * struct.pack(layout, *values.values()), *texts), records
 
 
@@ -879,7 +879,7 @@ def test_rows_differ_in_each_field() -> None:
         {**values, name: value + 1 if isinstance(value, int) else bytes(15) + b'1'}
         for name, value in values.items()
     ]
-    maker = RowMaker(layout, list(values), lambda probe: probe, lambda *_: None)
+    maker = RowMaker(layout, list(values), lambda _: lambda *_: None)
     rows = maker.rows(b''.join(struct.pack(layout, *each.values()) for each in [values, *others, values]))
     assert rows == [row for each in [values, *others, values] for row in made(each)[0]]
     assert len(set(rows)) == len(others)  # no column depends on `ident`
