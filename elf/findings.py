@@ -36,7 +36,7 @@ OWN_FROM = 0.5  # rank correlation, from which on the delay goes with the flow's
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What was found at a hop."""
+    """What was found at a hop. Kinds that add no field need no decorator: each one delays the start."""
 
     kind: ClassVar[str]  # its name in FILEBASE.json
     hop: int
@@ -138,7 +138,6 @@ class Slower(OfEpisode):
         return ""
 
 
-@dataclasses.dataclass(frozen=True)
 class Queue(Slower):
     """Delay between two hops, and at all behind."""
 
@@ -154,7 +153,6 @@ class Queue(Slower):
         )
 
 
-@dataclasses.dataclass(frozen=True)
 class QueueInFront(Slower):
     """Delay at all hops."""
 
@@ -167,7 +165,6 @@ class QueueInFront(Slower):
         )
 
 
-@dataclasses.dataclass(frozen=True)
 class QueueBeyond(Slower):
     """Delay of TCP's round trip alone."""
 
@@ -181,7 +178,6 @@ class QueueBeyond(Slower):
         )
 
 
-@dataclasses.dataclass(frozen=True)
 class SlowAnswers(Slower):
     """Delay of a router's answers, but not of what passes it."""
 
@@ -196,7 +192,6 @@ class SlowAnswers(Slower):
         return f"{self._rise()} in the answers of {hops} only; {forwards}"
 
 
-@dataclasses.dataclass(frozen=True)
 class SlowLastHop(Slower):
     """Delay at the last hop that answers: nothing behind it tells whether packets were delayed."""
 
@@ -263,7 +258,6 @@ class LossForAWhile(OfEpisode):
         )
 
 
-@dataclasses.dataclass(frozen=True)
 class UnansweredForAWhile(LossForAWhile):
     """The same at the last hop that answers: nothing behind it tells loss from a limit."""
 
@@ -423,7 +417,6 @@ class UnansweredWithTcp(Unanswered):
         )
 
 
-@dataclasses.dataclass(frozen=True)
 class NoneBehind(UnansweredWithTcp):
     """No hop behind answers enough probes, so nothing tells loss from a limit."""
 
@@ -433,7 +426,6 @@ class NoneBehind(UnansweredWithTcp):
         return f"{self._start()}: no hop behind it tells whether it loses packets{self._tcp()}"
 
 
-@dataclasses.dataclass(frozen=True)
 class Loss(UnansweredWithTcp):
     """Probes to the hops behind it are unanswered as often."""
 
@@ -515,7 +507,6 @@ class PathRewrite(OfDestination):
         return f"to {self.dest}: {self.what} before hop {self.hop} ({self.its.responder})"
 
 
-@dataclasses.dataclass(frozen=True)
 class CongestionMarks(PathRewrite):
     """A router in front of the hop marks congestion (RFC 3168)."""
 

@@ -65,7 +65,6 @@ class OnThisHost(Reason):
         return f"{self.about} talks to this host itself only ({self.peer}): no router is between"
 
 
-@dataclasses.dataclass(frozen=True)
 class NotConnected(Reason):
     """The process has no connection, as far as its sockets tell."""
 
@@ -109,7 +108,6 @@ class ByOtherDevice(Reason):
         return f"the route to {self.about} leads by {self.device}, not by {self.ours}: use -i {self.device}"
 
 
-@dataclasses.dataclass(frozen=True)
 class OwnAddress(Reason):
     """The address is this host's."""
 

@@ -8,10 +8,13 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import platform
 import re
 import shlex
+import struct
 import sys
-from typing import Any, Callable, Iterable, NoReturn
+import types
+from typing import Any, Callable, Iterable, Iterator, NoReturn
 
 FOLDER = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))  # of elfprobe.py and the C files
 OS_RELEASE = "/etc/os-release", "/usr/lib/os-release"  # os-release(5)
@@ -118,13 +121,29 @@ def import_parts(name: str, parts: dict[str, str]) -> Any:
     if spec and spec.submodule_search_locations:
         package = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
-            for part, module in parts.items():
-                setattr(package, part, getattr(importlib.import_module(module), part))
+            with quick_import():
+                for part, module in parts.items():
+                    setattr(package, part, getattr(importlib.import_module(module), part))
             return package
         except Exception:  # another version
             for each in [each for each in sys.modules if each.partition(".")[0] == name]:
                 del sys.modules[each]
     return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def quick_import() -> Iterator[None]:
+    """Spare pyroute2 what it does not need here: Python's unittest, and to ask the programs `uname` and `file`."""
+    stand_in, before = types.ModuleType("unittest"), (platform.uname, platform.architecture)
+    vars(stand_in)["mock"] = None
+    sys.modules.setdefault("unittest", stand_in)
+    vars(platform).update(uname=os.uname, architecture=lambda: (f"{8 * struct.calcsize('P')}bit", ""))
+    try:
+        yield
+    finally:
+        platform.uname, platform.architecture = before
+        if sys.modules["unittest"] is stand_in:
+            del sys.modules["unittest"]
 
 
 def why_unusable(name: str, error: BaseException) -> str:

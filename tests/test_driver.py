@@ -425,6 +425,17 @@ def test_parts_of_a_package(empty: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert sys.modules.pop('package_a.module') and not [name for name in sys.modules if 'package_b' in name]
 
 
+def test_imports_start_no_programs(empty: Path) -> None:
+    """Nor do they load Python's package for tests: a start would take longer, and for nothing."""
+    for name in 'uname', 'file':
+        (empty / name).write_text(f'#!/bin/sh\n>{empty}/called-{name}\n')
+        (empty / name).chmod(0o755)
+    done = run_python('-X', 'importtime', str(SCRIPT), '--version', cwd=empty, env={'PATH': str(empty)})
+    modules = [line.rpartition('|')[2].strip() for line in done.stderr.splitlines()]
+    assert done.returncode == 0 and 'pyroute2.netlink' in modules
+    assert [name for name in modules if name.startswith('unittest')] == [*empty.glob('called-*')] == []
+
+
 def test_run_by_root_leaves_no_bytecode(empty: Path) -> None:
     """The user could not remove it."""
     shutil.copy(SCRIPT, empty)
