@@ -73,7 +73,7 @@
 #error "SKB_SK, SOCK_OWNED: offsets of sk in struct sk_buff, of sk_lock.owned in struct sock; 0 if unknown"
 #endif
 #ifndef BPRM_FILE
-#error "BPRM_FILE, FILE_DENTRY, DENTRY_NAME: offsets of file in struct linux_binprm, of f_path.dentry, of d_name.name"
+#error "BPRM_FILE, FILE_DENTRY, DENTRY_NAME: offsets of a new program's file, its dentry, its name; 0 if unknown"
 #endif
 #ifndef TASK_PARENT
 #error "TASK_PARENT: offset of real_parent in struct task_struct"
@@ -3015,17 +3015,29 @@ static inline struct app_name without_version(const struct app_name *app)
 	return stem;
 }
 
-/* Return whether the parent of a task (struct task_struct) is a target, or whether we cannot know. */
+/* Return the PID of the process that a task (struct task_struct) belongs to, 0 if we cannot know. */
+static inline __u32 tgid_of(__u64 task)
+{
+	__u32 tgid = 0, *offset;
+	int zero = 0;
+
+	offset = task_pid_offset.lookup(&zero);
+	if (!offset || !*offset || probe_read_kernel(&tgid, sizeof(tgid), (void *)(task + *offset + sizeof(tgid))))
+		return 0;
+	return tgid;
+}
+
+/* Return whether the parent of a task is a target, or may become one, or whether we cannot know. */
 static inline int has_target_parent(__u64 task)
 {
 	struct process *process;
-	int zero = 0;
-	__u32 *offset, tgid;
 	__u64 parent;
+	__u32 tgid;
 
-	offset = task_pid_offset.lookup(&zero);
-	if (!offset || !*offset || probe_read_kernel(&parent, sizeof(parent), (void *)(task + TASK_PARENT)) ||
-	    probe_read_kernel(&tgid, sizeof(tgid), (void *)(parent + *offset + sizeof(tgid))))
+	if (probe_read_kernel(&parent, sizeof(parent), (void *)(task + TASK_PARENT)))
+		return 1;
+	tgid = tgid_of(parent);
+	if (!tgid)
 		return 1;
 	process = processes.lookup(&tgid);
 	return process && process->status != OURSELVES;
@@ -3277,17 +3289,12 @@ static inline struct owner *packet_owner(struct __sk_buff *skb)
  * the lock of its TCP socket. Interrupts that find a socket locked do not send by it. */
 static inline __u32 sending_process(struct __sk_buff *skb)
 {
-	__u32 owned = 0, pid = 0, *offset;
+	__u32 owned = 0;
 	__u64 sk = 0;
-	int zero = 0;
 
 	probe_read_kernel(&sk, sizeof(sk), (void *)skb + SKB_SK);
 	probe_read_kernel(&owned, sizeof(owned), (void *)(sk + SOCK_OWNED));
-	offset = task_pid_offset.lookup(&zero);
-	if (!owned || !offset ||
-	    probe_read_kernel(&pid, sizeof(pid), (void *)(bpf_get_current_task() + *offset + sizeof(pid))))
-		return 0;
-	return pid;
+	return owned ? tgid_of(bpf_get_current_task()) : 0;
 }
 
 /* Does the socket of the packet belong to its owner, or to another target? That is its owner then. Of a connection

@@ -491,7 +491,7 @@ def kernel_btf(load: str) -> Iterator[ctypes.c_void_p]:
 def struct_offsets(btf: ctypes.c_void_p, name: bytes) -> dict[bytes, int]:
     """Return the byte offsets of a kernel struct's members, by name. Raises LookupError.
 
-    Members of a struct or union without a name inside are its own. name is that of the struct or of a typedef.
+    Members of an anonymous struct or union inside it count as its own. name is that of the struct or of a typedef.
     """
     lib = bcc.lib
     lib.btf__type_by_id.restype = ctypes.c_void_p
@@ -616,8 +616,9 @@ class Platform:
         has_links = hasattr(bcc.lib, "bpf_link_create")
         tick = round(time.clock_getres(CLOCK_MONOTONIC_COARSE) * 1e9)
         can_read = takes_program(CALLS_PROBE_READ_KERNEL)
-        none = SharedInfo(), RouteOffsets(), SocketLock(), ExecutableOffsets()
-        shared_info, routes, socket_lock, executable = find_offsets() if can_read else none
+        offsets = find_offsets() if can_read else {}
+        if not takes_program(CALLS_GET_CURRENT_TASK):
+            offsets.pop("socket_lock", None)
         return cls(
             version=version,
             has_links=has_links,
@@ -631,34 +632,32 @@ class Platform:
             # (CONFIG_PREEMPT_RT_NEEDS_BH_LOCK). Older kernels with PREEMPT_RT are treated alike.
             is_preemptible="PREEMPT_RT" in os.uname().version,
             tick=tick if takes_program(CALLS_JIFFIES64) else 0,
-            shared_info=shared_info,
-            routes=routes,
-            socket_lock=socket_lock if takes_program(CALLS_GET_CURRENT_TASK) else SocketLock(),
-            executable=executable,
+            **offsets,
         )
 
 
-def find_offsets() -> tuple[SharedInfo, RouteOffsets, SocketLock, ExecutableOffsets]:
-    """Return offsets from the kernel's BTF. Those that it does not have, or all without BTF, are 0."""
-    shared_info, routes, socket_lock = SharedInfo(), RouteOffsets(), SocketLock()
-    executable = ExecutableOffsets()
+def find_offsets() -> dict[str, Any]:
+    """Return the fields of Platform that the kernel's BTF tells: offsets."""
+    found: dict[str, Any] = {}
     new, old = "btf__load_vmlinux_btf", "libbpf_find_kernel_btf"  # the old name is from before libbpf 0.5
     with contextlib.suppress(AttributeError, LookupError), kernel_btf(new if hasattr(bcc.lib, new) else old) as btf:
         skb = struct_offsets(btf, b"sk_buff")
         with contextlib.suppress(LookupError):
-            shared_info = shared_info_offsets(skb, struct_offsets(btf, b"skb_shared_info"))
+            found["shared_info"] = shared_info_offsets(skb, struct_offsets(btf, b"skb_shared_info"))
         with contextlib.suppress(LookupError):  # before Linux 5.2
             dst, route, route6 = (struct_offsets(btf, name) for name in (b"dst_entry", b"rtable", b"rt6_info"))
-            routes = RouteOffsets(skb[b"_skb_refdst"], dst[b"flags"], route[b"rt_gw_family"], route6[b"rt6i_flags"])
+            found["routes"] = RouteOffsets(
+                skb[b"_skb_refdst"], dst[b"flags"], route[b"rt_gw_family"], route6[b"rt6i_flags"]
+            )
         with contextlib.suppress(LookupError):
             lock, owned = struct_offsets(btf, b"sock")[b"sk_lock"], struct_offsets(btf, b"socket_lock_t")[b"owned"]
-            socket_lock = SocketLock(skb[b"sk"], lock + owned)
+            found["socket_lock"] = SocketLock(skb[b"sk"], lock + owned)
         with contextlib.suppress(LookupError):
             file, path = struct_offsets(btf, b"file")[b"f_path"], struct_offsets(btf, b"path")[b"dentry"]
             name = struct_offsets(btf, b"dentry")[b"d_name"] + struct_offsets(btf, b"qstr")[b"name"]
             bprm, parent = struct_offsets(btf, b"linux_binprm")[b"file"], struct_offsets(btf, b"task_struct")
-            executable = ExecutableOffsets(bprm, file + path, name, parent[b"real_parent"])
-    return shared_info, routes, socket_lock, executable
+            found["executable"] = ExecutableOffsets(bprm, file + path, name, parent[b"real_parent"])
+    return found
 
 
 def shared_info_offsets(skb: dict[bytes, int], shared: dict[bytes, int]) -> SharedInfo:

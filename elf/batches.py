@@ -457,8 +457,8 @@ def survey(path: str) -> Survey:
         raise Failure(f"cannot read '{path}': {err.strerror or err}") from err
     except BadRow as bad:
         raise Failure(f"'{path}' is not as elfprobe writes it: {bad} in line {bad.row + 2}") from bad
-    columns = {name: np.concatenate([part[name] for part in parts] or [np.zeros(0, int)]) for name in READ}
-    columns = {name: values.astype(np.int64) for name, values in columns.items()}
+    found = {name: [part[name] for part in parts] or [np.zeros(0, int)] for name in READ}
+    columns = {name: np.concatenate(its).astype(np.int64) for name, its in found.items()}
     return Survey(path, Batch(texts.names, columns), size, min(SURVEY_PIECE * len(pieces) / max(size, 1), 1.0))
 
 

@@ -91,9 +91,8 @@ class Events(NamedTuple):
     number: int
     rows: list[int]
     seconds: list[int]
-    places: list[
-        int
-    ]  # of those that matter: an outage may end with it, or it is in front of such a one, or the last
+    # Of the events that matter: an outage may end with it, or with the next one, or it is the last.
+    places: list[int]
     before: int  # active seconds
     last_before: int  # the last of them
 

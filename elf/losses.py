@@ -296,8 +296,7 @@ class Losses:
         """
         state = self._states.get(number)
         if state is None:
-            state = self._states[number] = HopState(latency)
-            state.counted = count
+            state = self.new_state(number, latency)
         elif moment <= state.moment:
             return
         else:
@@ -310,6 +309,10 @@ class Losses:
                     cell.raised += (ident - state.ident) & 0xFFFF
                     cell.in_order += answered
         state.moment, state.counted, state.responder, state.ident = moment, count, responder, ident
+
+    def new_state(self, number: int, latency: Any) -> HopState:
+        state = self._states[number] = HopState(latency)
+        return state
 
     def note_unanswered(self, number: int, moment: int) -> None:
         """Note an unanswered probe."""

@@ -39,10 +39,6 @@ class BulkLosses(Losses):
     def state(self, number: int) -> HopState | None:
         return self._states.get(number)
 
-    def new_state(self, number: int, latency: Any) -> HopState:
-        state = self._states[number] = HopState(latency)
-        return state
-
     def add_all(self, moments: Any, numbers: Any, counts: Any) -> None:
         """Add counts (as of Cell) to moments and hops. The caller closes moments from time to time."""
         are_open = moments > self._closed
@@ -71,19 +67,20 @@ class BulkLosses(Losses):
         ends, numbers = [*starts.tolist(), len(keys)], (keys[starts] >> 8).tolist()
         places = dict(zip(numbers, range(len(numbers))))
         lossy = np.flatnonzero(np.add.reduceat(counts[UNANSWERED], starts) > 0).tolist() if numbers else []
+        lossy.append(len(numbers))
         queue, at = sorted({*numbers, *retransmitted}), 0
         while at < len(queue):
             place = places.get(queue[at])
-            if self._search is None and place not in lossy:
+            if self._search is None:
                 if place is None:
                     at += 1
                     continue
-                stop = bisect.bisect_left(lossy, place)
-                stop = lossy[stop] if stop < len(lossy) else len(numbers)
-                chosen = slice(ends[place], ends[stop])
-                self._add_quiet(keys[chosen] & 0xFF, counts[:, chosen])
-                at = bisect.bisect_left(queue, numbers[stop]) if stop < len(numbers) else len(queue)
-                continue
+                stop = lossy[bisect.bisect_left(lossy, place)]
+                if place < stop:
+                    chosen = slice(ends[place], ends[stop])
+                    self._add_quiet(keys[chosen] & 0xFF, counts[:, chosen])
+                    at = bisect.bisect_left(queue, numbers[stop]) if stop < len(numbers) else len(queue)
+                    continue
             moment = Moment()
             moment.retransmitted = retransmitted.get(queue[at], 0)
             if place is not None:

@@ -64,6 +64,14 @@ class Sent(NamedTuple):
         return is_bare and self.number != self.carrier and answer.number == number and self.may_be_quoted_by(answer)
 
 
+class Overwritten(NamedTuple):
+    """What is known of a probe into which an acknowledgement was written."""
+
+    recvtime: int
+    hop: int
+    responder: str
+
+
 def find_offset(answers: Iterable[Unmatched], probes: Iterable[Sent], known: int) -> int:
     """Return the constant between quoted numbers and probes that explains most answers, 0 if it is not certain.
 
@@ -99,7 +107,7 @@ class UnmatchedAnswers:
         self._waiting: dict[FlowKey, dict[int, Unmatched]] = {}  # by flow and quoted number
         self._offsets: dict[FlowKey, int] = {}
         self._counts: collections.Counter[tuple[FlowKey, str]] = collections.Counter()  # by flow and responder
-        self._overwritten: dict[str, list[tuple[Sent, Unmatched]]] = {}  # the newest ones, by destination
+        self._overwritten: dict[str, list[Overwritten]] = {}  # the newest ones, by destination
         self._ack_filters: dict[str, AckFilter] = {}  # by destination
 
     def note(self, flow: FlowKey, answer: Unmatched) -> None:
@@ -134,7 +142,8 @@ class UnmatchedAnswers:
                     # In IPv6 several may fit. None to a hop that answers does, and the newest of the others may.
                     silent = self._summary.first_silent_hop(flow)
                     probe = max(overwritten, key=lambda probe: (probe.hop >= silent, probe.sendtime))
-                    self._overwritten.setdefault(flow[0], []).append((probe, answer))
+                    found = Overwritten(answer.recvtime, probe.hop, answer.responder)
+                    self._overwritten.setdefault(flow[0], []).append(found)
         for is_known in (True, False):
             offset = known if is_known else find_offset(answers.values(), probes.values(), known)
             for answer in list(answers.values()) if offset else ():
@@ -151,13 +160,13 @@ class UnmatchedAnswers:
     def take_ack_filters(self) -> list[AckFilter]:
         """Return the ACK filters that were found since the last call, one for each destination."""
         found = []
-        for dest, pairs in list(self._overwritten.items()):
-            newest = max(answer.recvtime for _, answer in pairs)
-            pairs[:] = [pair for pair in pairs if newest - pair[1].recvtime < OVERWRITTEN_WITHIN]
-            oldest = min(answer.recvtime for _, answer in pairs)
-            if len(pairs) >= ENOUGH_OVERWRITTEN or newest - oldest >= OVERWRITTEN_APART:
-                sent, answer = min(pairs, key=lambda pair: pair[0].hop)
-                found.append(AckFilter(sent.hop, dest, answer.responder, len(pairs), oldest, newest))
+        for dest, probes in list(self._overwritten.items()):
+            newest = max(probe.recvtime for probe in probes)
+            probes[:] = [probe for probe in probes if newest - probe.recvtime < OVERWRITTEN_WITHIN]
+            oldest = min(probe.recvtime for probe in probes)
+            if len(probes) >= ENOUGH_OVERWRITTEN or newest - oldest >= OVERWRITTEN_APART:
+                nearest = min(probes, key=lambda probe: probe.hop)
+                found.append(AckFilter(nearest.hop, dest, nearest.responder, len(probes), oldest, newest))
                 del self._overwritten[dest]
         self._ack_filters.update((each.dest, each) for each in found)
         return found
