@@ -111,7 +111,7 @@ class Results:
         kernel.on_events("results", self._events.append, RESULT_PERF_PAGES)
 
     def _noter_of_answers(self, probe: Record) -> Callable[..., None]:
-        """Return the function that is told of answered probes like this one."""
+        """Return the function that notes answered probes like this one, by their NOTED fields."""
         note = self._noter(probe)
         if not probe.translated and probe.intos == probe.outtos:
             return note
@@ -123,7 +123,7 @@ class Results:
         return note_changed
 
     def _noter(self, probe: Record) -> Callable[..., None]:
-        """Return the function of the summary that is told of probes like this one."""
+        """Return the function by which the summary notes probes like this one."""
         forgotten = self.summary.forgotten
         note = self.summary.place(probe).note
         if self.summary.forgotten != forgotten:

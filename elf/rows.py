@@ -144,7 +144,7 @@ class Alike:
         self.values = values
         self.template = text.replace(NUMBER_OR_NONE, "%d")
         self.template_of_texts = text.replace(NUMBER_OR_NONE, "%s")
-        self.note: Callable[..., None] | None = None  # tells the summary of such a probe, by its NOTED fields
+        self.note: Callable[..., None] | None = None  # notes such a probe in the summary
 
 
 class RowMaker:
@@ -158,8 +158,8 @@ class RowMaker:
     def __init__(self, layout: str, names: Sequence[str], noter: Callable[[Record], Callable[..., None]]) -> None:
         """layout and names: the struct module's format of a probe, and the names of the values in it.
 
-        If "recvtime" is not among the names, the probes are unanswered. noter returns the function that is told of
-        probes like this one, by their NOTED fields.
+        If "recvtime" is not among the names, the probes are unanswered. noter returns the function that notes
+        probes like this one: it takes their NOTED fields.
         """
         values = {column.name: column.answered if "recvtime" in names else column.unanswered for column in COLUMNS}
         for name, default in Record._field_defaults.items():
@@ -185,7 +185,7 @@ class RowMaker:
         return rows
 
     def forget_noters(self) -> None:
-        """Ask again for the function that is told of each probe."""
+        """Forget the functions that note probes: noter returns others from now on."""
         self._known.clear()
 
     def _new(self, key: tuple[Any, ...]) -> Alike:
@@ -198,7 +198,7 @@ class RowMaker:
         return alike
 
     def _begin(self, alike: Alike, *noted: Any) -> Callable[..., None]:
-        """Return the function that is told of such probes, of which this is the first one."""
+        """Return the function that notes probes like this one, which is the first of them."""
         alike.note = self._noter(Record(**{**alike.values, **dict(zip(NOTED, noted))}))
         return alike.note
 
@@ -228,9 +228,9 @@ def size_of(values: Iterable[Value]) -> int:
 
 
 def packed(values: Iterable[Value], chosen: set[str]) -> tuple[struct.Struct, list[struct.Struct], list[str]]:
-    """Return a layout that yields SHARED fields that are next to each other as bytes, and those that are chosen.
+    """Return a layout that yields each run of adjacent SHARED fields as bytes, and the chosen ones of the others.
 
-    Also return the layouts of these parts, and the names of all that is yielded: part0, part1 and so on.
+    Also return the layouts of these runs, and the names of all that it yields. The runs are part0, part1 and so on.
     """
     whole, names = "=", []
     parts: list[struct.Struct] = []

@@ -213,7 +213,7 @@ def test_a_few_expired_packets_are_no_ack_filter() -> None:
 
     assert not is_told_after(1, 1.1)
     assert not is_told_after(100) and not is_told_after(170) and not is_told_after(240)
-    assert is_told_after(241) and not is_told_after(300, 300.1, 300.2), 'it is told once'
+    assert is_told_after(241) and not is_told_after(300, 300.1, 300.2), 'only once'
     assert is_told_after(300, 300.1, 300.2, dest='203.0.113.81')
 
 
