@@ -456,6 +456,7 @@ struct flow_look {
 	__u32 srtt;       /* us */
 	__u32 port;       /* of the destination, as in the packet */
 	__u32 is_one_way; /* the destination was received once only, so perhaps it is to answer no more */
+	__u32 is_probed;  /* a packet of the flow carried a probe already */
 	__u64 patience;   /* time in which it should move */
 };
 
@@ -1916,14 +1917,16 @@ static inline int is_conversation(const struct reception *received, const struct
 }
 
 /* May a flow that nothing was received of carry a probe? Not while we suspect a firewall, because it could not be seen
- * to stall. It may after a while, since perhaps there are no other flows, which could end the suspicion. */
-static inline int may_begin_probed(const struct trust *trust, __u32 port, __u64 now)
+ * to stall. It may after a while, since perhaps there are no other flows, which could end the suspicion. While it is in
+ * doubt whether flows to its port are one-way, a flow goes on that is probed: only one that is not can decide that. */
+static inline int may_begin_probed(const struct trust *trust, __u32 port, __u32 is_probed, __u64 now)
 {
 	__u64 suspected = max64(trust->last_strike, trust->episode);
 
 	if (is_paused(trust, now))
 		return 0;
-	if (trust->doubt == DOUBTED && trust->doubted_port == port && now - trust->doubted_at <= FORGIVEN)
+	if (trust->doubt == DOUBTED && trust->doubted_port == port && !is_probed &&
+	    now - trust->doubted_at <= FORGIVEN)
 		return 0;
 	return (!trust->strikes && trust->last_moved >= trust->episode) || now - suspected > FORGIVEN;
 }
@@ -3595,6 +3598,7 @@ static inline struct progress *look_at_foreign(struct path *path, const struct p
 	struct flow *flow;
 
 	flow = flow_of(&scratch->flow, tcp ? bpf_ntohl(tcp->seq) : 0, tcp ? bpf_ntohl(tcp->ack_seq) : 0);
+	look->is_probed = flow && flow->progress.last_probed;
 	if (!flow)
 		return 0;
 	look->timeouts = look->is_one_way = 0;
@@ -3651,7 +3655,7 @@ static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh,
 		look->position = (__u32)(tp->bytes_acked + tp->bytes_received); /* a SYN: 0, which is no progress */
 		look->segments = tp->data_segs_in;
 		look->timeouts = tp->icsk_retransmits;
-		look->is_one_way = look->port = 0;
+		look->is_one_way = look->port = look->is_probed = 0;
 		look->outstanding = tp->packets_out;
 		look->srtt = tp->srtt_us >> 3;
 		look->patience = REPEATS_TIME;
@@ -3666,7 +3670,8 @@ static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh,
 		scratch->may_carry = look_at_flow(skb, path, progress, scratch, now);
 		scratch->stalled = progress->stalled_at != 0;
 	} else {
-		scratch->may_carry = may_begin_probed(trust_in(path, pkt->protocol), scratch->flow.dport, now);
+		scratch->may_carry =
+			may_begin_probed(trust_in(path, pkt->protocol), scratch->flow.dport, look->is_probed, now);
 	}
 	if (!READ_ONCE(scratch->may_carry))
 		return REASON(flow_stalled);

@@ -65,8 +65,8 @@ void exported_flow_received(struct path *p, struct reception *received, struct p
 int exported_look_at_conversation(struct path *p, struct reception *received, struct progress *flow,
                                   struct flow_look *look, __u64 now)
 { (void)p; look_at_conversation(received, flow, look, now); return is_conversation(received, flow); }
-int exported_may_begin_probed(struct path *p, __u32 protocol, __u32 port, __u64 now)
-{ return may_begin_probed(trust_in(p, protocol), port, now); }
+int exported_may_begin_probed(struct path *p, __u32 protocol, __u32 port, __u32 is_probed, __u64 now)
+{ return may_begin_probed(trust_in(p, protocol), port, is_probed, now); }
 void exported_destination_reached(struct path *p, __u32 ttl, __u64 now) { destination_reached(p, ttl, now); }
 """
 
@@ -187,7 +187,16 @@ class Look(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_uint32)
-            for name in ('position', 'segments', 'timeouts', 'outstanding', 'srtt', 'port', 'is_one_way')
+            for name in (
+                'position',
+                'segments',
+                'timeouts',
+                'outstanding',
+                'srtt',
+                'port',
+                'is_one_way',
+                'is_probed',
+            )
         ),
         ('patience', ctypes.c_uint64),
     ]
@@ -272,7 +281,7 @@ class PathModel:
             'flow_probed': (u32, ctypes.POINTER(Flow), u32, u32, u64),
             'flow_received': (ctypes.POINTER(Reception), ctypes.POINTER(Flow), u64),
             'look_at_conversation': (ctypes.POINTER(Reception), ctypes.POINTER(Flow), ctypes.POINTER(Look), u64),
-            'may_begin_probed': (u32, u32, u64),
+            'may_begin_probed': (u32, u32, u32, u64),
             'destination_reached': (u32, u64),
         }
         for name, arguments in self._arguments.items():

@@ -132,7 +132,7 @@ class Connection:
         position = 1 + self.una + self.received if self.is_established else 0
         look = Look(
             position, self.segments, self.timeouts, self.next - self.una, net.rtt // 1000,
-            0, 0, REPEATS_TIME,
+            0, 0, 0, REPEATS_TIME,
         )  # fmt: skip
         may_carry = net.model.flow_looked(net.path, TCP, self.flow, look, 1, net.now)
         if may_carry and self.is_established and not self.closing:
@@ -267,7 +267,8 @@ class Conversation:
             if net.model.look_at_conversation(net.path, self.received, self.flow, look, net.now):
                 may_carry = net.model.flow_looked(net.path, UDP, self.flow, look, 1, net.now)
             else:
-                may_carry = net.model.may_begin_probed(net.path, UDP, self.port, net.now)
+                is_probed = self.flow.last_probed > 0
+                may_carry = net.model.may_begin_probed(net.path, UDP, self.port, is_probed, net.now)
             if may_carry:
                 net.probe(self)
         if net.passes(self):

@@ -200,6 +200,14 @@ def test_firewall_in_spite_of_trust(model: PathModel, network: Arguments, kind: 
     assert talking.connection.last_moved > net.now - 2 * S
 
 
+def test_one_way_flows_whose_answers_were_early(model: PathModel) -> None:
+    """Beside one whose answer was counted, as with `iperf3 -u -P`: no doubt about that one ends their probes."""
+    early = dict(REQUESTS, mute=(0, 400), patience=FOR_EVER)
+    net, talking = simulate(model, 30, {}, [ONE_WAY, early, early])
+    assert not net.path.excluded
+    assert all(each.connection.flow.last_probed > net.now - S for each in talking)
+
+
 def test_rare_stalls_do_not_add_up(model: PathModel) -> None:
     """One in a minute, the first of them at once, as where a radio link fails for a moment."""
     moments = [(3, (1 + 60 * n) * S, (1 + 60 * n) * S + 300 * MS) for n in range(15)]
