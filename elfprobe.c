@@ -143,6 +143,7 @@
 #define IPPROTO_DSTOPTS 60
 #define IPV6_EXTENSIONS_MAX 4
 #define IPV6_EXTENSIONS_MASK 1023 /* maximum length of all extension headers; a power of two less 1 */
+#define HEADERS_MASK 4095 /* more than all headers of a packet and of the one it quotes; a power of two less 1 */
 #define IPPROTO_ICMPV6 58
 #define IPPROTO_MPTCP 262 /* of sockets, never of packets */
 #define IP_MF 0x2000
@@ -2527,6 +2528,16 @@ static inline int parse_frame(struct hdr_cursor *nh, struct packet *pkt)
 	return err < 0 ? err : parse_inner(nh, pkt);
 }
 
+/* Make the verifier forget how a packet was parsed: see hidden(). The cursor stays where it is. What was proven of the
+ * bytes behind it must be proven again. start is the packet's first byte. */
+static inline void forget_headers(struct scratch *scratch, void *start, struct hdr_cursor *nh, struct packet *pkt)
+{
+	nh->pos = start + (hidden(scratch, nh->pos - start) & HEADERS_MASK);
+	pkt->version = hidden(scratch, pkt->version);
+	pkt->protocol = hidden(scratch, pkt->protocol);
+	pkt->fragment = hidden(scratch, pkt->fragment);
+}
+
 static inline int is_icmp(const struct packet *pkt)
 {
 	return pkt->version == 4 ? pkt->protocol == IPPROTO_ICMP : pkt->protocol == IPPROTO_ICMPV6;
@@ -2603,13 +2614,15 @@ static inline int parse_udp_head(const struct hdr_cursor *nh, __u8 *head)
 		return -1;
 	words = ((bpf_ntohs(udp->len) & (UDP_EXCESS - 1)) - sizeof(*udp)) / sizeof(*payload);
 	__builtin_memset(head, 0, UDP_HEAD_LEN);
-#pragma unroll
+#pragma clang loop unroll(disable)
 	for (i = 0; i < UDP_HEAD_LEN / sizeof(*payload); i++) {
-		if (i < words) {
-			if ((void *)(payload + i + 1) > nh->end)
-				return -1;
-			((__u16 *)head)[i] = payload[i];
-		}
+		asm volatile(""
+			     : "+r"(payload)); /* otherwise clang computes with data_end, which verifiers reject */
+		if (i >= words)
+			break;
+		if ((void *)(payload + 1) > nh->end)
+			return -1;
+		((__u16 *)head)[i] = *payload++;
 	}
 	return 0;
 }
@@ -3786,14 +3799,15 @@ static inline void note_flow_probed(struct __sk_buff *skb, struct path *path, st
 }
 
 /* A probe is due: send it with this packet. Return 0, the reason why it did not leave, or NOT_SENT. */
-static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh, const struct packet *pkt,
-			     struct path *path, const struct owner *owner, struct process *process, __u64 now)
+static inline int probe_with(struct __sk_buff *skb, struct hdr_cursor *nh, struct packet *pkt, struct path *path,
+			     const struct owner *owner, struct process *process, __u64 now)
 {
 	struct scratch *scratch = scratch_of_run();
 	int reason, unfit;
 
 	if (!scratch)
 		return NOT_SENT;
+	forget_headers(scratch, (void *)(long)skb->data, nh, pkt);
 	note_owner(scratch, owner, process, now);
 	reason = check_carrier(skb, nh, pkt, now);
 	if (reason && (reason != REASON(carrier_unfit) || pkt->protocol != IPPROTO_TCP || pkt->fragment))
@@ -3804,8 +3818,7 @@ static inline int probe_with(struct __sk_buff *skb, const struct hdr_cursor *nh,
 		return REASON(on_link);
 	}
 	__builtin_memset(&scratch->probe.tcp, 0, sizeof(scratch->probe.tcp));
-	/* All that the packet tells goes into scratch first, and is read there. So the verifier follows what comes once,
-	 * and not for each way to parse a packet. */
+	/* The verifier does not follow both values of what is read from scratch later. */
 	scratch->can_fall_back = can_fall_back(pkt);
 	/* Also for a SYN or FIN, which may show a stall. */
 	reason = check_flow(skb, nh, pkt, path, scratch, now);
@@ -3934,8 +3947,8 @@ static inline struct probe *find_probe(struct hdr_cursor *nh, const struct packe
 
 /* Parse the quoted packet at the cursor. Return the probe in flight that it quotes, and its key in the result; 0 for
  * none. */
-static inline struct probe *match_quote(struct hdr_cursor *nh, const struct packet *outer, struct packet *quote,
-					struct extended_result *extended, struct udp_partial *partial)
+static inline struct probe *match_quote(struct scratch *scratch, void *start, struct hdr_cursor *nh,
+					const struct packet *outer, struct packet *quote)
 {
 	struct probe *probe;
 	__u16 *compensation;
@@ -3944,7 +3957,8 @@ static inline struct probe *match_quote(struct hdr_cursor *nh, const struct pack
 		return 0;
 	if (parse_inner(nh, quote) < 0 || quote->fragment == LATER_FRAGMENT)
 		return 0;
-	probe = find_probe(nh, quote, extended, partial);
+	forget_headers(scratch, start, nh, quote);
+	probe = find_probe(nh, quote, &scratch->result, &scratch->partial);
 	if (!probe || !probe->compensation)
 		return probe;
 	compensation = nh->pos + sizeof(struct udphdr);
@@ -4026,13 +4040,14 @@ static inline void report_unmatched(struct xdp_md *ctx)
 	submit_result(ctx, &scratch->result, sizeof(scratch->result));
 }
 
-/* Handle an ICMP error, with the quoted packet at the cursor. */
-static inline enum answer receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, const struct packet *outer,
-					const struct icmphdr *icmp, enum icmp_kind kind)
+/* Handle an ICMP error, with the cursor at its header. */
+static inline enum answer receive_error(struct xdp_md *ctx, struct hdr_cursor *nh, struct packet *outer,
+					enum icmp_kind kind)
 {
 	__u64 now = bpf_ktime_get_ns(); /* first of all: this is the measurement */
 	struct scratch *scratch = scratch_of_run();
 	struct packet quote = {};
+	struct icmphdr *icmp;
 	struct result *result;
 	struct probe *probe;
 	struct path *path;
@@ -4040,9 +4055,14 @@ static inline enum answer receive_error(struct xdp_md *ctx, struct hdr_cursor *n
 
 	if (!scratch)
 		return NO_ANSWER;
+	forget_headers(scratch, (void *)(long)ctx->data, nh, outer);
+	icmp = nh->pos;
+	if ((void *)(icmp + 1) > nh->end)
+		return NO_ANSWER;
+	nh->pos = icmp + 1;
 	result = &scratch->result.result;
 	scratch->result.extension_len = 0;
-	probe = match_quote(nh, outer, &quote, &scratch->result, &scratch->partial);
+	probe = match_quote(scratch, (void *)(long)ctx->data, nh, outer, &quote);
 	result->reply.recvtime = now;
 	result->reply.responder = outer->saddr;
 	result->reply.recvcpu = bpf_get_smp_processor_id();
@@ -4154,6 +4174,7 @@ int elf_ingress(struct xdp_md *ctx)
 	enum icmp_kind kind = OTHER_ICMP;
 	enum answer answer = NO_ANSWER;
 	struct packet pkt = {};
+	struct scratch *scratch;
 	struct icmphdr *icmp;
 	struct path *path;
 	__u64 ticks;
@@ -4170,10 +4191,9 @@ int elf_ingress(struct xdp_md *ctx)
 			return VERDICT_PASS;
 		if ((void *)(icmp + 1) <= nh.end)
 			kind = icmp_kind(&pkt, icmp);
-		nh.pos = icmp + 1;
 	}
 	if (kind == TIME_EXCEEDED || kind == DEST_UNREACHABLE)
-		answer = receive_error(ctx, &nh, &pkt, icmp, kind);
+		answer = receive_error(ctx, &nh, &pkt, kind);
 	else if (kind == ECHO_REPLY)
 		answer = receive_echo_reply(ctx, &pkt, icmp);
 	if (answer != NO_ANSWER)
@@ -4183,14 +4203,16 @@ int elf_ingress(struct xdp_md *ctx)
 		report_unmatched(ctx);
 		return VERDICT_PASS;
 	}
+	path = path_to(&pkt.saddr);
+	scratch = scratch_of_run();
+	if (!path || !scratch)
+		return VERDICT_PASS;
+	forget_headers(scratch, (void *)(long)ctx->data, &nh, &pkt);
 	if (is_for_connection(&nh, &pkt))
 		return VERDICT_PASS;
-	path = path_to(&pkt.saddr);
-	if (!path)
-		return VERDICT_PASS;
 	ticks = ticks_now();
-	if (looks_at_flow(path, pkt.protocol, ticks)) /* first: then the verifier follows what comes once */
-		note_flow(&pkt, icmp, nh.end);
+	if (looks_at_flow(path, pkt.protocol, ticks))
+		note_flow(&pkt, nh.pos, nh.end);
 	note_packet(path, pkt.ttl, !is_bare(&nh, &pkt), ticks);
 	return VERDICT_PASS;
 }
