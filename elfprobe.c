@@ -1985,7 +1985,7 @@ BPF_F_TABLE("hash", struct probe_key, struct probe, in_flight, 1, BPF_F_NO_PREAL
 /* Finds the ident under which the probe is in in_flight. The kernel allocates the whole of it at once. */
 BPF_TABLE("lru_hash", struct udp_partial, __u32, partial_checksums, 1);
 /* What a middlebox adds to the TCP sequence numbers of a flow: a key without ident -> a constant. User space finds it. */
-BPF_TABLE("lru_hash", struct probe_key, __u32, seq_offsets, 4096);
+BPF_TABLE("lru_hash", struct probe_key, __u32, seq_offsets, 2048);
 /* Flows that have no TCP socket here: of other protocols than TCP, forwarded, of a container, or of a raw socket. */
 BPF_TABLE("lru_hash", struct flow_key, struct flow, flows, 8192);
 BPF_ARRAY(new_flow, struct flow, 1); /* the first value of an entry: all 0 */

@@ -710,7 +710,7 @@ PER_CPU_MAPS = 5, 6, 10, 21  # enum bpf_map_type, linux/bpf.h: hash, array, lru_
 BPF_MAP_TYPE_QUEUE, BPF_MAP_TYPE_STACK = 22, 23
 BATCH = 4096  # entries of a map that are read at once
 EVENT_PERF_PAGES = 64  # of each CPU's perf buffer, if there are no ring buffers
-PARTIAL_CHECKSUMS_MAX = 1 << 15  # probes with a partial checksum: 0.65 s of them at 50,000 a second
+PARTIAL_CHECKSUMS_MAX = 1 << 14  # probes with a partial checksum: 0.33 s of them at 50,000 a second
 FLOW_DESTINATIONS_MAX = 16384  # destinations of processes' flows
 MADE_ROOM = 4  # one out of so many is forgotten if there is no room for more
 # Probes in flight, at most: up to --max-rate 170000 all that are sent have room, even if none is ever answered.
