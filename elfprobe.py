@@ -97,6 +97,7 @@ from elf.machine import (
     is_kernel_memory_locked,
     linux_version,
     missing_capabilities,
+    version_numbers,
 )
 from elf.metrics import Figures, Metrics, exporting
 from elf.network import Routes, attributes
@@ -601,6 +602,7 @@ class Platform:
     has_batches: bool = False  # BCC 0.19 reads maps in batches. Only reading shows whether Linux does (5.6)
     has_run_time_stats: bool = False  # BCC exports bpf_enable_stats(), Linux 5.8
     has_malloc_trim: bool = False  # the C library is glibc
+    compiles_faster: bool = False  # BCC 0.26. With FASTER_COMPILATION, BCC 0.18 crashes
     has_mptcp: bool = False  # TC programs can find the MPTCP socket of a TCP socket (Linux 5.19)
     is_preemptible: bool = False  # another program run may preempt a program run on its CPU
     tick: int = 0  # ns between two values of bpf_jiffies64() (Linux 5.6); 0: programs cannot call it
@@ -627,6 +629,7 @@ class Platform:
             has_batches=hasattr(bcc.lib, "bpf_lookup_batch"),
             has_run_time_stats=hasattr(bcc.lib, "bpf_enable_stats"),
             has_malloc_trim=hasattr(LIBC, "malloc_trim"),
+            compiles_faster=version_numbers(bcc.__version__) >= (0, 26, 0),
             has_mptcp=takes_program(CALLS_SKC_TO_MPTCP_SOCK),
             # Since Linux 6.18, PREEMPT_RT disables softirqs without a lock, so that runs can preempt each other
             # (CONFIG_PREEMPT_RT_NEEDS_BH_LOCK). Older kernels with PREEMPT_RT are treated alike.
@@ -729,6 +732,10 @@ TRACEPOINTS = {  # program of elfprobe.c -> raw tracepoint
     "elf_fork": "sched_wakeup_new",
     "elf_exec": "sched_process_exec",
 }
+
+# BCC optimises what clang hands over, so clang need not do it. Debug information of inlined functions, which nobody
+# reads, takes a fifth of the time.
+FASTER_COMPILATION = ["-Xclang", "-disable-llvm-passes", "-Dinline=inline __attribute__((nodebug))"]
 
 Key = Union[int, bytes]  # of a map: a number, or the bytes of a C struct
 
@@ -1202,6 +1209,7 @@ class Kernel:
         self._events_failed = 0
         flags = [f"-D{name}={value}" for name, value in build_flags(config, build, platform).items()]
         flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"] if with_warnings else ["-w"]
+        flags += FASTER_COMPILATION if platform.compiles_faster else []
         text = program_text(config.hooks)
         try:
             self._load_all(config, build, text, flags)

@@ -24,11 +24,16 @@ class Capability(enum.IntEnum):
     BPF = 39
 
 
-def linux_version() -> tuple[int, int, int]:
-    """Return the three numbers of the kernel's version."""
-    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", os.uname().release)
+def version_numbers(text: str) -> tuple[int, int, int]:
+    """Return the first three numbers of a version such as "6.18.44-amd64". Those that are missing are 0."""
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
     first, second, third = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
     return first, second, third
+
+
+def linux_version() -> tuple[int, int, int]:
+    """Return the three numbers of the kernel's version."""
+    return version_numbers(os.uname().release)
 
 
 def is_kernel_memory_locked() -> bool:
