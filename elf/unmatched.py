@@ -184,12 +184,18 @@ class UnmatchedAnswers:
             self._explained(flow, answer.responder)
 
     def forget(self, before: int) -> None:
-        """Forget answers from before a time. Their probes are no longer in flight."""
+        """Forget answers from before a time. Their probes are no longer in flight.
+
+        Signs of ACK filters are kept for longer.
+        """
         for flow, answers in list(self._waiting.items()):
             for number in [number for number, answer in answers.items() if answer.recvtime < before]:
                 del answers[number]
             if not answers:
                 del self._waiting[flow]
+        for dest, probes in list(self._overwritten.items()):
+            if max(probe.recvtime for probe in probes) < before - OVERWRITTEN_WITHIN:
+                del self._overwritten[dest]
 
     def findings(self) -> Iterator[OfDestination]:
         """Yield the ACK filters, and the answers to probed flows that stayed unexplained."""

@@ -217,6 +217,19 @@ def test_a_few_expired_packets_are_no_ack_filter() -> None:
     assert is_told_after(300, 300.1, 300.2, dest='203.0.113.81')
 
 
+def test_signs_of_ack_filters_are_not_kept_for_long() -> None:
+    """One for each of many destinations: an address scan through a routing loop."""
+    unmatched = UnmatchedAnswers(Summary())
+    for number in range(500):
+        flow, at = (f'203.0.{number >> 8}.{number & 255}', 40000, 443, 6), number * 10**9
+        sent = Sent(1000, 3048, 7, at, 3, b'', b'')
+        unmatched.note(flow, Unmatched(3048, 7, 40, at + 10**6, '192.0.2.3', b''))
+        assert not list(unmatched.match(flow, {sent.number: sent}))
+        unmatched.forget(at)
+        assert not unmatched.take_ack_filters()
+    assert len(unmatched._overwritten) < 100
+
+
 @pytest.mark.parametrize('version, ip_id, is_found', [(4, 7, True), (4, 0, False), (6, 7, False)])
 def test_one_answer_tells_an_offset_only_if_it_can_quote_one_probe(
     version: int, ip_id: int, is_found: bool

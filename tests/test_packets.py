@@ -475,6 +475,27 @@ def test_probes_that_cannot_be_told_apart_are_not_sent(
     assert set(flights) <= set(programs.in_flight())
 
 
+@pytest.mark.parametrize('excluded, kept', [(0, 192), (160, 71), (255, 0), (256, 0)])
+def test_room_for_destinations_is_made_by_those_probed_longest_ago(
+    load: Load, monkeypatch: pytest.MonkeyPatch, excluded: int, kept: int
+) -> None:
+    """Excluded ones stay. However many they are, a quarter of the others and one more go at most."""
+    monkeypatch.setattr(elfprobe, 'FLOW_DESTINATIONS_MAX', 256)
+    programs = load(by_owner=True, apps=('few',))
+    kernel, table = programs.kernel, programs.kernel.map('flow_paths')
+    programs.empty('flow_paths')
+    for number in range(table.max_entries):
+        path = table.new(excluded=number < excluded)
+        path.pacing.last_sent = 1000 - number
+        table.put(number.to_bytes(16, 'big'), path)
+    counters = kernel.map('counters').get(0)
+    counters[0].no_room = 1 + excluded
+    kernel.map('counters').put(0, counters)
+    kernel.make_room()
+    left = sorted(int.from_bytes(key, 'big') for key, _ in table.raw_items())
+    assert left == list(range(excluded + kept))
+
+
 @pytest.mark.parametrize('tcx, ended', [(True, TC_ACT_SHOT), (False, TC_ACT_STOLEN)], ids=['tcx', 'clsact'])
 def test_no_room_in_flight(load: Load, tcx: bool, ended: int) -> None:
     """Where there is a verdict for it, the clone that is given up is no drop."""
