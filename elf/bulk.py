@@ -15,7 +15,7 @@ import numpy as np
 from elf.batches import Batch
 from elf.groups import Groups
 from elf.losses import LATE, MOMENT
-from elf.moments import BulkLosses, note_moments, note_silence
+from elf.moments import BulkLosses, first_answers, note_moments, note_silence
 from elf.paths import OUTAGE_MIN, Destination, Hop
 from elf.slices import Stretch
 from elf.summary import (
@@ -290,7 +290,9 @@ class BulkSummary(Summary):
         lowest, highest = (answered.reduce(function, responders).tolist() for function in (np.minimum, np.maximum))
         which = numbers.tolist()
         all_losses: list[Any] = [each.watch.losses for each in destinations]
-        note_moments(batch, answered, [all_losses[group] for group in which], [hops[group] for group in which])
+        its_losses = [all_losses[group] for group in which]
+        begun = first_answers(answered, its_losses)
+        note_moments(batch, answered, its_losses, [hops[group] for group in which])
         for index, (group, start, end) in enumerate(
             zip(numbers.tolist(), answered.starts.tolist(), answered.ends.tolist())
         ):
@@ -313,7 +315,7 @@ class BulkSummary(Summary):
             hop, second = hops[which[key >> 35]], key & (1 << 35) - 1
             if second > hop.unanswered_until:
                 hop.note_unanswered(second)
-        note_silence(batch, silent, [all_losses[group] for group in which])
+        note_silence(batch, silent, [all_losses[group] for group in which], begun)
 
     @staticmethod
     def _note_events(

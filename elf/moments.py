@@ -36,6 +36,11 @@ class BulkLosses(Losses):
         self._keys: list[Any] = []  # arrays: moment and number of the hop
         self._counts: list[Any] = []  # arrays of four rows, as of Cell
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether a hop has answered."""
+        return bool(self._states)
+
     def state(self, number: int) -> HopState | None:
         return self._states.get(number)
 
@@ -135,6 +140,18 @@ class BulkLosses(Losses):
                 state.add(totals[place], 0)
 
 
+def first_answers(answered: Groups, all_losses: Sequence[BulkLosses]) -> dict[int, int]:
+    """Return, for destinations that have not answered before, the row of the first answer, by id() of their losses.
+
+    answered and all_losses: as for note_moments(), which comes after it.
+    """
+    found: dict[int, int] = {}
+    for losses, row in zip(all_losses, answered.firsts.tolist()):
+        if not losses.is_begun:
+            found[id(losses)] = min(row, found.get(id(losses), row))
+    return found
+
+
 def note_moments(batch: Batch, answered: Groups, all_losses: Sequence[BulkLosses], hops: Sequence[Any]) -> None:
     """Do Losses.note_moment() for the first answer of hops in each moment, before the hops have these answers.
 
@@ -187,8 +204,16 @@ def note_moments(batch: Batch, answered: Groups, all_losses: Sequence[BulkLosses
     add_to(all_losses, its_group[apart], moments[apart] - 1, its_numbers[apart], found_apart)
 
 
-def note_silence(batch: Batch, silent: Groups, all_losses: Sequence[BulkLosses]) -> None:
-    """Do Losses.add_unanswered() for the unanswered probes to hops, as note_moments() does for answers."""
+def note_silence(batch: Batch, silent: Groups, all_losses: Sequence[BulkLosses], begun: dict[int, int]) -> None:
+    """Do Losses.add_unanswered() for the unanswered probes to hops, as note_moments() does for answers.
+
+    begun: what first_answers() has returned. Probes before that row do not count.
+    """
+    since = np.array([begun.get(id(losses), -1) for losses in all_losses], int)
+    do_count = np.zeros(len(batch), bool)
+    do_count[silent.order] = silent.order > since[silent.numbers()]
+    silent, which = silent.only(do_count)
+    all_losses = [all_losses[group] for group in which.tolist()]
     by_both = Groups(silent.numbers() << 35 | batch["sendtime"][silent.order] // MOMENT)
     rows, its_group = silent.order[by_both.firsts], silent.numbers()[by_both.firsts]
     counts = np.zeros((4, len(by_both)), int)

@@ -1032,7 +1032,7 @@ def test_losses_at_once(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for place in range(6000):
         now += chance.choice([0, every, 2 * every, 30 * S if chance.random() < 0.002 else 0])
         hop = chance.randrange(hops)
-        is_lost = chance.random() < (0.3 if place // 300 % 7 == 3 else usual)
+        is_lost = chance.random() < (0.3 if place // 300 % 7 == 3 else usual) or place < seed % 3 * 250
         idents[hop] += chance.random() < 0.9 or not is_lost
         columns['sendtime'][place] = now - chance.choice([0, 0, 200 * MS])
         columns['outttl'][place], columns['latency'][place] = hop + 1, -1 if is_lost else MS
@@ -1050,18 +1050,18 @@ def test_losses_at_once(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
             answered, silent = (Groups(batch['outttl'], np.flatnonzero(each)) for each in (~lost, lost))
             if isinstance(its, moments.BulkLosses):
                 at = [nodes[hop - 1] for hop in batch['outttl'][answered.firsts].tolist()]
+                begun = moments.first_answers(answered, [its] * len(at))
                 moments.note_moments(batch, answered, [its] * len(at), at)
-                moments.note_silence(batch, silent, [its] * len(silent))
+                moments.note_silence(batch, silent, [its] * len(silent), begun)
             for record in batch.records():
                 hop, moment = record.outttl, record.sendtime // losses.MOMENT
                 latency = nodes[hop - 1].latency
                 if kind is losses.Losses and record.responder:
                     its.note_moment(hop, latency, moment, latency.count, record.responder, record.ripid)
+                elif kind is losses.Losses:
+                    its.add_unanswered(hop, moment, 1)
                 if record.responder:
                     latency.add(record.latency)
-            for record in batch.records() if kind is losses.Losses else ():
-                if not record.responder:
-                    its.add_unanswered(record.outttl, record.sendtime // losses.MOMENT, 1)
             newest = int(batch['sendtime'].max()) // losses.MOMENT
             its.note_retransmitted(newest, first % 3)
             its.close(newest - losses.LATE)
