@@ -26,7 +26,8 @@ ENOUGH = 100  # probes to a hop, from which on what is usual is known
 REFERENCE_MAX = 20_000  # probes to a hop, above which older ones count half
 SHARES = 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.9  # of probes lost that are looked for
 WORTH_KEEPING = 0.001  # p of a single test, above which a segment is forgotten
-ALARM = math.log(len(SHARES) / WORTH_KEEPING)  # log likelihood ratio of such a p; a fall by as much ends a segment
+UNIT = 2**-32  # of log likelihood ratios. They are integers, so that a sum is the same in any order
+ALARM = round(math.log(len(SHARES) / WORTH_KEEPING) / UNIT)  # of such a p; a fall by as much ends a segment
 LOSSY_MIN = 3  # moments with unanswered probes in an episode: those of one moment may have met one full queue
 LASTING = 6000  # moments, from which on a higher share is the usual one
 FIRST_CHECK = 16  # moments of a search, after which it is looked at for the first time
@@ -176,12 +177,15 @@ class Cusum:
     __slots__ = ("score", "begin", "before", "most", "end", "after")
 
     def __init__(self) -> None:
-        self.score = self.most = 0.0
         self.begin = self.end = 0  # moments
+        self.clear()
+
+    def clear(self) -> None:
+        self.score = self.most = 0  # UNIT
         self.before: Counts | None = None  # sums until begin
         self.after: Counts | None = None  # sums until the most likely end
 
-    def add(self, ratio: float, moment: int, before: Counts, after: Counts) -> Segment | None:
+    def add(self, ratio: int, moment: int, before: Counts, after: Counts) -> Segment | None:
         """Add a moment. Return a segment that has ended, if there may be something in it."""
         if self.before is None:
             if ratio <= 0:
@@ -193,14 +197,13 @@ class Cusum:
         if 0 < self.score > self.most - ALARM:
             return None
         found = self.segment()
-        self.score = self.most = 0.0
-        self.before = self.after = None
+        self.clear()
         return found
 
     def segment(self) -> Segment | None:
         if self.before is None or self.after is None or self.most < ALARM:
             return None
-        return Segment(self.most, self.begin, self.end, self.before, self.after)
+        return Segment(self.most * UNIT, self.begin, self.end, self.before, self.after)
 
 
 @dataclasses.dataclass
@@ -230,7 +233,7 @@ class Search:
         self._hops = [
             (
                 number,
-                [math.log((usual + (1 - usual) * share) / usual) for share in SHARES],
+                [round(math.log((usual + (1 - usual) * share) / usual) / UNIT) for share in SHARES],
                 [Cusum() for _ in SHARES],
             )
             for number, usual in hops
@@ -241,7 +244,7 @@ class Search:
         before = self._copy
         self.sums.add(moment, self.numbers)
         after = self._copy = self.sums.copy()
-        answered, ratios = 0, [0.0] * len(SHARES)
+        answered, ratios = 0, [0] * len(SHARES)
         for hop, weights, cusums in self._hops:
             cell = moment.cells.get(hop)
             if cell is None:
@@ -257,6 +260,10 @@ class Search:
                 found = cusum.add(ratio, number, before, after)
                 if found:
                     self.segments.append(found)
+        self.limit()
+
+    def limit(self) -> None:
+        """Forget the least likely segments if there are too many."""
         if len(self.segments) > SEGMENTS_MAX:
             self.segments = sorted(self.segments, key=lambda its: -its.score)[: SEGMENTS_MAX // 2]
 
@@ -270,7 +277,7 @@ class Search:
         return all(cusum.before is None for _, _, cusums in self._hops for cusum in cusums)
 
 
-ANSWERED = [math.log1p(-share) for share in SHARES]  # what an answered probe adds to a sum
+ANSWERED = [round(math.log1p(-share) / UNIT) for share in SHARES]  # what an answered probe adds to a sum
 
 
 class Losses:
@@ -403,8 +410,15 @@ class Losses:
                 for hop, cell in moment.cells.items():
                     self._states[hop].add(cell.answered, 0)
                 return
-            search = self._search = Search(number, list(self._hops_to_search()))
+            search = self._search = self._new_search(number)
         search.add(number, moment)
+        self._check(search, number)
+
+    def _new_search(self, begin: int) -> Search:
+        return Search(begin, list(self._hops_to_search()))
+
+    def _check(self, search: Search, number: int) -> None:
+        """End a search if, after this moment, nothing speaks for loss any more, or if it has lasted too long."""
         if search.is_over:
             self._end_search(search)
         elif number >= search.check_at:

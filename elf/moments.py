@@ -3,7 +3,8 @@
 
     note_moments()      counts the answers of a batch by moment
     note_silence()      counts its unanswered probes
-    BulkLosses          has these counts until moments close; looks at many at once where nothing is lost
+    BulkLosses          has these counts until moments close
+    BulkSearch          adds up many moments at once
 
 Needs numpy, which elfprobe.py does without.
 """
@@ -11,15 +12,217 @@ Needs numpy, which elfprobe.py does without.
 from __future__ import annotations
 
 import bisect
-from typing import Any, Sequence
+import itertools
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
 from elf.batches import Batch
 from elf.groups import Groups
-from elf.losses import ENOUGH, LATE, MOMENT, OPEN_MAX, REFERENCE_MAX, Cell, HopState, Losses, Moment
+from elf.losses import (
+    ALARM,
+    ENOUGH,
+    FIRST_CHECK,
+    LATE,
+    MOMENT,
+    OPEN_MAX,
+    REFERENCE_MAX,
+    SHARES,
+    Cell,
+    Counts,
+    Cusum,
+    HopState,
+    Losses,
+    Moment,
+    Search,
+    Segment,
+)
+from elf.losses import ANSWERED as ANSWERED_RATIOS
 
 ANSWERED, UNANSWERED, RAISED, IN_ORDER = range(4)  # as of Cell
+
+
+class Part(NamedTuple):
+    """Some moments one behind the other, of which each has cells for some hops."""
+
+    numbers: list[int]
+    places: Any  # of the moment of each cell, in numbers
+    hops: Any  # of each cell
+    counts: Any  # four rows, as of Cell
+    retransmitted: list[int]
+
+
+class Moments:
+    """Moments in order, and their cells."""
+
+    def __init__(self, keys: Any, counts: Any, retransmitted: dict[int, int]) -> None:
+        """keys: moment and number of the hop of each cell, in order. counts: four rows, as of Cell."""
+        numbers = np.union1d(keys >> 8, np.array(list(retransmitted), int))
+        self.numbers: list[int] = numbers.tolist()
+        self._keys, self._counts, self._retransmitted = keys, counts, retransmitted
+        self._bounds = np.append(np.searchsorted(keys, numbers << 8), len(keys))  # of the cells of each moment
+        before = np.append(0, np.cumsum(counts[UNANSWERED]))[self._bounds]
+        self._lossy = [*np.flatnonzero(np.diff(before)).tolist(), len(numbers)]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def next_lossy(self, at: int) -> int:
+        """Return the place of the next moment with loss, the number of moments if there is none."""
+        place: int = self._lossy[bisect.bisect_left(self._lossy, at)]
+        return place
+
+    def cells(self, start: int, stop: int) -> tuple[Any, Any]:
+        """Return the hops and the counts of the cells of some moments."""
+        chosen = slice(self._bounds[start], self._bounds[stop])
+        return self._keys[chosen] & 0xFF, self._counts[:, chosen]
+
+    def moment(self, at: int) -> Moment:
+        """Return one of them as Losses has it."""
+        hops, counts = self.cells(at, at + 1)
+        its = Moment()
+        its.retransmitted = self._retransmitted.get(self.numbers[at], 0)
+        its.cells = {hop: Cell(*values) for hop, values in zip(hops.tolist(), counts.T.tolist())}
+        return its
+
+    def part(self, start: int, stop: int) -> Part:
+        hops, counts = self.cells(start, stop)
+        places = np.repeat(np.arange(stop - start), np.diff(self._bounds[start : stop + 1]))
+        numbers = self.numbers[start:stop]
+        return Part(numbers, places, hops, counts, [self._retransmitted.get(number, 0) for number in numbers])
+
+
+class Sums:
+    """What Search.sums is between many moments."""
+
+    def __init__(self, before: Counts, part: Part, searched: Any) -> None:
+        """searched: hops, in whose loss segments are looked for."""
+        self._before = before
+        self._hops = np.union1d(part.hops, searched)
+        counts = np.zeros((4, len(part.numbers), len(self._hops)), int)
+        counts[:, part.places, np.searchsorted(self._hops, part.hops)] = part.counts
+        unanswered = counts[UNANSWERED][:, np.isin(self._hops, searched)].sum(axis=1)
+        self._sums = counts.cumsum(axis=1)
+        self._others = np.cumsum([part.retransmitted, unanswered > 0, unanswered, unanswered**2], axis=1)
+
+    def until(self, stop: int) -> Counts:
+        """Return the sums of the moments in front of a place, and of all before."""
+        its = self._before.copy()
+        if stop:
+            for hop, *sums in zip(self._hops.tolist(), *self._sums[:, stop - 1].tolist()):
+                a, u, raised, in_order = map(int.__add__, sums, its.hops.get(hop, (0, 0, 0, 0)))
+                its.hops[hop] = a, u, raised, in_order
+            retransmitted, lossy, unanswered, squares = self._others[:, stop - 1].tolist()
+            its.retransmitted += retransmitted
+            its.moments += stop
+            its.lossy += lossy
+            its.unanswered += unanswered
+            its.squares += squares
+        return its
+
+
+class BulkSearch(Search):
+    """A search that can also be fed many moments at once, and then only so from there on.
+
+    Arrays have a row for each hop and share, as _cusums.
+    """
+
+    def __init__(self, begin: int, hops: Sequence[tuple[int, float]]) -> None:
+        super().__init__(begin, hops)
+        self._numbers = np.array([number for number, _ in hops], int)
+        self._weights = np.array([weights for _, weights, _ in self._hops], int).reshape(-1, len(SHARES), 1)
+        self._cusums = [cusum for *_, cusums in self._hops for cusum in cusums]
+
+    def add_all(self, part: Part) -> int:
+        """Do add() for moments until the search is over; return how many these are."""
+        sums = Sums(self.sums, part, self._numbers)
+        ratios = self._ratios(part)
+        scores = cusum_scores(ratios, np.array([cusum.score for cusum in self._cusums], int))
+        found: list[tuple[int, int, Segment]] = []
+        are_high = scores.max(axis=1, initial=0) >= ALARM
+        for row, cusum in enumerate(self._cusums):
+            if are_high[row] or cusum.most >= ALARM:
+                its = segments(cusum, ratios[row], scores[row], part.numbers, sums)
+                found += ((place, row, segment) for place, segment in its)
+        are_on = scores.any(axis=0)
+        done = len(part.numbers) if are_on.all() else int(are_on.argmin()) + 1
+        for cusum, its_scores in zip(self._cusums, scores[:, :done]):
+            cusum.score = int(its_scores[-1])
+            if not cusum.score:
+                cusum.clear()
+            elif cusum.most < ALARM:
+                begin(cusum, its_scores, part.numbers, sums)
+        ended = sorted(each for each in found if each[0] < done)
+        for _, together in itertools.groupby(ended, key=lambda each: each[0]):
+            self.segments += (segment for *_, segment in together)
+            self.limit()
+        self.sums = sums.until(done)
+        return done
+
+    def _ratios(self, part: Part) -> Any:
+        """Return the log likelihood ratios of each moment: 0 for hops without a probe, which changes no sum."""
+        place_of = np.full(256, -1)
+        place_of[self._numbers] = range(len(self._numbers))
+        hops = place_of[part.hops]
+        its = hops >= 0
+        at = hops[its], part.places[its]
+        shape = len(self._numbers), len(part.numbers)
+        answered, unanswered, are_there = (np.zeros(shape, kind) for kind in (int, int, bool))
+        answered[at], unanswered[at], are_there[at] = part.counts[ANSWERED, its], part.counts[UNANSWERED, its], True
+        ratios = (unanswered[:, None] * self._weights).cumsum(axis=0)
+        ratios += answered.cumsum(axis=0)[:, None] * np.array(ANSWERED_RATIOS)[:, None]
+        ratios *= are_there[:, None]
+        return ratios.reshape(-1, len(part.numbers))
+
+
+def cusum_scores(ratios: Any, before: Any) -> Any:
+    """Return the scores of cumulative sums that begin again when they would fall below 0, along the last axis.
+
+    before: the scores before. A score that has been above ALARM may have to begin again earlier.
+    """
+    sums = ratios.cumsum(axis=-1)
+    sums += before[..., None]
+    return sums - np.minimum.accumulate(np.minimum(sums, 0), axis=-1)
+
+
+def begin(cusum: Cusum, scores: Any, numbers: Sequence[int], sums: Sums) -> None:
+    """Note where the last of some scores above 0 began. It goes on from before if none of them is 0."""
+    zeros = np.flatnonzero(scores == 0)
+    if len(zeros) or cusum.before is None:
+        first = int(zeros[-1]) + 1 if len(zeros) else 0
+        cusum.begin, cusum.before = numbers[first], sums.until(first)
+
+
+def segments(
+    cusum: Cusum, ratios: Any, scores: Any, numbers: Sequence[int], sums: Sums
+) -> Iterator[tuple[int, Segment]]:
+    """Yield segments that end, each with its place. Let scores be 0 where they do.
+
+    Cusum.most, end and after tell of scores from ALARM on only: all others are never asked for.
+    """
+    at = 0
+    while at < len(scores):
+        if cusum.most < ALARM:
+            are_high = scores[at:] >= ALARM
+            if not are_high.any():
+                return
+            at += int(are_high.argmax())
+            begin(cusum, scores[: at + 1], numbers, sums)
+        most = np.maximum.accumulate(np.maximum(scores[at:], cusum.most))
+        are_ends = scores[at:] <= np.maximum(most - ALARM, 0)
+        end = at + int(are_ends.argmax()) if are_ends.any() else len(scores)
+        highest = int(scores[at:end].max(initial=0))
+        if highest > cusum.most:
+            place = at + int(scores[at:end].argmax())
+            cusum.most, cusum.end, cusum.after = highest, numbers[place], sums.until(place + 1)
+        if end < len(scores):
+            segment = cusum.segment()
+            assert segment
+            yield end, segment
+            cusum.clear()
+            scores[end] = 0
+            scores[end + 1 :] = cusum_scores(ratios[end + 1 :], np.array(0))
+        at = end + 1
 
 
 class BulkLosses(Losses):
@@ -67,36 +270,43 @@ class BulkLosses(Losses):
         self._clear()
 
     def _look(self, until: int) -> None:
-        keys, counts, retransmitted = self._take(until)
-        starts = np.flatnonzero(np.diff(keys >> 8, prepend=-1))
-        ends, numbers = [*starts.tolist(), len(keys)], (keys[starts] >> 8).tolist()
-        places = dict(zip(numbers, range(len(numbers))))
-        lossy = np.flatnonzero(np.add.reduceat(counts[UNANSWERED], starts) > 0).tolist() if numbers else []
-        lossy.append(len(numbers))
-        queue, at = sorted({*numbers, *retransmitted}), 0
-        while at < len(queue):
-            place = places.get(queue[at])
+        moments, at = self._take(until), 0
+        while at < len(moments):
             if self._search is None:
-                if place is None:
-                    at += 1
-                    continue
-                stop = lossy[bisect.bisect_left(lossy, place)]
-                if place < stop:
-                    chosen = slice(ends[place], ends[stop])
-                    self._add_quiet(keys[chosen] & 0xFF, counts[:, chosen])
-                    at = bisect.bisect_left(queue, numbers[stop]) if stop < len(numbers) else len(queue)
-                    continue
-            moment = Moment()
-            moment.retransmitted = retransmitted.get(queue[at], 0)
-            if place is not None:
-                chosen = slice(ends[place], ends[place + 1])
-                cells = zip(*counts[:, chosen].tolist())
-                moment.cells = {hop: Cell(*its) for hop, its in zip((keys[chosen] & 0xFF).tolist(), cells)}
-            self._add(queue[at], moment)
-            at += 1
+                quiet, at = at, moments.next_lossy(at)
+                self._add_quiet(*moments.cells(quiet, at))
+                if at == len(moments):
+                    return
+            search, number = self._search, moments.numbers[at]
+            if search is None or number < search.begin + FIRST_CHECK:
+                self._add(number, moments.moment(at))  # most searches are over soon: few moments are faster so
+                at += 1
+            else:
+                at = self._search_on(search, moments, at)
 
-    def _take(self, until: int) -> tuple[Any, Any, dict[int, int]]:
-        """Take the moments up to this one: in order their keys and counts, and segments retransmitted."""
+    def _new_search(self, begin: int) -> Search:
+        return BulkSearch(begin, list(self._hops_to_search()))
+
+    def _search_on(self, search: Search, moments: Moments, at: int) -> int:
+        """Do _add() for the moments until a search has to be checked; return the place behind them."""
+        assert isinstance(search, BulkSearch)
+        stop = min(bisect.bisect_left(moments.numbers, search.check_at, at) + 1, len(moments))
+        stop = at + search.add_all(moments.part(at, stop))
+        hops, counts = moments.cells(at, stop)
+        is_counted = (counts[IN_ORDER] > 0) & (counts[UNANSWERED] == 0)
+        is_counting = is_counted & (counts[RAISED] == counts[IN_ORDER])
+        cells, compared, counting = (
+            np.bincount(each, minlength=256).tolist() for each in (hops, hops[is_counted], hops[is_counting])
+        )
+        for hop, state in self._states.items():
+            state.compared += compared[hop]
+            state.counting += counting[hop]
+            self._tests.count += cells[hop] * state.is_known
+        self._check(search, moments.numbers[stop - 1])
+        return stop
+
+    def _take(self, until: int) -> Moments:
+        """Take the moments up to this one."""
         retransmitted = {}
         for number in [number for number in self._open if number <= until]:  # of single rows
             moment = self._open.pop(number)
@@ -105,7 +315,7 @@ class BulkLosses(Losses):
                 self._keys.append(np.array([number << 8 | hop]))
                 self._counts.append(np.array([[getattr(cell, name)] for name in Cell.__slots__]))
         if not self._keys:
-            return np.zeros(0, int), np.zeros((4, 0), int), retransmitted
+            return Moments(np.zeros(0, int), np.zeros((4, 0), int), retransmitted)
         keys, counts = np.concatenate(self._keys), np.concatenate(self._counts, axis=1)
         self._clear()
         by_key = Groups(keys)
@@ -113,7 +323,7 @@ class BulkLosses(Losses):
         closed = int(np.searchsorted(keys, until + 1 << 8))
         if closed < len(keys):
             self._keys, self._counts = [keys[closed:]], [counts[:, closed:]]
-        return keys[:closed], counts[:, :closed], retransmitted
+        return Moments(keys[:closed], counts[:, :closed], retransmitted)
 
     def _add_quiet(self, numbers: Any, counts: Any) -> None:
         """Do what _add() does with moments in which nothing was lost, while nothing is searched for."""
