@@ -60,8 +60,9 @@ class Moments:
         numbers = np.union1d(keys >> 8, np.array(list(retransmitted), int))
         self.numbers: list[int] = numbers.tolist()
         self._keys, self._counts, self._retransmitted = keys, counts, retransmitted
-        self._bounds = np.append(np.searchsorted(keys, numbers << 8), len(keys))  # of the cells of each moment
-        before = np.append(0, np.cumsum(counts[UNANSWERED]))[self._bounds]
+        bounds = np.append(np.searchsorted(keys, numbers << 8), len(keys))
+        self._bounds: list[int] = bounds.tolist()  # of the cells of each moment
+        before = np.append(0, np.cumsum(counts[UNANSWERED]))[bounds]
         self._lossy = [*np.flatnonzero(np.diff(before)).tolist(), len(numbers)]
 
     def __len__(self) -> int:
@@ -95,10 +96,10 @@ class Moments:
 class Sums:
     """What Search.sums is between many moments."""
 
-    def __init__(self, before: Counts, part: Part, searched: Any) -> None:
+    def __init__(self, before: Counts, part: Part, searched: Sequence[int]) -> None:
         """searched: hops, in whose loss segments are looked for."""
         self._before = before
-        self._hops = np.union1d(part.hops, searched)
+        self._hops = np.union1d(part.hops, np.array(searched, int))
         counts = np.zeros((4, len(part.numbers), len(self._hops)), int)
         counts[:, part.places, np.searchsorted(self._hops, part.hops)] = part.counts
         unanswered = counts[UNANSWERED][:, np.isin(self._hops, searched)].sum(axis=1)
@@ -124,29 +125,24 @@ class Sums:
 class BulkSearch(Search):
     """A search that can also be fed many moments at once, and then only so from there on.
 
-    Arrays have a row for each hop and share, as _cusums.
+    Arrays have a row for each hop and share.
     """
-
-    def __init__(self, begin: int, hops: Sequence[tuple[int, float]]) -> None:
-        super().__init__(begin, hops)
-        self._numbers = np.array([number for number, _ in hops], int)
-        self._weights = np.array([weights for _, weights, _ in self._hops], int).reshape(-1, len(SHARES), 1)
-        self._cusums = [cusum for *_, cusums in self._hops for cusum in cusums]
 
     def add_all(self, part: Part) -> int:
         """Do add() for moments until the search is over; return how many these are."""
-        sums = Sums(self.sums, part, self._numbers)
+        cusums = [cusum for *_, its in self._hops for cusum in its]
+        sums = Sums(self.sums, part, sorted(self.numbers))
         ratios = self._ratios(part)
-        scores = cusum_scores(ratios, np.array([cusum.score for cusum in self._cusums], int))
+        scores = cusum_scores(ratios, np.array([cusum.score for cusum in cusums], int))
         found: list[tuple[int, int, Segment]] = []
         are_high = scores.max(axis=1, initial=0) >= ALARM
-        for row, cusum in enumerate(self._cusums):
+        for row, cusum in enumerate(cusums):
             if are_high[row] or cusum.most >= ALARM:
                 its = segments(cusum, ratios[row], scores[row], part.numbers, sums)
                 found += ((place, row, segment) for place, segment in its)
         are_on = scores.any(axis=0)
         done = len(part.numbers) if are_on.all() else int(are_on.argmin()) + 1
-        for cusum, its_scores in zip(self._cusums, scores[:, :done]):
+        for cusum, its_scores in zip(cusums, scores[:, :done]):
             cusum.score = int(its_scores[-1])
             if not cusum.score:
                 cusum.clear()
@@ -161,15 +157,16 @@ class BulkSearch(Search):
 
     def _ratios(self, part: Part) -> Any:
         """Return the log likelihood ratios of each moment: 0 for hops without a probe, which changes no sum."""
+        weights = np.array([its for _, its, _ in self._hops], int).reshape(-1, len(SHARES), 1)
         place_of = np.full(256, -1)
-        place_of[self._numbers] = range(len(self._numbers))
+        place_of[[number for number, *_ in self._hops]] = range(len(weights))
         hops = place_of[part.hops]
         its = hops >= 0
         at = hops[its], part.places[its]
-        shape = len(self._numbers), len(part.numbers)
+        shape = len(weights), len(part.numbers)
         answered, unanswered, are_there = (np.zeros(shape, kind) for kind in (int, int, bool))
         answered[at], unanswered[at], are_there[at] = part.counts[ANSWERED, its], part.counts[UNANSWERED, its], True
-        ratios = (unanswered[:, None] * self._weights).cumsum(axis=0)
+        ratios = (unanswered[:, None] * weights).cumsum(axis=0)
         ratios += answered.cumsum(axis=0)[:, None] * np.array(ANSWERED_RATIOS)[:, None]
         ratios *= are_there[:, None]
         return ratios.reshape(-1, len(part.numbers))

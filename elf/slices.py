@@ -17,8 +17,11 @@ import numpy as np
 
 from elf.batches import Batch
 from elf.episodes import (
+    LASTING,
     PAUSE,
+    QUIET_AFTER,
     QUIET_NS,
+    RAISED_MIN,
     RECENT_MAX,
     RENEWED_AFTER,
     SLICE_MAX,
@@ -245,14 +248,19 @@ class Slices:
             raised_at: dict[int, list[int]] = {}
             for at, column in zip(*(each.tolist() for each in np.nonzero(are_raised))):
                 raised_at.setdefault(at + place, []).append(self._columns[column])
-            raised = [*raised_at, stop]
+            raised, first = [*raised_at, stop], place
             while place < stop and way.renewals == renewals and way.latencies is latencies:
                 if not way.runs:
                     next_raised = raised[bisect.bisect_left(raised, place)]
-                    quiet = slice(place, min(next_raised, place + way.until_renewal))
-                    self._add_quiet(quiet)
-                    place = quiet.stop
+                    place = self._add_quiet(place, min(next_raised, place + way.until_renewal))
                     if place < next_raised or place == stop or way.renewals > renewals:
+                        continue
+                    over = self._end_of_chance(place, stop, raised_at)
+                    if over > stop and first < place and stop < end:
+                        break  # with the next ones, their end may be known
+                    if place < over <= stop:
+                        while place < over:
+                            place = self._add_quiet(place, min(over, place + way.until_renewal))
                         continue
                 self._keep_recent(kept, place)
                 way.tests.count += int(np.count_nonzero(~np.isnan(self._step[place])))
@@ -297,9 +305,47 @@ class Slices:
             step[~has_hops, hops] = np.nan
         return step > np.array([each.threshold for each in steps])
 
-    def _add_quiet(self, quiet: slice) -> None:
-        """Add slices, of which nothing is raised, to what is usual."""
-        way, latency, step = self._way, self._latency[quiet], self._step[quiet]
+    def _end_of_chance(self, place: int, stop: int, raised_at: dict[int, list[int]]) -> int:
+        """Return the end of runs that begin with a slice, if none of them has enough raised slices for an episode.
+
+        Then Way.follow() would take all these slices for quiet ones. It is the place itself if there may be an
+        episode, and behind stop if they do not end before. raised_at: raised series of slices up to stop, by place.
+        """
+        begins, ends = self._others[:2]
+        counts: dict[int, int] = {}  # raised slices of the runs, by series
+        lasts: dict[int, int] = {}  # the slice with which a run is over if nothing is raised again
+        last = place
+        for at, its_raised in raised_at.items():
+            if at < place:
+                continue
+            if at > last:
+                break
+            for series in its_raised:
+                counts[series] = counts[series] + 1 if lasts.get(series, -1) >= at else 1
+                if counts[series] >= RAISED_MIN:
+                    return place
+                lasts[series] = self._last_of_run(series, at, stop)
+            last = max(last, *lasts.values())
+        if last >= stop:
+            return stop + 1
+        was_slower = any(begins[place] < each.end for each in self._way.episodes)
+        return place if was_slower or ends[last] - begins[place] > LASTING else last + 1
+
+    def _last_of_run(self, series: int, raised: int, stop: int) -> int:
+        """Return the slice with which a run is over if none is raised any more after this one; at most stop."""
+        begins, ends = self._others[:2]
+        are_known = self._step[raised + 1 : stop, self._columns.index(series)]
+        quiet = np.flatnonzero(are_known == are_known)[:QUIET_AFTER].tolist()
+        if len(quiet) < QUIET_AFTER:
+            return stop
+        since = begins[raised + 1 + quiet[0]]
+        return bisect.bisect_left(ends, since + QUIET_NS, raised + 1 + quiet[-1], stop)
+
+    def _add_quiet(self, place: int, stop: int) -> int:
+        """Add slices, up to Way.until_renewal, to what is usual; return the place behind them."""
+        if place == stop:
+            return stop
+        way, latency, step = self._way, self._latency[place:stop], self._step[place:stop]
         way.tests.count += int(np.count_nonzero(~np.isnan(step)))
         for references, values in (way.latencies, latency), (way.steps, step):
             has_gaps = np.isnan(values).any()
@@ -309,8 +355,9 @@ class Slices:
                 if len(its):
                     references[series].add_all(its.tobytes())
         way.quiet += len(latency)
-        if len(latency) and way.until_renewal == RENEWED_AFTER:
+        if way.until_renewal == RENEWED_AFTER:
             way.renew(partitioned)
+        return stop
 
     def _snapshot(self, place: int) -> Snapshot:
         begins, ends, *others = self._others

@@ -37,10 +37,9 @@ with suppress(ImportError):
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    from elf import batches, bulk, compare, course, losses, moments, sources
+    from elf import batches, bulk, compare, course, losses, moments, slices, sources
     from elf import summary as summary_module
     from elf.groups import Groups
-    from elf.slices import Slices
     from elf.sources import sources_of, utc_of_zero
 if elfplot.MISSING and os.environ.get('ELFPROBE_TESTS_STRICT') != '1':
     pytest.skip(f'not installed: {", ".join(elfplot.MISSING.values())}', allow_module_level=True)
@@ -1103,19 +1102,20 @@ def random_slices(seed: int, count: int) -> list[tuple[int, int, dict[int, float
 @pytest.mark.parametrize('seed', range(8))
 def test_slices_at_once(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is found is the same as in one slice after the other, to the last bit."""
-    monkeypatch.setattr(episodes, 'LASTING', 20 * S)  # ns: some rises do
-    slices_, found = random_slices(seed, 1500), []
+    for module in episodes, slices:
+        monkeypatch.setattr(module, 'LASTING', 20 * S)  # ns: some rises do
+    rows, found = random_slices(seed, 1500), []
     for at_once in False, True:
         chance, tests, first = random.Random(seed), Comparisons(), 0
         way = Way({1: '10.0.1.2'}, tests)
-        while first < len(slices_):
-            its = slices_[first : first + (chance.randrange(1, 400) if at_once else 1)]
+        while first < len(rows):
+            its = rows[first : first + (chance.randrange(1, 400) if at_once else 1)]
             first += len(its)
             if at_once:
                 begins, ends, latencies, *others = zip(*its)
                 keys = np.array([place << 8 | series for place, each in enumerate(latencies) for series in each])
                 medians = np.array([value for each in latencies for value in each.values()])
-                Slices(way, begins, ends, keys, medians, *others).compare()
+                slices.Slices(way, begins, ends, keys, medians, *others).compare()
             else:
                 way.add_slice(Snapshot(*its[0]))
         known = [(series, list(each.values), each.usual, each.threshold)
