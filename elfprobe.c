@@ -3818,7 +3818,7 @@ static inline int probe_with(struct __sk_buff *skb, struct hdr_cursor *nh, struc
 		return REASON(on_link);
 	}
 	__builtin_memset(&scratch->probe.tcp, 0, sizeof(scratch->probe.tcp));
-	/* The verifier does not follow both values of what is read from scratch later. */
+	/* Kept in scratch, so that the verifier does not know it: see hidden(). */
 	scratch->can_fall_back = can_fall_back(pkt);
 	/* Also for a SYN or FIN, which may show a stall. */
 	reason = check_flow(skb, nh, pkt, path, scratch, now);
@@ -4207,6 +4207,7 @@ int elf_ingress(struct xdp_md *ctx)
 	scratch = scratch_of_run();
 	if (!path || !scratch)
 		return VERDICT_PASS;
+	nh.pos = icmp; /* an error may have moved it behind the quoted header */
 	forget_headers(scratch, (void *)(long)ctx->data, &nh, &pkt);
 	if (is_for_connection(&nh, &pkt))
 		return VERDICT_PASS;

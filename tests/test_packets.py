@@ -1642,6 +1642,7 @@ RECEIVED = {  # what answers a packet, and whether that counts as received in it
     'from another port': (datagram(), datagram(sport=4434, dport=40113), {}, 0),
     'echo reply': (echo(4), ICMP(type=0, id=0x4142, seq=0x4344), {}, 1),
     'echo reply to another': (echo(4), ICMP(type=0, id=0x4143, seq=0x4344), {}, 0),
+    'rejection of the echo': (echo(4), ICMP(type=3, code=13) / ip(4, ttl=60) / echo(4), {}, 0),
 }
 
 
