@@ -159,6 +159,8 @@ class HopState:
         return (self.unanswered + 0.5) / (self.answered + self.unanswered + 1)
 
     def add(self, answered: int, unanswered: int) -> None:
+        if not answered + unanswered:
+            return
         self.answered += answered
         self.unanswered += unanswered
         if self.answered + self.unanswered > REFERENCE_MAX:
