@@ -525,6 +525,8 @@ static inline __u64 ticks_now(void)
 }
 
 #define READ_ONCE(x) (*(volatile typeof(x) *)&(x))
+/* clang keeps the variable, and knows nothing of its value. */
+#define barrier_var(var) asm volatile("" : "+r"(var))
 
 /* Advance a pointer to element nr of an array. Callers check nr against max; this checks it again. Symptom: "math
  * between map_value pointer and register with unbounded min value", or "invalid access to map value". Cause:
@@ -2616,8 +2618,7 @@ static inline int parse_udp_head(const struct hdr_cursor *nh, __u8 *head)
 	__builtin_memset(head, 0, UDP_HEAD_LEN);
 #pragma clang loop unroll(disable)
 	for (i = 0; i < UDP_HEAD_LEN / sizeof(*payload); i++) {
-		asm volatile(""
-			     : "+r"(payload)); /* otherwise clang computes with data_end, which verifiers reject */
+		barrier_var(payload); /* otherwise clang computes with data_end, which verifiers reject */
 		if (i >= words)
 			break;
 		if ((void *)(payload + 1) > nh->end)
@@ -3648,7 +3649,7 @@ static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	struct bpf_sock *sk;
 
 	/* The verifier follows 0 and 1. If clang compared the protocol again, it would forget that the header is whole. */
-	asm volatile("" : "+r"(is_tcp));
+	barrier_var(is_tcp);
 	scratch->resent = 0;
 	scratch->early = 0;
 	if (set_flow_key(&scratch->flow, pkt, nh->pos, nh->end, 0) < 0 || (is_tcp && (void *)(tcp + 1) > nh->end))
@@ -3988,7 +3989,7 @@ static inline __u32 read_extension(const struct hdr_cursor *nh, const struct pac
 		return 0; /* no extension: all of this is the quoted packet */
 #pragma clang loop unroll(disable)
 	for (i = 0; i < EXTENSION_MAX / sizeof(*from); i++) {
-		asm volatile("" : "+r"(from)); /* otherwise clang computes with data_end, which verifiers reject */
+		barrier_var(from); /* otherwise clang computes with data_end, which verifiers reject */
 		if ((i + 1) * sizeof(*from) > left || (void *)(from + 1) > nh->end)
 			break;
 		((__u32 *)result->extension)[i] = *from++;
@@ -4204,8 +4205,10 @@ int elf_ingress(struct xdp_md *ctx)
 		return VERDICT_PASS;
 	}
 	path = path_to(&pkt.saddr);
+	if (!path)
+		return VERDICT_PASS;
 	scratch = scratch_of_run();
-	if (!path || !scratch)
+	if (!scratch)
 		return VERDICT_PASS;
 	nh.pos = icmp; /* an error may have moved it behind the quoted header */
 	forget_headers(scratch, (void *)(long)ctx->data, &nh, &pkt);
