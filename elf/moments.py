@@ -416,11 +416,12 @@ def note_silence(batch: Batch, silent: Groups, all_losses: Sequence[BulkLosses],
 
     begun: what first_answers() has returned. Probes before that row do not count.
     """
-    since = np.array([begun.get(id(losses), -1) for losses in all_losses], int)
-    do_count = np.zeros(len(batch), bool)
-    do_count[silent.order] = silent.order > since[silent.numbers()]
-    silent, which = silent.only(do_count)
-    all_losses = [all_losses[group] for group in which.tolist()]
+    if begun:  # seldom: this is done once for each destination
+        since = np.array([begun.get(id(losses), -1) for losses in all_losses], int)
+        do_count = np.zeros(len(batch), bool)
+        do_count[silent.order] = silent.order > since[silent.numbers()]
+        silent, which = silent.only(do_count)
+        all_losses = [all_losses[group] for group in which.tolist()]
     by_both = Groups(silent.numbers() << 35 | batch["sendtime"][silent.order] // MOMENT)
     rows, its_group = silent.order[by_both.firsts], silent.numbers()[by_both.firsts]
     counts = np.zeros((4, len(by_both)), int)

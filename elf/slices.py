@@ -252,7 +252,7 @@ class Slices:
             while place < stop and way.renewals == renewals and way.latencies is latencies:
                 if not way.runs:
                     next_raised = raised[bisect.bisect_left(raised, place)]
-                    place = self._add_quiet(place, min(next_raised, place + way.until_renewal))
+                    place = self._add_quiet(place, next_raised)
                     if place < next_raised or place == stop or way.renewals > renewals:
                         continue
                     over = self._end_of_chance(place, stop, raised_at)
@@ -260,7 +260,7 @@ class Slices:
                         break  # with the next ones, their end may be known
                     if place < over <= stop:
                         while place < over:
-                            place = self._add_quiet(place, min(over, place + way.until_renewal))
+                            place = self._add_quiet(place, over)
                         continue
                 self._keep_recent(kept, place)
                 way.tests.count += int(np.count_nonzero(~np.isnan(self._step[place])))
@@ -342,10 +342,12 @@ class Slices:
         return bisect.bisect_left(ends, since + QUIET_NS, raised + 1 + quiet[-1], stop)
 
     def _add_quiet(self, place: int, stop: int) -> int:
-        """Add slices, up to Way.until_renewal, to what is usual; return the place behind them."""
+        """Add slices to what is usual, until it is renewed at most; return the place behind them."""
+        way = self._way
+        stop = min(stop, place + way.until_renewal)
         if place == stop:
             return stop
-        way, latency, step = self._way, self._latency[place:stop], self._step[place:stop]
+        latency, step = self._latency[place:stop], self._step[place:stop]
         way.tests.count += int(np.count_nonzero(~np.isnan(step)))
         for references, values in (way.latencies, latency), (way.steps, step):
             has_gaps = np.isnan(values).any()
