@@ -678,7 +678,7 @@ def test_silent_router(lab4, tmp_path):
 
 def test_outage(lab4, tmp_path):
     """r2 forwards nothing for a while: when the way is open again, all hops are probed at once, and go on."""
-    with measuring(lab4, cwd=tmp_path) as run, pinging(lab4, '-i.005'):
+    with measuring(lab4, cwd=tmp_path) as run, pinging(lab4, '-i.01'):
         wait_until(lambda: len(latest(run.rows())) == 8, 10, 'rows of all hops of both destinations')
         wait_until(run.is_trusting, 15, 'a stall is no sign of a firewall')
         with nft_table(lab4.routers[1], CLOSED):
