@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import shutil
 import statistics
+import sys
 from collections import defaultdict
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +21,7 @@ from typing import Any, Callable, ContextManager, Dict, Iterator, NamedTuple
 import pyroute2
 
 from figures import Figure, at_least
-from lab import Lab
+from lab import Host, Lab
 from progtest import Programs
 from progtest import elfprobe as driver
 from runs import elfprobe, inside
@@ -34,11 +35,13 @@ Measured = Dict[str, float]
 
 
 class Scene(NamedTuple):
-    """A lab with elfprobe's programs loaded beside, and a folder for files."""
+    """An end of a lab, with elfprobe's programs loaded beside, and a folder for files."""
 
     lab: Lab
     programs: Programs
     folder: Path
+    host: Host  # the client or the server, on whose first device elfprobe is
+    app: str = APP  # what -a is given there
 
     def program(self, source: Path, name: str) -> Path:
         """Return the path of a program's copy that has this name."""
@@ -47,21 +50,31 @@ class Scene(NamedTuple):
             shutil.copy(source, path)
         return path
 
+    def python(self, name: str) -> Path:
+        """Return the path of a copy of the interpreter that has this name."""
+        return self.program(Path(sys.executable).resolve(), name)
+
     def modes(self) -> Modes:
-        on = partial(elfprobe, self.lab, cwd=self.folder)
+        on = partial(elfprobe, self.lab, cwd=self.folder, host=self.host)
         return {
             EMPTY_TC: partial(empty_at_tc, self),
             EMPTY_XDP: partial(empty_at_xdp, self),
-            BY_ADDRESS: partial(on, self.lab.server_address(4)),
-            BY_NAME: partial(on, '-a', APP),
+            BY_ADDRESS: partial(on, self.target),
+            BY_NAME: partial(on, '-a', self.app),
         }
+
+    @property
+    def target(self) -> str:
+        """The address of the other end."""
+        lab = self.lab
+        return lab.server_address(4) if self.host is lab.client else lab.client_address(4)
 
 
 @contextmanager
 def empty_at_tc(scene: Scene) -> Iterator[None]:
-    """Attach an empty program at TC ingress and at TC egress of the client's device."""
-    with inside(scene.lab.client), pyroute2.IPRoute() as ipr:
-        device = driver.find_device(ipr, scene.lab.client_device)
+    """Attach an empty program at TC ingress and at TC egress of the host's device."""
+    with inside(scene.host), pyroute2.IPRoute() as ipr:
+        device = driver.find_device(ipr, scene.host.device)
         empty = scene.programs.kernel.program('empty_egress')
         with driver.TcxAttachment(ipr, device, empty, driver.BPF_TCX_INGRESS), driver.TcxAttachment(
             ipr, device, empty, driver.BPF_TCX_EGRESS
@@ -71,9 +84,9 @@ def empty_at_tc(scene: Scene) -> Iterator[None]:
 
 @contextmanager
 def empty_at_xdp(scene: Scene) -> Iterator[None]:
-    """Attach an empty program at native XDP and at TC egress of the client's device."""
-    with inside(scene.lab.client), pyroute2.IPRoute() as ipr:
-        device, programs = driver.find_device(ipr, scene.lab.client_device), scene.programs
+    """Attach an empty program at native XDP and at TC egress of the host's device."""
+    with inside(scene.host), pyroute2.IPRoute() as ipr:
+        device, programs = driver.find_device(ipr, scene.host.device), scene.programs
         ingress, egress = map(programs.kernel.program, ('empty_ingress', 'empty_egress'))
         with driver.XdpAttachment(ipr, device, ingress, is_native=True, has_links=True), driver.TcxAttachment(
             ipr, device, egress, driver.BPF_TCX_EGRESS

@@ -1,6 +1,6 @@
 """Two labs side by side, one with elfprobe, in short turns: what elfprobe costs traffic, within a few per cent.
 
-    client - r1 - r2 - r3 - r4 - server     elfprobe, or empty programs, at the client's device
+    client - r1 - r2 - r3 - r4 - server     elfprobe, or empty programs, at one end's device
     client - r1 - r2 - r3 - r4 - server     nothing
 
 A machine drifts by more than elfprobe costs, within seconds. So the two labs make the same traffic in turns of
@@ -17,13 +17,12 @@ answer 400 probes a second here. "a probe a second" (-p 1000) shows what is left
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Callable, Iterator, Tuple
+from typing import Any, Callable, Iterator, List
 
 from compare import APP, EMPTY_XDP, Comparison, Modes, Scene
 from figures import Figure
@@ -47,36 +46,45 @@ TRANSACTIONS = {
     'TCP connections, one byte each way': 'connect',
     'UDP of 64 bytes, sent': 'datagrams',
 }
+ANSWERED = 'request and response, TCP', 'TCP connections, one byte each way'  # measured at the server, too
 
 
-Twins = Tuple[Scene, Scene]
+Twins = List[Scene]  # one of each lab
 
 
 @contextmanager
-def twins(routers: int) -> Iterator[Twins]:
+def twins(routers: int) -> Iterator[tuple[Twins, Twins]]:
+    """Two labs, from their clients and from their servers."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='elf-')))
         programs = stack.enter_context(load(ingress_tc=False))
-        left, right = (stack.enter_context(Lab(routers)) for _ in range(2))
-        for lab in (left, right):
-            lab.server.popen(sys.executable, '-I', '-S', str(TRAFFIC), 'serve', lab.server_address(4))
-            wait_until(lambda lab=lab: lab.server.listens(ECHO), 10, 'the server listens')  # type: ignore[misc]
-        yield Scene(left, programs, folder), Scene(right, programs, folder)
+        labs = [stack.enter_context(Lab(routers)) for _ in range(2)]
+        clients = [Scene(lab, programs, folder, lab.client) for lab in labs]
+        # -a is to find the server of one lab only.
+        servers = [Scene(lab, programs, folder, lab.server, f'server{index}') for index, lab in enumerate(labs)]
+        for scene in servers:
+            scene.host.popen(
+                str(scene.python(scene.app)), '-I', '-S', str(TRAFFIC), 'serve', scene.lab.server_address(4)
+            )
+            wait_until(lambda scene=scene: scene.host.listens(ECHO), 10, 'the server listens')  # type: ignore[misc]
+        yield clients, servers
 
 
 def throughput(quick: bool) -> Iterator[Figure]:
     """Yield figures of TCP in bulk. Upload is what leaves by elfprobe's device, download what arrives there."""
     for where, routers in TOPOLOGIES.items():
-        with twins(routers) as at:
+        with twins(routers) as (at, _):
             for what, kind in TRANSFERS.items():
                 yield from compared(at, f'{where}, {what}', kind, 1e9 / 8, 'Gbit/s', quick)
 
 
 def transactions(quick: bool) -> Iterator[Figure]:
     """Yield figures of those who wait: request and response, new connections; and of small datagrams."""
-    with twins(4) as at:
+    with twins(4) as (at, servers):
         for what, kind in TRANSACTIONS.items():
             yield from compared(at, what, kind, 1, '1/s', quick)
+        for what in ANSWERED:
+            yield from compared(servers, f'{what}, at the server', TRANSACTIONS[what], 1, '1/s', quick)
 
 
 def compared(at: Twins, what: str, kind: str, divisor: float, unit: str, quick: bool) -> Iterator[Figure]:
@@ -102,7 +110,7 @@ def compared(at: Twins, what: str, kind: str, divisor: float, unit: str, quick: 
 
 
 def modes_of(scene: Scene) -> Modes:
-    rarely = partial(elfprobe, scene.lab, '-p', '1000', scene.lab.server_address(4), cwd=scene.folder)
+    rarely = partial(elfprobe, scene.lab, '-p', '1000', scene.target, cwd=scene.folder, host=scene.host)
     return {NOTHING: nullcontext, **scene.modes(), RARELY: rarely}
 
 
@@ -111,13 +119,12 @@ Turn = Callable[[float], float]
 
 @contextmanager
 def clients(scene: Scene, beside: Scene, kind: str) -> Iterator[tuple[Turn, Turn]]:
-    """The two clients; only the one beside elfprobe has the name that -a looks for."""
+    """The two clients; only that of elfprobe's lab has the name that -a looks for at a client."""
     with ExitStack() as stack:
         made = []
         for lab, name in ((scene.lab, APP), (beside.lab, 'beside')):
-            program = scene.program(Path(sys.executable).resolve(), name)
             process = lab.client.popen(
-                str(program), '-I', '-S', str(TRAFFIC), kind, lab.server_address(4), stdin=-1, stdout=-1
+                str(scene.python(name)), '-I', '-S', str(TRAFFIC), kind, lab.server_address(4), stdin=-1, stdout=-1
             )
             stack.callback(process.wait)
             stack.callback(process.kill)

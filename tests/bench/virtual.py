@@ -61,7 +61,7 @@ def measured_inside(rounds: int) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory(prefix='elf-') as folder, load(ingress_tc=False) as programs, guest.card(
         'virtio_net'
     ) as lab:
-        modes: Modes = {EMPTY_TC: partial(empty_at_tc, Scene(lab, programs, Path(folder)))}
+        modes: Modes = {EMPTY_TC: partial(empty_at_tc, Scene(lab, programs, Path(folder), lab.client))}
         for hook, options in INGRESS_HOOKS.items():
             modes[f'by address, hook {hook}'] = partial(
                 elfprobe, lab, *options, lab.server_address(4), cwd=Path(folder)
