@@ -9,20 +9,21 @@
  *                                    (a trimmed clone passes elf_egress once more)
  *
  *   process --> cgroup sock_create: elf_sock_create stores the owning process with the socket;
- *               accept(), getpeername(): elf_accept_v4, elf_accept_v6 do so with accepted ones;
+ *               accept(), getpeername(): elf_accept_v4, elf_accept_v6 do so for accepted sockets;
  *               elf_exec, elf_fork, elf_exit and user space keep the set of target processes up to date
  *
  *   device --> XDP or TC ingress: elf_ingress -- time exceeded, quotes a probe in flight --> results --> user space
  *                      |-- packet of a destination ----> teaches the path model the distance
- *                      '-- passes on unchanged (with INGRESS_DROP, replies to probes are dropped)
+ *                      '-- passes on unchanged (dropped: replies to probes with INGRESS_DROP, and see harms_tcp())
  *
  * elf_egress only reads. If a program writes to packets directly, the kernel adds a prologue that un-clones every
  * packet before the first instruction (bpf_unclone_prologue() in net/core/filter.c). In elf_probe only probes pay for
  * that. In elf_egress the application would pay. This is why there are two programs.
  *
- * Addresses are IPv6; IPv4 addresses are v4-mapped (RFC 4291, 2.5.5.2), so that both families share one path. A
- * __be* variable holds network byte order, all others host order. elfprobe.py compiles this file with BCC, replaces
- * the #include by elfhooks.c or the user's hooks, and takes the layout of each struct in a map from BCC.
+ * Addresses are IPv6; IPv4 addresses are v4-mapped (RFC 4291, 2.5.5.2), so that both families share the code.
+ * __be* variables and Internet checksums (__u16) hold network byte order, all others host order. elfprobe.py
+ * compiles this file with BCC, replaces the #include by elfhooks.c or the user's hooks, and takes the layout of
+ * each struct in a map from BCC.
  *
  * Glossary:
  *   probe         a clone of an application packet that is sent with a lowered TTL, to expire at a router
@@ -99,8 +100,9 @@
 
 /* ---- Parameters that user space puts into the compiled instructions ----------------------- */
 
-/* Compiled programs are kept, and serve every value of these. Each is an instruction that loads a 64-bit constant, a
- * mark. User space replaces the mark by the value before it loads the program (PARAMETERS in elfprobe.py). */
+/* User space caches compiled programs. One serves all values of these parameters. Each parameter is an instruction
+ * that loads a 64-bit constant, the mark. User space replaces the mark by the value before it loads the program
+ * (PARAMETERS in elfprobe.py). */
 #define PARAMETER_MARK 0xe1f0be0000000000ULL
 #define PARAMETER(nr) \
 	({ \
@@ -111,15 +113,15 @@
 
 #ifndef INTERVAL_NS              /* on the host, where the path model is tested, these two are numbers */
 #define INTERVAL_NS PARAMETER(0) /* minimum time between two probes, ns; 0 makes every packet carry one */
-#define RATE_GLOBAL PARAMETER(3) /* 0: that is between two probes to the same hop, 1: to the same destination */
+#define RATE_GLOBAL PARAMETER(3) /* 0: INTERVAL_NS separates the probes to one hop, 1: all to one destination */
 #endif
 #define MAX_RATE PARAMETER(1) /* maximum number of probes per second over all destinations, 1 or more */
 #define WAKE_EVERY \
-	PARAMETER(2)         /* number of results after which a CPU wakes user space, which also looks by itself */
+	PARAMETER(2)         /* number of results after which a CPU wakes user space, which also polls by itself */
 #define NOTRUNC PARAMETER(4) /* 0 trims probes to their headers, 1 keeps the payload */
-#define INGRESS_DROP PARAMETER(5) /* 1 drops a time exceeded that answers a probe, 0 passes it to the stack */
+#define INGRESS_DROP PARAMETER(5) /* 1 drops replies to probes, 0 passes them to the stack: but see harms_tcp() */
 #define BY_APP PARAMETER(6) /* 1 if target processes are chosen by name, so that each new process must be checked */
-#define ODD_NAMES PARAMETER(7) /* 1 if some of these names are paths, or not in ASCII: only user space knows them */
+#define ODD_NAMES PARAMETER(7) /* 1 if some names are paths, or not in ASCII: only user space can compare them */
 
 /* ---- Protocol headers (no kernel header is needed to compile this file) ------------------- */
 
@@ -262,11 +264,11 @@ struct tcp_state {
 	__u32 srtt;     /* smoothed round-trip time, us; 0: not measured yet */
 	__u32 cwnd;     /* congestion window, segments */
 	__u32 retrans;  /* segments retransmitted so far */
-	__u32 inflight; /* segments sent and not acknowledged, without the packet itself */
+	__u32 inflight; /* segments sent and not acknowledged; a new carrier is not counted yet */
 };
 
-/* In a struct result, the fields that mostly are the same for each probe of a flow to a hop are next to each other,
- * from outttl to qttl and from translated to protocol: user space makes rows faster then. See SHARED in elf/rows.py. */
+/* Most probes of a flow to a hop agree in some fields of struct result. These are next to each other, from outttl
+ * to rsize and from translated to protocol: user space makes rows faster then. See SHARED in elf/rows.py. */
 struct probe {
 	__u64 sendtime; /* CLOCK_MONOTONIC, ns, as all times in this file */
 	__u32 seq;
@@ -298,8 +300,8 @@ struct reply {
 	__u64 recvtime;
 };
 
-/* What the quoted packet has otherwise than the probe: its source is not the address to which the reply was sent; its TCP
- * sequence number is higher by seq_offset. */
+/* How the quoted packet differs from the probe. SOURCE: its source is not the address to which the reply was sent.
+ * NUMBER: its TCP sequence number is higher by seq_offset. */
 enum translation { SOURCE_TRANSLATED = 1, NUMBER_TRANSLATED = 2 };
 
 struct result {
@@ -336,7 +338,7 @@ struct process {
  * its listener, until a process accepts it or sends by it. */
 struct owner {
 	__u64 process; /* its id */
-	__u64 socket; /* cookie of the socket. Another one: this is inherited. 0: MPTCP, which sends by other sockets */
+	__u64 socket;  /* its cookie. Another socket's: inherited from it. 0: MPTCP, which sends by other sockets */
 	__u32 status;
 	__u32 pid;
 	struct app_name app;
@@ -349,7 +351,7 @@ struct process_event {
 	__u32 status; /* 0: its first thread has ended */
 };
 
-/* The start of a struct task_struct. User space looks for a PID that it knows in it, to find the PID's offset. */
+/* The start of a struct task_struct. User space searches it for a known PID, to find the offset of the PID. */
 struct task_sample {
 	__u32 parent; /* PID of the process whose next child is copied; 0: none */
 	__u8 task[8192];
@@ -369,8 +371,8 @@ struct counters {
 	__u64 probes;          /* sent, and in flight from then on */
 	__u64 replies;         /* time exceeded that answers a probe */
 	__u64 results_lost;    /* replies for which the result ring had no room */
-	__u64 send_failed;     /* probes dropped behind us: by a filter, the queue, the device */
-	__u64 clone_lost;      /* clones that did not reach us, or not again: no memory, or a filter before ours */
+	__u64 send_failed;     /* probes dropped after elf_probe: by a filter, the queue, the device */
+	__u64 clone_lost;      /* clones that did not reach elf_egress (again): no memory, or a filter before it */
 	__u64 build_failed;    /* clones that could not be trimmed or parsed */
 	__u64 hook_dropped;    /* probes dropped by the hook's verdict */
 	__u64 key_busy;        /* probes whose key another probe in flight has */
@@ -385,7 +387,7 @@ struct counters {
 	__u64 carrier_stamped;  /* due, but the packet asks the network card for a time stamp */
 	__u64 carrier_early;    /* due, but nothing proves yet that the peer knows the TCP connection */
 	__u64 hop_unresponsive; /* due, but the next hop just turned out to be unresponsive and backs off */
-	__u64 flow_stalled;     /* due, but a flow stalled, perhaps because of probes */
+	__u64 flow_stalled;     /* due, but flows stalled, perhaps because of probes, or this flow was idle */
 	__u64 lease_expired;    /* due, but user space has not renewed the lease */
 	__u64 processes_full;   /* target processes for which there was no room */
 	__u64 events_lost;      /* events of processes and flows for which the ring had no room */
@@ -397,20 +399,20 @@ struct counters {
 /* How a flow progresses. It moves if something new is acknowledged or received. */
 struct progress {
 	__u64 moved;         /* when it moved last */
-	__u64 since;         /* and when it had nothing outstanding last, if that is later */
+	__u64 since;         /* when it moved, or had nothing outstanding, whichever was last */
 	__u64 last_probed;   /* when a probe left last */
-	__u64 last_unproven; /* when one to a hop that was not proven left last; 0: the flow has moved since */
+	__u64 last_unproven; /* when a probe to a hop that was not proven left last; 0: none, or it was survived */
 	__u64 last_repeat;   /* when it was last seen to repeat itself, in place of moving */
 	__u64 stalled_at;    /* when it was found to be stalled; 0: it is not */
 	__u32 position;      /* number of bytes acknowledged and received, or of packets received, modulo 2^32 */
 	__u32 segments;      /* number of data segments received, or of packets that should have moved it */
-	__u32 exams;         /* of its destination when it stalled */
+	__u32 exams;         /* those of its struct trust when it stalled */
 	__u8 repeats;        /* number of times since it moved that it was seen to repeat itself */
-	__u8 doubted;        /* it raised the doubt whether its destination is to answer once only */
-	__u8 withheld;       /* and this flow was not probed, to know that */
-	__u8 under_probes;   /* it had been probed when it stalled, and that has not counted yet */
+	__u8 doubted;        /* this flow raised the doubt (enum doubt) */
+	__u8 withheld;       /* this flow is not probed, to settle the doubt */
+	__u8 under_probes;   /* a probe may be why it stalled, and its loss has not been counted yet */
 	__u8 resend_probed;  /* its last packet during the stall carried a probe */
-	__u8 tries;          /* number of packets in the stall while others were moving */
+	__u8 tries;          /* number of packets that it sent in the stall while other flows were moving */
 	__u8 reported;       /* user space knows that it is stalled */
 };
 
@@ -456,7 +458,7 @@ struct flow_look {
 	__u32 outstanding;
 	__u32 srtt;       /* us */
 	__u32 port;       /* of the destination, as in the packet */
-	__u32 is_one_way; /* the destination was received once only, so perhaps it is to answer no more */
+	__u32 is_one_way; /* the flow had one answer: perhaps the destination is not to send another */
 	__u32 is_probed;  /* a packet of the flow carried a probe already */
 	__u64 patience;   /* time in which it should move */
 };
@@ -472,14 +474,14 @@ struct scratch {
 	/* Shared by elf_egress and the run for its clone, elf_probe: */
 	struct reservation reservation;
 	__u32 expected;   /* CLONE or PROBE: the next packet is ours */
-	__u32 recorded;   /* the probe is in flight, under this key */
+	__u32 recorded;   /* the probe is in flight, under the key below */
 	__u32 redirected; /* elf_probe redirected the probe once more and dropped the clone; the result: */
 	__s32 redirect_result;
 	struct probe_key key;
 	struct probe probe;    /* elf_egress fills in pid, app and tcp */
 	__u32 charged;         /* PID of the process whose share the probe counts against; 0: none */
 	__u32 acked;           /* first sequence number that is not acknowledged, if probe.tcp has a window */
-	__u32 next;            /* and that was not sent yet */
+	__u32 next;            /* first sequence number that was not sent yet */
 	__u32 resent;          /* the carrier is a retransmission */
 	struct flow_key flow;  /* of the carrier */
 	struct flow_look look; /* at it */
