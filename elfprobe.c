@@ -513,7 +513,7 @@ struct scratch {
 #define bpf_ntohl(wire) ((__u32)(wire))
 #define first_lowest(word) __builtin_bswap64(word)
 #else
-#define first_lowest(word) (word) /* 8 characters, or the reverse of it: the first one is in the lowest byte */
+#define first_lowest(word) (word) /* 8 characters: move the first into the lowest byte, or back to its place */
 #endif
 
 /* Helpers by number, because some versions of BCC do not declare them, or give their names to other helpers. */
@@ -530,8 +530,8 @@ static inline __u64 ticks_now(void)
 /* clang keeps the variable, and knows nothing of its value. */
 #define barrier_var(var) asm volatile("" : "+r"(var))
 
-/* Advance a pointer to element nr of an array. Callers check nr against max; this checks it again. Symptom: "math
- * between map_value pointer and register with unbounded min value", or "invalid access to map value". Cause:
+/* Advance a pointer to element nr of an array. Callers know that nr is at most max; this checks it again. Symptom:
+ * "math between map_value pointer and register with unbounded min value", or "invalid access to map value". Cause:
  * verifiers before Linux 5.10 lose the bounds of a register that is copied or spilled. They accept it only if the
  * same register is compared, multiplied and added, which no compiler promises. Can go: when test_all_builds passes
  * on the oldest kernel with "pointer += nr" in its place. */
@@ -540,7 +540,7 @@ static inline __u64 ticks_now(void)
 		     : "+r"(pointer), "+r"(nr) \
 		     : "i"(max), "i"(sizeof(*(pointer))))
 
-/* Verdict for a packet that we end on purpose. clsact counts TC_ACT_SHOT as a drop, but not TC_ACT_STOLEN. tcx
+/* Verdict for a packet that we consume. clsact counts TC_ACT_SHOT as a drop, but not TC_ACT_STOLEN. tcx
  * does not know TC_ACT_STOLEN and takes it for TC_ACT_UNSPEC (tcx_action_code() in include/net/tcx.h). */
 #define TC_ACT_CONSUMED (TCX ? TC_ACT_SHOT : TC_ACT_STOLEN)
 
@@ -673,16 +673,16 @@ static inline struct scratch *scratch_expecting(void)
 	return scratch && scratch->expected ? scratch : 0;
 }
 
-/* Return a number that the verifier does not know, because a value in a map is unknown to it. Otherwise it follows one
- * path through all that comes for each value of the number. */
+/* Return the same number, but unknown to the verifier, as every value in a map is. Otherwise the verifier follows
+ * the rest of the program once for each value of the number. */
 static inline __u32 hidden(struct scratch *scratch, __u32 number)
 {
 	scratch->hidden = number;
 	return READ_ONCE(scratch->hidden);
 }
 
-/* submit_result() and submit_flow_event() return a negative number if there is no room. User space looks for
- * results from time to time. submit_result() wakes it after WAKE_EVERY results, before the ring is full.
+/* submit_result() and submit_flow_event() return a negative number if there is no room. User space polls the result
+ * ring. submit_result() also wakes it after WAKE_EVERY results, before the ring is full (OLD_MAPS: after each).
  *
  * progress_of() returns the progress of the packet's TCP flow, or 0 if there is no memory for it.
  *
@@ -722,7 +722,7 @@ static inline __u32 first_segment_len(const struct __sk_buff *skb, __u32 payload
 	return segments > 1 ? (payload + segments - 1) / segments : payload;
 }
 #else
-BPF_RINGBUF_OUTPUT(results, 1); /* 1: see MAP_SIZES in elfprobe.py, also below */
+BPF_RINGBUF_OUTPUT(results, 1); /* 1: map_sizes() in elfprobe.py gives the size, also for maps below */
 BPF_RINGBUF_OUTPUT(flow_events, 16);
 BPF_SK_STORAGE(tcp_progress, struct progress);
 
@@ -821,8 +821,9 @@ static inline int wants_card_stamp(struct __sk_buff *skb)
  *
  * event                 pacing              distance                   liveness             hop, back-off
  * --------------------  ------------------  -------------------------  -------------------  ----------------------
- * choose_hop            last_probed; none   unknown: try one TTL more  unresponsive: is no  unresponsive: next level,
- *                       due: next_due       after STEP_WAIT            last_responsive      due later
+ * choose_hop            last_probed; none   try one TTL more after a   unresponsive: is no  unresponsive: next level,
+ *                       due: next_due       wait; unresponsive: may    last_responsive      due later
+ *                                           end what it proved
  * probe_postponed       last_probed - 1
  * takes_turn                                                                                turns
  * probe_reserved        next_due, seq + 1,  exploration done                                unanswered + 1, due: its
@@ -842,9 +843,9 @@ static inline int wants_card_stamp(struct __sk_buff *skb)
  *
  * flow_looked, flow_probed and flow_received are about flows that stall: see *Firewalls* below.
  *
- * Wrappers in the section after the maps call these functions under the lock. Some fields are used without it:
+ * Wrappers below call these functions under the lock. Some fields are used without it:
  * - note_packet() writes liveness.last_received. If two CPUs write it at the same time, it is wrong by a tick.
- *   It is compared with a second.
+ *   That does not matter, because it is compared with a second.
  * - elf_egress reads pacing.next_due and next_due_tick. choose_hop() checks next_due again. If next_due_tick is
  *   outdated, the probe leaves with the next packet.
  * - elf_egress and user space set excluded, which is never cleared. elf_egress sets watched_until of a trust.
@@ -852,6 +853,8 @@ static inline int wants_card_stamp(struct __sk_buff *skb)
  * - elf_ingress counts what was received of a flow. If its entry in the map is reused meanwhile, one packet is counted
  *   for another flow.
  * - elf_egress postpones next_due while the destination is on-link. If that is lost, the next packet repeats it.
+ * - is_as_expected(), may_begin_probed(), flow_slot() and look_at_foreign() read fields that may be outdated by one
+ *   event.
  * - elf_ingress sets arrival_reported. If two CPUs do so at the same time, the log has the line twice. */
 
 /* What a probe looks like. Only a probe to a proven hop has the usual form (see NOTRUNC). Any other may arrive. */
@@ -862,8 +865,8 @@ enum probe_form {
 };
 
 /* Two kinds of hop back off. For a hop that is certainly a router, the first level is one interval (1 ms at least)
- * and each further one is twice as long as the one before. For a hop that may be the destination, it is eight times
- * as long. The shifts are the logarithms of these factors. */
+ * and each further level is twice as long as the one before. For a hop that may be the destination, each further
+ * level is eight times as long. The shifts are the logarithms of these factors. */
 #define BACKOFF_ROUTER_SHIFT 1
 #define BACKOFF_ROUTER_MAX (10 * NSEC_PER_SEC)
 #define BACKOFF_BEYOND_SHIFT 3
@@ -886,9 +889,9 @@ enum probe_form {
 #define STEP_WAIT (500 * NSEC_PER_MSEC)
 #define STEP_WAIT_MIN (20 * NSEC_PER_MSEC) /* added to four round-trip times of the farthest hop that answers */
 #define STEP_SHIFT_MAX 8
-/* Number of consecutive packets that must say so, before we believe that the path has become longer. */
+/* Number of consecutive packets from farther away, before we believe that the path has become longer. */
 #define LONGER_AFTER 16
-/* Number of bare ACKs that must say so, before we believe that the path is shorter than packets with data say. */
+/* Number of bare ACKs from nearer by, before we believe that the path is shorter than packets with data say. */
 #define SHORTER_AFTER 3
 /* One probe out of so many goes one hop beyond the believed last router. */
 #define EXPLORE_EVERY 20000
@@ -902,19 +905,21 @@ enum probe_form {
 
 /* Time between two probes to a responsive hop. */
 #define HOP_INTERVAL (RATE_GLOBAL ? 0 : INTERVAL_NS)
-/* The first routers answer the probes to all destinations. Each responder has a queue of turns, this far apart: each
- * probe to it puts the next one of the same destination at the end. So all destinations get the same share. */
+/* The first routers answer the probes to all destinations. Each responder has a queue of turns, this far apart. A
+ * probe to it puts the destination's next probe at the end of the queue. So all destinations get the same share. */
 #define RESPONDER_INTERVAL (INTERVAL_NS < 10 * NSEC_PER_MSEC ? INTERVAL_NS : 10 * NSEC_PER_MSEC)
-/* Number of queues. A responder has the one of its address's hash, and may share it. 0: not known. */
+/* Number of queues. The hash of a responder's address gives its queue, which it may share. Queue 0: not known. */
 #define RESPONDERS (1 << 13)
 #define QUEUES_SIZE 65536 /* bytes: RESPONDERS times 8. BCC wants a plain number here. */
 /* Unit of waiting: the interval, but 1 ms at least, because INTERVAL_NS may be 0. */
 #define PATIENCE (INTERVAL_NS > NSEC_PER_MSEC ? INTERVAL_NS : NSEC_PER_MSEC)
 
 /* Flows to the same destination take turns at each hop. A flow that had its turn in this round leaves a due probe to
- * the others for a while: for PATIENCE if fewer flows had a turn than is expected. If packets come in bursts, and so a
- * probe has just left, it also looks for new flows: for LOOK_WAIT, and as long as it is alone once in so many probes.
- * Without bursts, a new flow's packet is sometimes the first one after the due time. Then the next round begins. */
+ * the others for a while. Then the next round begins. It waits for
+ * - PATIENCE, if fewer flows had a turn than expected.
+ * - else LOOK_WAIT, to look for new flows, if a probe has just left, because packets come in bursts. A flow that is
+ *   alone does so for one probe of LOOK_EVERY. Without bursts, a new flow's packet is sometimes the first one after
+ *   the due time. */
 #define FLOW_SLOTS 32 /* flows with the same slot share their turns */
 #define LOOK_EVERY 5  /* a prime number, or it would always be the same hop's turn */
 #define LOOK_WAIT NSEC_PER_MSEC
@@ -928,7 +933,7 @@ enum backoff_state {
 struct backoff {
 	__u8 level;        /* number of back-offs since the last reply */
 	__u8 state;        /* bits of enum backoff_state */
-	__u8 false_alarms; /* how often the hop answered after a first back-off: packets were lost, no more */
+	__u8 false_alarms; /* how often a shortest back-off ended with a reply: packets were only lost */
 };
 
 /* Which flows have probed a hop in this round? */
@@ -936,7 +941,7 @@ struct turns {
 	__u32 flows;   /* bits: slots of flows that had their turn */
 	__u16 since;   /* when a due probe began to wait for others, units of waiting; 0: it does not */
 	__u8 taken;    /* number of turns in this round */
-	__u8 expected; /* and in the one before, if no flow has become idle */
+	__u8 expected; /* number that is expected: as in the round before, or one less than expected then */
 };
 
 struct hop {
@@ -962,16 +967,16 @@ struct distance {
 	__u64 last_explored;   /* last exploration because of such a reply; 0: never */
 	__u8 length;           /* TTL that reaches the destination; 0: unknown */
 	__u8 reverse;          /* length of the reverse path, by the TTL of the destination's packets */
-	__u8 longer_packets; /* number of consecutive packets that say that the path is longer, or bare ACKs: another */
-	__u8 max_ttl_tried;  /* farthest hop to probe for now: hops before it are proven, or do not respond */
-	__u8 explore;        /* send one probe one hop beyond the last router */
-	__u8 is_confirmed;   /* a probe has reached the destination */
-	__u8 proven;         /* farthest proven hop; those before it are proven, too; 0: none */
-	__u8 symmetric;      /* farthest proven hop, if its reply came from the same distance; else 0 */
-	__u8 fallbacks;      /* number of fallback probes since a router answered one */
-	__u8 guards_blocked; /* a router answered a fallback probe, but no guarded one */
-	__u8 by_data;        /* packets with data have told reverse: see destination_seen() */
-	__u8 shorter_acks;   /* number of bare ACKs since then that say that the path is shorter */
+	__u8 longer_packets;   /* number of consecutive packets that say that the path is longer */
+	__u8 max_ttl_tried;    /* farthest hop to probe for now: hops before it are proven, or do not respond */
+	__u8 explore;          /* send one probe one hop beyond the last router */
+	__u8 is_confirmed;     /* a probe has reached the destination */
+	__u8 proven;           /* farthest proven hop; those before it are proven, too; 0: none */
+	__u8 symmetric;        /* farthest proven hop, if its reply came from the same distance; else 0 */
+	__u8 fallbacks;        /* number of fallback probes since a router answered one */
+	__u8 guards_blocked;   /* a router answered a fallback probe, but no guarded one */
+	__u8 by_data;          /* packets with data came from the distance reverse: see destination_seen() */
+	__u8 shorter_acks; /* number of bare ACKs since the last such packet that say that the path is shorter */
 };
 
 struct liveness {
@@ -987,17 +992,17 @@ struct liveness {
 struct trust {
 	__u64 last_moved;   /* when a flow moved last */
 	__u64 paused_until; /* no flow is probed until then */
-	__u64 last_strike;  /* when the last one was counted */
+	__u64 last_strike;  /* when the last strike was counted */
 	__u64 exam;         /* when the first probe left in this exam; 0: none did */
-	__u64 episode; /* when the last stall began that counts, or may; those at the same time are one with it */
+	__u64 episode; /* when the last stall began that counts, or may; others at that time do not count again */
 	__u32 exams;   /* number of all exams that were passed */
-	int suspicion; /* that flows stall by probes to hops that are not proven; negative: they also do without */
-	__u64 suspected_at; /* when the last stall began that raised it, or would have */
-	__u8 awaits;        /* the pause is over as soon as a stalled flow moves */
+	int suspicion; /* that probes to hops that are not proven stall flows; negative: flows stall without them */
+	__u64 suspected_at; /* when the last stall began that raised suspicion, or belonged to the same episode */
+	__u8 awaits;        /* the pause waits for a stalled flow to move: then that is a strike */
 	__u8 strikes;       /* signs that stalls are a firewall's doing */
 	__u8 passed;        /* number of exams without a stall */
-	__u8 max_ttl;       /* farthest hop that was probed in them */
-	__u8 has_stalled;   /* a probed flow stalled, in spite of trust, and none has moved again */
+	__u8 max_ttl;       /* farthest hop that was probed in these exams */
+	__u8 has_stalled;   /* a probed flow stalled, in spite of trust, and no stalled flow has moved again */
 	__u8 doubt;         /* enum doubt: do flows fall silent after one answer because of probes? */
 	__u32 doubted_port; /* of the destination, in such flows */
 	__u64 doubted_at;
@@ -1115,8 +1120,8 @@ static inline __u32 short_levels(const struct backoff *backoff)
 }
 
 /* Return how long an unresponsive hop backs off, ns. A router backs off because each probe costs it and us
- * something. A hop that may be the destination backs off because probes must not reach the destination. Its
- * back-off is longer if it is farther behind the last hop that answers. */
+ * something. A hop that may be the destination backs off because probes must not reach the destination. The
+ * farther it is behind the last hop that answers, the longer is its back-off. */
 static inline __u64 backoff_delay(const struct path *path, __u32 nr, const struct hop *hop)
 {
 	__u32 beyond, level = hop->backoff.level, last = path->liveness.last_responsive;
@@ -1211,8 +1216,8 @@ static inline void set_due_earlier(struct pacing *pacing, __u64 due)
 	}
 }
 
-/* Return the hop after the last probed one that is due, and make it the last probed. If none is due, return 0 and
- * set earliest to the first due time. */
+/* Return the first due hop behind the last probed one, and make it the last probed. Begin again at hop 1 after the
+ * farthest. If none is due, return 0 and set earliest to the first due time. */
 static inline struct hop *next_due_hop(struct path *path, __u32 farthest, __u64 now, __u64 *earliest)
 {
 	struct pacing *pacing = &path->pacing;
@@ -1302,14 +1307,15 @@ static inline int choose_hop(struct path *path, __u64 now, __u64 ticks)
 	return nr;
 }
 
-/* The chosen hop cannot be probed now, because all paths together are over their budget. Choose it next time. */
+/* The chosen hop is not probed now: all paths together are over their budget, or it is another flow's turn. Choose
+ * the hop again next time. */
 static inline void probe_postponed(struct path *path, __u32 nr)
 {
 	path->pacing.last_probed = nr - 1;
 }
 
-/* Does the packet's flow, of this slot, carry the probe to the chosen hop? If not, it is the turn of another one. A
- * packet whose slot is FLOW_SLOTS always does. */
+/* Does the packet, whose flow has this slot, carry the probe to the chosen hop? If not, it is another flow's turn.
+ * A packet whose slot is FLOW_SLOTS always does. */
 static inline int takes_turn(struct path *path, __u32 nr, __u64 slot, __u64 now)
 {
 	struct hop *hop = hop_at(path, nr);
@@ -1343,8 +1349,8 @@ static inline int takes_turn(struct path *path, __u32 nr, __u64 slot, __u64 now)
 	return 1;
 }
 
-/* A probe to the chosen hop is about to be sent. Return the hop's next due time: the next turn that its responder has
- * for this destination. */
+/* A probe to the chosen hop is about to be sent. Return the hop's next due time. It is not before the next turn
+ * that its responder has for this destination. */
 static inline __u64 probe_reserved(struct path *path, __u32 nr, __u64 *queues, __u64 now, __u64 ticks)
 {
 	__u64 queue = queue_of(path, nr), *end;
@@ -1452,13 +1458,13 @@ static inline int is_as_expected(const struct path *path, __u32 distance, __u64 
 }
 
 /* A packet of the destination arrived from this distance, with a gap of ticks since the one before. Believe a
- * shorter path at once, a longer one only after LONGER_AFTER consistent packets: an underestimate is harmless, an
+ * shorter path at once, a longer one only after LONGER_AFTER consecutive packets: an underestimate is harmless, an
  * overestimate sends probes to the destination. After a gap, the path works again: hops that became unresponsive in
  * it are retried.
  *
- * A SYN proxy or a load balancer opens each connection with a bare ACK that it sends in the destination's name. So data
- * is believed at once against bare ACKs. A bare ACK that says shorter than data did is believed if SHORTER_AFTER came
- * before it, without data from there. */
+ * A SYN proxy or a load balancer opens each connection with a bare ACK that it sends in the destination's name. So
+ * data is believed at once against bare ACKs. A bare ACK from nearer by than data is believed only if SHORTER_AFTER
+ * such ACKs came before it, with no data from the believed distance in between. */
 static inline void destination_seen(struct path *path, __u32 seen, __u64 gap, int is_first, int has_data, __u64 now,
 				    __u64 ticks)
 {
@@ -1584,7 +1590,7 @@ static inline void hop_replied(struct path *path, __u32 nr, enum probe_form form
 	}
 }
 
-/* A probe with this TTL reached the destination: the path is no longer than that. */
+/* A probe with this TTL reached the destination: the length of the path is at most this TTL. */
 static inline void destination_reached(struct path *path, __u32 ttl, __u64 now)
 {
 	struct distance *distance = &path->distance;
