@@ -1610,29 +1610,32 @@ static inline void destination_reached(struct path *path, __u32 ttl, __u64 now)
 		path->liveness.last_responsive = ttl - 1;
 }
 
-/* Firewalls. Some take packets with a low TTL for an attack, and block the flow, for good or for a while. A flow that
- * stalls after it was probed may be such a flow, or in an outage. A TCP flow stalls if its retransmission timer expires,
- * or its peer repeats itself. A conversation of another protocol, in which the destination was received before, stalls
- * if packets go on leaving, and nothing is received for half a second, its longest usual gap, and two round trips of the
- * farthest hop that answers. TCP flows and all others are judged by themselves:
+/* Firewalls. Some take packets with a low TTL for an attack, and block the flow, for good or for a while. A flow
+ * that stalls after it was probed may be blocked, or there may be an outage. A TCP flow stalls if its
+ * retransmission timer expires, or its peer repeats itself. A flow of another protocol stalls if the destination
+ * has answered in it, packets go on leaving, and nothing is received for some time. This is the sum of half a
+ * second, the flow's longest usual gap, and two round trips of the farthest hop that answers. TCP and all other
+ * protocols are judged separately:
  *
- * - While nothing is known of a destination, the first stall pauses the probes of all its flows. If the stalled flow
- *   moves before it is probed again, that is one strike. If it does not, but others do, the connection is lost: three
- *   strikes. STRIKES_MAX exclude the destination.
- * - A flow that falls silent after one answer may be one-way, so it stays probed. But the next one to the same port is
- *   not, until it has two answers, which is as if the first was lost: three strikes. Or it falls silent as well: such
- *   flows are one-way.
- * - If a flow stalls that was not probed, stalls have another cause. That ends the pause and clears the strikes.
- * - Each half second with probes and without a stall is an exam that is passed. After two for each hop the destination is
- *   trusted. There a stall is an outage: retransmissions carry probes, to the nearest hop first. Each fourth does not,
- *   in case that it is a firewall. A connection that is lost nevertheless ends the trust, and so does a new flow that
- *   moves while the stalled one does not: where an outage is over, both do.
- * - A firewall that drops the probes themselves only meets those to its own hop and behind it, which are never proven and
- *   so are rare: exams say little about them. Each stall with such a probe raises a suspicion, each other stall lowers
- *   it, and a flow that survives such a probe ends it. At SUSPICION_MAX the destination is excluded, trusted or not. */
+ * - While nothing is known of a destination, the first stall pauses the probes of all its flows. If the stalled
+ *   flow moves before it is probed again, that is one strike. If it does not, but others do, the connection is
+ *   lost: three strikes. STRIKES_MAX exclude the destination.
+ * - A flow that stops after one answer may be one-way, so it stays probed. But the next flow to the same port is
+ *   not probed. If that one gets a second answer, the first counts as lost: three strikes. If it stops after one
+ *   answer as well, such flows are one-way.
+ * - If a flow that was not probed stalls during a pause, stalls have another cause. The pause ends, and the strikes
+ *   are cleared.
+ * - Each half second with probes and without a stall is an exam that is passed. After more than two for each hop
+ *   the destination is trusted. There a stall is taken for an outage: retransmissions carry probes, to the nearest
+ *   hop first. One in four does not, in case that it is a firewall. A connection that is lost nevertheless ends the
+ *   trust, and so does a new flow that moves while the stalled one does not: after an outage, both move.
+ * - A firewall may drop the probes that reach it, too. Then its hop and those behind it are never proven, and
+ *   probes to them are rare: exams say little about such a firewall. Each stall after a probe to a hop that is not
+ *   proven raises a suspicion, each other stall lowers it, and a flow that survives such a probe ends it. At
+ *   SUSPICION_MAX the destination is excluded, trusted or not. */
 #define EXAM (NSEC_PER_SEC / 2)
 #define PAUSE (10 * NSEC_PER_SEC)
-/* After a strike. It doubles with each, to see whether flows stall unprobed. */
+/* Pause after a strike, to see whether flows stall unprobed. It doubles with each strike. */
 #define PAUSE_CONTROL (NSEC_PER_SEC / 2)
 #define STRIKES_MAX 6
 #define STRIKES_LOST 3
@@ -1640,16 +1643,17 @@ static inline void destination_reached(struct path *path, __u32 ttl, __u64 now)
 #define SUSPICION_MIN (-16)
 #define FORGIVEN (60 * NSEC_PER_SEC) /* after so long without a strike, a trusted destination has none */
 #define SURVIVED \
-	(20 * NSEC_PER_MSEC) /* a flow that moves later than two round trips and this after a probe did so */
+	(20 * NSEC_PER_MSEC) /* a flow that moves later than two round trips and this after a probe survived it */
 /* NATs and firewalls forget connections that are idle for minutes. So a flow that was idle for so long is not probed
- * before it moves again, and it stalls for that reason. */
+ * before it moves again. If it stalls, that is put down to the idle time, not to probes. */
 #define IDLE (60 * NSEC_PER_SEC)
-/* A flow stalls if its peer repeats itself so often, with so much time between: at once it may be reordered data. */
+/* A flow stalls if its peer repeats itself so often, with so much time between. Sooner it may be reordered data. */
 #define REPEATS_MIN 2
 #define REPEATS_TIME (150 * NSEC_PER_MSEC)
-/* A conversation repeats itself if nothing was received for this, half its usual gap, and a round trip. Once it is
- * stalled, the time is longer: one of four times it carries no probe, and that must last longer than a firewall that
- * blocks for half a second. With longer gaps than the maximum, nothing can be told. */
+/* A conversation, a flow of another protocol than TCP, repeats itself if nothing was received for the sum of this,
+ * half its usual gap, and a round trip. Once it is stalled, the time is longer: for one of four such times it
+ * carries no probe, and that must outlast a firewall that blocks for half a second. If gaps are longer than
+ * GAP_MAX, a stall cannot be told from a gap. */
 #define SILENCE (250 * NSEC_PER_MSEC)
 #define SILENCE_STALLED (550 * NSEC_PER_MSEC)
 #define GAP_MAX (5 * NSEC_PER_SEC)
@@ -1727,7 +1731,7 @@ static inline void end_exam(struct trust *trust, __u64 now)
 		trust->strikes = 0;
 }
 
-/* A flow that last moved later than this survived the probe that left at this time. */
+/* Return the time after which a flow must have moved to have survived a probe that left at `probed`. */
 static inline __u64 survived_after(__u64 probed, __u32 srtt)
 {
 	return probed + 2000ULL * srtt + SURVIVED;
@@ -1836,7 +1840,7 @@ static inline void end_doubt(struct path *path, struct trust *trust, struct prog
 	flow->withheld = flow->doubted = 0;
 }
 
-/* A packet of the flow leaves. Return whether it may carry a probe. can_stall: the device had its carrier. */
+/* A packet of the flow leaves. Return whether it may carry a probe. can_stall: the device's link was up. */
 static inline int flow_looked(struct path *path, struct trust *trust, struct progress *flow,
 			      const struct flow_look *look, int can_stall, __u64 now)
 {
@@ -1881,7 +1885,8 @@ static inline int flow_looked(struct path *path, struct trust *trust, struct pro
 	return flow->stalled_at ? retries % RETRIES_UNPROBED != 0 : now - flow->moved <= IDLE;
 }
 
-/* The packet carried a probe of this form. A firewall may be behind the hops that were probed so far. */
+/* The packet carried a probe of this form. If it went farther than any before, exams begin anew: a firewall may be
+ * behind the hops that were probed so far. */
 static inline void flow_probed(struct trust *trust, struct progress *flow, __u32 ttl, enum probe_form form,
 			       __u64 now)
 {
@@ -1897,8 +1902,8 @@ static inline void flow_probed(struct trust *trust, struct progress *flow, __u32
 		trust->exam = now;
 }
 
-/* A packet of a flow without a TCP socket here was received. Learn how long that usually takes. A stall that may be due
- * to probes teaches nothing, and neither does a time in which nothing was sent. */
+/* A packet of a flow without a TCP socket here was received. Learn the flow's longest usual gap. A stall that may
+ * be due to probes does not count, and neither does a long gap in which nothing was sent. */
 static inline void flow_received(struct reception *received, const struct progress *flow, __u64 now)
 {
 	__u64 gap = now > received->last ? now - received->last : 0; /* another CPU may have been faster */
@@ -1909,7 +1914,7 @@ static inline void flow_received(struct reception *received, const struct progre
 	received->last = now;
 }
 
-/* A packet of such a flow leaves, which is not of TCP: the destination should answer. Fill in the look, but for srtt. */
+/* A packet of a flow that is not TCP leaves: the destination should answer. Fill in what the look still lacks. */
 static inline void look_at_conversation(struct reception *received, const struct progress *flow,
 					struct flow_look *look, __u64 now)
 {
@@ -1927,9 +1932,10 @@ static inline int is_conversation(const struct reception *received, const struct
 	return flow->stalled_at || (received->count && received->gap <= GAP_MAX);
 }
 
-/* May a flow that nothing was received of carry a probe? Not while we suspect a firewall, because it could not be seen
- * to stall. It may after a while, since perhaps there are no other flows, which could end the suspicion. While it is in
- * doubt whether flows to its port are one-way, a flow goes on that is probed: only one that is not can decide that. */
+/* May a flow carry a probe that could not be seen to stall, because nothing was received of it, or too rarely? Not
+ * while we suspect a firewall. It may after a while, since perhaps there are no other flows, which could end the
+ * suspicion. While it is in doubt whether flows to its port are one-way, a flow that was probed before may go on,
+ * but no other may: only a flow without probes can settle the doubt. */
 static inline int may_begin_probed(const struct trust *trust, __u32 port, __u32 is_probed, __u64 now)
 {
 	__u64 suspected = max64(trust->last_strike, trust->episode);
