@@ -2059,14 +2059,15 @@ static inline struct schedule *lookup_schedule(void)
 	return schedules.lookup(&zero);
 }
 
-/* A process that takes more than this part of a budget gets only what others leave of it: of each burst, a part is
- * kept for them. So nobody who sends as fast as possible, or to thousands of destinations, starves the others. */
+/* A process that takes more than one part in PROCESS_SHARE of a budget gets only what others leave of it: a part of
+ * each burst is kept for them. So a process that sends as fast as it can, or to thousands of destinations, does not
+ * starve the others. */
 #define PROCESS_SHARE 8
 #define SHARE_BURST NSEC_PER_SEC
 #define KEPT_BUDGET max64(BUDGET_BURST / 2, BUDGET_COST / 4)
 
-/* New destinations of flows in a second, and at once. Each costs user space 50 us, and makes probes without an answer
- * until it is known that no router answers. */
+/* Maximum number of new destinations of flows in a second; a burst may have as many. Each costs user space 50 us,
+ * and unanswered probes until it is known that no router answers. */
 #define NEW_PATHS_RATE 1000
 #define NEW_PATHS_BURST NSEC_PER_SEC
 #define NEW_PATH_COST (NSEC_PER_SEC / NEW_PATHS_RATE)
@@ -2096,7 +2097,7 @@ static inline int take_new_path(struct process *process, __u64 now)
 	return is_left;
 }
 
-/* Return the path to the destination of a target's flow, made now; 0 if the process makes too many. */
+/* Make the path to the destination of a target's flow. Return it, 0 if there is no budget or no room for it. */
 static inline struct path *add_flow_path(struct in6_addr *dest, __u8 *slot, struct process *process, __u64 now)
 {
 	struct path *path;
@@ -2118,7 +2119,8 @@ static inline struct path *add_flow_path(struct in6_addr *dest, __u8 *slot, stru
 	return path;
 }
 
-/* Reserve one probe. Keep so much of the budget for others. Return 0, the reason why there is none, or NOT_SENT. */
+/* Reserve one probe, and keep reservation->kept of the budget for others. Return 0, the reason why there is none,
+ * or NOT_SENT. */
 static inline int reserve_probe(struct path *path, struct reservation *reservation, int can_fall_back, __u64 now)
 {
 	__u64 ticks = ticks_now();
@@ -2170,14 +2172,14 @@ static inline void settle_reservation(struct path *path, const struct reservatio
 	bpf_spin_unlock(&all->lock);
 }
 
-/* A packet of the destination arrived. Return whether to look at its flow. Once a tick is enough, unless one is about to
- * stall. */
+/* A packet of the destination arrived. Return whether to look at its flow. Once a tick is enough, unless a flow is
+ * about to stall. Without ticks (before Linux 5.6), never: so flows without a TCP socket here are not judged. */
 static inline int looks_at_flow(struct path *path, __u32 protocol, __u64 ticks)
 {
 	return ticks > READ_ONCE(path->liveness.last_received) || ticks < trust_in(path, protocol)->watched_until;
 }
 
-/* Note that it arrived. */
+/* Note that a packet of the destination arrived, with this TTL. */
 static inline void note_packet(struct path *path, __u32 ttl, int has_data, __u64 ticks)
 {
 	__u64 now, last = READ_ONCE(path->liveness.last_received);
@@ -2229,7 +2231,7 @@ static inline void note_reached(struct path *path, __u32 ttl)
 
 /* ---- Internet checksums (RFC 1071) -------------------------------------------------------- */
 
-/* Return the 16-bit one's complement sum. Like the kernel's, it is 0 only for a sum of 0. */
+/* Return the 16-bit one's complement sum. Unlike the kernel's, it is not inverted. It is 0 only for a sum of 0. */
 static inline __u16 csum_fold(__u64 sum)
 {
 	sum = (sum & 0xffffffff) + (sum >> 32);
@@ -2334,7 +2336,7 @@ static inline void map_v4(struct in6_addr *a, __be32 v4)
 	a->s6_addr32[3] = v4;
 }
 
-/* Return the length of the packet by its IP header. An IPv6 header can tell more than 65535 bytes, which no device
+/* Return the length of the packet by its IP header, at most 65535. An IPv6 header can give more, which no device
  * here sends. */
 static inline __u16 total_len(const struct packet *pkt)
 {
@@ -2521,7 +2523,7 @@ static inline __be16 parse_ethhdr(struct hdr_cursor *nh, struct packet *pkt)
 	return proto;
 }
 
-/* Parse a frame, and leave the cursor behind the IP header. Return -1 if it is incomplete or no IP packet. */
+/* Parse a frame, and leave the cursor behind the IP header. Return -1 if it is cut, or no unicast IP packet. */
 static inline int parse_frame(struct hdr_cursor *nh, struct packet *pkt)
 {
 	__u8 *first = nh->pos;
@@ -2544,8 +2546,8 @@ static inline int parse_frame(struct hdr_cursor *nh, struct packet *pkt)
 	return err < 0 ? err : parse_inner(nh, pkt);
 }
 
-/* Make the verifier forget how a packet was parsed: see hidden(). The cursor stays where it is. What was proven of the
- * bytes behind it must be proven again. start is the packet's first byte. */
+/* Make the verifier forget how a packet was parsed: see hidden(). The cursor stays where it is. Before bytes behind
+ * it are read, they must be compared with the packet's end again. start is the packet's first byte. */
 static inline void forget_headers(struct scratch *scratch, void *start, struct hdr_cursor *nh, struct packet *pkt)
 {
 	nh->pos = start + (hidden(scratch, nh->pos - start) & HEADERS_MASK);
@@ -2619,7 +2621,7 @@ static inline int parse_probe_key(const struct hdr_cursor *nh, const struct pack
 /* The length field of a guarded UDP probe is too large by this. */
 #define UDP_EXCESS 0x4000
 
-/* Copy the first whole 16-bit words of a UDP payload, and zeros behind. Return -1 if the packet is cut before. */
+/* Copy the first whole 16-bit words of a UDP payload, and zeros behind. Return -1 if the packet ends before. */
 static inline int parse_udp_head(const struct hdr_cursor *nh, __u8 *head)
 {
 	struct udphdr *udp = nh->pos;
@@ -2701,15 +2703,16 @@ static inline int is_partial(const struct clone *clone, __u16 check)
 }
 
 /* TCP: ports and sequence number. A trimmed probe is an empty ACK with an older sequence number: the receiver
- * discards it as a duplicate. It has PSH, which without data means nothing to a receiver. But queues with an ACK filter
- * (CAKE's ack-filter, cable modems) do not take it for a pure ACK then (cake_tcph_may_drop() in the kernel). Of pure ACKs
- * they keep the newest: the next packet of the flow would end the probe, or even get its TTL, where the filter writes
- * the newer ACK into the older one. Sequence numbers and probe numbers both grow, so that the probes of a flow differ,
- * whether it sends byte by byte or nothing. Firewalls accept numbers that are older by up to the receiver's window.
- * TCP_SEQ_BACK is below the smallest windows in use.
+ * discards it as a duplicate. It has PSH, which without data means nothing to a receiver. But queues with an ACK
+ * filter (CAKE's ack-filter, cable modems) do not take it for a pure ACK then (cake_tcph_may_drop() in the kernel).
+ * Of pure ACKs they keep the newest: the next packet of the flow would replace the probe, or even get its TTL,
+ * where the filter writes the newer ACK into the older one.
  *
- * A firewall that knows newer numbers may drop what is much older. So the number of a probe by a retransmission is as
- * if its carrier were new, and NOTRUNC does not keep its payload.
+ * A probe's sequence number grows with the carrier's and with the number of the probe. So the probes of a flow
+ * differ, whether it sends byte by byte or nothing. Firewalls accept numbers that are older by up to the receiver's
+ * window. TCP_SEQ_BACK is below the smallest windows in use. A firewall that knows newer numbers may drop what is
+ * much older. So if the carrier is a retransmission, the probe has the number of a new carrier, and NOTRUNC does
+ * not keep the payload.
  *
  * The sender's TCP takes an ICMP error for its own if the quoted number is outstanding (tcp_v4_err() in the kernel):
  * it becomes the socket's SO_ERROR. If replies pass to the stack, the numbers are therefore below everything that is
