@@ -2974,7 +2974,7 @@ static inline int build_probe(struct __sk_buff *skb, struct clone *clone, struct
 BPF_HASH(processes, __u32, struct process, 16384);  /* by PID */
 BPF_HASH(apps, struct app_name, __u32, 1024);       /* target names in lower case -> 1: the whole name;
 						    * 0: its first 15 characters, so that user space must check */
-BPF_HASH(interpreters, struct app_name, __u8, 256); /* names of executables up to a digit or dot, as -a's above */
+BPF_HASH(interpreters, struct app_name, __u8, 256); /* their executables' names up to a digit or dot, cut to 15 */
 BPF_ARRAY(task_sample, struct task_sample, 1);
 BPF_ARRAY(task_pid_offset, __u32, 1); /* of pid in struct task_struct, with tgid behind it; user space finds it */
 BPF_RINGBUF_OUTPUT(process_events, 64);
@@ -3024,7 +3024,8 @@ static inline __u32 status_by_name(const struct app_name *app)
 	return *is_whole ? TARGET : UNDECIDED;
 }
 
-/* Return a name up to its first digit or dot: what follows is the version of an interpreter. No branch, as above. */
+/* Return a name up to its first digit or dot: what follows is the version of an interpreter. It has no branch:
+ * see status_by_name(). */
 static inline struct app_name without_version(const struct app_name *app)
 {
 	__u64 word[sizeof(*app) / 8], low, from_0, above_9, no_dot, end, ended = 0;
@@ -3077,8 +3078,9 @@ static inline int has_target_parent(__u64 task)
 	return process && process->status != OURSELVES;
 }
 
-/* Return whether the current process runs a program now that no name of -a can mean, by its executable's name. If that
- * is an interpreter's, the name may be in the command line, which user space reads. bprm: struct linux_binprm. */
+/* Return whether no name of -a can mean the program that the current process runs now, by its executable's name. If
+ * the executable is an interpreter, the command line may have the name, and only user space reads that: return 0.
+ * bprm: struct linux_binprm. */
 static inline int is_other_program(__u64 bprm)
 {
 	struct app_name name = {}, stem;
@@ -3190,7 +3192,7 @@ int elf_exit(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* Return the entry of the current process, 0 if it is no target. Enters a process that has the name of a target. */
+/* Return the entry of the current process, 0 if it has none. Enter it if it now has the name of a target. */
 static inline struct process *current_process(void)
 {
 	__u64 ids = bpf_get_current_pid_tgid();
@@ -3236,7 +3238,7 @@ int elf_sock_create(struct bpf_sock *sk)
 }
 
 /* A process accepts a connection, or asks for the peer of one that it was given. If it is a target, it owns the
- * connection. If it is not, and the connection has the owner of its listener, that target does not get it. */
+ * connection. If not, a connection that inherited the owner of its listener has no owner from now on. */
 static inline int note_user(struct bpf_sock_addr *ctx)
 {
 	struct process *process = current_process();
@@ -3331,8 +3333,8 @@ static inline __u32 sending_process(struct __sk_buff *skb)
 	return owned ? tgid_of(bpf_get_current_task()) : 0;
 }
 
-/* Does the socket of the packet belong to its owner, or to another target? That is its owner then. Of a connection
- * that has the owner of its listener, nobody knows who gets it, until a process sends. */
+/* Does the socket of the packet belong to a target? A target that sends by the socket becomes its owner. A
+ * connection that inherited the owner of its listener belongs to nobody until a process sends. */
 static inline int is_owned(struct __sk_buff *skb, struct owner *owner)
 {
 	struct process *process;
@@ -3522,8 +3524,8 @@ static inline void report_flow(struct __sk_buff *skb, const struct flow_key *flo
 		COUNT(events_lost);
 }
 
-/* Has the packet's device had its carrier since this time? A lost carrier is no sign of a firewall: cables are pulled,
- * and some drivers take the link down for seconds when XDP is attached. */
+/* Has the link of the packet's device been up since this time? A lost link is no sign of a firewall: cables are
+ * pulled, and some drivers take the link down for seconds when XDP is attached. */
 static inline int had_carrier(struct __sk_buff *skb, __u64 since)
 {
 	__u32 device = skb->ifindex;
@@ -3569,8 +3571,8 @@ static inline int look_at_flow(struct __sk_buff *skb, struct path *path, struct 
 /* If both numbers differ from the last packet's by more, it is another connection with the same ports. */
 #define SAME_CONNECTION (1 << 24)
 
-/* Return the flow with this key, which has no TCP socket here; 0 if there is no room. If it is of TCP, seq and ack are the
- * numbers of its packet, else 0. */
+/* Return the flow with this key, which has no TCP socket here; 0 if there is no room. seq and ack are the numbers
+ * in the packet, 0 for other protocols than TCP. */
 static inline struct flow *flow_of(struct flow_key *key, __u32 seq, __u32 ack)
 {
 	struct flow *flow, *none;
@@ -3618,8 +3620,9 @@ static inline void look_at_foreign_tcp(struct flow *flow, const struct packet *p
 	look->patience = REPEATS_TIME;
 }
 
-/* A packet of a flow without a TCP socket here leaves. tcp is 0 if it is of another protocol. Fill in the look. Return the
- * flow's progress; 0 if the flow cannot stall, because the destination was not received in it. */
+/* A packet of a flow without a TCP socket here leaves. tcp is 0 for other protocols. Fill in the look. Return the
+ * flow's progress. Return 0 if it could not be seen to stall: there is no room, or nothing was received of it, or
+ * too rarely. */
 static inline struct progress *look_at_foreign(struct path *path, const struct packet *pkt,
 					       const struct tcphdr *tcp, struct scratch *scratch, __u64 now)
 {
@@ -3641,17 +3644,18 @@ static inline struct progress *look_at_foreign(struct path *path, const struct p
 		look_at_conversation(&flow->received, &flow->progress, look, now);
 	if (!is_conversation(&flow->received, &flow->progress))
 		return 0;
-	/* When half the time is over after which it stalls, nothing that is received may be missed. */
+	/* If half the time to a stall is over without progress, look at every packet that is received. */
 	if (look->position == flow->progress.position && now - flow->progress.since > look->patience &&
 	    flow->progress.repeats <= REPEATS_MIN)
 		trust->watched_until = ticks_now() + (look->patience + NSEC_PER_SEC) / (TICK_NS + !TICK_NS);
 	return &flow->progress;
 }
 
-/* Return 0 if the flow of the packet may be probed now, else the reason. Fill in its TCP state. A flow carries no probe
- * - before the peer has acknowledged or sent data, if it is of TCP. With SYN cookies it knows the connection only from
- *   the first packet behind the handshake. A probe before that has an older number, and the peer answers it with a
- *   reset.
+/* Return 0 if the flow of the packet may be probed now, else the reason. Fill in its TCP state. A flow carries no
+ * probe
+ * - before the peer has acknowledged or sent data, if it is of TCP. With SYN cookies, the peer knows the connection
+ *   only from the first packet behind the handshake. It answers a probe before that, which has an older number,
+ *   with a reset.
  * - from retransmissions, unless it is stalled: then there is nothing else.
  * - while the path model suspects a firewall. */
 static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh, const struct packet *pkt,
@@ -3665,7 +3669,8 @@ static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	struct bpf_tcp_sock *tp = 0;
 	struct bpf_sock *sk;
 
-	/* The verifier follows 0 and 1. If clang compared the protocol again, it would forget that the header is whole. */
+	/* The verifier follows 0 and 1. If clang compared the protocol again, the verifier would forget that the header
+	 * is whole. */
 	barrier_var(is_tcp);
 	scratch->resent = 0;
 	scratch->early = 0;
@@ -3740,7 +3745,7 @@ static inline int send_probe(struct __sk_buff *skb, const struct packet *pkt, st
 	return 0;
 }
 
-/* The networks whose addresses a NAT translates: RFC 1918, RFC 6598, RFC 4193. */
+/* Is the address in a network whose addresses a NAT translates? RFC 1918, RFC 6598, RFC 4193. */
 static inline int is_private(const struct in6_addr *a)
 {
 	__u32 v4 = bpf_ntohl(a->s6_addr32[3]);
@@ -3762,9 +3767,9 @@ static inline int can_fall_back(const struct packet *pkt)
 	       !is_private(&pkt->daddr);
 }
 
-/* Return the slot of the packet's flow, see struct turns. Ports of clients are often consecutive, or every other one. Of
- * two flows with the same slot that send in bursts, one would take all the turns. So every 256 probes the slots are
- * others. */
+/* Return the slot of the packet's flow, see struct turns. Ports of clients are often consecutive, or every other
+ * one. Of two flows with the same slot that send in bursts, one would take all the turns. So flows get new slots
+ * every 256 probes. */
 static inline __u32 flow_slot(const struct flow_key *flow, const struct path *path)
 {
 	__u32 number = bpf_ntohs(flow->sport ^ flow->dport);
@@ -3775,8 +3780,8 @@ static inline __u32 flow_slot(const struct flow_key *flow, const struct path *pa
 /* Time between two checks whether a destination is still on-link. */
 #define ON_LINK_WAIT NSEC_PER_SEC
 
-/* Note what the rows and the budget need of the packet's owner. The verifier checks what follows once, and not for
- * each combination of owner and process, because neither is used any more. */
+/* Note what the rows and the budget need of the packet's owner. The caller uses neither owner nor process after
+ * this. So the verifier checks the rest once, not for each combination of them. */
 static inline void note_owner(struct scratch *scratch, const struct owner *owner, struct process *process,
 			      __u64 now)
 {
@@ -3844,7 +3849,7 @@ static inline int probe_with(struct __sk_buff *skb, struct hdr_cursor *nh, struc
 	if (unfit || reason)
 		return unfit ? unfit : reason;
 	scratch->reservation.flow = FLOW_SLOTS;
-	if (!READ_ONCE(scratch->resent)) /* these are few */
+	if (!READ_ONCE(scratch->resent)) /* retransmissions are few: they take no turns */
 		scratch->reservation.flow = flow_slot(&scratch->flow, path);
 	reason = reserve_probe(path, &scratch->reservation, READ_ONCE(scratch->can_fall_back), now);
 	if (reason)
@@ -3915,8 +3920,8 @@ int elf_egress(struct __sk_buff *skb)
  * bytes), and the extension. */
 #define ICMP_ERROR_LEN 2560
 
-/* Return the TCP probe in flight whose sequence number a middlebox has changed before the router quoted it, 0 for
- * none. Then user space may look at the quoted number. */
+/* Return the TCP probe in flight whose sequence number a middlebox has changed before the router quoted it. If
+ * there is none, return 0, and mark the result for report_unmatched(). */
 static inline struct probe *find_rewritten(struct extended_result *extended)
 {
 	struct result *result = &extended->result;
@@ -4185,7 +4190,8 @@ static inline int is_bare(const struct hdr_cursor *nh, const struct packet *pkt)
 	       pkt->l4_len <= (tcp->data_offset >> 4) * 4;
 }
 
-/* Runs for every packet that arrives. All pass, except replies to probes with INGRESS_DROP. */
+/* Runs for every packet that arrives. All pass, except replies to probes with INGRESS_DROP, and those that would
+ * harm the sender's TCP (harms_tcp()). */
 int elf_ingress(struct xdp_md *ctx)
 {
 	struct hdr_cursor nh = { (void *)(long)ctx->data, (void *)(long)ctx->data_end };
