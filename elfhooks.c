@@ -19,8 +19,8 @@
  *
  * beforesend: the probe is complete. It is recorded and sent after the hook. ctx is the probe, never the application's
  * packet. Return 0 to send the probe. A negative number drops it; the application's packet leaves all the same. Do not
- * change what identifies a probe in its reply: addresses, ports, and the first 8 bytes behind the IP header. If the probe
- * is shorter than its packet, it loses its departure time (tstamp).
+ * change what identifies a probe in its reply: addresses, ports, and the first 8 bytes behind the IP header. If the
+ * probe is shorter than its packet, it is redirected once more, and may lose its departure time (tstamp).
  *
  * afterrecv: a time exceeded answers a probe. The hook sees the whole message, before the result is recorded.
  *

@@ -387,7 +387,7 @@ struct counters {
 	__u64 carrier_stamped;  /* due, but the packet asks the network card for a time stamp */
 	__u64 carrier_early;    /* due, but nothing proves yet that the peer knows the TCP connection */
 	__u64 hop_unresponsive; /* due, but the next hop just turned out to be unresponsive and backs off */
-	__u64 flow_stalled;     /* due, but flows stalled, perhaps because of probes, or this flow was idle */
+	__u64 flow_stalled;     /* due, but flows stalled, perhaps because of probes, or this one does not move */
 	__u64 lease_expired;    /* due, but user space has not renewed the lease */
 	__u64 processes_full;   /* target processes for which there was no room */
 	__u64 events_lost;      /* events of processes and flows for which the ring had no room */
@@ -1003,7 +1003,7 @@ struct trust {
 	__u8 passed;        /* number of exams without a stall */
 	__u8 max_ttl;       /* farthest hop that was probed in these exams */
 	__u8 has_stalled;   /* a probed flow stalled, in spite of trust, and no stalled flow has moved again */
-	__u8 doubt;         /* enum doubt: do flows fall silent after one answer because of probes? */
+	__u8 doubt;         /* enum doubt: do flows stop after one answer because of probes? */
 	__u32 doubted_port; /* of the destination, in such flows */
 	__u64 doubted_at;
 	__u64 watched_until; /* up to this tick, each packet received is looked at */
@@ -1998,7 +1998,7 @@ BPF_F_TABLE("hash", struct in6_addr, struct path, flow_paths, 1, BPF_F_NO_PREALL
 BPF_ARRAY(new_path, struct path, 1); /* the first value of an entry in flow_paths: all 0, but for flows_only */
 BPF_ARRAY(address_filter, struct filter_line, FILTER_LINES);
 BPF_F_TABLE("hash", struct probe_key, struct probe, in_flight, 1, BPF_F_NO_PREALLOC);
-/* Finds the ident under which the probe is in in_flight. The kernel allocates the whole of it at once. */
+/* Finds the ident under which the probe is in in_flight. The kernel allocates the whole map at once. */
 BPF_TABLE("lru_hash", struct udp_partial, __u32, partial_checksums, 1);
 /* What a middlebox adds to the TCP sequence numbers of a flow: a key without ident -> a constant. User space finds it. */
 BPF_TABLE("lru_hash", struct probe_key, __u32, seq_offsets, 2048);
@@ -3669,8 +3669,8 @@ static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh,
 	struct bpf_tcp_sock *tp = 0;
 	struct bpf_sock *sk;
 
-	/* The verifier follows 0 and 1. If clang compared the protocol again, the verifier would forget that the header
-	 * is whole. */
+	/* The verifier follows 0 and 1. If clang compared the protocol again, the verifier would forget that the
+	 * header is whole. */
 	barrier_var(is_tcp);
 	scratch->resent = 0;
 	scratch->early = 0;
