@@ -3605,7 +3605,8 @@ static inline void look_at_foreign_tcp(struct flow *flow, const struct packet *p
 	__u32 seq = bpf_ntohl(tcp->seq), ack = bpf_ntohl(tcp->ack_seq);
 	struct flow_look *look = &scratch->look;
 
-	scratch->resent = (__s32)(seq - flow->next_seq) < 0;
+	scratch->next = flow->next_seq;
+	scratch->resent = (__s32)(seq - scratch->next) < 0;
 	if (!scratch->resent)
 		flow->next_seq = seq + pkt->l4_len - (tcp->data_offset >> 4) * 4;
 	flow->last_ack = ack;
@@ -3709,10 +3710,10 @@ static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh,
 		scratch->may_carry =
 			may_begin_probed(trust_in(path, pkt->protocol), scratch->flow.dport, look->is_probed, now);
 	}
+	if (READ_ONCE(scratch->early)) /* it has not moved yet, which the path model would take for idle */
+		return REASON(carrier_early);
 	if (!READ_ONCE(scratch->may_carry))
 		return REASON(flow_stalled);
-	if (READ_ONCE(scratch->early))
-		return REASON(carrier_early);
 	return scratch->resent && !scratch->stalled ? REASON(carrier_resent) : 0;
 }
 

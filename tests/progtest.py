@@ -288,8 +288,11 @@ class Programs:
         """struct path of an address."""
         return self.kernel.map('paths').get(pack_address(address))
 
-    def open_foreign_flow(self, frame: Any) -> None:
-        """Have the TCP flow of a frame (scapy's) be one whose peer knows it, as none here has a socket."""
+    def open_foreign_flow(self, frame: Any, **fields: int) -> None:
+        """Have the TCP flow of a frame (scapy's) be one whose peer knows it, as none here has a socket.
+
+        `fields` of struct flow and its records, by their names alone, replace those that follow from the frame.
+        """
         layer, ip = frame, None
         while layer and hasattr(layer, 'payload') and layer.name != 'TCP':
             ip = layer if layer.name in ('IP', 'IPv6') else ip
@@ -306,6 +309,8 @@ class Programs:
             tcp.ack,
         )
         flow.is_open = 1
+        for name, value in fields.items():
+            set_field(flow, name, value)
         key.sport, key.dport, key.protocol = socket.htons(tcp.sport), socket.htons(tcp.dport), socket.IPPROTO_TCP
         for field, address in ('source', ip.src), ('dest', ip.dst):
             ctypes.memmove(ctypes.addressof(key) + getattr(type(key), field).offset, pack_address(address), 16)

@@ -128,6 +128,27 @@ def test_syn_cookies(lab4: Lab, tmp_path: Path, where: str, version: int) -> Non
     assert run.counters['probes'] > 50
 
 
+@pytest.mark.parametrize('version', VERSIONS)
+def test_a_server_that_speaks_first_has_not_stalled(lab4: Lab, tmp_path: Path, version: int) -> None:
+    """Its greetings carry no probes, because the client has confirmed nothing yet. Counters say so."""
+    count = 30
+    with inside(lab4.server):
+        server = socket.create_server((lab4.server_address(version), PORT), family=FAMILY[version])
+    with server, elfprobe(
+        lab4, '-p', '0', '-d', lab4.client_address(version), cwd=tmp_path, host=lab4.server
+    ) as run:
+        for _ in range(count):
+            with inside(lab4.client), socket.socket(FAMILY[version]) as client:
+                client.connect(server.getsockname()[:2])
+                accepted = server.accept()[0]
+                with accepted:
+                    accepted.sendall(b'220 ready')
+                    assert client.recv(9)
+        assert run.stop() in (0, 3)  # 3: no probe at all
+    assert run.counters['carrier_early'] >= count
+    assert run.counters['flow_stalled'] == 0
+
+
 # -I pass
 
 # Nothing that the server says arrives, so that all that the client sends stays outstanding.

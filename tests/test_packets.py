@@ -703,6 +703,23 @@ def test_not_due(load: Load) -> None:
     assert programs.counters() == {}
 
 
+@pytest.mark.parametrize('version', SERVER)
+def test_number_of_a_probe_by_a_retransmission_without_a_socket(load: Load, version: int) -> None:
+    """It is as if its carrier were new, so that no firewall takes the probe for an old packet."""
+    programs = load()
+    programs.follow(SERVER[version], length=9)
+    carrier = frame(ip(version), segment(), data(100))
+    oldest, newest, then = carrier[TCP].seq, carrier[TCP].seq + 50000, time.monotonic_ns() - 1000 * MS
+    programs.open_foreign_flow(
+        carrier, acked=oldest, next_seq=newest, stalled_at=then, since=then, moved=then,
+        position=(carrier[TCP].ack + oldest) % 2**32,
+    )  # fmt: skip
+    with programs.attached() as send:
+        [probe] = send(bytes(carrier))  # of a packet of scapy's, it would open the flow anew
+        assert 0 < newest - Ether(probe)[TCP].seq <= 2048
+    assert programs.counters() == {'probes': 1}
+
+
 @pytest.mark.parametrize('due', [0, NEVER], ids=['with a probe', 'without'])
 def test_packet_keeps_what_the_kernel_knows_of_it(load: Load, due: int) -> None:
     programs = load()
