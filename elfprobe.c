@@ -3599,16 +3599,19 @@ static inline struct flow *flow_of(struct flow_key *key, __u32 seq, __u32 ack)
 
 /* A packet of a TCP flow without a socket here leaves. Fill in the look. The peer knows the connection if it has sent
  * something since the first packet that we saw, or if more was sent than fits into the first window. */
-static inline void look_at_foreign_tcp(struct flow *flow, const struct packet *pkt, const struct tcphdr *tcp,
-				       struct scratch *scratch)
+static inline void look_at_foreign_tcp(struct __sk_buff *skb, struct flow *flow, const struct packet *pkt,
+				       const struct tcphdr *tcp, struct scratch *scratch)
 {
-	__u32 seq = bpf_ntohl(tcp->seq), ack = bpf_ntohl(tcp->ack_seq);
+	__u32 seq = bpf_ntohl(tcp->seq), ack = bpf_ntohl(tcp->ack_seq), headers = (tcp->data_offset >> 4) * 4;
 	struct flow_look *look = &scratch->look;
+	__s32 len = pkt->l4_len - headers;
 
 	scratch->next = flow->next_seq;
 	scratch->resent = (__s32)(seq - scratch->next) < 0;
+	if (len < 0) /* BIG TCP: the length field of the IP header is 0 */
+		len = skb->len - pkt->ip_off - pkt->ip_len - headers;
 	if (!scratch->resent)
-		flow->next_seq = seq + pkt->l4_len - (tcp->data_offset >> 4) * 4;
+		flow->next_seq = seq + len;
 	flow->last_ack = ack;
 	if (ack != flow->first_ack || (__s32)(seq - flow->first_seq) > FIRST_WINDOW_MAX)
 		flow->is_open = 1;
@@ -3624,7 +3627,7 @@ static inline void look_at_foreign_tcp(struct flow *flow, const struct packet *p
 /* A packet of a flow without a TCP socket here leaves. tcp is 0 for other protocols. Fill in the look. Return the
  * flow's progress. Return 0 if it could not be seen to stall: there is no room, or nothing was received of it, or
  * too rarely. */
-static inline struct progress *look_at_foreign(struct path *path, const struct packet *pkt,
+static inline struct progress *look_at_foreign(struct __sk_buff *skb, struct path *path, const struct packet *pkt,
 					       const struct tcphdr *tcp, struct scratch *scratch, __u64 now)
 {
 	struct hop *last = hop_at(path, path->liveness.last_responsive);
@@ -3640,7 +3643,7 @@ static inline struct progress *look_at_foreign(struct path *path, const struct p
 	look->port = scratch->flow.dport;
 	look->srtt = last ? last->rtt : 0;
 	if (tcp)
-		look_at_foreign_tcp(flow, pkt, tcp, scratch);
+		look_at_foreign_tcp(skb, flow, pkt, tcp, scratch);
 	else
 		look_at_conversation(&flow->received, &flow->progress, look, now);
 	if (!is_conversation(&flow->received, &flow->progress))
@@ -3698,7 +3701,7 @@ static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh,
 		look->patience = REPEATS_TIME;
 		progress = progress_of(skb, sk);
 	} else if (!is_tcp || tcp_may_carry(nh)) {
-		progress = look_at_foreign(path, pkt, is_tcp ? tcp : 0, scratch, now);
+		progress = look_at_foreign(skb, path, pkt, is_tcp ? tcp : 0, scratch, now);
 	} else {
 		return 0;
 	}

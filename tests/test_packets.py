@@ -720,6 +720,22 @@ def test_number_of_a_probe_by_a_retransmission_without_a_socket(load: Load, vers
     assert programs.counters() == {'probes': 1}
 
 
+@pytest.mark.parametrize('sent', [
+    frame(IP(src=CLIENT[4], dst=SERVER[4], len=0), segment(), data(1000)),
+    frame(IPv6(src=CLIENT[6], dst=SERVER[6], plen=0), segment(), data(1000)),
+], ids=['IPv4', 'IPv6'])  # fmt: skip
+def test_forwarded_big_tcp(load: Load, sent: Packet) -> None:
+    """What has more than 64 KiB has no length in its IP header. A packet sent again is still known as one."""
+    programs = load()
+    programs.empty('flows')
+    programs.follow(sent.payload.dst, length=9)
+    with programs.attached() as send:
+        send(sent)
+        send(bytes(sent))
+    [flow] = [flow for _, flow in programs.kernel.map('flows').items()]
+    assert (flow.next_seq, flow.repeats) == (segment().seq + 1000, 1)
+
+
 @pytest.mark.parametrize('due', [0, NEVER], ids=['with a probe', 'without'])
 def test_packet_keeps_what_the_kernel_knows_of_it(load: Load, due: int) -> None:
     programs = load()
