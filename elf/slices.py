@@ -251,17 +251,13 @@ class Slices:
             raised, first = [*raised_at, stop], place
             while place < stop and way.renewals == renewals and way.latencies is latencies:
                 if not way.runs:
-                    next_raised = raised[bisect.bisect_left(raised, place)]
-                    place = self._add_quiet(place, next_raised)
-                    if place < next_raised or place == stop or way.renewals > renewals:
+                    quiet, over = self._end_of_quiet(place, stop, raised_at, raised)
+                    while place < quiet:
+                        place = self._add_quiet(place, quiet)
+                    if place == stop or way.renewals > renewals:
                         continue
-                    over = self._end_of_chance(place, stop, raised_at)
                     if over > stop and first < place and stop < end:
                         break  # with the next ones, their end may be known
-                    if place < over <= stop:
-                        while place < over:
-                            place = self._add_quiet(place, over)
-                        continue
                 self._keep_recent(kept, place)
                 way.tests.count += int(np.count_nonzero(~np.isnan(self._step[place])))
                 way.follow(self._snapshot(place), raised_at.get(place, ()))
@@ -304,6 +300,26 @@ class Slices:
             step[:, hops] = excess[:, hops] - np.maximum(in_front[:, -1], most)
             step[~has_hops, hops] = np.nan
         return step > np.array([each.threshold for each in steps])
+
+    def _end_of_quiet(
+        self, place: int, stop: int, raised_at: dict[int, list[int]], raised: list[int]
+    ) -> tuple[int, int]:
+        """Return the end of slices that are quiet, or raised by chance, from a place on, and what _end_of_chance()
+        says of the slice there.
+
+        It is at most stop, and where what is usual is renewed: from there on, others may be raised. raised: the
+        keys of raised_at, and stop.
+        """
+        renewal = place + self._way.until_renewal
+        while place < renewal:
+            place = min(raised[bisect.bisect_left(raised, place)], renewal)
+            if place in (stop, renewal):
+                break
+            over = self._end_of_chance(place, stop, raised_at)
+            if not place < over <= stop:
+                return place, over
+            place = over
+        return place, place
 
     def _end_of_chance(self, place: int, stop: int, raised_at: dict[int, list[int]]) -> int:
         """Return the end of runs that begin with a slice, if none of them has enough raised slices for an episode.
