@@ -16,7 +16,7 @@ import array
 import collections
 import dataclasses
 import operator
-from typing import Any, Callable, Iterator, Sequence, Tuple
+from typing import Any, Callable, Iterable, Iterator, Sequence, Tuple
 
 from elf.inference import fisher, median, median_interval, spearman, spearman_highest, superiority
 from elf.losses import Losses
@@ -57,6 +57,11 @@ TCP = 0  # number of the series of TCP's round trip, in place of a hop's
 
 Row = Tuple[int, int, int, str, Any, Any, Any, Any]  # sendtime, hop, latency, responder, flow, srtt, cwnd, retrans
 sendtime_of, latency_of = operator.itemgetter(0), operator.itemgetter(2)
+InOrder = Callable[[Iterable[Sequence[float]]], Iterable[Sequence[float]]]
+
+
+def all_sorted(all_values: Iterable[Sequence[float]]) -> Iterator[Sequence[float]]:
+    return map(sorted, all_values)
 
 
 @dataclasses.dataclass
@@ -397,10 +402,11 @@ class Way:
         """How many more quiet slices change no threshold but those of new series; the last of them does."""
         return RENEWED_AFTER - (self.quiet - NEW_MAX) % RENEWED_AFTER
 
-    def renew(self, in_order: Callable[[Sequence[float]], Sequence[float]] = sorted) -> None:
+    def renew(self, in_order: InOrder = all_sorted) -> None:
         """Take the values for what is usual."""
-        for reference in (*self.latencies.values(), *self.steps.values()):
-            reference.renew(in_order(reference.values))
+        references = [*self.latencies.values(), *self.steps.values()]
+        for reference, ordered in zip(references, in_order(each.values for each in references)):
+            reference.renew(ordered)
         self.renewals += 1
 
     def _adopt(self) -> None:

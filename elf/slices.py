@@ -11,7 +11,8 @@ Needs numpy, which elfprobe.py does without.
 from __future__ import annotations
 
 import bisect
-from typing import Any, Iterator, Sequence
+import itertools
+from typing import Any, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -114,8 +115,8 @@ def note_slices(way: Way, rows: dict[str, Any], flow_of: Any, flows: list[Flow])
 
     rows: their COLUMNS. flow_of: the numbers of their flows.
     """
-    times = rows["sendtime"].tolist()
-    edges = list(slice_edges(way, times, rows))
+    sent = rows["sendtime"]
+    edges = slice_edges(way, sent, np.count_nonzero(np.bincount(rows["outttl"])))
     if way.is_over or len(edges) < 2:
         return
     way.end_slice()
@@ -159,8 +160,8 @@ def note_slices(way: Way, rows: dict[str, Any], flow_of: Any, flows: list[Flow])
             its_flow[place] = flows[low] if low == high else None
     Slices(
         way,
-        [times[edge] for edge in edges[:-1]],
-        [times[edge - 1] for edge in edges[1:]],
+        sent[edges[:-1]].tolist(),
+        sent[np.array(edges[1:]) - 1].tolist(),
         keys[firsts],
         medians,
         [total / many if many else None for total, many in zip(windows.tolist(), window_counts.tolist())],
@@ -169,21 +170,26 @@ def note_slices(way: Way, rows: dict[str, Any], flow_of: Any, flows: list[Flow])
         its_flow,
     ).compare()
     way.retrans += int(retrans.sum())
-    way.last = way.begin = way.due = times[-1]
+    way.last = way.begin = way.due = int(sent[-1])
 
 
-def slice_edges(way: Way, times: list[int], rows: dict[str, Any]) -> Iterator[int]:
-    """Yield where each slice begins, and where the last one ends. What left before the last one does not count."""
-    need = SLICE_PROBES * np.count_nonzero(np.bincount(rows["outttl"]))
-    pauses = iter([*(np.flatnonzero(np.diff(rows["sendtime"]) > PAUSE) + 1).tolist(), len(times)])
-    at, pause = bisect.bisect_left(times, way.last), 0
-    while at < len(times):
-        yield at
-        while pause <= at:
-            pause = next(pauses)
-        end = max(bisect.bisect_left(times, times[at] + SLICE_MIN, at), at + need)
-        at = min(end, pause, bisect.bisect_left(times, times[at] + SLICE_MAX, at))
-    yield len(times)
+def slice_edges(way: Way, sent: Any, hops: int) -> list[int]:
+    """Return where each slice begins, and where the last one ends.
+
+    Probes that left before former ones of the way do not count. sent: when they left, in order, ns. hops: how many
+    hops answered.
+    """
+    count = len(sent)
+    places = np.arange(count)
+    pauses = np.append(np.flatnonzero(np.diff(sent) > PAUSE) + 1, count)
+    ends = np.maximum(np.searchsorted(sent, sent + SLICE_MIN), places + SLICE_PROBES * hops)
+    ends = np.minimum(ends, np.searchsorted(sent, sent + SLICE_MAX))
+    end_of = np.minimum(ends, pauses[np.searchsorted(pauses, places, "right")]).tolist()
+    edges, place = [], int(np.searchsorted(sent, way.last))
+    while place < count:
+        edges.append(place)
+        place = end_of[place]
+    return [*edges, count]
 
 
 class Slices:
@@ -413,12 +419,12 @@ class SliceAt(Snapshot):
         return getattr(self, name)
 
 
-def partitioned(values: Sequence[float]) -> Any:
-    """Return values, of which those that Reference.renew() looks at are where they would be in order."""
-    found = np.array(values)
-    count = len(found)
-    found.partition([(count - 1) // 2, count // 2, int(USUAL * (count - 1))])
-    return found
+def partitioned(all_values: Iterable[Sequence[float]]) -> Iterator[Any]:
+    """Yield each of the values so that those that Reference.renew() looks at are where they would be in order."""
+    for count, group in itertools.groupby(map(np.array, all_values), len):
+        found = np.array(list(group))
+        found.partition([(count - 1) // 2, count // 2, int(USUAL * (count - 1))], axis=1)
+        yield from found
 
 
 def is_new(way: Way, series: int) -> bool:
