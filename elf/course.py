@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""How the latencies to a destination went: what a picture shows, in memory that does not grow with the rows.
+"""The latencies to a destination over time, as a picture shows them. Memory does not grow with the number of rows.
 
-Cells               counts of latencies by line and bin: exact while they are few, then to 1 %
-Course              a destination, fed in bulk; lines() and flow() return what is to be drawn
+Cells               counts of latencies by line and bin: exact while there are few cells, then rounded by up to 1 %
+Course              a destination, fed in bulk; lines(), by_bin() and flows() return what is to be drawn
+
+A bin is an interval of time. A line is a responder at a hop. A cell is a latency in a bin of a line, and its count.
 """
 
 from __future__ import annotations
@@ -22,47 +24,53 @@ from elf.summary import FlowKey
 SECOND = 10**9  # ns
 STEPS = [m * 10**e for e in range(3, 10) for m in (1, 2, 5)] + [
     s * SECOND for s in (10, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400, 21600, 43200, 86400)
-]  # ns, of bins and between ticks
-BINS_MAX, SMALL_BINS = 300, 75
-POINTS_MAX, POINTS_LINES = 2000, 64  # of a line that are kept; fewer if there are more lines
+]  # ns: widths of bins, distances between ticks
+BINS_MAX, SMALL_BINS = 300, 75  # most bins of a picture, if it is planned well; of a small one
+POINTS_MAX, POINTS_LINES = 2000, 64  # points kept of each of up to 64 lines; of more lines, fewer of each
 RANKS_MAX = 3  # responders of a hop that have a line of their own
-RESPONDERS_MAX = 64  # of a hop that are told apart; the busiest of them get lines
-FLOWS_MAX = 1 << 15  # whose retransmissions are followed
-FLOWS_TOLD = 32  # of a destination that are told apart: those that come first
-NAMES_MAX = 1000  # kinds of flows and programs that are counted
+RESPONDERS_MAX = 64  # responders of a hop that are counted separately; all further ones are counted together
+FLOWS_MAX = 1 << 15  # flows whose retransmissions are followed; above it, the one with the oldest row is forgotten
+FLOWS_TOLD = 32  # flows of a destination that are counted separately: the first ones
+NAMES_MAX = 1000  # most applications that are counted, and most pairs of protocol and port
 
-WAITING_MIN, WAITING_SHARE = 1 << 10, 1 / 8  # answers that wait to be counted, at most: of cells, if that is more
-EXACT_MAX, SMALL_EXACT_MAX = 1 << 19, 1 << 14  # cells of a destination, from which on latencies are rounded ...
-CELLS_MAX, SMALL_CELLS_MAX = 1 << 19, 1 << 15  # ... and if this does not help, bins become wider, ...
-FEW_BINS = 16  # ... but not fewer than these
-STEP = np.log(1.02)  # between rounded latencies
-LATENCY_BITS, BIN_BITS = 36, 11  # of a key; the line's number is in the others
+# Answers wait to be counted until there are more of them than WAITING_MIN and than this share of the cells.
+WAITING_MIN, WAITING_SHARE = 1 << 10, 1 / 8
+EXACT_MAX, SMALL_EXACT_MAX = 1 << 19, 1 << 14  # with more cells, latencies are rounded ...
+CELLS_MAX, SMALL_CELLS_MAX = 1 << 19, 1 << 15  # ... and with more rounded ones, bins become wider, ...
+FEW_BINS = 16  # ... as long as there are more bins than this
+STEP = np.log(1.02)  # between the logarithms of rounded latencies
+LATENCY_BITS, BIN_BITS = 36, 11  # of a 64-bit key, lowest first; the line's number is above them
 LATENCY_MAX, BINS = (1 << LATENCY_BITS) - 1, 1 << BIN_BITS
-BIN_ZERO = BINS // 4  # place of the first bin: some rows may be older than the survey saw
+BIN_ZERO = BINS // 4  # index of bin 0 in arrays; room below it for rows that are older than those of the survey
 QUANTILES = 0.05, 0.25, 0.5, 0.75, 0.95
 
 
 def round_up(ns: float) -> int:
-    """Return the lowest of STEPS, or of whole days, that is not below."""
+    """Return the lowest of STEPS that is not below ns. Above the last one: the next whole number of days, in ns."""
     return next((step for step in STEPS if step >= ns), -int(-ns // (86400 * SECOND)) * 86400 * SECOND)
 
 
 def bin_width(span: int, probes: float) -> int:
-    """Return the ns of a bin: it has several of a hop's probes, or, if there are few, one of them."""
+    """Return the width of a bin, ns. span: ns. probes: the number of probes to a hop in this span.
+
+    There are 40 to BINS_MAX bins, if possible with 8 probes in each. With up to 40 probes there are BINS_MAX, so
+    that most probes have a bin of their own. The width is rounded up, so there may be fewer bins.
+    """
     bins = BINS_MAX if probes <= 40 else min(max(probes / 8, 40), BINS_MAX)
     return round_up((span or SECOND) / bins)
 
 
 def rounded(latencies: Any) -> Any:
-    """Return latencies (ns) that are at most 1 % off, of which there are few. Rounding again changes nothing."""
+    """Return latencies (ns), from 200 ns on rounded to steps of 2 %. Rounding again changes nothing."""
     near = np.rint(np.exp(np.rint(np.log(np.maximum(latencies, 1)) / STEP) * STEP)).astype(np.int64)
     return np.where(latencies < 200, latencies, near)
 
 
 def quantiles(values: Any, counts: Any, starts: Any, shares: Any) -> Any:
-    """Return quantiles of groups of values that occur so often: an array of groups and shares.
+    """Return quantiles of groups of values: an array with a row for each group and a column for each share.
 
-    Values are sorted within each group. Between two values it interpolates, as numpy does.
+    values: of all groups, sorted within each group. counts: how often each value occurs. starts: the index of each
+    group's first value. Between two values it interpolates linearly, the default of numpy.quantile().
     """
     upto = np.cumsum(counts)
     before = np.concatenate([[0], upto])[starts]
@@ -76,13 +84,13 @@ def quantiles(values: Any, counts: Any, starts: Any, shares: Any) -> Any:
 
 @dataclasses.dataclass
 class Bins:
-    """Figures by bin: arrays. Times are ns since the start of the course, latencies ns."""
+    """Figures by bin: arrays of the same length. Times are ns since Course.start, latencies ns."""
 
-    number: Any
-    t: Any  # mean
+    number: Any  # from 0 at Course.start; below 0 before
+    t: Any  # mean of the times at which the probes left
     low: Any
     median: Any
-    high: Any  # quartiles
+    high: Any  # low and high are the quartiles
     max: Any
     count: Any
 
@@ -92,19 +100,19 @@ class Bins:
 
 @dataclasses.dataclass
 class Line:
-    """The answers of one responder at a hop, or of all further ones if there are many. Latencies in ns."""
+    """The answers of one responder at a hop, or of all responders beyond the RANKS_MAX busiest. Latencies in ns."""
 
     hop: int
     responder: str
-    rank: int  # among the hop's responders
-    spread: list[float]  # QUANTILES of all
+    rank: int  # among the hop's responders, from 0: the one with the most answers
+    spread: list[float]  # QUANTILES of all its latencies
     bins: Bins
-    points: tuple[Any, Any]  # times, latencies: a sample, and each bin's slowest
+    points: tuple[Any, Any]  # times, latencies: a sample, and the slowest answer of each bin
     values: tuple[Any, Any]  # latencies in order, and how often each occurs
 
 
 class Cells:
-    """How often each latency occurs, by line and bin; and of each line's bin the times and the slowest."""
+    """How often each latency occurs, by line and bin. Also by line and bin: sum of times, slowest answer."""
 
     def __init__(self, exact_max: int, cells_max: int) -> None:
         self._is_exact = True
@@ -115,7 +123,7 @@ class Cells:
         self._counts = np.zeros(0, np.int64)
         # By line and bin:
         self._bins = np.zeros(0, np.int64)
-        self._times = np.zeros(0)  # sums
+        self._times = np.zeros(0)  # sums of times
         self._slowest = np.zeros((2, 0), np.int64)  # latency, time
 
     def add(self, lines: Any, bins: Any, latencies: Any, times: Any) -> None:
@@ -127,13 +135,13 @@ class Cells:
 
     @property
     def is_exact(self) -> bool:
-        """Whether latencies are not rounded."""
+        """Whether latencies are as in the rows: not rounded."""
         self._count()
         return self._is_exact
 
     @property
     def is_full(self) -> bool:
-        """Whether there are too many, although latencies are rounded."""
+        """Whether there are too many cells, although latencies are rounded. Answers that wait do not count."""
         return len(self._keys) > self._cells_max
 
     def __len__(self) -> int:
@@ -141,7 +149,7 @@ class Cells:
         return len(self._keys)
 
     def _count(self) -> None:
-        """Count those that wait. That takes a look at all cells."""
+        """Count the answers that wait. This takes as long as reading all cells, however few wait."""
         if not self._waiting_count:
             return
         keys, latencies, times = np.concatenate(self._waiting, axis=1)
@@ -182,7 +190,7 @@ class Cells:
         self._bins, self._times, self._slowest = bins[starts], np.add.reduceat(times, starts), slowest[:, ends]
 
     def fold(self) -> None:
-        """Make the bins twice as wide."""
+        """Make the bins twice as wide: join pairs of them, so that bin 0 keeps its start."""
 
         def folded(places: Any) -> Any:
             lines, bins = places >> BIN_BITS, places & (BINS - 1)
@@ -198,7 +206,10 @@ class Cells:
         self._merge_bins(folded(bins), times, slowest)
 
     def counts(self, lines: list[int]) -> tuple[Any, Any, Any]:
-        """Return bins, latencies and counts of some lines together, in this order."""
+        """Return bins, latencies (ns) and counts of these lines together: arrays, sorted by bin, then by latency.
+
+        A latency that several lines have in a bin occurs once for each line.
+        """
         self._count()
         which = np.isin(self._keys >> LATENCY_BITS + BIN_BITS, lines)
         keys, counts = self._keys[which] & (1 << LATENCY_BITS + BIN_BITS) - 1, self._counts[which]
@@ -207,8 +218,8 @@ class Cells:
         return (keys >> LATENCY_BITS) - BIN_ZERO, keys & LATENCY_MAX, counts
 
     def of_lines(self, lines: list[int]) -> tuple[Bins, tuple[Any, Any], tuple[Any, Any]]:
-        """Return the figures by bin of some lines together, the bins' slowest (times, latencies), and how often
-        each latency occurs."""
+        """Return the figures by bin of these lines together, the slowest answer of each bin (times, latencies), and
+        how often each latency occurs (latencies in order, counts). Raise IndexError if they have no answer."""
         bins, values, counts = self.counts(lines)
         starts = np.flatnonzero(np.diff(bins, prepend=bins[0] - 1))
         quarters = quantiles(values, counts, starts, (0.25, 0.5, 0.75)).T
@@ -227,10 +238,10 @@ class Cells:
 
 
 class Course:
-    """A destination. Times are ns of the clock of the picture; start and width (ns) are those of the first bin.
+    """The rows of a destination. Times are ns of the picture's clock. Bin 0 begins at start. width: of a bin, ns.
 
-    With folds, bins are narrower than those of the picture: two to this power of them make one of those. A small
-    one is rounded sooner, and keeps no points.
+    2**folds of these bins make one bin of the picture: coarse() joins them. With is_small, latencies are rounded
+    sooner, and no points are kept.
     """
 
     def __init__(
@@ -243,13 +254,13 @@ class Course:
         is_small: bool = False,
         share: int = 1,
     ) -> None:
-        """share: so many courses have the memory of one."""
+        """share: this number of courses together may have as many cells as one."""
         self.dest = dest
-        self.name = f"to {dest}" if by == "dest" else dest  # or what is in its place, see elf/sources.py
+        self.name = f"to {dest}" if by == "dest" else dest  # otherwise dest is another key, see elf/sources.py
         self.start = start
         self.width = width
         self.folds = folds
-        self.first, self.last = 1 << 62, 0  # sent
+        self.first, self.last = 1 << 62, 0  # when the first and the last probe left
         self.probes = self.answered = 0
         self.fastest, self.slowest = 1 << 62, 0  # ns
         self.apps: collections.Counter[str] = collections.Counter()
@@ -257,17 +268,17 @@ class Course:
         limits = (SMALL_EXACT_MAX, SMALL_CELLS_MAX) if is_small else (EXACT_MAX, CELLS_MAX)
         self._cells, self._srtt = (Cells(*(limit // share for limit in limits)) for _ in range(2))
         self._points_max = 0 if is_small else POINTS_MAX
-        self._by_hop: dict[int, Any] = {}  # probes and unanswered ones by bin
+        self._by_hop: dict[int, Any] = {}  # arrays of 2 rows: probes and unanswered probes by bin
         self._lines: dict[tuple[int, str], int] = {}
         self._counts: list[int] = []  # answers by line
         self._points: list[Any] = []  # by line: priority, time, latency
         self._random = np.random.default_rng(1)
-        self._flows: dict[FlowKey, tuple[int, int]] = {}  # newest time, retransmitted
-        self._told: dict[FlowKey, int] = {}  # flows that are told apart, each with its line of _srtt
-        self._retrans: dict[int, Any] = {}  # by this line: segments by bin
+        self._flows: dict[FlowKey, tuple[int, int]] = {}  # newest row: time, segments retransmitted
+        self._told: dict[FlowKey, int] = {}  # flows that are counted separately, each with its line of _srtt
+        self._retrans: dict[int, Any] = {}  # by line of _srtt: segments retransmitted, by bin
 
     def add(self, batch: Batch, times: Any) -> None:
-        """Add rows to this destination, with their times."""
+        """Add rows to this destination. times: when each probe left."""
         self.first, self.last = min(self.first, int(times.min())), max(self.last, int(times.max()))
         while (
             not -BIN_ZERO
@@ -325,14 +336,14 @@ class Course:
         if found is None:
             is_full = sum(number == hop for number, _ in self._lines) >= RESPONDERS_MAX
             if is_full and responder:
-                return self._line(hop, "")  # all further ones
+                return self._line(hop, "")  # counts all further responders
             found = self._lines[hop, responder] = len(self._lines)
             self._counts.append(0)
             self._points.append(np.zeros((3, 0)))
         return found
 
     def _sample(self, line: int, since: Any, latencies: Any) -> None:
-        """Keep a sample of all answers of a line: those with the lowest random numbers."""
+        """Keep a uniform sample of a line's answers: each answer gets a random number, and the lowest ones stay."""
         most = self._points_max * POINTS_LINES // max(len(self._lines), POINTS_LINES)
         priorities, points = self._random.random(len(since)), self._points[line]
         if points.shape[1] >= most > 0:
@@ -344,8 +355,9 @@ class Course:
     def _add_flows(self, batch: Batch, bins: Any, times: Any) -> None:
         """Add the sockets' own round-trip times, and the segments retransmitted in each bin.
 
-        The latter count from the flow's beginning, so each row adds its difference to the one before. A row
-        that is older than those of the last batch, as of an unanswered probe, adds nothing.
+        A row has the segments retransmitted since the flow began, so it adds its difference to the row before.
+        The row of an unanswered probe comes late: if it is older than the flow's newest row of an earlier batch, it
+        adds nothing.
         """
         has_srtt, has_retrans = batch["srtt"] >= 0, batch["retrans"] >= 0
         rows = np.flatnonzero(has_srtt | has_retrans)
@@ -391,7 +403,7 @@ class Course:
         self._srtt.fold()
 
     def coarse(self) -> Course:
-        """Return the same with the bins of the picture."""
+        """Return the course with the bins of the picture: a copy, or the course itself if it has them already."""
         if not self.folds:
             return self
         course = copy.deepcopy(self)
@@ -410,15 +422,16 @@ class Course:
         return sorted(self._by_hop)
 
     def by_bin(self) -> tuple[int, Any, Any, Any]:
-        """Return the number of the first bin with probes (it may be below 0), and from there on the probes and
-        the unanswered ones (arrays of hops and bins), and the segments retransmitted."""
+        """Return the number of the first bin with probes (it may be below 0), and from this bin to the last one
+        with probes: the probes and the unanswered probes (arrays of hops by bins), and the segments retransmitted
+        (an array of bins)."""
         first, last = ((at - self.start) // self.width + BIN_ZERO for at in (self.first, self.last))
         both = np.array([self._by_hop[hop][:, first : last + 1] for hop in self.hops])
         retrans = sum(self._retrans.values(), np.zeros(BINS, np.int64))
         return first - BIN_ZERO, both[:, 0], both[:, 1], retrans[first : last + 1]
 
     def lines(self) -> Iterator[Line]:
-        """Yield the lines, by hop and rank."""
+        """Yield the lines, in the order of hop and rank."""
         for hop, rank, name, numbers in self.ranked():
             bins, slowest, values = self._cells.of_lines(numbers)
             points = np.concatenate([self._points[line][1:] for line in numbers], axis=1)[:, :POINTS_MAX]
@@ -427,7 +440,10 @@ class Course:
             yield Line(hop, name, rank, spread, bins, tuple(points), values)
 
     def ranked(self) -> Iterator[tuple[int, int, str, list[int]]]:
-        """Yield hop, rank, responder and numbers of each line, by hop and rank."""
+        """Yield hop, rank, responder and numbers of each line to be drawn, in the order of hop and rank.
+
+        The numbers are those of the lines that are counted: one, or several that are drawn as one.
+        """
         for hop in self.hops:
             ranked = sorted(
                 ((-self._counts[line], responder == "", line, responder)
@@ -439,20 +455,23 @@ class Course:
                 yield hop, rank, name, [line for _, _, line, _ in its]
 
     def answers(self, numbers: list[int]) -> tuple[Any, Any, Any]:
-        """Return bins (numbers as of by_bin()), latencies and counts of lines, in this order."""
+        """Return Cells.counts() of the answers of these lines. numbers: from ranked(). Bins are as in by_bin()."""
         return self._cells.counts(numbers)
 
     def of_hop(self, hop: int) -> tuple[Bins, Any, tuple[Any, Any]]:
-        """Return of_lines() of all answers at a hop."""
+        """Return Cells.of_lines() of all answers at a hop. Raise IndexError if it has none."""
         return self._cells.of_lines([line for (number, _), line in self._lines.items() if number == hop])
 
     def srtt(self) -> Bins | None:
-        """Return the sockets' own round-trip times, None if there are none."""
+        """Return the round-trip times that the sockets measured, ns, by bin. None: there are none."""
         return self._srtt.of_lines([*range(FLOWS_TOLD + 1)])[0] if len(self._srtt) else None
 
     def flows(self, most: int) -> Iterator[tuple[FlowKey | None, tuple[Any, Any, Any], Any]]:
-        """Yield the busiest flows of TCP, the others together as None: round-trip times as of answers(), segments
-        retransmitted by bin (as of by_bin())."""
+        """Yield the busiest TCP flows, at most this many, then all others together with None as key.
+
+        After the key: Cells.counts() of the round-trip times that the sockets measured, and the segments
+        retransmitted in each bin, from the first bin of by_bin() on.
+        """
         first, last = ((at - self.start) // self.width + BIN_ZERO for at in (self.first, self.last))
         found = [(key, [line]) for key, line in self._told.items()]
         found.sort(key=lambda item: -int(self._srtt.counts(item[1])[2].sum()))
@@ -466,7 +485,7 @@ class Course:
                 yield key, counts, retrans[first : last + 1]
 
     def flow_text(self) -> str:
-        """Return what kind of flow it is."""
+        """Return protocol and port of most probes: "TCP port 443 and others". Raise ValueError without rows."""
         (protocol, port), *others = (kind for kind, _ in self.kinds.most_common())
         text = PROTOCOLS.get(protocol, f"protocol {protocol}") + (f" port {port}" if port else "")
         return text + (" and others" if others else "")
