@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Episodes in many rows at once: what Watch.digest() and Way.note() do with each of them, in a tenth of their time.
+"""Episodes, fed with many rows at once: what Watch.digest() and Way.note() do row by row, in a tenth of the time.
 
-    Stretch             answers of a destination in the order of time; note() gives each way its own
+    Stretch             answers of a destination, in the order of sendtime; note() gives them to the ways
     note_slices()       cuts the answers of a way into slices
-    Slices              compares slices with those before: many at once, as long as nothing is raised
+    Slices              compares slices with earlier ones: many at once, as long as none is raised
 
 Needs numpy, which elfprobe.py does without.
 """
@@ -42,15 +42,16 @@ from elf.summary import Flow
 
 COLUMNS = "sendtime", "outttl", "latency", "responder", "srtt", "cwnd", "retrans"
 COMPARED_AT_ONCE = 64  # slices
-UNKNOWN = Reference()
-NEW_MAX, NEW_SHARE = 8, 1 / 64  # first answers of flows and hops, so many and of the rows: with more, one by one
+UNKNOWN = Reference()  # of a series that a way does not know
+# With more first answers of flows and hops than NEW_MAX and this share of the rows, rows are noted one by one.
+NEW_MAX, NEW_SHARE = 8, 1 / 64
 
 
 class Stretch:
-    """Answers of a destination in the order in which they left."""
+    """Answers of a destination, in the order in which their probes left."""
 
     def __init__(self, batch: Batch, rows: Any, flow_of: Any, flows: list[Flow]) -> None:
-        """flow_of: the numbers of the flows of all rows."""
+        """rows: places in the batch, ordered by sendtime. flow_of: index of the flow of each row of the batch."""
         self._columns = {name: batch[name][rows] for name in COLUMNS}
         self._names = batch.names
         self._flow_of, self._flows = flow_of[rows], flows
@@ -59,14 +60,17 @@ class Stretch:
         return len(self._flow_of)
 
     def rows(self, start: int, end: int) -> Iterator[Row]:
-        """Yield some rows as Watch.rows has them."""
+        """Yield the rows from start up to end, as Watch.rows has them."""
         sent, hops, latencies, responders, *known = (its[start:end].tolist() for its in self._columns.values())
         known = [[None if value < 0 else value for value in values] for values in known]
         flows = map(self._flows.__getitem__, self._flow_of[start:end].tolist())
         return zip(sent, hops, latencies, map(self._names.__getitem__, responders), flows, *known)
 
     def note(self, watch: Watch, hops: dict[int, Any]) -> int:
-        """Give the answers to the ways of their flows, up to where a flow may change its way; return how many."""
+        """Give the answers to the ways of their flows, up to the first that may change a flow's way.
+
+        Return the number of answers given. The caller gives the others to watch.digest(), row by row.
+        """
         end = self._settle(watch, hops)
         way_numbers: dict[Way | None, int] = {}
         of_flows = np.zeros(int(self._flow_of.max()) + 1, int)
@@ -84,9 +88,10 @@ class Stretch:
         return end
 
     def _settle(self, watch: Watch, hops: dict[int, Any]) -> int:
-        """Let the watch see the first answers of new flows and hops; return the place of the first change of a way.
+        """Let the watch see the first answers of new flows and hops. Return the place of the first change of a way.
 
-        It is 0 if answers show a change, or show too much that is new.
+        Without a change it is the number of answers. It is 0 if a known hop has another responder, if a hop of a
+        flow has several, or if there are too many new flows and hops.
         """
         keys = self._flow_of << 40 | self._columns["outttl"] << 32 | self._columns["responder"]
         found = np.unique(keys)
@@ -111,9 +116,11 @@ class Stretch:
 
 
 def note_slices(way: Way, rows: dict[str, Any], flow_of: Any, flows: list[Flow]) -> None:
-    """Do Way.note() for answers in the order in which they left: the same slices, but for those at both ends.
+    """Do Way.note() for answers in the order in which their probes left.
 
-    rows: their COLUMNS. flow_of: the numbers of their flows.
+    The slices are not quite those of Way.note(). The first and the last one begin and end with these answers. A
+    median is of all answers of a slice, not of CELL_MAX. Each slice needs answers for all hops of these rows.
+    rows: arrays by name, see COLUMNS. flow_of: for each row, its index in flows.
     """
     sent = rows["sendtime"]
     edges = slice_edges(way, sent, np.count_nonzero(np.bincount(rows["outttl"])))
@@ -174,10 +181,9 @@ def note_slices(way: Way, rows: dict[str, Any], flow_of: Any, flows: list[Flow])
 
 
 def slice_edges(way: Way, sent: Any, hops: int) -> list[int]:
-    """Return where each slice begins, and where the last one ends.
+    """Return the index of each slice's first row, then the number of rows. Skip rows that left before way.last.
 
-    Probes that left before former ones of the way do not count. sent: when they left, in order, ns. hops: how many
-    hops answered.
+    sent: when the probes left, in order, ns. hops: how many hops answered.
     """
     count = len(sent)
     places = np.arange(count)
@@ -193,7 +199,7 @@ def slice_edges(way: Way, sent: Any, hops: int) -> list[int]:
 
 
 class Slices:
-    """Slices of a way, one behind the other, that it does not know yet."""
+    """Successive slices of a way, to be compared. Arrays have a row for each slice, a column for each series."""
 
     def __init__(
         self,
@@ -207,11 +213,11 @@ class Slices:
         updates: list[int],
         its_flows: list[Any],
     ) -> None:
-        """keys: slice and series of each of the medians, in order."""
+        """keys: slice << 8 | series of each median (ns), ascending. The lists have an entry for each slice."""
         self._way = way
         self._others: tuple[list[Any], ...] = (begins, ends, windows, retrans, updates, its_flows)
         self._begins, self._ends = np.array(begins), np.array(ends)
-        self._columns = np.flatnonzero(np.bincount(keys & 0xFF)).tolist()  # series
+        self._columns = np.flatnonzero(np.bincount(keys & 0xFF)).tolist()  # series that occur
         if self._columns[0] == TCP:
             self._columns = [*self._columns[1:], TCP]  # behind the hops
         column_of = np.zeros(256, int)
@@ -225,7 +231,7 @@ class Slices:
         return len(self._begins)
 
     def compare(self) -> None:
-        """Compare them with those before."""
+        """Compare each slice with those before it, and add it to the way."""
         way, place = self._way, 0
         while place < len(self):
             new = [column for column, series in enumerate(self._columns) if is_new(way, series)]
@@ -238,16 +244,19 @@ class Slices:
                 place = self._compare_known(place, end)
 
     def _compare_known(self, place: int, end: int) -> int:
-        """Compare slices, of whose series all is known, until this changes; return how many are done."""
+        """Compare the slices from place up to end, which have no new series, until the way adopts a lasting level.
+
+        Return the place of the first slice that is not compared.
+        """
         way = self._way
         latencies, before = way.latencies, list(way.recent)
-        fronts, ends = np.full((2, RECENT_MAX + end - place), float("-inf"))  # those of the newest ones come first
+        fronts, ends = np.full((2, RECENT_MAX + end - place), float("-inf"))  # RECENT_MAX earlier slices come first
         offset = RECENT_MAX - place
         for at, each in enumerate(before, RECENT_MAX - len(before)):
             ends[at] = each.end
             fronts[at] = each.excess[max(each.excess)] if each.excess else float("-inf")
         ends[RECENT_MAX:] = self._ends[place:end]
-        kept = place  # way.recent has those in front
+        kept = place  # way.recent has the slices in front of this one
         while place < end and way.latencies is latencies:
             stop, renewals = min(place + COMPARED_AT_ONCE, end), way.renewals
             are_raised = self._measure(place, stop, fronts[: stop + offset], ends)
@@ -263,7 +272,7 @@ class Slices:
                     if place == stop or way.renewals > renewals:
                         continue
                     if over > stop and first < place and stop < end:
-                        break  # with the next ones, their end may be known
+                        break  # once the next slices are measured, too, the end of these runs may be known
                 self._keep_recent(kept, place)
                 way.tests.count += int(np.count_nonzero(~np.isnan(self._step[place])))
                 way.follow(self._snapshot(place), raised_at.get(place, ()))
@@ -273,10 +282,11 @@ class Slices:
         return place
 
     def _measure(self, place: int, stop: int, fronts: Any, ends: Any) -> Any:
-        """Note excess and steps of slices, as Way does; return which are above the threshold.
+        """Note excess and steps of the slices from place up to stop, as Way does. Return which steps are raised.
 
-        fronts, ends: the excess of the last hop and the end, of RECENT_MAX slices before the first one, and so on
-        up to these.
+        The result has a row for each slice and a column for each series: True above the threshold. fronts, ends: of
+        RECENT_MAX slices in front of the first one, then of each slice up to stop: the excess of the farthest hop
+        (ns, filled in here), and the time at which the slice ends.
         """
         way, rows, count = self._way, slice(place, stop), stop - place
         latency, are_there = self._latency[rows], self._is_there[rows]
@@ -285,7 +295,7 @@ class Slices:
         )
         hops = len(self._columns) - (self._columns[-1] == TCP)
         self._excess[rows] = excess = latency - np.array([each.usual for each in latencies], float)
-        in_front = np.zeros((count, hops + 1))  # the excess of the nearest hop in front
+        in_front = np.zeros((count, hops + 1))  # the excess of the nearest hop in front that answered
         in_front[:, 1:] = excess[:, :hops]
         if not are_there[:, :hops].all():
             nearest = np.zeros((count, hops + 1), int)
@@ -328,10 +338,10 @@ class Slices:
         return place, place
 
     def _end_of_chance(self, place: int, stop: int, raised_at: dict[int, list[int]]) -> int:
-        """Return the end of runs that begin with a slice, if none of them has enough raised slices for an episode.
+        """Return the place behind the runs that begin at place, if none of them can become an episode.
 
-        Then Way.follow() would take all these slices for quiet ones. It is the place itself if there may be an
-        episode, and behind stop if they do not end before. raised_at: raised series of slices up to stop, by place.
+        Then Way.follow() would add all these slices to the quiet ones. Return place if there may be an episode, and
+        stop + 1 if the runs do not end before stop. raised_at: raised series by place of the slice, up to stop.
         """
         begins, ends = self._others[:2]
         counts: dict[int, int] = {}  # raised slices of the runs, by series
@@ -354,7 +364,7 @@ class Slices:
         return place if was_slower or ends[last] - begins[place] > LASTING else last + 1
 
     def _last_of_run(self, series: int, raised: int, stop: int) -> int:
-        """Return the slice with which a run is over if none is raised any more after this one; at most stop."""
+        """Return the place of the slice that ends a run, if raised is the run's last raised slice; at most stop."""
         begins, ends = self._others[:2]
         are_known = self._step[raised + 1 : stop, self._columns.index(series)]
         quiet = np.flatnonzero(are_known == are_known)[:QUIET_AFTER].tolist()
@@ -364,7 +374,7 @@ class Slices:
         return bisect.bisect_left(ends, since + QUIET_NS, raised + 1 + quiet[-1], stop)
 
     def _add_quiet(self, place: int, stop: int) -> int:
-        """Add slices to what is usual, until it is renewed at most; return the place behind them."""
+        """Add slices up to stop, or up to the next renewal, to the quiet ones. Return the place behind them."""
         way = self._way
         stop = min(stop, place + way.until_renewal)
         if place == stop:
@@ -392,18 +402,18 @@ class Slices:
         return snapshot
 
     def values_at(self, place: int, name: str) -> dict[int, float]:
-        """Return what Snapshot has of a slice by series: latency, excess or step."""
+        """Return a dictionary of Snapshot, by series. name: latency, excess or step; ns."""
         values = getattr(self, "_" + name)[place].tolist()
         return {series: value for series, value in zip(self._columns, values) if value == value}
 
     def _keep_recent(self, first: int, place: int) -> None:
-        """Let the way know the newest slices in front of a place, from the first one that it does not know on."""
+        """Append the slices from first up to place to way.recent: at most the newest RECENT_MAX of them."""
         newest = range(max(first, place - RECENT_MAX), place)
         self._way.recent.extend(SliceAt(self, at, *(each[at] for each in self._others)) for at in newest)
 
 
 class SliceAt(Snapshot):
-    """A slice that has its values by series as soon as somebody asks for them: of most, nobody does."""
+    """A slice that makes its dictionaries when they are first read. Those of most slices are never read."""
 
     __slots__ = ("_slices", "_place")
 
@@ -412,7 +422,7 @@ class SliceAt(Snapshot):
         self.window, self.retrans, self.updates, self.flow = others
         self._slices, self._place = slices, place
 
-    def __getattr__(self, name: str) -> Any:  # of slots that have no value yet
+    def __getattr__(self, name: str) -> Any:  # called only for slots without a value
         if name not in ("latency", "excess", "step"):
             raise AttributeError(name)
         setattr(self, name, self._slices.values_at(self._place, name))
@@ -420,7 +430,7 @@ class SliceAt(Snapshot):
 
 
 def partitioned(all_values: Iterable[Sequence[float]]) -> Iterator[Any]:
-    """Yield each of the values so that those that Reference.renew() looks at are where they would be in order."""
+    """Yield each of several lists of values, so that those that Reference.renew() reads are at their sorted places."""
     for count, group in itertools.groupby(map(np.array, all_values), len):
         found = np.array(list(group))
         found.partition([(count - 1) // 2, count // 2, int(USUAL * (count - 1))], axis=1)
@@ -428,6 +438,6 @@ def partitioned(all_values: Iterable[Sequence[float]]) -> Iterator[Any]:
 
 
 def is_new(way: Way, series: int) -> bool:
-    """Return whether each slice may still change what is usual."""
+    """Return whether a series has so few values that each slice may change its usual level or its threshold."""
     found = way.latencies.get(series), way.steps.get(series)
     return any(each is None or each.usual is None or each.is_new for each in found)
