@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Loss in time: when a larger share of probes than usual was unanswered, and from which hop on.
+"""Episodes of loss: when a larger share of probes than usual was unanswered, and from which hop on.
 
-    Losses          what became of the probes of a destination, by moment and hop
-    Search          looks for the times in which more were unanswered: CUSUM (Page, 1954) for several shares and for
-                    all hops from some hop on, the one with the largest likelihood ratio first (Lorden, 1971)
-    LossEpisode     such a time: from when until when, the first hop, the share, how sure
+    Losses          counts of the answered and unanswered probes of a destination, by moment and hop
+    Search          finds times in which more probes were unanswered. It runs a CUSUM (Page, 1954) for each share
+                    of SHARES and each first hop with loss. The largest likelihood ratio wins (Lorden, 1971)
+    LossEpisode     such a time: begin, end, the first hop with loss, the share, and p
 
-Rows of unanswered probes come seconds late. So moments wait for them. Memory is bounded: some counts for each hop
-and waiting moment, and SEGMENTS_MAX segments of a search. docs/findings.md has the method.
+A moment is an interval of 100 ms. The row of an unanswered probe comes seconds late, so a moment waits LATE moments
+before it is closed, that is, evaluated. Memory is bounded: a few counts for each hop of each waiting moment, and
+SEGMENTS_MAX segments of a search. docs/findings.md has the method.
 """
 
 from __future__ import annotations
@@ -18,25 +19,26 @@ from typing import Any, Iterator, Sequence
 
 from elf.inference import fisher, wilson_share
 
-MOMENT = 10**8  # ns: probes are counted in moments
-LATE = 80  # moments, after which rows of unanswered probes have come
+MOMENT = 10**8  # ns: probes are counted by moments of this length
+LATE = 80  # moments after which all rows of a moment have come, those of unanswered probes included
 AT_THE_END = 10  # moments before the end of a run that do not count: answers may have been on their way
-OPEN_MAX = 256  # moments that wait
-ENOUGH = 100  # probes to a hop, from which on what is usual is known
-REFERENCE_MAX = 20_000  # probes to a hop, above which older ones count half
-SHARES = 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.9  # of probes lost that are looked for
+OPEN_MAX = 256  # moments that may wait
+ENOUGH = 100  # probes to a hop, from which on its usual share of loss is known
+REFERENCE_MAX = 20_000  # probes to a hop: above it, counts are halved, so that older ones count less
+SHARES = 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.9  # shares of lost probes that a search tries
 WORTH_KEEPING = 0.001  # p of a single test, above which a segment is forgotten
-UNIT = 2**-32  # of log likelihood ratios. They are integers, so that a sum is the same in any order
-ALARM = round(math.log(len(SHARES) / WORTH_KEEPING) / UNIT)  # of such a p; a fall by as much ends a segment
-LOSSY_MIN = 3  # moments with unanswered probes in an episode: those of one moment may have met one full queue
-LASTING = 6000  # moments, from which on a higher share is the usual one
-FIRST_CHECK = 16  # moments of a search, after which it is looked at for the first time
+UNIT = 2**-32  # of log likelihood ratios: integers, so that their sum does not depend on the order
+# The log likelihood ratio of such a p. A fall by as much from the maximum ends a segment.
+ALARM = round(math.log(len(SHARES) / WORTH_KEEPING) / UNIT)
+LOSSY_MIN = 3  # least moments with loss in an episode: one full queue can cause all loss of a moment
+LASTING = 6000  # moments after which a higher share becomes the usual one
+FIRST_CHECK = 16  # moments after which a search is checked for the first time: see Losses._check()
 SEGMENTS_MAX = 200
 EPISODES_MAX = 200
-LIKELY = 1.92  # log likelihood below the highest one, within which 95 % of the true places are (Wilks)
-COUNTER_FROM = 20  # moments, from which on ...
-COUNTED_SHARE = 0.9  # ... an identification is a counter, if it rises by 1 with each answer in so many
-NEARLY_ALL = 0.9  # of the probes: perhaps an outage
+LIKELY = 1.92  # with 95 %, the true first hop has a log likelihood at most so far below the highest (Wilks)
+COUNTER_FROM = 20  # An IP identification is a counter if at least so many moments without loss were compared, ...
+COUNTED_SHARE = 0.9  # ... and in this share of them it rose by 1 with each answer
+NEARLY_ALL = 0.9  # share of lost probes above which an episode may be an outage
 
 
 @dataclasses.dataclass
@@ -45,19 +47,19 @@ class LossEpisode:
 
     begin: int  # ns, CLOCK_MONOTONIC
     end: int
-    hop: int  # the first one, most likely
-    front: int  # the last one that is surely not among them; 0: none
-    until: int  # the last one that may be the first
-    share: float  # of the probes to them that were unanswered
-    low: float  # between these with 95 %
+    hop: int  # most likely the first hop with loss
+    front: int  # the hop in front of all that may be the first with loss (95 %); 0: none
+    until: int  # the farthest hop that may be the first with loss (95 %)
+    share: float  # of the probes to this hop and those behind it, the unanswered ones
+    low: float  # confidence interval of the share, 95 %
     high: float
-    usual: float  # share
-    p: float  # that it is by chance, of this test alone
-    probes: int
-    behind: int  # how many hops behind answer
-    retransmitted: int  # segments, meanwhile
-    back: tuple[float, float, float] | None  # share of the losses on the way back, interval; None: not known
-    lasts: bool = False
+    usual: float  # share that is usually unanswered
+    p: float  # probability that it is chance, not corrected for the number of tests
+    probes: int  # to this hop and those behind it
+    behind: int  # number of hops behind it that were probed meanwhile and do not limit their answers
+    retransmitted: int  # TCP segments, meanwhile
+    back: tuple[float, float, float] | None  # share of losses on the reverse path, interval; None: not known
+    lasts: bool = False  # it had not ended when the data did
 
     @property
     def weight(self) -> float:
@@ -65,14 +67,15 @@ class LossEpisode:
 
 
 class Counts:
-    """Sums over moments."""
+    """Sums over moments. The difference of two gives the sums over the moments between them: see since()."""
 
     __slots__ = ("hops", "retransmitted", "moments", "lossy", "unanswered", "squares")
 
     def __init__(self) -> None:
         self.hops: dict[int, tuple[int, int, int, int]] = {}  # answered, unanswered; raised, in_order: see Cell
         self.retransmitted = self.moments = 0
-        self.lossy = self.unanswered = self.squares = 0  # moments, probes, and sum of their squares by moment
+        # Lossy moments; unanswered probes; the squares of the unanswered probes of each moment, added up.
+        self.lossy = self.unanswered = self.squares = 0
 
     def copy(self) -> Counts:
         its = Counts()
@@ -82,7 +85,7 @@ class Counts:
         return its
 
     def add(self, moment: Moment, numbers: set[int]) -> None:
-        """Add a moment. Unanswered probes to other hops than these make it no lossy one."""
+        """Add a moment. numbers: the searched hops. Unanswered probes to others do not make the moment lossy."""
         unanswered = 0
         for number, cell in moment.cells.items():
             a, u, raised, in_order = self.hops.get(number, (0, 0, 0, 0))
@@ -107,7 +110,7 @@ class Counts:
         return its
 
     def dispersion(self) -> float:
-        """Return by what factor the variance of the losses of a moment is above that of independent ones."""
+        """Return the variance of the losses by moment, relative to that of independent losses (1); at least 1."""
         if not self.unanswered:
             return 1.0
         mean = self.unanswered / self.moments
@@ -115,14 +118,14 @@ class Counts:
 
 
 class Cell:
-    """The probes of a moment to a hop."""
+    """The probes to a hop in a moment."""
 
     __slots__ = ("answered", "unanswered", "raised", "in_order")
 
     def __init__(self, answered: int = 0, unanswered: int = 0, raised: int = 0, in_order: int = 0) -> None:
         self.answered, self.unanswered = answered, unanswered
         self.raised = raised  # by how much the responder's IP identification rose meanwhile ...
-        self.in_order = in_order  # ... while it answered so many probes
+        self.in_order = in_order  # ... while it sent so many answers
 
 
 class Moment:
@@ -134,20 +137,21 @@ class Moment:
 
 
 class HopState:
-    """How far the answers of a hop are counted, and what is usual there."""
+    """Up to where the answers of a hop are counted by moment, and how many of its probes are usually unanswered."""
 
     __slots__ = (
         "moment", "counted", "latency", "responder", "ident", "answered", "unanswered", "counting", "compared",
     )  # fmt: skip
 
     def __init__(self, latency: Any) -> None:
-        self.moment = -1  # to which answers belong that are not counted yet
-        self.counted = latency.count  # answers
-        self.latency = latency  # its count is the number of answers
+        self.moment = -1  # the newest moment with an answer: its answers are not counted yet
+        self.counted = latency.count  # answers in front of this moment
+        self.latency = latency  # the histogram of all answers, whose count grows
         self.responder = ""  # of the first answer in the moment ...
         self.ident: int | None = None  # ... and its IP identification
-        self.answered = self.unanswered = 0  # usually
-        self.counting = self.compared = 0  # moments without loss in which the identification counted answers; all
+        self.answered = self.unanswered = 0  # probes outside episodes: what is usual
+        # Moments without loss: those in which the identification rose by 1 with each answer; all compared.
+        self.counting = self.compared = 0
 
     @property
     def is_known(self) -> bool:
@@ -155,7 +159,7 @@ class HopState:
 
     @property
     def usual(self) -> float:
-        """The share that is unanswered; not 0, since a share of so many that are answered may still be lost."""
+        """The share that is usually unanswered; never 0, because answers do not prove that there is no loss."""
         return (self.unanswered + 0.5) / (self.answered + self.unanswered + 1)
 
     def add(self, answered: int, unanswered: int) -> None:
@@ -169,12 +173,12 @@ class HopState:
 
     @property
     def counts_answers(self) -> bool:
-        """Whether the responder's IP identification is a counter that nothing but these answers raises."""
+        """Whether the responder's IP identification is a counter that only its answers to these probes raise."""
         return self.compared >= COUNTER_FROM and self.counting >= COUNTED_SHARE * self.compared
 
 
 class Cusum:
-    """The cumulative sum of log likelihood ratios since they were last against loss."""
+    """The cumulative sum of log likelihood ratios, for one share and one first hop. It starts anew at 0."""
 
     __slots__ = ("score", "begin", "before", "most", "end", "after")
 
@@ -183,12 +187,12 @@ class Cusum:
         self.clear()
 
     def clear(self) -> None:
-        self.score = self.most = 0  # UNIT
-        self.before: Counts | None = None  # sums until begin
-        self.after: Counts | None = None  # sums until the most likely end
+        self.score = self.most = 0  # in UNIT: the sum, and its maximum
+        self.before: Counts | None = None  # sums of all moments in front of begin
+        self.after: Counts | None = None  # sums of all moments up to end, the moment with the maximum
 
     def add(self, ratio: int, moment: int, before: Counts, after: Counts) -> Segment | None:
-        """Add a moment. Return a segment that has ended, if there may be something in it."""
+        """Add a moment. Return a segment if one has ended and its maximum was at least ALARM, otherwise None."""
         if self.before is None:
             if ratio <= 0:
                 return None
@@ -210,23 +214,23 @@ class Cusum:
 
 @dataclasses.dataclass
 class Segment:
-    """Moments in which loss is more likely than what is usual."""
+    """Successive moments in which more loss than usual is more likely than the usual loss."""
 
     score: float  # log likelihood ratio
     begin: int  # first and last moment
     end: int
-    before: Counts
-    after: Counts
+    before: Counts  # sums in front of begin
+    after: Counts  # sums up to end
 
     def meets(self, other: Segment) -> bool:
         return self.begin <= other.end and other.begin <= self.end
 
 
 class Search:
-    """Looks for segments from the first unanswered probe on, until nothing speaks for loss any more."""
+    """Looks for segments. It begins with a moment with loss, and is over when all cumulative sums are at 0."""
 
     def __init__(self, begin: int, hops: Sequence[tuple[int, float]]) -> None:
-        """hops: numbers, the farthest first, and shares that are usually unanswered."""
+        """begin: moment. hops: the searched ones, the farthest first; each with its usual share of loss."""
         self.begin = begin  # moment
         self.check_at = begin + FIRST_CHECK
         self.numbers = {number for number, _ in hops}
@@ -258,7 +262,7 @@ class Search:
                     ratios[place] += unanswered * weights[place]
                 ratio = ratios[place] + answered * ANSWERED[place]
                 if ratio <= 0 and cusum.before is None:
-                    continue  # as most of them: a call takes long
+                    continue  # as in most cases: a call would take longer than this test
                 found = cusum.add(ratio, number, before, after)
                 if found:
                     self.segments.append(found)
@@ -270,7 +274,7 @@ class Search:
             self.segments = sorted(self.segments, key=lambda its: -its.score)[: SEGMENTS_MAX // 2]
 
     def open_segments(self) -> list[Segment]:
-        """Return segments that have not ended."""
+        """Return the segments that have not ended, but have reached ALARM."""
         every = (cusum.segment() for _, _, cusums in self._hops for cusum in cusums)
         return [segment for segment in every if segment]
 
@@ -279,7 +283,7 @@ class Search:
         return all(cusum.before is None for _, _, cusums in self._hops for cusum in cusums)
 
 
-ANSWERED = [round(math.log1p(-share) / UNIT) for share in SHARES]  # what an answered probe adds to a sum
+ANSWERED = [round(math.log1p(-share) / UNIT) for share in SHARES]  # what an answered probe adds to a sum, in UNIT
 
 
 class Losses:
@@ -288,20 +292,22 @@ class Losses:
     __slots__ = ("_tests", "_open", "_states", "_search", "_found", "_closed")
 
     def __init__(self, tests: Any) -> None:
-        """tests: counts comparisons (elf.episodes.Comparisons)."""
+        """tests: elf.episodes.Comparisons, which counts the tests for the correction of p."""
         self._tests = tests
         self._open: dict[int, Moment] = {}
         self._states: dict[int, HopState] = {}
         self._search: Search | None = None
         self._found: list[LossEpisode] = []
-        self._closed = -1  # the newest moment that waits no longer
+        self._closed = -1  # the newest moment that is closed
 
     def note_moment(
         self, number: int, latency: Any, moment: int, count: int, responder: str, ident: int | None
     ) -> None:
-        """Note that an answered probe left in a later moment than those before. Others are known by their count.
+        """Note the first answered probe to a hop in a moment. The others follow from the growth of the count.
 
-        count: answers of the hop before this one. latency: the histogram of all answers, whose count grows.
+        number: the hop. latency: the histogram of its answers, whose count grows. count: its answers before this
+        one. ident: the IP identification of the answer, None if not known. A probe that left before the newest
+        moment of the hop counts as one of that moment.
         """
         state = self._states.get(number)
         if state is None:
@@ -312,7 +318,7 @@ class Losses:
             answered = count - state.counted
             cell = self._count(number, state.moment, answered)
             if ident is not None and state.ident is not None and responder == state.responder:
-                if moment > state.moment + 1:  # where answers are missing
+                if moment > state.moment + 1:  # the rise is of moments without answers
                     cell = self._cell(number, moment - 1)
                 if cell:
                     cell.raised += (ident - state.ident) & 0xFFFF
@@ -324,19 +330,19 @@ class Losses:
         return state
 
     def note_unanswered(self, number: int, moment: int) -> None:
-        """Note an unanswered probe."""
+        """Note an unanswered probe to a hop."""
         self.add_unanswered(number, moment, 1)
         self.limit()
 
     def limit(self) -> None:
-        """Close the oldest moments if too many wait: those of a destination that does not answer any more."""
+        """Close the oldest moments if too many wait. Only a destination that has stopped responding has so many."""
         if len(self._open) > OPEN_MAX:
             self.close(max(self._open) - LATE)
 
     def add_unanswered(self, number: int, moment: int, count: int) -> None:
         """Note unanswered probes. The caller closes moments from time to time, or calls limit()."""
         if not self._states:
-            return  # nothing has answered yet: what is usual is not known
+            return  # no hop has answered yet, so the usual share is not known
         cell = self._cell(number, moment)
         if cell:
             cell.unanswered += count
@@ -353,7 +359,7 @@ class Losses:
 
     def _cell(self, number: int, moment: int) -> Cell | None:
         if moment <= self._closed:
-            return None  # later than all others
+            return None  # the row came too late: its moment is closed
         cells = self._at(moment).cells
         cell = cells.get(number)
         if cell is None:
@@ -367,7 +373,7 @@ class Losses:
         return cell
 
     def close(self, until: int) -> None:
-        """Look at the moments up to this one: no more rows of them are to come."""
+        """Close the moments up to this one: evaluate them. Rows of these that come later are ignored."""
         if until <= self._closed:
             return
         for number, state in self._states.items():
@@ -378,12 +384,12 @@ class Losses:
         self._closed = until
 
     def _look(self, until: int) -> None:
-        """Look at the moments that wait, up to this one."""
+        """Evaluate the moments that wait, up to this one, in the order of time."""
         for number in sorted(number for number in self._open if number <= until):
             self._add(number, self._open.pop(number))
 
     def end(self) -> None:
-        """Look at all moments, but those at the end of the run."""
+        """Close all moments but the last AT_THE_END: answers may have been on their way when the run ended."""
         self.close(self._newest() - AT_THE_END)
 
     def _newest(self) -> int:
@@ -420,24 +426,30 @@ class Losses:
         return Search(begin, list(self._hops_to_search()))
 
     def _check(self, search: Search, number: int) -> None:
-        """End a search if, after this moment, nothing speaks for loss any more, or if it has lasted too long."""
+        """End a search after this moment if it is over, or if an episode in it has lasted longer than LASTING.
+
+        At check_at, also end it if its segments are no episodes, or if it has none and _may_go_on() says no.
+        """
         if search.is_over:
             self._end_search(search)
         elif number >= search.check_at:
-            search.check_at = number + min(number - search.begin, LASTING // 8)  # ever more seldom
+            search.check_at = number + min(number - search.begin, LASTING // 8)  # doubles, up to LASTING / 8
             segments = search.open_segments()
             lasts = any(number - each.begin > LASTING for each in segments)
             if lasts or not (any(self._episodes_of(search)) if segments else self._may_go_on(search, number)):
-                self._end_search(search, lasts)  # what seemed usual may have been too low by chance
+                self._end_search(search, lasts)  # the usual share may have been too low by chance
 
     def _may_go_on(self, search: Search, number: int) -> bool:
-        """Return whether a search is short, and has fewer probes than what is usual is known by."""
+        """Return whether a search is shorter than LASTING, and has fewer probes than the usual shares rely on."""
         probes = sum(answered + unanswered for answered, unanswered, *_ in search.sums.hops.values())
         known = sum(state.answered + state.unanswered for state in self._states.values())
         return number - search.begin < LASTING and probes < known
 
     def _hops_to_search(self) -> Iterator[tuple[int, float]]:
-        """Yield hops, the farthest first, and their usual shares: without those that limit their answers."""
+        """Yield hops, the farthest first, with their usual shares of loss.
+
+        Leave out hops that limit their answers: their usual share is clearly larger than that of the hops behind.
+        """
         behind = behind_unanswered = 0
         for number, state in sorted(self._states.items(), reverse=True):
             if state.is_known:
@@ -447,7 +459,10 @@ class Losses:
                     yield number, state.usual
 
     def _end_search(self, search: Search, is_usual_now: bool = False) -> None:
-        """Keep what the search has found. The rest is usual; with is_usual_now, what has lasted so long is, too."""
+        """Keep the episodes that the search has found, and add all other probes to what is usual.
+
+        With is_usual_now, replace what is usual by the probes of this search, those of its episodes included.
+        """
         self._search = None
         found = list(self._episodes_of(search))
         self._found = sorted([*self._found, *(each for each, _ in found)], key=lambda its: -its.weight)[
@@ -466,14 +481,14 @@ class Losses:
                 )
 
     def episodes(self) -> list[LossEpisode]:
-        """Return the episodes, with those that still last, in the order of time."""
+        """Return the episodes in the order of their begin, those that still last included."""
         found = list(self._found)
         if self._search:
             found += (episode for episode, _ in self._episodes_of(self._search))
         return sorted(found, key=lambda its: its.begin)
 
     def _episodes_of(self, search: Search) -> Iterator[tuple[LossEpisode, Segment]]:
-        """Yield what a search has found: the most likely segments, of those that overlap."""
+        """Yield the episodes that a search has found. Of segments that overlap, yield only the most likely."""
         taken: list[Segment] = []
         last = search.open_segments()
         ended = set(map(id, search.segments))
@@ -487,7 +502,10 @@ class Losses:
                 yield episode, segment
 
     def _episode(self, segment: Segment, numbers: set[int]) -> LossEpisode | None:
-        """Return the episode that a segment shows at these hops. None: it may be chance, or they limit answers."""
+        """Return the episode that a segment shows at the searched hops.
+
+        None: it may be chance, it has fewer than LOSSY_MIN moments with loss, or hops limit their answers.
+        """
         counts = segment.after.since(segment.before)
         if counts.lossy < LOSSY_MIN:
             return None
@@ -517,9 +535,10 @@ class Losses:
         )  # fmt: skip
 
     def _place(self, hops: dict[int, tuple[int, int]]) -> tuple[int, list[int]] | None:
-        """Return the most likely first hop with loss, and all that are likely. None: no hop, but for limited ones.
+        """Return the most likely first hop with loss, and all hops that may be the first one (95 %).
 
-        hops: probes and unanswered ones. Those that limit their answers are removed.
+        None: no hop has loss, except hops that limit their answers. hops: probes and unanswered probes by hop,
+        ascending. The hops that limit their answers are removed from it.
         """
         more = {
             number: max(round(unanswered - probes * self._states[number].usual), 0)
@@ -544,7 +563,10 @@ class Losses:
         return first, [number for number in numbers if ratios[number] >= ratios[first] - LIKELY]
 
     def _ratio(self, hops: dict[int, tuple[int, int]], lossy: Sequence[int]) -> float:
-        """Return the log likelihood ratio that these hops have a common share of loss, beside what is usual."""
+        """Return the log likelihood ratio of a common share of loss at these hops, on top of their usual shares.
+
+        It is 0.0 if not more probes than usual are unanswered.
+        """
         usual = {number: self._states[number].usual for number in lossy}
         probes, unanswered = (sum(hops[number][part] for number in lossy) for part in (0, 1))
         expected = sum(hops[number][0] * usual[number] for number in lossy)
@@ -556,9 +578,10 @@ class Losses:
         )
 
     def _back(self, counts: Counts, numbers: Sequence[int]) -> tuple[float, float, float] | None:
-        """Return the share of losses on the way back, by responders whose IP identification counts their answers.
+        """Return the share of the losses on the reverse path and its interval (95 %), or None.
 
-        A probe that was lost on its way there does not raise it (Tulip: Mahajan et al., SOSP 2003).
+        It is known of responders whose IP identification counts their answers. A probe that was lost on the forward
+        path does not raise the identification, a lost answer does (Tulip: Mahajan et al., SOSP 2003).
         """
         answers_lost = lost = 0
         for number in numbers:
@@ -571,7 +594,7 @@ class Losses:
 
 
 def is_clearly_more(high: int, count: int, others_high: int, others: int) -> bool:
-    """Return whether a share is larger than another one, by Fisher's exact test."""
+    """Return whether high of count is a larger share than others_high of others (Fisher, p < WORTH_KEEPING)."""
     if not others or high * others <= others_high * count:
         return False
     return fisher(high, count, others_high, others) < WORTH_KEEPING
