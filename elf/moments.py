@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Loss in many rows at once: what Losses does with each of them, in a tenth of its time.
+"""Loss, fed with many rows at once: what Losses does row by row, in a tenth of the time.
 
     note_moments()      counts the answers of a batch by moment
-    note_silence()      counts its unanswered probes
-    BulkLosses          has these counts until moments close
-    BulkSearch          adds up many moments at once
+    note_silence()      counts the unanswered probes of a batch by moment
+    BulkLosses          keeps these counts until their moments are closed
+    BulkSearch          adds many moments at once
+
+elf/losses.py defines moment, cell, search and segment.
 
 Needs numpy, which elfprobe.py does without.
 """
@@ -39,29 +41,29 @@ from elf.losses import (
 )
 from elf.losses import ANSWERED as ANSWERED_RATIOS
 
-ANSWERED, UNANSWERED, RAISED, IN_ORDER = range(4)  # as of Cell
+ANSWERED, UNANSWERED, RAISED, IN_ORDER = range(4)  # rows of counts: the fields of Cell
 
 
 class Part(NamedTuple):
-    """Some moments one behind the other, of which each has cells for some hops."""
+    """Successive moments and their cells: the probes to a hop in a moment. Arrays have an entry for each cell."""
 
-    numbers: list[int]
-    places: Any  # of the moment of each cell, in numbers
-    hops: Any  # of each cell
-    counts: Any  # four rows, as of Cell
-    retransmitted: list[int]
+    numbers: list[int]  # of the moments, ascending
+    places: Any  # index of the cell's moment in numbers
+    hops: Any
+    counts: Any  # four rows: the fields of Cell
+    retransmitted: list[int]  # TCP segments, by moment
 
 
 class Moments:
-    """Moments in order, and their cells."""
+    """Moments in the order of time, and their cells."""
 
     def __init__(self, keys: Any, counts: Any, retransmitted: dict[int, int]) -> None:
-        """keys: moment and number of the hop of each cell, in order. counts: four rows, as of Cell."""
+        """keys: moment << 8 | hop of each cell, ascending. counts: four rows, the fields of Cell."""
         numbers = np.union1d(keys >> 8, np.array(list(retransmitted), int))
         self.numbers: list[int] = numbers.tolist()
         self._keys, self._counts, self._retransmitted = keys, counts, retransmitted
         bounds = np.append(np.searchsorted(keys, numbers << 8), len(keys))
-        self._bounds: list[int] = bounds.tolist()  # of the cells of each moment
+        self._bounds: list[int] = bounds.tolist()  # index of each moment's first cell; then the number of cells
         before = np.append(0, np.cumsum(counts[UNANSWERED]))[bounds]
         self._lossy = [*np.flatnonzero(np.diff(before)).tolist(), len(numbers)]
 
@@ -69,17 +71,17 @@ class Moments:
         return len(self.numbers)
 
     def next_lossy(self, at: int) -> int:
-        """Return the place of the next moment with loss, the number of moments if there is none."""
+        """Return the index of the first moment with loss from at on. Without one, return the number of moments."""
         place: int = self._lossy[bisect.bisect_left(self._lossy, at)]
         return place
 
     def cells(self, start: int, stop: int) -> tuple[Any, Any]:
-        """Return the hops and the counts of the cells of some moments."""
+        """Return hops and counts (four rows) of the cells of the moments from index start up to stop."""
         chosen = slice(self._bounds[start], self._bounds[stop])
         return self._keys[chosen] & 0xFF, self._counts[:, chosen]
 
     def moment(self, at: int) -> Moment:
-        """Return one of them as Losses has it."""
+        """Return the moment with this index as Losses has it."""
         hops, counts = self.cells(at, at + 1)
         its = Moment()
         its.retransmitted = self._retransmitted.get(self.numbers[at], 0)
@@ -94,10 +96,10 @@ class Moments:
 
 
 class Sums:
-    """What Search.sums is between many moments."""
+    """The values that Search.sums has after each of many moments."""
 
     def __init__(self, before: Counts, part: Part, searched: Sequence[int]) -> None:
-        """searched: hops, in whose loss segments are looked for."""
+        """before: sums in front of the part. searched: hops of the search. Other hops make no moment lossy."""
         self._before = before
         self._hops = np.union1d(part.hops, np.array(searched, int))
         counts = np.zeros((4, len(part.numbers), len(self._hops)), int)
@@ -107,7 +109,7 @@ class Sums:
         self._others = np.cumsum([part.retransmitted, unanswered > 0, unanswered, unanswered**2], axis=1)
 
     def until(self, stop: int) -> Counts:
-        """Return the sums of the moments in front of a place, and of all before."""
+        """Return the sums of the first stop moments of the part, added to those before."""
         its = self._before.copy()
         if stop:
             for hop, *sums in zip(self._hops.tolist(), *self._sums[:, stop - 1].tolist()):
@@ -123,13 +125,13 @@ class Sums:
 
 
 class BulkSearch(Search):
-    """A search that can also be fed many moments at once, and then only so from there on.
+    """A search to which many moments can be added at once. After add_all(), add() gives wrong results.
 
-    Arrays have a row for each hop and share.
+    Arrays have a row for each pair of hop and share, and a column for each moment.
     """
 
     def add_all(self, part: Part) -> int:
-        """Do add() for moments until the search is over; return how many these are."""
+        """Do add() for the moments until the search is over. Return the number of moments added."""
         cusums = [cusum for *_, its in self._hops for cusum in its]
         sums = Sums(self.sums, part, sorted(self.numbers))
         ratios = self._ratios(part)
@@ -156,7 +158,7 @@ class BulkSearch(Search):
         return done
 
     def _ratios(self, part: Part) -> Any:
-        """Return the log likelihood ratios of each moment: 0 for hops without a probe, which changes no sum."""
+        """Return the log likelihood ratios (UNIT). A hop without a probe in a moment has 0: it changes no sum."""
         weights = np.array([its for _, its, _ in self._hops], int).reshape(-1, len(SHARES), 1)
         place_of = np.full(256, -1)
         place_of[[number for number, *_ in self._hops]] = range(len(weights))
@@ -173,9 +175,10 @@ class BulkSearch(Search):
 
 
 def cusum_scores(ratios: Any, before: Any) -> Any:
-    """Return the scores of cumulative sums that begin again when they would fall below 0, along the last axis.
+    """Return cumulative sums along the last axis. A sum that would fall below 0 starts anew at 0.
 
-    before: the scores before. A score that has been above ALARM may have to begin again earlier.
+    before: the score of each sum in front of these ratios. After a score of ALARM or more, a sum may have to start
+    anew at a value above 0: segments() sees to that.
     """
     sums = ratios.cumsum(axis=-1)
     sums += before[..., None]
@@ -183,7 +186,10 @@ def cusum_scores(ratios: Any, before: Any) -> Any:
 
 
 def begin(cusum: Cusum, scores: Any, numbers: Sequence[int], sums: Sums) -> None:
-    """Note where the last of some scores above 0 began. It goes on from before if none of them is 0."""
+    """Set begin and before of a sum from its scores, of which the last is above 0.
+
+    It begins behind the last score that is 0. Without one it goes on from earlier moments, and keeps both.
+    """
     zeros = np.flatnonzero(scores == 0)
     if len(zeros) or cusum.before is None:
         first = int(zeros[-1]) + 1 if len(zeros) else 0
@@ -193,9 +199,9 @@ def begin(cusum: Cusum, scores: Any, numbers: Sequence[int], sums: Sums) -> None
 def segments(
     cusum: Cusum, ratios: Any, scores: Any, numbers: Sequence[int], sums: Sums
 ) -> Iterator[tuple[int, Segment]]:
-    """Yield segments that end, each with its place. Let scores be 0 where they do.
+    """Yield each segment that ends, with the index of the moment. Set its score to 0 and correct those behind.
 
-    Cusum.most, end and after tell of scores from ALARM on only: all others are never asked for.
+    Below ALARM, Cusum.most, end and after are not kept up to date: nobody reads them there.
     """
     at = 0
     while at < len(scores):
@@ -223,7 +229,7 @@ def segments(
 
 
 class BulkLosses(Losses):
-    """The probes of a destination. It can also be fed many at once."""
+    """The probes of a destination, by moment and hop. Many can be added at once."""
 
     __slots__ = ("_keys", "_counts")
 
@@ -232,9 +238,9 @@ class BulkLosses(Losses):
         self._clear()
 
     def _clear(self) -> None:
-        """Forget what waits beside _open."""
-        self._keys: list[Any] = []  # arrays: moment and number of the hop
-        self._counts: list[Any] = []  # arrays of four rows, as of Cell
+        """Forget the counts in arrays that wait to be closed. _open has those of single rows."""
+        self._keys: list[Any] = []  # arrays: moment << 8 | hop
+        self._counts: list[Any] = []  # arrays of four rows: the fields of Cell
 
     @property
     def is_begun(self) -> bool:
@@ -245,7 +251,10 @@ class BulkLosses(Losses):
         return self._states.get(number)
 
     def add_all(self, moments: Any, numbers: Any, counts: Any) -> None:
-        """Add counts (as of Cell) to moments and hops. The caller closes moments from time to time."""
+        """Add counts (four rows: the fields of Cell) to moments and hops. Ignore closed moments.
+
+        The caller closes moments from time to time, or calls limit().
+        """
         are_open = moments > self._closed
         if not self._states or not are_open.any():
             return
@@ -276,7 +285,7 @@ class BulkLosses(Losses):
                     return
             search, number = self._search, moments.numbers[at]
             if search is None or number < search.begin + FIRST_CHECK:
-                self._add(number, moments.moment(at))  # most searches are over soon: few moments are faster so
+                self._add(number, moments.moment(at))  # most searches are short: this is faster then
                 at += 1
             else:
                 at = self._search_on(search, moments, at)
@@ -285,7 +294,7 @@ class BulkLosses(Losses):
         return BulkSearch(begin, list(self._hops_to_search()))
 
     def _search_on(self, search: Search, moments: Moments, at: int) -> int:
-        """Do _add() for the moments until a search has to be checked; return the place behind them."""
+        """Do _add() for the moments from index at on until the search is checked. Return the index behind them."""
         assert isinstance(search, BulkSearch)
         stop = min(bisect.bisect_left(moments.numbers, search.check_at, at) + 1, len(moments))
         stop = at + search.add_all(moments.part(at, stop))
@@ -303,9 +312,9 @@ class BulkLosses(Losses):
         return stop
 
     def _take(self, until: int) -> Moments:
-        """Take the moments up to this one."""
+        """Return the moments up to this one, and remove them from those that wait."""
         retransmitted = {}
-        for number in [number for number in self._open if number <= until]:  # of single rows
+        for number in [number for number in self._open if number <= until]:  # they have the counts of single rows
             moment = self._open.pop(number)
             retransmitted[number] = moment.retransmitted
             for hop, cell in moment.cells.items():
@@ -323,7 +332,7 @@ class BulkLosses(Losses):
         return Moments(keys[:closed], counts[:, :closed], retransmitted)
 
     def _add_quiet(self, numbers: Any, counts: Any) -> None:
-        """Do what _add() does with moments in which nothing was lost, while nothing is searched for."""
+        """Do _add() for cells of moments without loss, while there is no search. numbers: the cells' hops."""
         by_hop = Groups(numbers)
         counts = counts[:, by_hop.order]
         is_counted = counts[IN_ORDER] > 0
@@ -348,9 +357,9 @@ class BulkLosses(Losses):
 
 
 def first_answers(answered: Groups, all_losses: Sequence[BulkLosses]) -> dict[int, int]:
-    """Return, for destinations that have not answered before, the row of the first answer, by id() of their losses.
+    """Return the row of the first answer of each destination without earlier answers, by id() of its losses.
 
-    answered and all_losses: as for note_moments(), which comes after it.
+    answered and all_losses: as for note_moments(). Call this before note_moments(), which adds the answers.
     """
     found: dict[int, int] = {}
     for losses, row in zip(all_losses, answered.firsts.tolist()):
@@ -360,9 +369,10 @@ def first_answers(answered: Groups, all_losses: Sequence[BulkLosses]) -> dict[in
 
 
 def note_moments(batch: Batch, answered: Groups, all_losses: Sequence[BulkLosses], hops: Sequence[Any]) -> None:
-    """Do Losses.note_moment() for the first answer of hops in each moment, before the hops have these answers.
+    """Do Losses.note_moment() for the first answer of each hop in each moment.
 
-    answered: the answers of each of the hops, of which those of a destination come one behind the other.
+    answered: the answers by hop; the hops of a destination are neighbours. all_losses, hops: of each group. Call
+    this before the answers are added to the hops' histograms, because it reads their counts.
     """
     numbers = batch["outttl"][answered.firsts].tolist()
     states = [losses.state(number) for losses, number in zip(all_losses, numbers)]
@@ -400,7 +410,7 @@ def note_moments(batch: Batch, answered: Groups, all_losses: Sequence[BulkLosses
     has_idents = (idents >= 0) & (idents_before >= 0) & is_same
     found[RAISED] = np.where(has_idents, idents - idents_before & 0xFFFF, 0)
     found[IN_ORDER] = np.where(has_idents, found[ANSWERED], 0)
-    # Where answers are missing, the identification tells of the moment in front of this one.
+    # If moments without answers lie between, the rise of the identification counts for the last of them.
     apart = np.flatnonzero(has_idents & (moments > before + 1) & ~is_new)
     found_apart = found[:, apart]
     found_apart[ANSWERED] = 0
@@ -412,11 +422,12 @@ def note_moments(batch: Batch, answered: Groups, all_losses: Sequence[BulkLosses
 
 
 def note_silence(batch: Batch, silent: Groups, all_losses: Sequence[BulkLosses], begun: dict[int, int]) -> None:
-    """Do Losses.add_unanswered() for the unanswered probes to hops, as note_moments() does for answers.
+    """Do Losses.add_unanswered() for all unanswered probes of a batch.
 
-    begun: what first_answers() has returned. Probes before that row do not count.
+    silent: these probes by hop. all_losses: of each group. begun: the result of first_answers(). A probe in
+    front of the first answer of its destination does not count.
     """
-    if begun:  # seldom: this is done once for each destination
+    if begun:  # rarely: only in the batch with the first answer of a destination
         since = np.array([begun.get(id(losses), -1) for losses in all_losses], int)
         do_count = np.zeros(len(batch), bool)
         do_count[silent.order] = silent.order > since[silent.numbers()]
@@ -430,7 +441,7 @@ def note_silence(batch: Batch, silent: Groups, all_losses: Sequence[BulkLosses],
 
 
 def add_to(all_losses: Sequence[BulkLosses], which: Any, moments: Any, numbers: Any, counts: Any) -> None:
-    """Give each of the losses its counts. which: places of the losses, in order."""
+    """Add each column of counts to all_losses[which]. which, moments, numbers: losses, moment and hop of each."""
     places = dict(zip(map(id, all_losses), range(len(all_losses))))
     its_losses = np.array([places[id(losses)] for losses in all_losses], int)[which]
     by_losses = Groups(its_losses)
