@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The summary of many rows at once: what Summary.note() does with each of them, in a tenth of its time.
+"""The summary, fed with many rows at once: what Summary.note() does row by row, in a tenth of the time.
 
 Needs numpy, which elfprobe.py does without.
 """
@@ -32,8 +32,8 @@ from elf.summary import (
     note_ttl,
 )
 
-WATCHED_AT_ONCE = 1 << 14  # rows
-NEW_FLOWS_SHARE = 1 / 16  # of the rows of a batch, from which on these are noted one by one
+WATCHED_AT_ONCE = 1 << 14  # answers of a destination that are given to its watch at once
+NEW_FLOWS_SHARE = 1 / 16  # new flows by rows of a batch. Without room and above it, rows are noted one by one
 
 
 class BatchGroups:
@@ -49,10 +49,10 @@ class BatchGroups:
 
 
 class Fronts:
-    """For each hop of a batch's destinations: the hops in front of it that answer."""
+    """Finds the nearest answering hop in front of a hop, as Destination.front() does, for many rows at once."""
 
     def __init__(self, groups: BatchGroups, destinations: list[Destination], are_answered: Any) -> None:
-        """The summary does not have the batch's answers yet."""
+        """destinations: of each group of groups.hops. Call this before the batch's answers are added to them."""
         batch, by_hop = groups.batch, groups.hops
         answered, which = by_hop.only(are_answered)
         dests = batch["dest"][by_hop.firsts].tolist()
@@ -66,10 +66,11 @@ class Fronts:
         for group, row in zip(which.tolist(), answered.firsts.tolist()):
             rows.setdefault(dests[group] << 8 | numbers[group], row)
         self._keys = np.array(sorted(rows), int)
-        self._rows = np.array([rows[key] for key in sorted(rows)], int)  # of their first answers
+        # The row of each hop's first answer; -1: it answered before this batch.
+        self._rows = np.array([rows[key] for key in sorted(rows)], int)
 
     def of(self, dests: Any, numbers: Any, rows: Any) -> Any:
-        """Return what Destination.front() is, when such rows come."""
+        """Return the number of the hop that Destination.front() finds when each row comes; 0: none answers."""
         found = np.zeros(len(rows), int)
         left = np.arange(len(rows))
         for step in range(1, 1 << 8):
@@ -85,28 +86,28 @@ class Fronts:
 
 
 class Events(NamedTuple):
-    """The rows of a hop with the first answer in their second."""
+    """The first answers of a hop in each second (events)."""
 
     hop: Hop
     number: int
     rows: list[int]
     seconds: list[int]
-    # Of the events that matter: an outage may end with it, or with the next one, or it is the last.
+    # Indexes of the events that matter: an outage may end with the event or with the next one, or it is the last.
     places: list[int]
-    before: int  # active seconds
-    last_before: int  # the last of them
+    before: int  # the hop's active seconds in front of these events
+    last_before: int  # the last of these seconds
 
     def count_until(self, row: int) -> None:
-        """Let the hop have the events in front of a row."""
+        """Set the hop's active seconds and last second to what they are in front of a row."""
         done = bisect.bisect_left(self.rows, row)
         self.hop.active_seconds = self.before + done
         self.hop.last_second = self.seconds[done - 1] if done else self.last_before
 
 
 def note_seconds(destination: Destination, events: dict[int, Events]) -> None:
-    """Do Hop.note_second() for all events of a destination, by hop, in the order of their rows.
+    """Do Hop.note_second() for all events of a destination, in the order of their rows. events: by hop.
 
-    Where all these hops have answered before, only the events that matter are noted one by one.
+    If all these hops have answered before, only the events that matter are noted one by one.
     """
     if not all(its.before for its in events.values()):
         found = [(row, number, at) for number, its in events.items() for at, row in enumerate(its.rows)]
@@ -129,7 +130,10 @@ def note_seconds(destination: Destination, events: dict[int, Events]) -> None:
 def note_ttls(
     batch: Batch, rows: Any, groups: Groups, flow_hops: list[FlowHop], destinations: dict[str, Destination]
 ) -> None:
-    """Do note_ttl() for the first answers of flows and hops in each moment. groups: these rows of each of them."""
+    """Do note_ttl() for the first answer of each flow and hop in each moment.
+
+    rows: these answers, ordered by flow and hop. groups: bounds of each flow_hop in rows.
+    """
     ttls, responders = batch["recvttl"][rows], batch["responder"][rows]
     least, most, lowest, highest = (
         groups.reduce(function, values).tolist()
@@ -150,7 +154,7 @@ def note_ttls(
 
 
 class BulkSummary(Summary):
-    """A summary that can also be fed many rows at once."""
+    """A summary to which many rows can be added at once."""
 
     def _new_destination(self, dest: str) -> Destination:
         destination = super()._new_destination(dest)
@@ -158,10 +162,11 @@ class BulkSummary(Summary):
         return destination
 
     def note_all(self, batch: Batch) -> None:
-        """Add many probes: the same as note() for each of them, in their order.
+        """Add many probes, as note() would one by one, in their order.
 
-        Only what depends on the order of single probes is done one by one: new flows and hops, the first answer of
-        a hop in each second, a flow's new responder, a retransmission count that falls.
+        Episodes may differ a little: see elf.slices.note_slices(). What depends on the order of single probes is
+        done one by one: new flows and hops, the first answer of a hop in each second, a flow's new responder, a
+        retransmission count that falls.
         """
         while len(batch):
             groups = BatchGroups(batch)
@@ -179,7 +184,7 @@ class BulkSummary(Summary):
             batch = batch.take(slice(row + 1, None))
 
     def _has_room(self, groups: BatchGroups) -> bool:
-        """Return whether there is room, even if all flows and their hops are new."""
+        """Return whether nothing must be forgotten for the batch, even if all its flows and their hops are new."""
         return (
             len(self._flows) + len(groups.flows) <= FLOWS_MAX
             and self._flow_hops + len(groups.flow_hops) <= FLOW_HOPS_MAX
@@ -187,7 +192,7 @@ class BulkSummary(Summary):
         )
 
     def _new_hops(self, groups: BatchGroups) -> list[int]:
-        """Return the first rows of new hops."""
+        """Return the first row of each hop that the summary does not have."""
         rows, batch = groups.hops.firsts, groups.batch
         known = {dest: destination.hops for dest, destination in self._destinations.items()}
         dests, numbers = batch.texts("dest", rows), batch["outttl"][rows].tolist()
@@ -196,7 +201,7 @@ class BulkSummary(Summary):
         ]
 
     def _row_that_needs_room(self, groups: BatchGroups) -> int:
-        """Return the first row for which others are forgotten, the number of rows if there is none."""
+        """Return the first row for which older entries must be forgotten; without one, the number of rows."""
         batch = groups.batch
         if self._has_room(groups):
             return len(batch)
@@ -222,7 +227,7 @@ class BulkSummary(Summary):
         return len(batch)
 
     def _note_groups(self, groups: BatchGroups) -> None:
-        """Do what note_all() does, where there is room."""
+        """Add a batch for which there is room."""
         batch = groups.batch
         are_answered = batch["latency"] >= 0
         destinations, hops = self._hops_of(groups)
@@ -266,7 +271,7 @@ class BulkSummary(Summary):
             self._destinations[batch.text("dest", row)].watch.losses.limit()
 
     def _hops_of(self, groups: BatchGroups) -> tuple[list[Destination], list[Hop]]:
-        """Return the destination and the hop of each group."""
+        """Return destination and hop of each group of groups.hops. Create those that are new."""
         batch, by_hop = groups.batch, groups.hops
         newest = by_hop.reduce(np.maximum, batch["sendtime"][by_hop.order] // 10**9).tolist()
         found: list[Any] = [None] * len(by_hop)
@@ -323,7 +328,8 @@ class BulkSummary(Summary):
     ) -> None:
         """Note the seconds in which hops answered.
 
-        answered: the answers of each hop. before: the last second in which it answered, and its destination.
+        answered: the answers by hop. seconds: of each answer, in this order. before, destinations: of each hop, the
+        last second in which it answered before, and its destination.
         """
         are_first = seconds > answered.running(seconds, before)
         events = Groups(answered.numbers()[are_first])
@@ -392,12 +398,15 @@ class BulkSummary(Summary):
                 if of_flow.responder != responder:
                     self.note_responder(hop, of_flow, key, number, responder, sendtime)
                 elif lowest == highest:
-                    break  # it stays
+                    break  # one responder gave all these answers, so it does not change any more
 
     def _note_moments(
         self, groups: BatchGroups, flows: list[Flow], fronts: Fronts, answered: Groups, flow_hops: list[FlowHop]
     ) -> None:
-        """Compare latencies with those of the hops in front. answered: the rows of each of flow_hops."""
+        """Compare latencies with those of the hop in front, of the same flow, up to MOMENTS_APART moments before.
+
+        Only the first answer of a flow and hop in each moment counts. answered: the answers of each of flow_hops.
+        """
         batch = groups.batch
         moments = batch["sendtime"][answered.order] // MOMENT
         are_first = moments > answered.running(
@@ -408,7 +417,7 @@ class BulkSummary(Summary):
             return
         numbers, latencies, dests = (batch[name][rows] for name in ("outttl", "latency", "dest"))
         keys = groups.flow_of[rows] << 8 | numbers
-        # What is known, each in front of all rows.
+        # What earlier batches left: negative row numbers place it in front of all rows.
         before = [
             (flow << 8 | number, its.moments)
             for flow, each in enumerate(flows)
@@ -427,7 +436,7 @@ class BulkSummary(Summary):
         all_keys, all_rows, all_moments, all_latencies = (
             np.concatenate([before, now]) for before, now in zip(known, (keys, rows, moments, latencies))
         )
-        order = np.lexsort((all_rows, all_keys))  # by time, too: moments only grow
+        order = np.lexsort((all_rows, all_keys))  # also the order of time: the moments of a flow and hop only grow
         all_keys, all_rows, all_moments, all_latencies = (
             values[order] for values in (all_keys, all_rows, all_moments, all_latencies)
         )
@@ -491,7 +500,7 @@ class BulkSummary(Summary):
                 if ((its_retrans < highest[start:end]) & (its_sent > earlier + REUSE_AFTER)).any():
                     for each in zip(its_sent.tolist(), its_retrans.tolist()):
                         note_retrans(destination, flow, *each)
-                    continue  # ports were used again
+                    continue  # a new connection uses the same ports
             if most[index] > flow.retrans:
                 destination.retransmitted += most[index] - flow.retrans
                 new = np.diff(np.maximum.accumulate(np.concatenate([[flow.retrans], retrans[start:end]])))
