@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Findings: what the figures say of a path, as data. Each kind of finding has its wording in its class.
+"""Findings: conclusions from the figures of a path, as data. The class of each kind has its wording.
 
-findings_on() looks at a destination; PathRewrites collects what routers change in the packets' headers.
+findings_on() yields those on a destination. PathRewrites collects the changes that routers make to headers.
 docs/findings.md has the methods.
 """
 
@@ -21,22 +21,25 @@ from elf.rows import Record
 
 ENOUGH_PROBES = 20  # to a hop, from which on its share of answers counts
 UNANSWERED_MIN, UNANSWERED_SHARE_MIN = 3, 0.005  # fewer unanswered probes are not reported
-TCP_AGREES_FROM = 1 / 10
-OFTEN = 1 / 4  # changes per answer from which on a hop alternates
+TCP_AGREES_FROM = 1 / 10  # of the loss of probes: TCP agrees if it retransmitted so many segments; tcp_on_loss()
+OFTEN = 1 / 4  # changes of the responder per answer, above which a hop alternates
 SOURCE_TRANSLATED, NUMBER_TRANSLATED = 1, 2  # enum translation of elfprobe.c
 NEARLY_ALL = 9 / 10  # of the answers
 REWRITES_MAX = 1000  # findings that PathRewrites keeps
-SIGNIFICANT = 0.01  # chance of any wrong episode in a run
-SHOWN_MAX = 8  # episodes of a destination in a table: the largest
+SIGNIFICANT = 0.01  # probability that any of a run's episodes is chance
+SHOWN_MAX = 8  # of each sort: episodes of a destination that the table shows, the largest ones
 MARKED = "congestion is marked"
-ECN, CE = 3, 3  # bits of the DSCP/ECN byte
-OTHERS_BELOW = 0.3  # the highest that the rank correlation may be, below which the delay is others'
-OWN_FROM = 0.5  # rank correlation, from which on the delay goes with the flow's own packets
+ECN, CE = 3, 3  # in the DSCP/ECN byte: mask of the ECN field, its value "congestion experienced" (RFC 3168)
+OTHERS_BELOW = 0.3  # upper bound of the rank correlation (97.5 %), below which other flows cause the delay
+OWN_FROM = 0.5  # rank correlation from which on the delay follows the flow's own congestion window
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What was found at a hop. Kinds that add no field need no decorator: each one delays the start."""
+    """What was found at a hop.
+
+    Classes that add no field do without the decorator of dataclasses, because each use of it delays the start.
+    """
 
     kind: ClassVar[str]  # its name in FILEBASE.json
     hop: int
@@ -46,22 +49,22 @@ class Finding:
         raise NotImplementedError
 
     def figures(self) -> dict[str, Any]:
-        """Return what the sentence says, by name."""
+        """Return the figures of the sentence, by their key in FILEBASE.json."""
         fields = (field.name for field in dataclasses.fields(self))
         return {name: getattr(self, name) for name in fields if name not in ("hop", "dest")}
 
     def span(self) -> tuple[int, int] | None:
-        """Return from when until when it was so (CLOCK_MONOTONIC, ns), None for the whole run."""
+        """Return begin and end (CLOCK_MONOTONIC, ns). None: it is of the whole run."""
         return None
 
     @property
     def sure(self) -> float | None:
-        """Return the probability that it is no chance, None if it is not reckoned."""
+        """The probability that it is not chance. None: it is not computed for this kind."""
         return None
 
 
 def hop_text(hop: int, responders: dict[int, str]) -> str:
-    """Return the hop, followed by who answers there if that is known."""
+    """Return "hop 3 (192.0.2.1)", or "hop 3" if its responder is not known."""
     responder = responders.get(hop)
     return f"hop {hop} ({responder})" if responder else f"hop {hop}"
 
@@ -71,7 +74,7 @@ class OfEpisode(Finding):
     """A finding that is an episode."""
 
     episode: Episode | LossEpisode
-    p: float  # corrected for the number of tests
+    p: float  # probability that it is chance, corrected for the number of tests (Holm)
 
     def span(self) -> tuple[int, int]:
         return self.episode.begin, self.episode.end
@@ -100,7 +103,10 @@ class Slower(OfEpisode):
         }  # fmt: skip
 
     def tcp_share(self) -> float | None:
-        """Return the share of the rise of TCP's round trip that the episode explains, None if it did not rise."""
+        """Return the share of the rise of TCP's round trip that the episode explains, at most 1.
+
+        None: the round trip is not known, or rose by no more than MARGIN.
+        """
         rise = self.episode.tcp
         return min(self.episode.size / rise, 1.0) if rise is not None and rise > MARGIN else None
 
@@ -125,7 +131,7 @@ class Slower(OfEpisode):
         return f"; {count} segments retransmitted meanwhile" if count > 0 else ""
 
     def _cause(self) -> str:
-        """Return whether the flow's own packets may have made the queue."""
+        """Return a clause that says whose packets made the queue: the flow's own, or others'. Empty: not known."""
         rho, p = self.episode.own or (0.0, 1.0)
         if rho >= OWN_FROM and p < SIGNIFICANT:
             return f"; it rises and falls with the flow's own congestion window (rank correlation {rho:.2f})"
@@ -139,7 +145,7 @@ class Slower(OfEpisode):
 
 
 class Queue(Slower):
-    """Delay between two hops, and at all behind."""
+    """Delay between two hops: packets to the second hop and to those behind it are slower."""
 
     kind = "queue"
 
@@ -154,7 +160,7 @@ class Queue(Slower):
 
 
 class QueueInFront(Slower):
-    """Delay at all hops."""
+    """Delay at all hops: in this host, or in front of the first hop that answers."""
 
     kind = "queue_in_front"
 
@@ -179,7 +185,7 @@ class QueueBeyond(Slower):
 
 
 class SlowAnswers(Slower):
-    """Delay of a router's answers, but not of what passes it."""
+    """Delay of a router's answers, but not of the packets that it forwards."""
 
     kind = "slow_answers"
 
@@ -193,7 +199,7 @@ class SlowAnswers(Slower):
 
 
 class SlowLastHop(Slower):
-    """Delay at the last hop that answers: nothing behind it tells whether packets were delayed."""
+    """Delay at the last hop that answers: no hop behind it shows whether forwarded packets were delayed, too."""
 
     kind = "slow_last_hop"
 
@@ -224,7 +230,7 @@ class LossForAWhile(OfEpisode):
         }  # fmt: skip
 
     def direction(self) -> str | None:
-        """Return "there" or "back", None if the data cannot tell."""
+        """Return "there" (forward path) or "back" (reverse path). None: the data cannot tell."""
         if not self.episode.back:
             return None
         _, low, high = self.episode.back
@@ -259,7 +265,7 @@ class LossForAWhile(OfEpisode):
 
 
 class UnansweredForAWhile(LossForAWhile):
-    """The same at the last hop that answers: nothing behind it tells loss from a limit."""
+    """More unanswered probes at the last hop that answers: no hop behind it tells loss from a rate limit."""
 
     kind = "unanswered_episode"
 
@@ -304,7 +310,7 @@ class PathChange(Finding):
 
 @dataclasses.dataclass(frozen=True)
 class ReturnPathChange(Finding):
-    """The answers of hops come back over more or fewer routers than before, and the way there is the same."""
+    """The reverse path of hops became longer or shorter, and their forward path did not change."""
 
     kind = "return_path_change"
     change: ReturnChange
@@ -337,7 +343,7 @@ class HopOutage(Finding):
     kind = "outage"
     outage: Outage
     front: int  # the nearest hop in front of it that answers; 0: none
-    path_changed: bool = False  # as it began
+    path_changed: bool = False  # when the outage began
 
     def figures(self) -> dict[str, Any]:
         its = self.outage
@@ -347,7 +353,7 @@ class HopOutage(Finding):
         return self.outage.begin * 10**9, (self.outage.begin + self.outage.seconds) * 10**9
 
     def begins_with(self, change: Change) -> bool:
-        """Return whether the path changed within a second of the last answer, at this hop or in front of it."""
+        """Return whether the path changed, at this hop or in front of it, within a second of the last answer."""
         begin = self.span()[0]
         return change.hop <= self.hop and change.begin < begin + 2 * 10**9 and begin - 10**9 < change.end
 
@@ -372,11 +378,11 @@ class Unanswered(Finding):
 
 @dataclasses.dataclass(frozen=True)
 class RateLimit(Unanswered):
-    """The hop limits the rate of its answers: clearly more probes are answered by a hop behind it."""
+    """The hop limits the rate of its answers: a hop behind it answers a clearly larger share of probes."""
 
     kind = "rate_limit"
-    behind: int  # the hop with most answers
-    answered_behind: float  # its share
+    behind: int  # the hop behind it that answers the largest share
+    answered_behind: float  # the share of probes that this hop answers
 
     def text(self) -> str:
         return (
@@ -387,7 +393,7 @@ class RateLimit(Unanswered):
 
 @dataclasses.dataclass(frozen=True)
 class TooFewBehind(Unanswered):
-    """The hop behind with most answers differs too little for its number of probes."""
+    """A hop behind answers a larger share, but for its number of probes the difference may be chance."""
 
     kind = "too_few_behind"
     behind: int
@@ -401,9 +407,9 @@ class TooFewBehind(Unanswered):
 
 @dataclasses.dataclass(frozen=True)
 class UnansweredWithTcp(Unanswered):
-    """Only TCP's retransmissions hint at the reason, if probes rode on TCP that sends data."""
+    """Only TCP's retransmissions hint at the reason, if the carriers were of TCP flows that send data."""
 
-    retransmitted: int | None  # segments; None: no probe rode on TCP that mostly sends
+    retransmitted: int | None  # segments; None: no carrier was of a TCP flow that mostly sends
     tcp_agrees: bool  # TCP loses about as large a share of its segments: see tcp_on_loss()
 
     def _tcp(self) -> str:
@@ -456,11 +462,11 @@ class ResponderChanges(Finding):
 
 @dataclasses.dataclass
 class Rewritten:
-    """A change of headers that quoted packets show: the nearest hop that quotes it, and how often it was quoted."""
+    """A change of headers that quoted packets show: the nearest hop that quotes it, and the number of quotes."""
 
     hop: int
     responder: str
-    begin: int  # when the first such probe left, ns
+    begin: int  # when the first and the last such probe left, CLOCK_MONOTONIC, ns
     end: int
     answers: int = 0
 
@@ -483,7 +489,7 @@ class OneAddress(Finding):
 
 @dataclasses.dataclass(frozen=True)
 class OfDestination(Finding):
-    """A finding that knows what it is about, and who answered at the hop."""
+    """A finding that names its destination, and the responder at the hop."""
 
     dest: str
     responder: str
@@ -522,7 +528,7 @@ class CongestionMarks(PathRewrite):
 
 @dataclasses.dataclass(frozen=True)
 class NearMiss(OfDestination):
-    """Answers quote a probed TCP flow, but no probe. They may be the hop's."""
+    """Time exceeded messages quote a probed TCP flow, but no probe. They may come from the hop."""
 
     kind = "near_miss"
     answers: int
@@ -558,7 +564,11 @@ class AckFilter(OfDestination):
 
 
 def findings_on(destination: Destination) -> Iterator[Finding]:
-    """Yield the findings on a destination: episodes, outages, unanswered probes, changes of responders."""
+    """Yield the findings on a destination.
+
+    First, in the order of time: episodes, changes of the path and of the reverse path. Then outages, unanswered
+    probes, changes of responders, and addresses that answer at several hops.
+    """
     outages = destination.outages()
     changes = [PathChange(change.hop, change) for change in destination.watch.changes]
     returns = return_path_changes(destination.watch)
@@ -578,7 +588,7 @@ def findings_on(destination: Destination) -> Iterator[Finding]:
 
 
 def episodes(destination: Destination, outages: dict[int, list[Outage]]) -> Iterator[Slower | LossForAWhile]:
-    """Yield the episodes that are unlikely to be chance."""
+    """Yield the episodes with a corrected p below SIGNIFICANT, but no loss by an outage or a shorter path."""
     watch = destination.watch
     delays, losses = watch.episodes(), watch.losses.episodes()
     corrected = holm([*(each.p for each in delays), *(each.p for each in losses)], watch.tests.count)
@@ -591,9 +601,9 @@ def episodes(destination: Destination, outages: dict[int, list[Outage]]) -> Iter
 
 
 def return_path_changes(watch: Watch) -> Iterator[ReturnPathChange]:
-    """Yield the changes of the way back during which the way there was the same."""
+    """Yield the changes of the reverse path during which the forward path did not change."""
     if len(watch.changes) >= CHANGES_MAX:
-        return  # further changes of the way there are not known
+        return  # further changes of the forward path were not kept
     for change in watch.returns.all():
         near = change.begin - CHANGE_TOGETHER, change.end + CHANGE_TOGETHER
         farthest = max(change.hops)
@@ -602,7 +612,7 @@ def return_path_changes(watch: Watch) -> Iterator[ReturnPathChange]:
 
 
 def is_outage(loss: LossEpisode, outages: dict[int, list[Outage]]) -> bool:
-    """Return whether no answer comes any more, or an outage tells it already."""
+    """Return whether nearly all probes were lost, and this lasts or is part of an outage."""
     return loss.share > NEARLY_ALL_LOST and (loss.lasts or any(
         outage.begin * 10**9 < loss.end and loss.begin < (outage.begin + outage.seconds) * 10**9
         for number in outages if number >= loss.hop
@@ -611,7 +621,10 @@ def is_outage(loss: LossEpisode, outages: dict[int, list[Outage]]) -> bool:
 
 
 def is_shorter_path(loss: LossEpisode, changes: list[Change]) -> bool:
-    """Return whether the hops may have vanished: then probes are unanswered for moments, and no more are sent."""
+    """Return whether the path may have become shorter, so that the hops are no longer on it.
+
+    Then nearly all probes to them are unanswered for a few moments, and after that no more are sent.
+    """
     if loss.share <= NEARLY_ALL_LOST or loss.retransmitted:
         return False
     return loss.end - loss.begin < PROBED_AFTER * 10**9 or any(
@@ -620,7 +633,7 @@ def is_shorter_path(loss: LossEpisode, changes: list[Change]) -> bool:
 
 
 def lossy(destination: Destination, episode: LossEpisode, p: float) -> LossForAWhile:
-    """Return an episode as what it is: at the last hop, only TCP tells loss from limited answers."""
+    """Return the finding for an episode of loss. At the last hop, only TCP tells loss from a rate limit."""
     responders = {number: hop.responder for number, hop in destination.hops.items() if hop.responder}
     agrees = destination.tcp_sends and episode.retransmitted >= episode.share * episode.probes * TCP_AGREES_FROM
     kind = LossForAWhile if episode.behind or agrees else UnansweredForAWhile
@@ -628,12 +641,12 @@ def lossy(destination: Destination, episode: LossEpisode, p: float) -> LossForAW
 
 
 def slower(destination: Destination, episode: Episode, p: float) -> Slower:
-    """Return an episode as what it is: by which hops behind it, and TCP, were slower, too."""
+    """Return the finding for a delay. Its kind depends on which hops behind were slower, and whether TCP was."""
     hop, tcp = episode.hop, episode.tcp
     if hop == TCP:
         return QueueBeyond(episode.front, episode, p)
     rises = tcp is not None and tcp > episode.size / 2
-    if not rises and not destination.tcp_sends:  # who receives does not measure it
+    if not rises and not destination.tcp_sends:  # a socket that only receives does not measure its round trip
         episode, tcp = dataclasses.replace(episode, tcp=None), None
     if episode.behind:
         passes_on = episode.behind[-1] in episode.slower
@@ -659,7 +672,7 @@ def outages_to_tell(number: int, outages: dict[int, list[Outage]]) -> Iterator[H
 def unanswered(
     destination: Destination, hops: dict[int, Hop], outages: dict[int, list[Outage]]
 ) -> Iterator[Unanswered]:
-    """Yield where probes are unanswered and why, as far as hops behind and TCP tell.
+    """Yield the hops with unanswered probes, and why, as far as hops behind and TCP tell.
 
     A hop with an outage is skipped: the outage explains its unanswered probes. Loss at a hop also shows at the
     hops behind it, so these are named only if they are clearly worse.
@@ -686,14 +699,15 @@ def unanswered(
 def tcp_on_loss(destination: Destination, share: float) -> tuple[int | None, bool]:
     """Return how many segments TCP retransmitted, and whether that agrees with a share of loss.
 
-    It agrees from TCP_AGREES_FROM of the share on: unanswered probes include those whose answer was lost. None: no
-    TCP, or TCP that mostly receives. It has nothing to retransmit, whatever is lost.
+    It agrees if the share of retransmitted segments is at least TCP_AGREES_FROM of that share: less is enough,
+    because a probe is also unanswered if its answer was lost. None: no TCP flow was probed, or those that were
+    mostly receive, so they have nothing to retransmit.
     """
     probes, retransmitted = destination.tcp_probes, destination.retransmitted
     return (retransmitted if destination.tcp_sends else None), retransmitted >= share * probes * TCP_AGREES_FROM
 
 
-When = Callable[[int], str]  # makes a time of CLOCK_MONOTONIC (ns) a text
+When = Callable[[int], str]  # returns the text of a time (CLOCK_MONOTONIC, ns)
 
 
 def monotonic_text(at: int) -> str:
@@ -701,13 +715,16 @@ def monotonic_text(at: int) -> str:
 
 
 def sentence(finding: Finding, when: When = monotonic_text) -> str:
-    """Return what the table says of a finding."""
+    """Return the line of the table for a finding, with its span if it has one."""
     span = None if isinstance(finding, OfDestination) else finding.span()
     return f"{when(span[0])}–{when(span[1])}  {finding.text()}" if span else finding.text()
 
 
 def sentences(findings: Sequence[Finding], when: When = monotonic_text) -> Iterator[str]:
-    """Yield what the table says of a destination: of many episodes, the largest."""
+    """Yield the lines of the table for a destination's findings.
+
+    Of delays, losses and changes of the path it has SHOWN_MAX each: of the first two the largest.
+    """
     delays, losses = (
         sorted((each for each in findings if isinstance(each, kind)), key=lambda each: -each.episode.weight)
         for kind in (Slower, LossForAWhile)
@@ -739,7 +756,7 @@ class PathRewrites:
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, str], Rewritten] = {}  # by destination and change
-        self.unmatched: Callable[[], Iterable[OfDestination]] = tuple  # of answers that quote no probe
+        self.unmatched: Callable[[], Iterable[OfDestination]] = tuple  # on answers that quote no probe
 
     def note(self, probe: Record) -> None:
         """Note the changes that the reply to a probe shows."""
@@ -769,7 +786,7 @@ class PathRewrites:
 
 
 def tos_change(sent: int, quoted: int) -> str:
-    """Return what happened to the DSCP/ECN byte."""
+    """Return the change of the DSCP/ECN byte as text; MARKED if only congestion was marked."""
     if sent | ECN == quoted and sent & ECN and quoted & ECN == CE:
         return MARKED
     return f"DSCP/ECN {sent:#04x} becomes {quoted:#04x}"
