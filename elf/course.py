@@ -219,7 +219,7 @@ class Cells:
 
     def of_lines(self, lines: list[int]) -> tuple[Bins, tuple[Any, Any], tuple[Any, Any]]:
         """Return the figures by bin of these lines together, the slowest answer of each bin (times, latencies), and
-        how often each latency occurs (latencies in order, counts). Raise IndexError if they have no answer."""
+        how often each latency occurs (latencies in order, counts). Raises IndexError if they have no answer."""
         bins, values, counts = self.counts(lines)
         starts = np.flatnonzero(np.diff(bins, prepend=bins[0] - 1))
         quarters = quantiles(values, counts, starts, (0.25, 0.5, 0.75)).T
@@ -459,7 +459,7 @@ class Course:
         return self._cells.counts(numbers)
 
     def of_hop(self, hop: int) -> tuple[Bins, Any, tuple[Any, Any]]:
-        """Return Cells.of_lines() of all answers at a hop. Raise IndexError if it has none."""
+        """Return Cells.of_lines() of all answers at a hop. Raises IndexError if it has none."""
         return self._cells.of_lines([line for (number, _), line in self._lines.items() if number == hop])
 
     def srtt(self) -> Bins | None:
@@ -485,7 +485,7 @@ class Course:
                 yield key, counts, retrans[first : last + 1]
 
     def flow_text(self) -> str:
-        """Return protocol and port of most probes: "TCP port 443 and others". Raise ValueError without rows."""
+        """Return protocol and port of most probes: "TCP port 443 and others". Raises ValueError without rows."""
         (protocol, port), *others = (kind for kind, _ in self.kinds.most_common())
         text = PROTOCOLS.get(protocol, f"protocol {protocol}") + (f" port {port}" if port else "")
         return text + (" and others" if others else "")
