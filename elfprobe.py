@@ -243,7 +243,7 @@ def bpf(command: BpfCommand, attributes: bytes) -> int:
 
 
 def release_library_pages(libraries: str) -> None:
-    """Give back the memory of shared libraries that are not needed for now: a regular expression of their names.
+    """Give back the memory of shared libraries that are not needed for now. libraries: a regular expression.
 
     Only pages that are exactly as in the file go, and the kernel reads them again when somebody needs them. Pages
     that the dynamic linker has written are mapped read-only, too (RELRO), but would be lost: they count as
@@ -715,7 +715,7 @@ BATCH = 4096  # entries of a map that are read at once
 EVENT_PERF_PAGES = 64  # of each CPU's perf buffer, if there are no ring buffers
 PARTIAL_CHECKSUMS_MAX = 1 << 14  # probes with a partial checksum: 0.33 s of them at 50,000 a second
 FLOW_DESTINATIONS_MAX = 16384  # destinations of processes' flows
-MADE_ROOM = 4  # one out of so many is forgotten if there is no room for more
+MADE_ROOM = 4  # if there is no room for more of these, about one of so many is forgotten: make_room()
 # Probes in flight, at most: up to --max-rate 170000 all that are sent have room, even if none is ever answered.
 IN_FLIGHT_MAX = 1 << 20
 IN_FLIGHT_SEARCHED = 1 << 17  # probes in flight among which those of unmatched answers are looked for
@@ -751,7 +751,7 @@ class Build:
 
 
 def build_flags(config: Config, build: Build, platform: Platform) -> dict[str, str]:
-    """Return the -D flags of elfprobe.c."""
+    """Return the -D flags of elfprobe.c: name -> value."""
     return {
         "FRAME": str(int(build.frame)),
         "TUNNEL": str(TUNNELS[config.encapsulation]),
@@ -781,7 +781,7 @@ def build_flags(config: Config, build: Build, platform: Platform) -> dict[str, s
 
 
 def map_sizes(config: Config, build: Build, platform: Platform) -> dict[str, int]:
-    """Return the numbers of entries of the maps that elfprobe.c leaves open, for a ring buffer the bytes."""
+    """Return the sizes of the maps whose size elfprobe.c leaves open: entries, or bytes of a ring buffer."""
     waiting = max(config.max_rate * (UNANSWERED_AFTER + 1), 1024)
     sizes = {
         "paths": DESTINATIONS_MAX,
@@ -906,7 +906,7 @@ def plain(value: Any) -> Any:
 
 
 class Layout:
-    """The layout of a struct of elfprobe.c, which BCC tells."""
+    """The layout of a struct of elfprobe.c, from the ctypes Structure that BCC makes of it."""
 
     def __init__(self, structure: Any) -> None:
         self._structure = structure
@@ -936,12 +936,12 @@ class MapSpec(NamedTuple):
     name: str  # at most 15 characters
     btf_key: int  # type in the BTF, 0 without
     btf_value: int
-    key_type: str  # JSON
+    key_type: str  # C types as BCC describes them, JSON: see c_type()
     value_type: str
 
     @classmethod
     def of(cls, fd: int, key_type: str, value_type: str) -> MapSpec:
-        """Return what this map is."""
+        """Return the spec of an existing map. fd: its descriptor. Raises OSError."""
         one = map_info(fd)
         sizes = one.key_size, one.value_size, one.max_entries, one.map_flags
         return cls(one.type, *sizes, one.name.decode(), one.btf_key, one.btf_value, key_type, value_type)
@@ -1028,7 +1028,7 @@ class Map:
             yield key, self._value(value)
 
     def raw_items(self) -> Iterator[tuple[bytes, bytes]]:
-        """Yield what items() does, as bytes."""
+        """Yield keys and values as items() does, but the values as bytes."""
         return itertools.chain.from_iterable(self.raw_batches())
 
     def raw_batches(self) -> Iterator[list[tuple[bytes, bytes]]]:
@@ -1099,14 +1099,14 @@ def c_type(description: str) -> Any:
 
 
 class Program(NamedTuple):
-    """Instructions of a program. Those that load the address of a map or a parameter: number -> name."""
+    """A compiled program. links: index of each instruction that loads a map or a parameter -> name of that."""
 
     code: bytes
     links: dict[int, str]
 
     @classmethod
     def extract(cls, code: bytes, maps: dict[int, str]) -> Program:
-        """Return a program as it was compiled. maps: descriptor -> name."""
+        """Return a program from its instructions as compiled. maps: descriptor -> name. Raises KeyError."""
         marks = {PARAMETER_MARK + number: name for number, name in enumerate(PARAMETERS)}
         found, links = instructions(code), {}
         for at, one in enumerate(found):
@@ -1119,7 +1119,10 @@ class Program(NamedTuple):
         return cls(code, links)
 
     def linked(self, values: dict[str, int]) -> bytes:
-        """Return the instructions with these descriptors of maps, and values of parameters, by name."""
+        """Return the instructions with map descriptors and parameters put in. values: name -> either of them.
+
+        Raises KeyError or IndexError if the program does not fit them.
+        """
         code = instructions(self.code)
         for at, name in self.links.items():
             code[at].imm, code[at + 1].imm = values[name], values[name] >> 32
@@ -1154,7 +1157,7 @@ class Compiled(NamedTuple):
         return cls(programs, maps, btf)
 
     def can_be_kept(self) -> bool:
-        """Return whether the maps can be made again."""
+        """Return whether the maps can be made without BCC. If they have BTF types, that takes the BTF."""
         return bool(self.btf) or not any(spec.btf_value for spec in self.maps.values())
 
     def as_json(self) -> dict[str, Any]:
@@ -1228,12 +1231,12 @@ class Kernel:
         self.outstanding = probe.format + key.format[1:], probe.names + key.names
         self._sendtime: int = self._in_flight.value_type.sendtime.offset
         self.oldest_in_flight = 0  # CLOCK_MONOTONIC, ns
-        self._no_room = 0  # counter when room for destinations was made last
+        self._no_room = 0  # the counter no_room when make_room() last looked
 
     def _load_all(self, config: Config, build: Build, text: str, flags: list[str]) -> None:
         """Load what an earlier run has kept, or else compile and load. Raises Failure."""
-        # A text with an #include is not kept, because the key of the cache does not depend on that file, nor is one
-        # with maps that are more than their own fields tell.
+        # Two kinds of text are not kept. With an #include: the key of the cache does not cover that file. With maps
+        # that their MapSpec does not describe completely: pinned or shared ones, maps of maps.
         odd = r"^\s*#\s*include\b|_PINNED\b|_SHARED\b|\bBPF_TABLE_PUBLIC\b|_OF_MAPS\b|\bextern\b"
         use_cache = config.cache and "BCC_KERNEL_SOURCE" not in os.environ and not re.search(odd, text, re.M)
         cache = Cache(CACHE, text, flags, sorted(self._kinds), bcc.__version__, os.uname()) if use_cache else None
@@ -1377,11 +1380,11 @@ class Kernel:
         self.map("link_up_since").put(device.ifindex, when)
 
     def take_expired(self, sent_before: int) -> Iterator[list[bytes]]:
-        """Remove the probes in flight that left before a time (CLOCK_MONOTONIC, ns). Yield each, and its key.
+        """Remove the probes in flight that left before a time (CLOCK_MONOTONIC, ns), and yield them.
 
-        It yields, perhaps an empty list, after each BATCH of probes that it has looked at: there may be so many
-        that the caller has to do something else meanwhile. At the end, oldest_in_flight is when the oldest of the
-        others left, or a time before that.
+        Each is the bytes of struct probe and of its key: see outstanding. It yields a list, perhaps an empty one,
+        after each BATCH of probes in flight: there may be so many that the caller has to do something else
+        meanwhile. At the end, oldest_in_flight is not later than the departure of any probe that is left.
         """
         oldest = time.monotonic_ns()
         for batch in self._in_flight.raw_batches():
@@ -1397,17 +1400,23 @@ class Kernel:
         self.oldest_in_flight = oldest
 
     def in_flight_of(self, flows: set[bytes]) -> Iterator[tuple[bytes, bytes]]:
-        """Yield the key and the value of probes in flight. flows are beginnings of keys: destination and ports."""
+        """Yield the keys and values of these flows' probes in flight. Only IN_FLIGHT_SEARCHED probes are searched.
+
+        flows are beginnings of keys: destination and ports.
+        """
         for key, probe in itertools.islice(self._in_flight.raw_items(), IN_FLIGHT_SEARCHED):
             if key[:FLOW_KEY_BYTES] in flows:
                 yield key, probe
 
     def let_report(self, unmatched: int) -> None:
-        """Let so many more answers that quote no probe be reported."""
+        """Let elfprobe.c report this many answers that quote no probe, from now on."""
         self.map("unmatched_left").put(0, unmatched)
 
     def set_seq_offset(self, flow: bytes, offset: int) -> None:
-        """Match answers that quote this flow (a key) with TCP sequence numbers that are higher by the offset."""
+        """Let elfprobe.c subtract an offset from quoted TCP sequence numbers of a flow that fit no probe.
+
+        flow is its key in the map.
+        """
         self.map("seq_offsets").put(flow, offset)
 
     def exclude(self, packed: bytes) -> None:
@@ -1419,10 +1428,10 @@ class Kernel:
                 table.put(packed, path)
 
     def make_room(self) -> None:
-        """Forget some destinations of flows if there was no room for more: those without probes for longest.
+        """If there was no room for a flow's destination, forget those to which no probe has left for longest.
 
-        None that is excluded is forgotten: it would be probed again. Of the others, at most a quarter is, and one
-        more.
+        An excluded destination is not forgotten, because it would be probed again. Of n others, at most
+        n // MADE_ROOM + 1 are forgotten.
         """
         no_room = self.counters()["no_room"]
         if no_room == self._no_room:
@@ -1947,7 +1956,7 @@ DESTINATIONS_MAX = 65536
 UNDECIDED, TARGET, OURSELVES = 1, 2, 3  # status of a process, as in elfprobe.c
 IN_PATHS = 1  # in a slot of the address filter, as in elfprobe.c
 REMOVED_MAX = 1 << 16  # former target destinations whose sequence numbers are kept
-EVENTS_MAX = 1 << 16  # of processes that may wait; events behind these count as missed
+EVENTS_MAX = 1 << 16  # events of processes that may wait; further ones count as missed
 COUNT_EVERY = 10.0  # s between two lines with the number of target processes
 SETTLED_AFTER = 0.05  # s without a new process, after which the log names it
 RESCAN_CPU_SHARE = 0.05  # of a core, at most, to look for processes whose events were missed
@@ -2023,12 +2032,12 @@ class Destinations:
         self._is_full = False
 
     def without_probes(self, wanted: Iterable[bytes]) -> dict[bytes, CStruct]:
-        """Return those of the destinations to which no probe has left, with their struct path."""
+        """Return the target destinations among these to which no probe has left, with their struct path."""
         paths = {packed: self._paths.get(packed) for packed in wanted}
         return {packed: path for packed, path in paths.items() if path is not None and not path.pacing.seq}
 
     def without_answers(self) -> list[str]:
-        """Return the destinations from which nothing came, nor from routers on the way, though probes left."""
+        """Return the destinations to which probes left, but neither they nor routers in front of them respond."""
         paths = itertools.chain(self._paths.items(), self._flow_paths.items())
         return [
             address_text(key)
@@ -2037,7 +2046,7 @@ class Destinations:
         ]
 
     def begin_anew(self, addresses: Iterable[str]) -> None:
-        """Forget that hops on the way to destinations were silent: their answers can be read only now."""
+        """Forget which hops on the path to destinations were unresponsive: only now can their answers be read."""
         for packed in map(pack_address, addresses):
             for table in self._paths, self._flow_paths:
                 old = table.get(packed)
@@ -2269,7 +2278,7 @@ class ProcessFollower:
         self._adopted: list[tuple[int, int]] = []
         self._adopted_before: list[tuple[int, int]] = []
         self._ending: set[tuple[int, int]] = set()
-        self._untold: list[tuple[int, int, str]] = []  # adopted ones that the log has not: ID, PID, name
+        self._untold: list[tuple[int, int, str]] = []  # adopted processes that are not logged yet: ID, PID, name
         self._counts: collections.Counter[str] = collections.Counter()  # adopted processes by name
         self._counts_told: collections.Counter[str] = collections.Counter()
         self._made_up_for = 0  # number of missed events for which all processes were scanned
@@ -2285,9 +2294,8 @@ class ProcessFollower:
             raise Unsupported("the PIDs that the kernel itself uses (this is a PID namespace of its own)")
         with contextlib.ExitStack() as stack:
             self._enter_names()
-            self._processes.add(
-                time.monotonic_ns(), os.getpid(), "", OURSELVES
-            )  # look-ups of names are no target's
+            # The look-ups of names that elfprobe makes belong to no target.
+            self._processes.add(time.monotonic_ns(), os.getpid(), "", OURSELVES)
             self._kernel.on_events("process_events", self._take_events)
             for program in TRACEPOINTS:
                 self._kernel.attach_tracepoint(program)
@@ -2398,7 +2406,7 @@ class ProcessFollower:
         self._untold.clear()
 
     def _tell_counts(self) -> None:
-        """Log how many processes of a name there have been, where there are more by now."""
+        """Log the number of target processes so far, for each name that has more than when last logged."""
         for name, count in self._counts.items():
             if count > max(self._counts_told[name], 1):
                 log.info("tracing %s: %d processes so far", name, count)
@@ -2506,21 +2514,21 @@ STRAY_REPLIES = 0.5  # s to wait for replies after the last probe
 CLOCK_EVERY = 1.0  # s between two checks that CLOCK_MONOTONIC still maps to UTC as before
 DISK_EVERY = 3.0  # s between two checks of how much the rows take
 JSON_EVERY = 10.0  # s between two versions of FILEBASE.json
-JSON_SHARE = 0.03  # of a processor, for these: with tens of thousands of flows, they are farther apart
-SLICE = 0.05  # s to write at it, or at metrics, before results are read again: the ring holds RING_HOLDS at best
+JSON_SHARE = 0.03  # of a processor, for these versions: with tens of thousands of flows they come less often
+SLICE = 0.05  # s to spend on FILEBASE.json or on metrics before results are read again, well below RING_HOLDS
 CHECK_EVERY = 5.0  # s between two checks that our programs are still attached
 REPORT_EVERY = 10.0  # s between two lines with the counters (-d)
 SCRAPE_EVERY = 0.1  # s between two looks whether somebody asks for metrics
 DRAW_EVERY = 1.0  # s between two tables on a terminal
 DIGEST_EVERY = 0.25  # s between two looks for episodes ...
-DIGEST_MOST = 1024  # ... at so many rows at most: of more, at a sample
+DIGEST_MOST = 1024  # ... in so many rows at most; of more rows, in a sample
 KEYS_EVERY = 0.1  # s between two looks at the keyboard, at most
 NO_PROBES = 3  # exit status
 RESET_FOR = 10.0  # s after attaching XDP for which the network driver is suspected if the link goes down
 
 
 def facts(config: Config, attached: Attached) -> dict[str, Any]:
-    """Return what stays the same in FILEBASE.json."""
+    """Return the part of FILEBASE.json that does not change during a run."""
     return {
         "elfprobe": VERSION,
         "command": config.command,
@@ -2532,7 +2540,7 @@ def facts(config: Config, attached: Attached) -> dict[str, Any]:
 
 
 def labels(attached: Attached) -> dict[str, str]:
-    """Return what runs, as the metrics say it."""
+    """Return the labels of the metrics that say what runs: versions, devices, hook and mode."""
     where = {**attached.interfaces()[0], "interface": names_of(attached.devices, ",")}
     del where["name"]  # the other facts are those of all devices
     return {"version": VERSION, "kernel": os.uname().release, "bcc": bcc.__version__, **where}
@@ -2582,10 +2590,11 @@ class Attached:
         return [{"name": device.name, "hook": hook, "mode": mode} for device in self.devices]
 
     def read_elsewhere(self) -> tuple[list[str], bool]:
-        """Read answers on the other devices with the same kind of packets, too. Return their names, and whether it
-        works.
+        """Read answers also on the other devices with the same kind of packets. Return their names, and whether
+        that is possible.
 
-        Only tcx links do not outlive this process, whatever ends it. So it does not with XDP and with clsact.
+        It is done with tcx links only. They do not outlive this process, whatever ends it. Filters of clsact do
+        after a kill, and so does an XDP program without a link (before Linux 5.9).
         """
         names, can_read = [], isinstance(self.attachments[0], TcxAttachment)
         ours = {device.name for device in self.devices}
