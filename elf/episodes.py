@@ -182,7 +182,7 @@ class Reference:
             del self.values[:RENEWED_AFTER]
 
     def renew(self, ordered: Sequence[float]) -> None:
-        """Take the values, in order, for what is usual."""
+        """Compute usual value and threshold from the values, in order. With fewer than REFERENCE_MIN, keep both."""
         if len(ordered) >= REFERENCE_MIN:
             self.usual = float(median(ordered))
             self.threshold = max(float(ordered[int(USUAL * (len(ordered) - 1))]), self.usual + MARGIN)
@@ -399,11 +399,18 @@ class Way:
 
     @property
     def until_renewal(self) -> int:
-        """How many more quiet slices change no threshold but those of new series; the last of them does."""
+        """Number of quiet slices until the next renew(): the last of them calls it.
+
+        Until then, only thresholds of series with few values change (Reference.is_new).
+        """
         return RENEWED_AFTER - (self.quiet - NEW_MAX) % RENEWED_AFTER
 
     def renew(self, in_order: InOrder = all_sorted) -> None:
-        """Take the values for what is usual."""
+        """Compute the usual values and thresholds of all series again.
+
+        in_order: yields each of several lists of values, so that those that Reference.renew() reads are at their
+        places in sorted order.
+        """
         references = [*self.latencies.values(), *self.steps.values()]
         for reference, ordered in zip(references, in_order(each.values for each in references)):
             reference.renew(ordered)
@@ -475,7 +482,10 @@ class Way:
         return self._measured(series, inside, p)
 
     def _measured(self, series: int, inside: list[Snapshot], p: float) -> Episode | None:
-        """Return the size of what was raised from a hop on, and which hops behind it were raised, too."""
+        """Return the episode that raised slices of a series show. p: that they are chance.
+
+        None: its rise may be below MARGIN (TCP_MARGIN), or does not stand out from the variation in front.
+        """
         numbers = sorted({number for each in inside for number in each.excess} - {TCP})
         if series == TCP:
             front, hop, behind = numbers[-1], TCP, []
@@ -517,7 +527,11 @@ class Way:
     def _own(
         series: int, before: Sequence[Snapshot], inside: Sequence[Snapshot]
     ) -> tuple[tuple[float, float] | None, float | None]:
-        """Return how the rise goes with the congestion window, before and within it, and the upper bound."""
+        """Return spearman() of congestion window and step, and spearman_highest() of them.
+
+        They are of the slices inside and as many before. None, None: the window is not known. The second is None
+        alone if there are several flows, or the window hardly varied.
+        """
         known = [
             each for each in [*before[-len(inside) :], *inside] if each.window is not None and series in each.step
         ]
@@ -532,13 +546,13 @@ class Way:
 
 
 class Watch:
-    """The rows of a destination."""
+    """The answered probes of a destination that wait, its ways, and the changes between ways."""
 
     __slots__ = ("rows", "tests", "changes", "balanced", "newest", "losses", "returns", "_ways", "_past")
 
     def __init__(self, tests: Comparisons) -> None:
         self.rows: list[Row] = []
-        self.newest = 0  # when the newest probe left that was looked at, ns
+        self.newest = 0  # ns: sendtime of the newest row so far
         self.tests = tests
         self.losses = Losses(tests)
         self.returns = ReturnChanges()
@@ -548,7 +562,10 @@ class Watch:
         self.balanced: set[int] = set()  # hops that are several routers in turn
 
     def digest(self, hops: dict[int, Any], is_over: bool) -> None:
-        """Look at the rows that wait. Those of the last moments wait on, since answers to older probes may come."""
+        """Give the rows that wait to their ways. The newest rows wait on, because answers to older probes may come.
+
+        With is_over, none wait on. hops: of the destination, by number.
+        """
         rows = self.rows
         if not rows:
             return
@@ -591,7 +608,10 @@ class Watch:
         self.losses.forget()
 
     def settle(self, row: Row, hops: dict[int, Any]) -> Way:
-        """Return the way of a flow, of which a responder is new."""
+        """Return the way of the row's flow. Call this if the way has no responder at the hop, or another one.
+
+        The flow may change to another way, or to a new one. A new way may take the place of the oldest.
+        """
         number, responder, flow = row[1], row[3], row[4]
         way: Way | None = flow.way
         if way is None or number in way.responders:
