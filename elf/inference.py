@@ -50,7 +50,7 @@ def wilson_ranks(count: int, effective: float) -> tuple[int, int]:
 
 
 def wilson_share(found: int, count: int, effective: float) -> tuple[float, float, float]:
-    """Return a share, and between what it lies with 95 %. effective: how many of the values are independent."""
+    """Return the share found / count and its interval (95 %). effective: the number of independent values."""
     share = found / count
     spread = Z * Z / effective
     middle = (share + spread / 2) / (1 + spread)
@@ -59,7 +59,10 @@ def wilson_share(found: int, count: int, effective: float) -> tuple[float, float
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the median of values in the order of time, and between what it lies with 95 %."""
+    """Return the median of values and its interval (95 %). The values must be in the order of time.
+
+    Their autocorrelation makes the interval wider.
+    """
     ordered = sorted(values)
     low, high = wilson_ranks(len(ordered), max(len(ordered) / widening(values), 1.0))
     return median(ordered), ordered[low], ordered[high]
@@ -70,7 +73,7 @@ def log_choose(count: int, chosen: int) -> float:
 
 
 def fisher(high: int, count: int, others_high: int, others: int) -> float:
-    """Return p that so many of count, or more, are high by chance, where others_high of others are."""
+    """Return p: the probability that by chance at least high of count are high, if others_high of others are."""
     every, every_high = count + others, high + others_high
     least, most = max(count - (every - every_high), 0), min(count, every_high)
     if high <= least:
@@ -81,7 +84,10 @@ def fisher(high: int, count: int, others_high: int, others: int) -> float:
 
 
 def hypergeometric_sum(chosen: range, count: int, every_high: int, every: int) -> float:
-    """Return the probability that one of these numbers of count are high, the most likely number first."""
+    """Return the probability that the number of high ones among count is in chosen (hypergeometric distribution).
+
+    chosen must begin with the most likely number, because the sum ends at terms that are too small to count.
+    """
     low = every - every_high - count
     its = chosen[0]
     term = math.exp(log_choose(every_high, its) + log_choose(low + count, count - its) - log_choose(every, count))
@@ -113,7 +119,7 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
-    """Return the rank correlation of two series, and p (two-sided) that there is none."""
+    """Return the rank correlation of two series, and p (two-sided): that there is no correlation."""
     rho, independent = rank_correlation(first, second)
     if independent <= 3:
         return rho, 1.0
@@ -123,7 +129,10 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> tuple[float, fl
 
 
 def spearman_highest(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return what the rank correlation of two series is below of with 97.5 % (Fisher's transformation)."""
+    """Return the upper bound (97.5 %) of the rank correlation of two series, by Fisher's transformation.
+
+    It is 1.0 with too few independent pairs, and if the correlation is 1 or -1.
+    """
     rho, independent = rank_correlation(first, second)
     if independent <= 3 or abs(rho) >= 1:
         return 1.0
@@ -133,7 +142,7 @@ def spearman_highest(first: Sequence[float], second: Sequence[float]) -> float:
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
     """Return the rank correlation of two series, and the number of independent pairs.
 
-    That is lowered by the autocorrelation of both.
+    Autocorrelation of both series lowers this number.
     """
     of_first, of_second = ranks(first), ranks(second)
     count, mean = len(first), (len(first) - 1) / 2
@@ -145,13 +154,16 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> tuple[f
 
 
 def superiority(values: Sequence[float], others: Sequence[float]) -> float:
-    """Return in what share of all pairs a value is above another one: the statistic of the rank-sum test."""
+    """Return the share of pairs of a value and another in which the value is larger (rank-sum test)."""
     ordered = sorted(others)
     return sum(bisect.bisect_left(ordered, value) for value in values) / (len(values) * len(others))
 
 
 def holm(found: Sequence[float], tests: int = 0) -> list[float]:
-    """Return p corrected for the number of tests: of those found, or of so many, of which all others found less."""
+    """Return each p of found, corrected for the number of tests (Holm).
+
+    tests: all tests of which found are those with the lowest p. If it is less, the length of found.
+    """
     tests = max(tests, len(found))
     corrected, highest = [0.0] * len(found), 0.0
     for place, number in enumerate(sorted(range(len(found)), key=found.__getitem__)):
