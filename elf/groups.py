@@ -9,7 +9,10 @@ import numpy as np
 
 
 class Groups:
-    """Rows by key. A group's rows are in their order: order[starts[g]:ends[g]]."""
+    """Rows grouped by key. order[starts[g]:ends[g]] are the rows of group g, in their original order.
+
+    "In order" means: an array with a value for each entry of order. Groups are in the order of their keys.
+    """
 
     def __init__(self, keys: Any, rows: Any = None) -> None:
         """keys: of all rows, not negative. With rows, only these are grouped."""
@@ -37,17 +40,17 @@ class Groups:
         return self.order[self.starts]
 
     def numbers(self) -> Any:
-        """Return the number of the group of each row, in order."""
+        """Return the group number of each row, in order."""
         return np.repeat(np.arange(len(self)), self.sizes)
 
     def of_rows(self) -> Any:
-        """Return the number of the group of each row, as the rows come."""
+        """Return the group number of each row, by row. All rows must be grouped."""
         numbers = np.empty(len(self.order), int)
         numbers[self.order] = self.numbers()
         return numbers
 
     def only(self, mask: Any) -> tuple[Groups, Any]:
-        """Return the groups of those rows that a mask selects, and the numbers that they have here."""
+        """Return groups of the rows that a mask (by row) selects, and the number of each among these groups."""
         selected = mask[self.order]
         its_numbers = self.numbers()[selected]
         groups = object.__new__(Groups)
@@ -55,11 +58,14 @@ class Groups:
         return groups, its_numbers[groups.starts]
 
     def reduce(self, function: Any, values: Any) -> Any:
-        """Return what a ufunc makes of the values of each group. values: in order."""
+        """Return the values of each group, reduced by a ufunc. values: in order."""
         return function.reduceat(values, self.starts) if len(self) else values[:0]
 
     def running(self, values: Any, before: Any) -> Any:
-        """Return the highest value before each one in its group. values: in order, below 2^35; before: by group."""
+        """Return for each value the maximum of before[g] and all values in front of it in its group.
+
+        values: in order, below 2^35. before: by group.
+        """
         step = self.numbers() << 35
         raised = values + step
         firsts = before + step[self.starts]
