@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Changes of the way back: the TTL of a router's answers changes, and the way there does not.
+"""Changes of the reverse path: the TTL of a router's answers changes, and the forward path does not.
 
 AnswerTtl       the TTL of the answers of a hop to a flow, moment by moment
 ReturnChange    a change of it that stayed
@@ -12,13 +12,13 @@ import dataclasses
 STAYS = 10  # moments in a row with the same new TTL, from which on it has changed
 TOGETHER = 2 * 10**9  # ns: changes within this time are one
 CHANGES_MAX = 100  # of a destination
-OFTEN = 8  # changes of a hop, from which on its answers come back over several ways in turn
+OFTEN = 8  # changes of a hop, from which on its answers take several reverse paths in turn
 INITIAL = 32, 64, 128, 255  # TTLs with which systems send
 
 
 @dataclasses.dataclass
 class ReturnChange:
-    """The answers of hops come back over more or fewer routers than before."""
+    """The reverse path of hops has more or fewer routers than before."""
 
     begin: int  # ns, CLOCK_MONOTONIC
     end: int
@@ -26,12 +26,12 @@ class ReturnChange:
 
     @property
     def hop(self) -> int:
-        """The nearest one."""
+        """The nearest hop whose reverse path changed."""
         return min(self.hops)
 
     @property
     def longer_by(self) -> int:
-        """By how many routers the way back from the nearest hop is longer; negative: shorter."""
+        """By how many routers the reverse path of the nearest hop became longer; negative: shorter."""
         _, before, after = self.hops[self.hop]
         return before - after
 
@@ -62,7 +62,7 @@ class AnswerTtl:
 
 
 class ReturnChanges:
-    """Those of a destination."""
+    """The changes of the reverse path for a destination."""
 
     __slots__ = ("_found", "_counts")
 
@@ -86,7 +86,7 @@ class ReturnChanges:
             self._found.append(ReturnChange(at, at, {number: (responder, before, after)}))
 
     def all(self) -> list[ReturnChange]:
-        """Return the changes in the order of time, without hops whose answers take several ways in turn."""
+        """Return the changes in the order of time, without hops with several reverse paths in turn."""
         found = []
         for its in self._found:
             hops = {number: each for number, each in its.hops.items() if self._counts[number] < OFTEN}
@@ -96,5 +96,5 @@ class ReturnChanges:
 
 
 def initial(ttl: int) -> int:
-    """Return the TTL that a packet was sent with, most likely."""
+    """Return the TTL with which a packet was most likely sent: the lowest of INITIAL that is not below ttl."""
     return next((each for each in INITIAL if ttl <= each), 255)
