@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What is known of a path: latencies, responders and outages of each hop, and TCP's own figures."""
+"""The figures of a path: latencies, responders and outages of each hop, and what TCP measured."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from elf.histogram import BucketCounts, Differences, LatencyHistogram
 
 SIGNIFICANT = 3  # standard errors by which two shares must differ
 OUTAGE_MIN = 3  # s: an outage is longer, and another hop answers in more seconds of it
-OUTAGE_CHANCE = 1e-4  # probability of so many unanswered probes in a row, above which it is no outage
+OUTAGE_CHANCE = 1e-4  # if unanswered probes in a row are more likely than this by chance, they are no outage
 PROBED_AFTER = 2  # s after the last answer: of a path that became shorter, all probes have left before
 OUTAGES_MAX = 5  # of a hop, that are kept
 PAUSES_MAX = 100  # of a hop, which may still turn out to be outages
 RESPONDERS_MAX = 64  # of a hop, that are told apart
-SENDS_FROM = 1 / 2  # share of probes with new data of TCP, from which on its retransmissions tell of loss
+SENDS_FROM = 1 / 2  # share of TCP probes whose carriers had new data, above which retransmissions tell of loss
 
 
 class Outage(NamedTuple):
@@ -50,7 +50,7 @@ class Hop:
         self.active_seconds = 0  # seconds in which at least one probe left that was answered
         self.last_second = 0  # the last of them
         self.unanswered_until = 0  # s, when the newest unanswered probe left
-        self._pauses: list[Outage] = []  # without an answer, but none of an unanswered probe is known either
+        self._pauses: list[Outage] = []  # without an answer; no unanswered probe is known
         self._neighbours_active = 0, 0  # active_seconds of the hops in front and behind, in last_second
 
     @property
@@ -99,7 +99,7 @@ class Hop:
         return self.unanswered / self.probes
 
     def may_be_chance(self, seconds: int) -> bool:
-        """Return whether no answer for so long is no wonder where so many probes are unanswered anyway."""
+        """Return whether a time without answers may be chance, given the share of unanswered probes. seconds: s."""
         probes = self.probes / max(self.active_seconds, 1) * seconds
         return bool(self.unanswered_share**probes > OUTAGE_CHANCE)
 
@@ -168,7 +168,7 @@ class Destination:
         self.retransmitted_before = 0  # by flows that had begun before that
         self.cwnd = 0  # segments, of the flow with the newest probe on TCP
         self.tcp_probes = 0
-        self.tcp_advances = 0  # of these, how many found that their flow had sent data since the one before
+        self.tcp_advances = 0  # of these, those whose flow had sent data since the probe before
         self._lately = 0.0  # as of the last probes_lately()
         self._probes_before = 0  # then
         self.last_second = 0  # in which the newest probe left, CLOCK_MONOTONIC
@@ -179,7 +179,7 @@ class Destination:
         return sum(hop.probes for hop in self.hops.values())
 
     def probes_lately(self) -> float:
-        """Return the number of probes, of which those before the last call count half, and so on."""
+        """Return a decaying count of probes: each call counts the new ones, and halves the count before."""
         probes = self.probes
         self._lately = self._lately / 2 + probes - self._probes_before
         self._probes_before = probes
