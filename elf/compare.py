@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What changed from one run to another, hop by hop, and how sure that is.
+"""Changes from one run to another, hop by hop, and how sure they are.
 
 Probes of the same moment meet the same queues, so they are no independent evidence. A run is therefore cut into up
 to SLICES slices of time, and each slice gives one value: its median, its share of answers. The Wilcoxon rank-sum
@@ -21,7 +21,7 @@ from elf.sources import KEYS, Results
 from elf.usage import printable
 
 SLICES = 40
-SLICES_MIN = 8  # of each run, below which nothing is said
+SLICES_MIN = 8  # slices of each run, below which a hop is not compared
 SIGNIFICANT = 0.05
 COLUMNS = "hop", "before", "after", "change", "p", "answered", "after", "p", "what changed"
 ROUNDED_MIN = 1.03  # ratio of medians, below which rounding may be the reason why they differ
@@ -40,16 +40,16 @@ class HopValues:
 
 @dataclasses.dataclass
 class HopChange:
-    """A hop in both runs. None: not probed."""
+    """A hop in both runs. runs: None for a run that did not probe it."""
 
     number: int
     runs: tuple[HopValues | None, HopValues | None]
-    latency: float | None = None  # p, corrected
-    answers: float | None = None
+    latency: float | None = None  # corrected p that the medians changed by chance; None: too few slices
+    answers: float | None = None  # the same of the shares of answers
 
 
 def hop_values(course: Course, number: int, lines: list[Line], is_exact: bool) -> HopValues:
-    """Return what a run says of a hop. is_exact: latencies need not be rounded, since those of neither run are."""
+    """Return the values of a hop in a run. is_exact: neither run has rounded latencies, so none is here."""
     _, probes, unanswered, _ = course.by_bin()
     row = course.hops.index(number)
     probes, answered = probes[row], probes[row] - unanswered[row]
@@ -62,7 +62,7 @@ def hop_values(course: Course, number: int, lines: list[Line], is_exact: bool) -
     busiest = max(its, key=lambda line: int(line.bins.count.sum()))
     bins, _, (values, counts) = course.of_hop(number)
     of_bins = slices[bins.number - course.by_bin()[0]]
-    # No mean of two values, lest rounding before differ from rounding afterwards.
+    # Not the mean of two values: rounded before, it would differ from rounded afterwards.
     medians = np.array([
         np.sort(its)[(len(its) - 1) // 2] for its in (bins.median[of_bins == each] for each in np.unique(of_bins))
     ])  # fmt: skip
@@ -73,7 +73,7 @@ def hop_values(course: Course, number: int, lines: list[Line], is_exact: bool) -
 
 
 def rank_sum(before: Any, after: Any) -> float | None:
-    """Return p that both have the same distribution (two-sided), None if there are too few values."""
+    """Return p (two-sided) of the hypothesis that both have the same distribution. None: too few values."""
     if min(len(before), len(after)) < SLICES_MIN:
         return None
     both = np.array(ranks([*before, *after]))
@@ -85,7 +85,7 @@ def rank_sum(before: Any, after: Any) -> float | None:
 
 
 def changes(before: Results, after: Results) -> dict[str, list[HopChange]]:
-    """Return the hops of the destinations that both runs probed, those with most probes first."""
+    """Return the hops of each destination with a course in both runs, in the order of the first run's courses."""
     found: dict[str, list[HopChange]] = {}
     tests: list[tuple[HopChange, str, float]] = []
     for dest in (dest for dest in before.courses if dest in after.courses):
@@ -114,7 +114,7 @@ def changes(before: Results, after: Results) -> dict[str, list[HopChange]]:
 
 @dataclasses.dataclass
 class Comparison:
-    """What changed, as tables: by destination, rows of cells as COLUMNS has them."""
+    """The changes as tables, by destination. A row has a cell for each of COLUMNS."""
 
     runs: str
     tables: dict[str, list[list[str]]]
@@ -138,7 +138,7 @@ class Comparison:
 
 
 def comparison(before: Results, after: Results, by: str = "dest", chosen: Sequence[str] = ()) -> Comparison:
-    """Return what changed at each destination that both runs probed. chosen: only these were read; none: all."""
+    """Return the changes at each destination with a course in both runs. chosen: those of --dest, if any."""
     found = changes(before, after)
     runs = " and ".join(printable(each.source.host) for each in (before, after))
     both = [] if chosen else [dest for dest, _ in before.counts.most_common() if after.counts[dest]]
