@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What elfplot.py reads: the CSVs of a host, the time of day of their rows, and what is made of them.
+"""The input of elfplot.py: the CSVs of a host, the time of day of their rows, and the results made of them.
 
 sources_of()        sorts the CSVs by host, and finds those that --rotate has written
 read()              reads a source once: summary and courses
@@ -30,18 +30,18 @@ CLOCK_LINE = re.compile(r"CLOCK_MONOTONIC 0 is (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?
 RUN_SLACK = 5 * 10**9  # ns by which a row may seem to be outside the run: a clock that moves is noticed later
 CLOCK_SLACK = 60.0  # s between the CSV's modification time and its last row
 COPY_SLACK = 600.0  # s that may lie between copying the CSV and the log
-NAMES_MAX = 1 << 16  # destinations that are counted
+NAMES_MAX = 1 << 16  # destinations whose probes are counted
 KEYS = {"dest": "destinations", "flow": "flows", "responder": "responders", "app": "programs"}
 NO_NAME = "(no name)"  # of a program
 FOREVER = 1 << 62  # ns
 LARGE_MAX = 16  # courses with all details; further ones have wider bins, are rounded sooner, and have no points
 FULL_MAX, SMALL_FULL_MAX = 4, 64  # courses, large and small ones, from which on they share memory
 FINE_MAX = 4  # courses with narrow bins, where a page wants them
-FINE_FOLDS = 2  # how often these fold into usual ones
+FINE_FOLDS = 2  # how often their bins are joined in pairs to give the usual ones
 
 
 class Run(NamedTuple):
-    """What FILEBASE.json says of the rows of FILEBASE.csv."""
+    """A run, as FILEBASE.json beside FILEBASE.csv describes it."""
 
     started: int  # ns from 1970
     ended: int | None  # None: it may go on
@@ -58,7 +58,7 @@ class Run(NamedTuple):
 
 
 def read_run(csv: str) -> Run | None:
-    """Return what the JSON beside the CSV says, None if there is none, or none of this format."""
+    """Return the run that the JSON beside the CSV describes. None: no such file, or another format."""
     try:
         with io.TextIOWrapper(open_regular(os.path.splitext(csv)[0] + ".json"), encoding="utf-8") as file:
             found = json.load(file)
@@ -93,7 +93,7 @@ def utc_of_zero(rows: Survey) -> tuple[int | None, str]:
 
 @dataclasses.dataclass
 class Source:
-    """The files of a host, each with how its clock maps to UTC; no mapping: not known."""
+    """The files of a host, each with the mappings of its CLOCK_MONOTONIC to UTC. No mapping: UTC is not known."""
 
     host: str
     files: list[tuple[Survey, list[Mapping]]]
@@ -174,7 +174,10 @@ def sources_of(csvs: Sequence[str], apart: bool = False) -> tuple[list[Source], 
 
 
 def boots_of(source: Source) -> Iterator[Source]:
-    """Yield the files of each boot of a host: CLOCK_MONOTONIC begins anew, and later rows would seem older."""
+    """Yield a source for each boot of a host, because CLOCK_MONOTONIC begins anew with each.
+
+    A new boot is noticed by a file that begins earlier by CLOCK_MONOTONIC than the one before it.
+    """
     firsts, begin = [(rows.span or (FOREVER, 0))[0] for rows, _ in source.files], 0
     for number in range(1, len(firsts) + 1):
         if number == len(firsts) or (source.is_utc and firsts[number] < firsts[number - 1]):
@@ -189,7 +192,10 @@ class Moment(NamedTuple):
     utc: int
 
     def place(self, start: int, in_utc: bool, option: str) -> int:
-        """Return the time in ns of the picture's clock, by which the first probe left at start."""
+        """Return the moment in ns of the picture's clock. start: when the first probe left, by this clock.
+
+        Raises Failure if the moment is in UTC, but the picture is not.
+        """
         if self.seconds is not None:
             return start + round(self.seconds * SECOND)
         if not in_utc:
@@ -214,7 +220,7 @@ def moment(text: str) -> Moment:
 
 
 class Window(NamedTuple):
-    """The rows that are wanted: from, to (ns of the picture's clock), and destinations; none: all.
+    """The rows that are wanted: begin, end (ns of the picture's clock), and destinations; none: of all.
 
     by is one of KEYS: what the rows of a table and a section have in common.
     """
@@ -227,7 +233,7 @@ class Window(NamedTuple):
 
 @dataclasses.dataclass
 class Results:
-    """What the rows of a source say."""
+    """What is made of the rows of a source."""
 
     source: Source
     summary: BulkSummary
@@ -247,7 +253,7 @@ def span_of(sources: Sequence[Source], in_utc: bool) -> tuple[int, int]:
 
 
 def planned_courses(source: Source, in_utc: bool, window: Window, most: int, fine: bool) -> dict[str, Course]:
-    """Return the courses of so many of the busiest destinations, as far as surveys tell."""
+    """Return empty courses for the busiest destinations, at most this many. The surveys tell which they are."""
     found: collections.defaultdict[str, list[tuple[float, int, int, Any]]] = collections.defaultdict(list)
     for rows, mappings in source.files:
         times = source.times(mappings, rows.batch["sendtime"], in_utc)
@@ -305,7 +311,7 @@ def kept(batch: Batch, times: Any, window: Window) -> tuple[Batch, Any]:
 
 
 def wanted(batch: Batch, times: Any, window: Window) -> Any:
-    """Return which rows are in the window."""
+    """Return a mask of the rows in the window."""
     are_wanted = (times >= window.begin) & (times <= window.end)
     if window.dests:
         numbers = [number for number, name in enumerate(batch.names) if name in window.dests]
@@ -321,9 +327,9 @@ def read(
     tell: Callable[[int], None] = lambda _: None,
     fine: bool = False,
 ) -> Results:
-    """Return what the rows of a source say, with courses of so many destinations. Raises Failure.
+    """Return the results of a source's rows, with courses of at most this many destinations. Raises Failure.
 
-    fine: those of the busiest have narrow bins, for a page that zooms.
+    fine: the courses of the FINE_MAX busiest have narrow bins, for a page that zooms. tell: as for read_batches().
     """
     keep_freed_memory()
     courses = planned_courses(source, in_utc, window, most, fine)
@@ -343,7 +349,7 @@ def read(
 
 
 def add_batch(results: Results, batch: Batch, times: Any, window: Window, in_utc: bool) -> None:
-    """Add rows with their times."""
+    """Add rows to the results. times: of the picture's clock, ns."""
     courses = results.courses
     if window.by == "dest":  # all of them: an error names some
         count(results.counts, batch, (times >= window.begin) & (times <= window.end))
@@ -364,7 +370,7 @@ def add_batch(results: Results, batch: Batch, times: Any, window: Window, in_utc
 
 
 def count(counts: collections.Counter[str], batch: Batch, are_wanted: Any) -> None:
-    """Count the probes by destination."""
+    """Add the number of wanted probes of each destination to counts. are_wanted: a mask or a slice."""
     by_number = np.bincount(batch["dest"][are_wanted])
     for number in np.flatnonzero(by_number).tolist():
         if batch.names[number] in counts or len(counts) < NAMES_MAX:
