@@ -33,14 +33,14 @@ READ = (
 )  # fmt: skip
 REQUIRED = [name for name in READ if name in NAMES[:ALWAYS_THERE]]  # each version writes them
 LIMITS = {"outttl": 1 << 8, "protocol": 1 << 8, "sport": 1 << 16, "dport": 1 << 16,
-          "latency": 1 << 61, "sendtime": 1 << 61}  # of numbers; others have 32 bits  # fmt: skip
-UNKNOWN = -1  # a number that is not known: of the columns that are not REQUIRED
+          "latency": 1 << 61, "sendtime": 1 << 61}  # numbers are below these, others below 2^32  # fmt: skip
+UNKNOWN = -1  # stands for an empty field of a column of numbers that is not REQUIRED
 
 BLOCK = 1 << 20  # bytes that are parsed at a time: their arrays stay in the caches
 PART = 1 << 24  # bytes of a batch
 SURVEY_PIECE, SURVEY_PIECES = 1 << 18, 16  # bytes of a piece of a survey, number of pieces
 READERS = 2  # processes that parse
-TEXTS_MAX = 1 << 18  # of a table; then a new one begins
+TEXTS_MAX = 1 << 18  # texts of a table; with more, a new table begins
 LINE_MAX = 1 << 16  # bytes
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 KEPT_MAX = 1 << 25  # bytes of freed memory that glibc keeps
@@ -81,7 +81,7 @@ class Batch:
         return list(map(self.names.__getitem__, self.columns[name][rows].tolist()))
 
     def flows(self, rows: Any) -> list[tuple[str, int, int, int]]:
-        """Return what flow() does for each of some rows."""
+        """Return flow() of each of these rows."""
         ports = (self.columns[name][rows].tolist() for name in ("sport", "dport", "protocol"))
         return list(zip(self.texts("dest", rows), *ports))
 
@@ -110,7 +110,10 @@ class Batch:
 
 
 class Part(NamedTuple):
-    """What a reader has read: columns, new names (behind so many known ones), or a bad row and what is wrong."""
+    """A part of a file, as a reader sends it.
+
+    names: the new texts. They come behind the first known ones of this reader. bad: a bad row and what is wrong.
+    """
 
     columns: dict[str, Any]
     known: int
@@ -139,7 +142,7 @@ class Texts:
         return number
 
     def numbers(self, data: Any, words: Any, starts: Any, ends: Any) -> Any:
-        """Return the numbers of the texts between these places in the data."""
+        """Return the number of each text data[starts:ends]. words: the eight bytes from each place on."""
         lengths = ends - starts
         digests = lengths.astype(WORD) * self._multipliers[1]  # 0 for the empty text
         for first in range(0, int(lengths.max(initial=0)), 8):
@@ -317,9 +320,10 @@ def read_header(path: str, file: BinaryIO) -> list[str]:
 
 
 def part_bounds(path: str, file: BinaryIO) -> list[int]:
-    """Return where parts of about PART bytes begin, from the place in the file on, and where the last one ends.
+    """Return the places in the file at which parts of about PART bytes begin, and the end of the last part.
 
-    All are beginnings of lines. The last line is left out while it is being written. Raises Failure.
+    The first begins at the file's position. Each is the beginning of a line. A last line without its newline is
+    left out: it is being written. Raises Failure.
     """
     bounds = [file.tell()]
     size = os.fstat(file.fileno()).st_size
@@ -356,7 +360,7 @@ def read_part(file: BinaryIO, header: Sequence[str], texts: Texts, begin: int, e
 def read_parts(
     file: BinaryIO, header: Sequence[str], bounds: Sequence[int], numbers: Iterable[int]
 ) -> Iterator[Part]:
-    """Yield some of the parts. It ends with the first part that has a bad row."""
+    """Yield the parts with these numbers. It ends with the first part that has a bad row."""
     texts, sent = Texts(), 0
     for number in numbers:
         if len(texts.names) > TEXTS_MAX:
@@ -386,7 +390,10 @@ def send_parts(pipe: Any, *arguments: Any) -> None:
 def part_readers(
     file: BinaryIO, header: Sequence[str], bounds: Sequence[int]
 ) -> Iterator[list[Callable[[], Part]]]:
-    """Return functions that return the next part, to be called in turn: of several processes if that pays."""
+    """Yield functions that return the next part, to be called in turn.
+
+    Each of them belongs to a process of its own, if there are several parts.
+    """
     count = len(bounds) - 1
     if count == 1:
         yield [read_parts(file, header, bounds, [0]).__next__]
@@ -452,7 +459,7 @@ def survey(path: str) -> Survey:
                     parts.append(read_part(file, header, texts, first, last))
                 except BadRow:
                     if len(pieces) == 1:
-                        raise  # otherwise whoever reads all knows the line's number
+                        raise  # reading the whole file will tell the number of the bad line
     except OSError as err:
         raise Failure(f"cannot read '{path}': {err.strerror or err}") from err
     except BadRow as bad:
