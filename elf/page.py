@@ -28,8 +28,8 @@ SECTIONS_MAX = 200  # destinations of a page
 COMPARED_MAX = SIZE_MAX // 5  # bytes of the tables of a comparison
 FLOWS_SHOWN = 7  # of a destination; the others are one line
 FINDINGS_MAX, TEXT_MAX, HEADING_MAX = 100, 80, 300  # of a destination; characters of a name, of a heading
-# How often bins fold in two, those of the picture, and by how many steps of 2 % latencies are rounded: the first
-# that fits.
+# How often the picture's bins are joined in pairs, and to how many steps of 2 % latencies are rounded. A section
+# uses the first with which it fits.
 LEVELS = (0, 1), (1, 1), (1, 2), (2, 2), (3, 2), (4, 4), (6, 8), (10, 16)
 STEP_BITS = 11  # of a key: the bin's number is above
 MARGIN = 0.012  # of the time, before and behind
@@ -103,7 +103,10 @@ def varints(values: Any) -> bytes:
 
 
 def packed(series: Sequence[Series], folds: int, steps: int) -> str:
-    """Return the counts for page.js: of each series their number, and of each count its key, less that before."""
+    """Return the counts for page.js: varints in Base64.
+
+    Each series begins with its number of counts. A count is two numbers: its key less the key before, and itself.
+    """
     parts = []
     for each in series:
         rounded = np.rint(np.log(np.maximum(each.latencies, 1)) / (steps * STEP)).astype(np.int64)
@@ -138,7 +141,7 @@ def spans_of(results: Results, destination: Destination | None, in_utc: bool, ze
 
 
 def as_json(value: object) -> str:
-    """Return the JSON, of which nothing looks like a tag: whatever comes from the CSV is only text."""
+    """Return the JSON with <, > and & escaped, so that a browser finds no tag in texts of the CSV."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -201,9 +204,8 @@ def page(
 ) -> str:
     """Return the page. It tells the browser to load nothing, and to run nothing but page.js.
 
-    shown: results, destination and host of each section, the busiest first. kinds: what these are, as destinations;
-    elf.sources has others in their place. compared: tables, each with caption,
-    head and rows.
+    shown: results, destination and host of each section, the busiest first. kinds: what the sections are of, a
+    value of elf.sources.KEYS. compared: tables, each with caption, head and rows.
     """
     shown = [item for item in shown if not hops or set(hops) & set(item[0].courses[item[1]].hops)]
     courses = [each.courses[dest] for each, dest, _ in shown]
