@@ -64,19 +64,22 @@ class Kernel(Protocol):
         """Handle the events that are there."""
 
     def let_report(self, unmatched: int) -> None:
-        """Let so many more answers that quote no probe be reported."""
+        """Let elfprobe.c report this many answers that quote no probe, from now on."""
 
     def in_flight_of(self, flows: set[bytes]) -> Iterator[tuple[bytes, bytes]]:
         """Yield the key and the value of probes in flight. flows are beginnings of keys: destination and ports."""
 
     def set_seq_offset(self, flow: bytes, offset: int) -> None:
-        """Match answers that quote this flow (a key) with TCP sequence numbers that are higher by the offset."""
+        """Let elfprobe.c subtract an offset from quoted TCP sequence numbers of a flow that fit no probe."""
 
     def take_probe(self, key: bytes) -> bool:
         """Remove a probe in flight. Return whether it was there: whoever removes a probe owns it."""
 
     def take_expired(self, sent_before: int) -> Iterator[list[bytes]]:
-        """Remove the probes in flight that left before a time (CLOCK_MONOTONIC, ns). Yield each, and its key."""
+        """Remove the probes in flight that left before a time (CLOCK_MONOTONIC, ns), and yield lists of them.
+
+        Each probe is the bytes of struct probe and of its key.
+        """
 
     def hook_maps(self) -> list[str]:
         """Return the names of the maps that the hooks file defines."""
@@ -156,7 +159,10 @@ class Results:
                     packets.add_answered(fields, extension[:length])
 
     def _extended_row(self, frame: bytes) -> list[str]:
-        """Return the row of a reply with an extension; none of a reply that quotes no probe."""
+        """Return the row of a reply with an extension.
+
+        An answer that quotes no probe has no row. It is kept for match_late().
+        """
         *fields, length, extension = self._extended.unpack_from(frame, HEADER.size)
         if length == UNMATCHED:
             its = dict(zip(self.names, fields))
@@ -176,7 +182,7 @@ class Results:
     def match_late(self) -> str:
         """Return the rows of answers whose changed sequence numbers can be explained now.
 
-        The programs match those that follow. They may report as many again that they cannot match.
+        elfprobe.c matches later answers of these flows. It may report UNMATCHED_AT_ONCE more that it cannot match.
         """
         self._kernel.let_report(UNMATCHED_AT_ONCE)
         keys = {
