@@ -190,7 +190,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 @dataclasses.dataclass
 class Section:
-    """A destination: what its course says, once and for all. Times are as the course has them."""
+    """A destination, with the figures of its course that are drawn. Times are as in the course."""
 
     course: Course
     title: str
@@ -199,7 +199,7 @@ class Section:
     slowest: float  # ms, of all answers
     fastest: float
     first_bin: int
-    probes: Any  # array of hops and bins
+    probes: Any  # array of hops by bins
     unanswered: Any  # the same
     srtt: Bins | None
     retrans: Any  # array of bins: segments
