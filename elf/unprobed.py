@@ -52,10 +52,10 @@ class Destinations(Protocol):
         """Return the destinations to which no probe has left, with their struct path."""
 
     def without_answers(self) -> list[str]:
-        """Return the destinations from which nothing came, nor from routers on the way, though probes left."""
+        """Return the destinations to which probes left, but neither they nor routers in front of them respond."""
 
     def begin_anew(self, addresses: Iterable[str]) -> None:
-        """Forget that hops on the way to destinations were silent: their answers can be read only now."""
+        """Forget which hops on the path to destinations were unresponsive: only now can their answers be read."""
 
 
 def peers_of(sockets: Iterable[socket.socket], routes: Routes) -> dict[str, frozenset[int]]:
@@ -110,13 +110,13 @@ class Reasons:
         self._next_look = self._begun_at + FIRST_LOOK
 
     def begin(self) -> None:
-        """Tell what is known at the start."""
+        """Log the reasons that are known at the start."""
         self._tell_routes()
         for reason in self._missing_processes():
             log.info("%s", reason.text())
 
     def look(self) -> None:
-        """Tell what has come to be known, if it is time."""
+        """Log changed routes, and, when the next look is due, reasons that are new."""
         if self._watch.have_changed():
             self._tell_routes()
         now = time.monotonic()
@@ -130,7 +130,7 @@ class Reasons:
         """Read answers on the other devices, too, if none comes by ours: it may be one of several uplinks."""
         if self._has_looked_elsewhere:
             return
-        # The first answers of those that were not silent at the last look may still be on their way.
+        # If a destination had answers or no probes at the last look, its first answers may still be on their way.
         found, before = self._destinations.without_answers(), self._silent_before
         self._silent_before = frozenset(found)
         silent = [each for each in found if each in before]
@@ -144,7 +144,7 @@ class Reasons:
             log.warning("%s", NothingArrives(silent[0], len(silent), self._device_names, names, can_read).text())
 
     def at_end(self, count: dict[str, int]) -> list[Reason]:
-        """Return all reasons, with the counters of elfprobe.c."""
+        """Return all reasons of the run. count: the counters of elfprobe.c."""
         for _ in itertools.chain(self._processes(is_end=not count["probes"]), self._translated()):
             pass
         silent = self._destinations.without_probes(self._fixed)
