@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The fallback that follows connections of processes, if the kernel cannot tell whose packets are."""
+"""The fallback if the kernel cannot tell which process a packet belongs to: it polls the connection tables."""
 
 from __future__ import annotations
 
