@@ -24,8 +24,8 @@ class Way(NamedTuple):
     responders: dict[int, str]  # by hop
     flows: list[FlowKey]
     last: int  # the last hop that answered flows of all ways; 0: there is none
-    answered: int  # by that hop
-    mean: float | None  # latency of that hop, ns
+    answered: int  # answers of that hop to the flows of this way
+    mean: float | None  # latency of that hop to these flows, ns; None: no answer
 
 
 def ways_to(destination: Destination, flows: Flows) -> list[Way]:
@@ -79,7 +79,7 @@ def are_apart(flows: Flows, number: int, changes: int) -> bool:
 
 
 def answers(flows: Flows, number: int) -> tuple[int, int]:
-    """Return how often a hop answered flows, and the sum of the latencies, ns."""
+    """Return the number of a hop's answers to these flows, and the sum of their latencies, ns."""
     found = [flow.updated_hops()[number] for _, flow in flows if number in flow.hops]
     return sum(its.answered for its in found), sum(its.total for its in found)
 
