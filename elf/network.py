@@ -171,10 +171,10 @@ class RouteWatch:
 
 
 def translations(wanted: Iterable[bytes]) -> dict[bytes, set[bytes]]:
-    """Return the addresses in the place of which this host itself sends to others (DNAT), and these.
+    """Return the wanted addresses that this host itself translates (DNAT), each with those it sends to instead.
 
-    The kernel's connection tracking knows. Empty if there is none, if it may not be asked, or if it has too many
-    connections. It is not asked where it is not in use: to ask would load it.
+    They come from the kernel's connection tracking. Empty if there is none, if it may not be asked, or if it has
+    more than CONNECTIONS_MAX connections. It is not asked if it is not in use, because a request would load it.
     """
     found: dict[bytes, set[bytes]] = {}
     wanted = frozenset(wanted)
