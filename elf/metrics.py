@@ -67,8 +67,9 @@ def listening_address(text: str) -> tuple[str, int]:
 class Metrics:
     """Makes the snapshots, of destinations with at most so many combinations of destination, hop and responder.
 
-    Destinations in the last snapshot are in the next one, too, except those that have been idle for IDLE and are
-    where others would be. What is left out, the log says once.
+    Destinations in the last snapshot come first in the next one, those that have been idle for IDLE last. So others
+    take their room only if they are idle, or if combinations of the former ones became more. The log says once that
+    destinations are left out.
     """
 
     def __init__(self, exporter: Exporter, facts: dict[str, str], summary: Summary, series_max: int) -> None:
