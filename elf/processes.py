@@ -17,7 +17,7 @@ OWN_PIDS = {os.getpid()}  # of processes that are never targets: elfprobe itself
 
 
 class Interpreter(NamedTuple):
-    """How the command line of an interpreter names the program that it runs: in its first word, unless..."""
+    """How the command line of an interpreter names the program: its first word, but for what the fields say."""
 
     code: str = "$."  # a pattern of options, or of a first word, with code behind them in the place of a program
     with_value: tuple[str, ...] = ()  # options with a value behind them
