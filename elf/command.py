@@ -133,7 +133,7 @@ class Command:
 def become(words: Sequence[str], user: User | None, begin: int, report: int) -> NoReturn:
     """Become the command, once there is a byte to read in begin. This is all that the child does.
 
-    Report a line break as soon as that can be done, otherwise why not.
+    Write to report a line break once the program is found and may run, otherwise the reason why it cannot.
     """
     try:
         with open("/proc/self/comm", "wb", 0) as comm:  # its name from now on, as the exec will set it
