@@ -51,7 +51,10 @@ class Sent(NamedTuple):
     probe: bytes  # struct probe
 
     def may_be_quoted_by(self, answer: Unmatched) -> bool:
-        """Return whether all but the sequence number fits. Who does not see the probes cannot forge the rest."""
+        """Return whether the answer fits this probe, but for the sequence number.
+
+        A host that does not see the probes cannot forge the identification.
+        """
         return self.ip_id == answer.ip_id and self.sendtime < answer.recvtime
 
     def is_overwritten(self, answer: Unmatched, offset: int) -> bool:
@@ -65,7 +68,7 @@ class Sent(NamedTuple):
 
 
 class Overwritten(NamedTuple):
-    """What is known of a probe into which an acknowledgement was written."""
+    """A probe into which an ACK filter wrote an acknowledgement: when and from whom its answer came."""
 
     recvtime: int
     hop: int
@@ -111,7 +114,10 @@ class UnmatchedAnswers:
         self._ack_filters: dict[str, AckFilter] = {}  # by destination
 
     def note(self, flow: FlowKey, answer: Unmatched) -> None:
-        """Keep an answer. Do not count that of a router which answers this flow: a second copy, or too late."""
+        """Keep an answer, and count it.
+
+        An answer of a router that answers this flow is not counted: it may be a second copy, or late.
+        """
         key = flow, answer.responder
         is_copy = flow not in self._offsets and self._summary.answers(flow, answer.responder)
         if not is_copy and (key in self._counts or len(self._counts) < FLOWS_MAX):
