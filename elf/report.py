@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""FILEBASE.json: all that is known of a run, as one object. docs/report.md explains the keys.
+"""FILEBASE.json: the results of a run, as one object. docs/report.md explains the keys.
 
-The object is made in pieces, since that of a large run takes longer than the programs may wait for user space.
+The object is made in pieces, because for a large run it takes longer than the lease lasts.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Report:
 
 
 def tcp(destination: Destination) -> dict[str, Any] | None:
-    """Return what the sockets of the flows to a destination say, None if no probe rode on TCP."""
+    """Return what the sockets of TCP flows to a destination measured. None: no round-trip time is known."""
     if not destination.srtt.count:
         return None
     return {
@@ -167,7 +167,7 @@ def flow_hop(number: int, hop: FlowHop) -> dict[str, Any]:
 
 
 def statistics(latencies: LatencyHistogram) -> dict[str, int] | None:
-    """Return the statistics of a histogram in ns, None if nothing is in it."""
+    """Return the statistics of a histogram in ns, None if it is empty."""
     if not latencies.count:
         return None
     return {name: round(value) for name, value in latencies.stats()._asdict().items()}
