@@ -40,7 +40,8 @@ RESPONDERS_SHOWN = 4  # of a hop
 HEADS = dict(zip(Stats._fields, ("min", "median", "95%", "99%", "max", "jitter")))
 WIDE_ONLY = "percentile99", "jitter"  # columns that a narrow table does not have
 WIDE = 100  # columns of a terminal
-SWINGS_FACTOR, SWINGS_BY = 3, 10**6  # by how much 95 % exceeds the median where latency rises at times; ns
+# Latency rises at times if its 95th percentile exceeds the median by this factor, and by so many ns.
+SWINGS_FACTOR, SWINGS_BY = 3, 10**6
 
 log = logging.getLogger(__name__)
 
@@ -327,7 +328,10 @@ class Summary:
         return Place(self, destination, flow, of_flow, probe)
 
     def _may_watch(self, destination: Destination, now: int) -> bool:
-        """Return whether there is room to look for episodes of a destination. Those without probes make room."""
+        """Return whether there is room to look for episodes of a destination.
+
+        At most WATCHED_MAX are watched. One without probes for WATCHED_IDLE makes room. now: CLOCK_MONOTONIC, ns.
+        """
         watched = self._watched
         is_new = watched.pop(id(destination), None) is None
         if is_new and len(watched) >= WATCHED_MAX:
@@ -340,7 +344,10 @@ class Summary:
         return True
 
     def digest(self, most: int | None = None, is_over: bool = False) -> None:
-        """Look for episodes in the rows that wait: in a sample, if there are more than so many."""
+        """Look for episodes in the rows that wait.
+
+        most: with more rows than this, look only at a sample of about so many. is_over: no more rows are to come.
+        """
         waiting, self.waiting = self.waiting, []
         count = sum(len(each.watch.rows) for each in waiting)
         for destination in waiting:
