@@ -2,9 +2,9 @@
 """The process that answers scrapers for --metrics. elf/metrics.py starts it, and makes the snapshots.
 
 A scraper that is slow or hostile costs others nothing: each connection has PATIENCE to ask and to take its answer,
-a request has HEAD_MAX bytes, and when there are more than CONNECTIONS_MAX, the address with most of them loses its
-oldest one. However often
-somebody scrapes, elfprobe makes one snapshot in FRESH seconds at most, and this process one text of it.
+a request has at most HEAD_MAX bytes, and a connection beyond CONNECTIONS_MAX closes the oldest one of the address
+that has most. However often somebody scrapes, elfprobe makes at most one snapshot in FRESH seconds, and this
+process one text of it for each content type.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Source:
         asyncio.get_running_loop().add_reader(parent, self._receive)
 
     def _receive(self) -> None:
-        """Take the snapshot that has come, of no bytes if elfprobe could make none. Without elfprobe, end."""
+        """Take the snapshot that has come: no bytes if elfprobe could not make one. End if elfprobe has ended."""
         told = self._parent.recv(64).split()
         if not told:
             os._exit(0)
@@ -222,7 +222,7 @@ class Server:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._open: dict[asyncio.StreamWriter, str] = {}  # by whose address; the oldest one first
+        self._open: dict[asyncio.StreamWriter, str] = {}  # address of the other end; the oldest first
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer a connection, and close it."""
