@@ -652,14 +652,14 @@ def write(path: str, content: bytes) -> None:
 
 
 def say(lines: list[str]) -> None:
-    """Raises Failure."""
+    """Print lines on standard output. Raises Failure."""
     unwritten = print_lines(lines)
     if unwritten:
         raise Failure(f"cannot write the table: {unwritten}")
 
 
 class Progress:
-    """How much has been read, on the terminal."""
+    """Shows on a terminal how much of the files has been read. total: bytes."""
 
     def __init__(self, total: int) -> None:
         self._total, self._done = max(total, 1), 0
@@ -678,7 +678,7 @@ class Progress:
 
 
 def read_all(args: argparse.Namespace) -> tuple[list[Results], bool, list[str]]:
-    """Return what the CSVs say, whether their times are UTC, and notes for the user. Raises Failure."""
+    """Return the results of each source, whether their times are UTC, and notes for the user. Raises Failure."""
     sources, notes = sources_of(args.csv, args.compare)
     in_utc = not args.compare and all(source.is_utc for source in sources)
     if len(sources) > 1 and not (in_utc or args.compare):
