@@ -25,7 +25,7 @@ SECOND = 10**9  # ns
 STEPS = [m * 10**e for e in range(3, 10) for m in (1, 2, 5)] + [
     s * SECOND for s in (10, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400, 21600, 43200, 86400)
 ]  # ns: widths of bins, distances between ticks
-BINS_MAX, SMALL_BINS = 300, 75  # most bins of a picture, if it is planned well; of a small one
+BINS_MAX, SMALL_BINS = 300, 75  # most bins in the span that the survey saw; the same of a small course
 POINTS_MAX, POINTS_LINES = 2000, 64  # points kept of each of up to 64 lines; of more lines, fewer of each
 RANKS_MAX = 3  # responders of a hop that have a line of their own
 RESPONDERS_MAX = 64  # responders of a hop that are counted separately; all further ones are counted together
