@@ -146,7 +146,8 @@ def note_slices(way: Way, rows: dict[str, Any], flow_of: Any, flows: list[Flow])
     medians = (values[firsts + (counts - 1) // 2] + values[firsts + counts // 2]) / 2
     windows = np.bincount(number[has_window], window[has_window], count)
     window_counts = np.bincount(number[has_window], minlength=count)
-    changed = np.concatenate([[False], (np.diff(srtt) != 0) & (np.diff(number) == 0) & has_srtt[1:]])
+    its_slices = number[has_srtt]
+    changed = its_slices[1:][(np.diff(srtt[has_srtt]) != 0) & (np.diff(its_slices) == 0)]
     retrans = np.zeros(count)
     by_flow = Groups(flow_of[edges[0] :], np.flatnonzero(has_window))
     if len(by_flow):
@@ -173,7 +174,7 @@ def note_slices(way: Way, rows: dict[str, Any], flow_of: Any, flows: list[Flow])
         medians,
         [total / many if many else None for total, many in zip(windows.tolist(), window_counts.tolist())],
         (way.retrans + np.cumsum(retrans)).astype(int).tolist(),
-        (np.bincount(number[changed], minlength=count) + 1).tolist(),
+        (np.bincount(changed, minlength=count) + 1).tolist(),
         its_flow,
     ).compare()
     way.retrans += int(retrans.sum())
@@ -430,7 +431,7 @@ class SliceAt(Snapshot):
 
 
 def partitioned(all_values: Iterable[Sequence[float]]) -> Iterator[Any]:
-    """Yield each of several lists of values, so that those that Reference.renew() reads are at their sorted places."""
+    """Yield each of several lists of values, so that those that Reference.renew() reads are at their places."""
     for count, group in itertools.groupby(map(np.array, all_values), len):
         found = np.array(list(group))
         found.partition([(count - 1) // 2, count // 2, int(USUAL * (count - 1))], axis=1)

@@ -29,7 +29,7 @@ from elf.episodes import TCP, Comparisons, Snapshot, Watch, Way
 from elf.histogram import LatencyHistogram
 from elf.rows import NAMES as COLUMNS
 from elf.rows import Record, text_of_field
-from elf.summary import Summary
+from elf.summary import Flow, Summary
 from elf.usage import Failure
 
 FigureCanvasAgg: Any = None
@@ -1123,6 +1123,26 @@ def test_slices_at_once(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
         found.append((way.all_episodes(), known, tests.count))
     assert found[0] == found[1]
     assert found[0][0]
+
+
+def test_round_trips_of_tcp_beside_udp() -> None:
+    """TCP's round trip is the same all the time. Answers of a flow without one, in between, do not change it."""
+    count, responders = 400, {1: '10.0.1.2'}
+    tcp, udp = (Flow('', None, '', 0) for _ in range(2))
+    sent = [S + 5 * MS * number for number in range(count)]
+    by_row, at_once = (Way(dict(responders), Comparisons()) for _ in range(2))
+    known = {True: (tcp, 1500, 10, 0), False: (udp, None, None, None)}
+    by_row.note([(at, 1, MS, '10.0.1.2', *known[number % 2 == 0]) for number, at in enumerate(sent)])
+    columns = {
+        name: np.array([value if number % 2 == 0 else -1 for number in range(count)])
+        for name, value in (('srtt', 1500), ('cwnd', 10), ('retrans', 0))
+    }
+    rows = {
+        'sendtime': np.array(sent), 'outttl': np.ones(count, int), 'latency': np.full(count, MS),
+        'responder': np.zeros(count, int), **columns,
+    }  # fmt: skip
+    slices.note_slices(at_once, rows, np.arange(count) % 2, [tcp, udp])
+    assert {each.updates for each in by_row.recent} == {each.updates for each in at_once.recent} == {1}
 
 
 @pytest.fixture
