@@ -434,7 +434,8 @@ class Course:
         """Yield the lines, in the order of hop and rank."""
         for hop, rank, name, numbers in self.ranked():
             bins, slowest, values = self._cells.of_lines(numbers)
-            points = np.concatenate([self._points[line][1:] for line in numbers], axis=1)[:, :POINTS_MAX]
+            points = np.concatenate([self._points[line] for line in numbers], axis=1)
+            points = points[1:, np.argsort(points[0], kind="stable")[:POINTS_MAX]]
             points = np.unique(np.concatenate([points, slowest], axis=1), axis=1)
             spread = quantiles(*values, np.array([0]), QUANTILES)[0].tolist()
             yield Line(hop, name, rank, spread, bins, tuple(points), values)

@@ -1261,6 +1261,20 @@ def test_destinations_share_memory(csv: Path, monkeypatch: pytest.MonkeyPatch) -
         assert line.spread == pytest.approx(list(np.quantile(latencies, course.QUANTILES)), rel=0.01)
 
 
+def test_responders_that_share_a_line_share_its_points() -> None:
+    """The points are a sample of the answers of all of them."""
+    chance, its, texts = random.Random(5), course.Course('10.0.0.1', 0, 10 * S), batches.Texts()
+    responders = [texts.number(f'10.0.0.{number}') for number in range(1, 6)]
+    which = np.array([chance.choice(responders) for _ in range(30_000)])
+    columns = {name: np.ones(len(which), np.int64) for name in batches.READ}
+    columns.update(responder=which, latency=(which + 1) * MS, dest=np.full(len(which), responders[0]))
+    its.add(batches.Batch(texts.names, columns), np.arange(len(which)) * 10 * S // len(which))
+    *_, last = its.lines()
+    assert last.responder == '2 others'
+    counts = np.unique(last.points[1], return_counts=True)[1]
+    assert len(counts) == 2 and 0.9 < counts[0] / counts[1] < 1.1, counts
+
+
 def test_bins_that_become_too_many() -> None:
     """Rows long before and behind those that the survey saw: bins become wider, nothing is lost."""
     its = course.Course('10.0.0.1', 0, 1000)
