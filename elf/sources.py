@@ -174,15 +174,23 @@ def sources_of(csvs: Sequence[str], apart: bool = False) -> tuple[list[Source], 
 
 
 def boots_of(source: Source) -> Iterator[Source]:
-    """Yield a source for each boot of a host, because CLOCK_MONOTONIC begins anew with each.
-
-    A new boot is noticed by a file that begins earlier by CLOCK_MONOTONIC than the one before it.
-    """
-    firsts, begin = [(rows.span or (FOREVER, 0))[0] for rows, _ in source.files], 0
-    for number in range(1, len(firsts) + 1):
-        if number == len(firsts) or (source.is_utc and firsts[number] < firsts[number - 1]):
+    """Yield a source for each boot of a host, because CLOCK_MONOTONIC begins anew with each."""
+    begin = 0
+    for number in range(1, len(source.files) + 1):
+        if number == len(source.files) or (source.is_utc and is_new_boot(*source.files[number - 1 : number + 1])):
             yield Source(source.host, source.files[begin:number])
             begin = number
+
+
+def is_new_boot(before: tuple[Survey, list[Mapping]], after: tuple[Survey, list[Mapping]]) -> bool:
+    """Return whether the host has booted between two files, of which the second one begins later by UTC.
+
+    Then it begins earlier by CLOCK_MONOTONIC. Or it begins after the end of the first one by UTC, but not by
+    CLOCK_MONOTONIC.
+    """
+    (begin, end), (next_begin, _) = (rows.span or (FOREVER, 0) for rows, _ in (before, after))
+    end_utc, next_utc = (at + zero_at(its, at) for at, (_, its) in ((end, before), (next_begin, after)))
+    return next_begin < begin or (next_begin < end and next_utc > end_utc)
 
 
 class Moment(NamedTuple):

@@ -1366,6 +1366,23 @@ def test_several_hosts(csv: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert sorted((len(section['hops']), round(section['start'], 3)) for section in sections) == [(2, 0), (3, 4)]
 
 
+@pytest.mark.parametrize('hours, boots', [(0, 1), (1, 2)], ids=['at the same time', 'later'])
+def test_boots_by_their_times(hours: int, boots: int, csv: Path) -> None:
+    """The second file's rows are inside the first one's by CLOCK_MONOTONIC, and either by UTC, too, or later."""
+    rows, paths = regular(2, 60), [csv.with_name(f'{name}.csv') for name in ('a', 'b')]
+    for path, its, hour in zip(paths, (rows, rows[50:70]), (20, 20 + hours)):
+        path.write_text(text_of(its))
+        report = {
+            **REPORT, 'host': 'here', 'files': [path.name], 'ended': None,
+            'monotonic_zeros': [{'since': 0, 'utc': f'2026-11-06T{hour}:00:00.000000Z'}],
+        }  # fmt: skip
+        path.with_suffix('.json').write_text(json.dumps(report))
+    found, notes = sources_of([*map(str, paths)])
+    assert (len(found), notes) == (boots, [])
+    times = [each.times(mappings, rows.span[0], True) for each in found for rows, mappings in each.files]
+    assert times[1] - times[0] == rows[50]['sendtime'] - rows[0]['sendtime'] + hours * 3600 * S
+
+
 def test_files_of_one_run_by_their_names(csv: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Without elf.json, in any order, and none twice."""
     rows = regular(2, 60)
