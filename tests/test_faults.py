@@ -1559,7 +1559,7 @@ def test_log_is_full(busy, tmp_path):
     """But the disk takes rows: the log of -d goes over its limit."""
     before = attached(busy.client)
     # Standard output and error are a file here, and must not have the limit.
-    limited = 'bash', '-c', f'exec prlimit --fsize={LOG_LIMIT} "$@" > >(cat) 2> >(cat >&2)', 'bash'
+    limited = 'bash', '-c', f'exec prlimit --fsize={LOG_LIMIT} "$@" > >(cat) 2>&1', 'bash'
     via = *busy.client.command(*limited), *with_change('elfprobe.REPORT_EVERY = 0.05')
     with undone(busy.client):
         with elfprobe(busy, '-rg', '-p250', '-dl', busy.server_address(4), cwd=tmp_path, via=via) as measuring:
