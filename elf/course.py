@@ -434,11 +434,18 @@ class Course:
         """Yield the lines, in the order of hop and rank."""
         for hop, rank, name, numbers in self.ranked():
             bins, slowest, values = self._cells.of_lines(numbers)
-            points = np.concatenate([self._points[line] for line in numbers], axis=1)
-            points = points[1:, np.argsort(points[0], kind="stable")[:POINTS_MAX]]
-            points = np.unique(np.concatenate([points, slowest], axis=1), axis=1)
+            points = np.unique(np.concatenate([self._points_of(numbers), slowest], axis=1), axis=1)
             spread = quantiles(*values, np.array([0]), QUANTILES)[0].tolist()
             yield Line(hop, name, rank, spread, bins, tuple(points), values)
+
+    def _points_of(self, numbers: list[int]) -> Any:
+        """Return a sample of the answers of some lines: an array of times and latencies, of POINTS_MAX at most."""
+        points = [self._points[line] for line in numbers]
+        # A line with more answers than points has lost those with higher priorities.
+        lost = (its[0, -1] for line, its in zip(numbers, points) if 0 < its.shape[1] < self._counts[line])
+        limit, found = min(lost, default=1.0), np.concatenate(points, axis=1)
+        found = found[:, np.argsort(found[0], kind="stable")[:POINTS_MAX]]
+        return found[1:, found[0] <= limit]
 
     def ranked(self) -> Iterator[tuple[int, int, str, list[int]]]:
         """Yield hop, rank, responder and numbers of each line to be drawn, in the order of hop and rank.

@@ -168,27 +168,51 @@ def sources_of(csvs: Sequence[str], apart: bool = False) -> tuple[list[Source], 
                 source.files.append((rows, mappings))
     sources = [source for source in found.values() if source.files]
     for source in sources:
-        in_utc = source.is_utc
-        source.files.sort(key=lambda file: (file[0].span or (FOREVER, 0))[0] + (file[1][0].zero if in_utc else 0))
+        source.files.sort(key=begin_in_utc if source.is_utc else begin_of)
     return [part for source in sources for part in boots_of(source)], notes
+
+
+def begin_of(file: tuple[Survey, list[Mapping]]) -> int:
+    """Return when the first probe left: CLOCK_MONOTONIC, ns. FOREVER: there is none."""
+    return file[0].span[0] if file[0].span else FOREVER
+
+
+def begin_in_utc(file: tuple[Survey, list[Mapping]]) -> int:
+    """Return when the first probe left: ns from 1970."""
+    begin = begin_of(file)
+    return begin + zero_at(file[1], begin)
 
 
 def boots_of(source: Source) -> Iterator[Source]:
     """Yield a source for each boot of a host, because CLOCK_MONOTONIC begins anew with each."""
-    begin = 0
-    for number in range(1, len(source.files) + 1):
-        if number == len(source.files) or (source.is_utc and is_new_boot(*source.files[number - 1 : number + 1])):
-            yield Source(source.host, source.files[begin:number])
-            begin = number
+    files = source.files
+    begin = 0  # index of the first file of a boot
+    latest = 0  # index of the file of this boot that ends last
+    for number in range(1, len(files)):
+        if source.is_utc and (
+            is_new_boot(files[number - 1], files[number]) or is_new_boot(files[latest], files[number])
+        ):
+            yield Source(source.host, files[begin:number])
+            begin = latest = number
+        elif end_of(files[number]) > end_of(files[latest]):
+            latest = number
+    yield Source(source.host, files[begin:])
+
+
+def end_of(file: tuple[Survey, list[Mapping]]) -> int:
+    """Return when the last probe left: CLOCK_MONOTONIC, ns. 0: there is none."""
+    return file[0].span[1] if file[0].span else 0
 
 
 def is_new_boot(before: tuple[Survey, list[Mapping]], after: tuple[Survey, list[Mapping]]) -> bool:
     """Return whether the host has booted between two files, of which the second one begins later by UTC.
 
     Then it begins earlier by CLOCK_MONOTONIC. Or it begins after the end of the first one by UTC, but not by
-    CLOCK_MONOTONIC.
+    CLOCK_MONOTONIC. Files of one run, which have the same mappings, are of one boot.
     """
-    (begin, end), (next_begin, _) = (rows.span or (FOREVER, 0) for rows, _ in (before, after))
+    if before[1] is after[1] or not before[0].span or not after[0].span:
+        return False
+    (begin, end), (next_begin, _) = before[0].span, after[0].span
     end_utc, next_utc = (at + zero_at(its, at) for at, (_, its) in ((end, before), (next_begin, after)))
     return next_begin < begin or (next_begin < end and next_utc > end_utc)
 

@@ -1261,18 +1261,21 @@ def test_destinations_share_memory(csv: Path, monkeypatch: pytest.MonkeyPatch) -
         assert line.spread == pytest.approx(list(np.quantile(latencies, course.QUANTILES)), rel=0.01)
 
 
-def test_responders_that_share_a_line_share_its_points() -> None:
-    """The points are a sample of the answers of all of them."""
+@pytest.mark.parametrize('lines', [5, 200])
+def test_responders_that_share_a_line_share_its_points(lines: int) -> None:
+    """The points are a sample of the answers of all of them, also where many lines have fewer points each."""
     chance, its, texts = random.Random(5), course.Course('10.0.0.1', 0, 10 * S), batches.Texts()
-    responders = [texts.number(f'10.0.0.{number}') for number in range(1, 6)]
-    which = np.array([chance.choice(responders) for _ in range(30_000)])
+    responders = [texts.number(f'10.0.0.{number}') for number in range(1, 7)]
+    weights = [9, 9, 9, 8, 2, 2]
+    which = np.array(chance.choices(responders, weights, k=60_000))
+    hops = np.ones(len(which), np.int64)
+    hops[: max(lines - 6, 0)] = range(2, lines - 4)
     columns = {name: np.ones(len(which), np.int64) for name in batches.READ}
-    columns.update(responder=which, latency=(which + 1) * MS, dest=np.full(len(which), responders[0]))
+    columns.update(responder=which, latency=(which + 1) * MS, dest=np.full(len(which), responders[0]), outttl=hops)
     its.add(batches.Batch(texts.names, columns), np.arange(len(which)) * 10 * S // len(which))
-    *_, last = its.lines()
-    assert last.responder == '2 others'
+    [last] = (line for line in its.lines() if line.responder == '3 others')
     counts = np.unique(last.points[1], return_counts=True)[1]
-    assert len(counts) == 2 and 0.9 < counts[0] / counts[1] < 1.1, counts
+    assert len(counts) == 3 and 0.55 < counts[0] / counts.sum() < 0.78, counts
 
 
 def test_bins_that_become_too_many() -> None:
@@ -1366,11 +1369,11 @@ def test_several_hosts(csv: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert sorted((len(section['hops']), round(section['start'], 3)) for section in sections) == [(2, 0), (3, 4)]
 
 
-@pytest.mark.parametrize('hours, boots', [(0, 1), (1, 2)], ids=['at the same time', 'later'])
-def test_boots_by_their_times(hours: int, boots: int, csv: Path) -> None:
-    """The second file's rows are inside the first one's by CLOCK_MONOTONIC, and either by UTC, too, or later."""
-    rows, paths = regular(2, 60), [csv.with_name(f'{name}.csv') for name in ('a', 'b')]
-    for path, its, hour in zip(paths, (rows, rows[50:70]), (20, 20 + hours)):
+@pytest.mark.parametrize('hours, boots', [((0, 0), 1), ((0, 1), 2), ((1, 1), 2)])
+def test_boots_by_their_times(hours: tuple[int, int], boots: int, csv: Path) -> None:
+    """The rows of two files are inside the first one's by CLOCK_MONOTONIC, and by UTC inside, too, or later."""
+    rows, paths = regular(2, 60), [csv.with_name(f'{name}.csv') for name in 'abc']
+    for path, its, hour in zip(paths, (rows, rows[10:20], rows[50:70]), (20, *(20 + each for each in hours))):
         path.write_text(text_of(its))
         report = {
             **REPORT, 'host': 'here', 'files': [path.name], 'ended': None,
@@ -1379,8 +1382,23 @@ def test_boots_by_their_times(hours: int, boots: int, csv: Path) -> None:
         path.with_suffix('.json').write_text(json.dumps(report))
     found, notes = sources_of([*map(str, paths)])
     assert (len(found), notes) == (boots, [])
-    times = [each.times(mappings, rows.span[0], True) for each in found for rows, mappings in each.files]
-    assert times[1] - times[0] == rows[50]['sendtime'] - rows[0]['sendtime'] + hours * 3600 * S
+    times = [each.times(mappings, file.span[0], True) for each in found for file, mappings in each.files]
+    assert times[2] - times[0] == rows[50]['sendtime'] - rows[0]['sendtime'] + hours[1] * 3600 * S
+
+
+def test_clock_set_back_within_a_run(csv: Path) -> None:
+    """Files of one run are of one boot, whatever UTC says."""
+    rows, second = regular(2, 60), csv.with_name('second.csv')
+    csv.write_text(text_of(rows[:70]))
+    second.write_text(text_of(rows[60:]))
+    zeros = [(0, 21), (rows[65]['sendtime'], 20)]
+    report = {
+        **REPORT, 'ended': None, 'started': '2026-11-06T20:00:00.000000Z', 'files': [csv.name, second.name],
+        'monotonic_zeros': [{'since': at, 'utc': f'2026-11-06T{hour}:00:00.000000Z'} for at, hour in zeros],
+    }  # fmt: skip
+    csv.with_suffix('.json').write_text(json.dumps(report))
+    [found], notes = sources_of([str(csv)])
+    assert (len(found.files), notes) == (2, [])
 
 
 def test_files_of_one_run_by_their_names(csv: Path, capfd: pytest.CaptureFixture[str]) -> None:
