@@ -3608,7 +3608,7 @@ static inline void look_at_foreign_tcp(struct __sk_buff *skb, struct flow *flow,
 
 	scratch->next = flow->next_seq;
 	scratch->resent = (__s32)(seq - scratch->next) < 0;
-	if (len < 0) /* BIG TCP: the length field of the IP header is 0 */
+	if (len < 0) /* of BIG TCP: the length field of the IP header is 0 */
 		len = skb->len - pkt->ip_off - pkt->ip_len - headers;
 	if (!scratch->resent)
 		flow->next_seq = seq + len;
@@ -3713,7 +3713,7 @@ static inline int check_flow(struct __sk_buff *skb, const struct hdr_cursor *nh,
 		scratch->may_carry =
 			may_begin_probed(trust_in(path, pkt->protocol), scratch->flow.dport, look->is_probed, now);
 	}
-	if (READ_ONCE(scratch->early)) /* it has not moved yet, which the path model would take for idle */
+	if (READ_ONCE(scratch->early)) /* first: it has not moved yet, but has not stalled either */
 		return REASON(carrier_early);
 	if (!READ_ONCE(scratch->may_carry))
 		return REASON(flow_stalled);
