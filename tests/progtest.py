@@ -214,7 +214,12 @@ class Programs:
         with ExitStack() as stack:
             ipr = stack.enter_context(pyroute2.IPRoute())
             egress = self.kernel.program('elf_egress')
-            stack.enter_context(elfprobe.TcxAttachment(ipr, LOOPBACK, egress, elfprobe.BPF_TCX_EGRESS))
+            attachment: elfprobe.Attachment
+            if self.platform.has_tcx:
+                attachment = elfprobe.TcxAttachment(ipr, LOOPBACK, egress, elfprobe.BPF_TCX_EGRESS)
+            else:
+                attachment = elfprobe.ClsactAttachment(ipr, LOOPBACK, egress, elfprobe.CLSACT_EGRESS)
+            stack.enter_context(attachment)
             wire = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
             wire.bind((LOOPBACK.name, ETH_P_ALL))
 
