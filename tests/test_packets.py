@@ -743,6 +743,7 @@ def test_packet_keeps_what_the_kernel_knows_of_it(load: Load, due: int) -> None:
     context = SkBuff(mark=0xABC, priority=6, tstamp=12345)
     context.cb[:] = [1, 2, 3, 4, 5]
     packet = bytes(unfinished(frame(ip(4), segment(), data(1000))))
+    programs.open_foreign_flow(frame(ip(4), segment()))
     with programs.attached():
         assert programs.run('elf_egress', packet, context) == (TC_ACT_UNSPEC, packet)
     assert programs.counters() == ({} if due else {'probes': 1})
