@@ -32,7 +32,7 @@ from typing import Any, Callable, Iterator, NamedTuple
 import psutil
 import pytest
 
-from lab import NETNS, PATIENCE, CommandFailed, Host, Lab, end, nft_table, run, wait_until
+from lab import NETNS, PATIENCE, CommandFailed, Host, Lab, end, kill_inside, nft_table, run, wait_until
 from runs import (
     LATE_SOCKETS_COMMAND,
     NO_FORKS_COMMAND,
@@ -574,6 +574,7 @@ class Stage:
 def stage(net: Lab, programs: Path, tmp_path: Path) -> Iterator[Stage]:
     yield Stage(net, programs, tmp_path / 'stage')
     net.client.end_processes()
+    kill_inside([net.client.name])  # what those have started would send beside the next tests
 
 
 # Many of them at once
