@@ -187,15 +187,11 @@ def boots_of(source: Source) -> Iterator[Source]:
     """Yield a source for each boot of a host, because CLOCK_MONOTONIC begins anew with each."""
     files = source.files
     begin = 0  # index of the first file of a boot
-    latest = 0  # index of the file of this boot that ends last
     for number in range(1, len(files)):
-        if source.is_utc and (
-            is_new_boot(files[number - 1], files[number]) or is_new_boot(files[latest], files[number])
-        ):
+        previous, latest = files[number - 1], max(files[begin:number], key=end_of)
+        if source.is_utc and any(is_new_boot(before, files[number]) for before in (previous, latest)):
             yield Source(source.host, files[begin:number])
-            begin = latest = number
-        elif end_of(files[number]) > end_of(files[latest]):
-            latest = number
+            begin = number
     yield Source(source.host, files[begin:])
 
 
