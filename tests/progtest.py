@@ -213,13 +213,9 @@ class Programs:
         has a packet leave, which must not change it, and gives what left besides: the probe, if any."""
         with ExitStack() as stack:
             ipr = stack.enter_context(pyroute2.IPRoute())
-            egress = self.kernel.program('elf_egress')
-            attachment: elfprobe.Attachment
-            if self.platform.has_tcx:
-                attachment = elfprobe.TcxAttachment(ipr, LOOPBACK, egress, elfprobe.BPF_TCX_EGRESS)
-            else:
-                attachment = elfprobe.ClsactAttachment(ipr, LOOPBACK, egress, elfprobe.CLSACT_EGRESS)
-            stack.enter_context(attachment)
+            hook = elfprobe.Hook('tc', '')
+            *_, egress = elfprobe.attachments(ipr, [LOOPBACK], self.kernel, hook, self.platform.has_tcx)
+            stack.enter_context(egress)
             wire = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
             wire.bind((LOOPBACK.name, ETH_P_ALL))
 
@@ -296,7 +292,7 @@ class Programs:
     def open_foreign_flow(self, frame: Any, **fields: int) -> None:
         """Have the TCP flow of a frame (scapy's) be one whose peer knows it, as none here has a socket.
 
-        `fields` of struct flow and its records, by their names alone, replace those that follow from the frame.
+        `fields` set fields of struct flow, or of a struct inside it, by their names alone.
         """
         layer, ip = frame, None
         while layer and hasattr(layer, 'payload') and layer.name != 'TCP':

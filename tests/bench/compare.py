@@ -54,13 +54,16 @@ class Scene(NamedTuple):
         """Return the path of a copy of the interpreter that has this name."""
         return self.program(Path(sys.executable).resolve(), name)
 
+    def elfprobe(self, *arguments: str) -> ContextManager[Any]:
+        """Return elfprobe at the host's device, to be entered."""
+        return elfprobe(self.lab, *arguments, cwd=self.folder, host=self.host)
+
     def modes(self) -> Modes:
-        on = partial(elfprobe, self.lab, cwd=self.folder, host=self.host)
         return {
             EMPTY_TC: partial(empty_at_tc, self),
             EMPTY_XDP: partial(empty_at_xdp, self),
-            BY_ADDRESS: partial(on, self.target),
-            BY_NAME: partial(on, '-a', self.app),
+            BY_ADDRESS: partial(self.elfprobe, self.target),
+            BY_NAME: partial(self.elfprobe, '-a', self.app),
         }
 
     @property

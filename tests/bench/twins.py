@@ -28,7 +28,6 @@ from compare import APP, EMPTY_XDP, Comparison, Modes, Scene
 from figures import Figure
 from lab import Lab, kernel_counters, wait_until
 from loaded import load
-from runs import elfprobe
 from traffic import ECHO
 
 TRAFFIC = Path(__file__).with_name('traffic.py')
@@ -110,8 +109,7 @@ def compared(at: Twins, what: str, kind: str, divisor: float, unit: str, quick: 
 
 
 def modes_of(scene: Scene) -> Modes:
-    rarely = partial(elfprobe, scene.lab, '-p', '1000', scene.target, cwd=scene.folder, host=scene.host)
-    return {NOTHING: nullcontext, **scene.modes(), RARELY: rarely}
+    return {NOTHING: nullcontext, **scene.modes(), RARELY: partial(scene.elfprobe, '-p', '1000', scene.target)}
 
 
 Turn = Callable[[float], float]
@@ -119,7 +117,7 @@ Turn = Callable[[float], float]
 
 @contextmanager
 def clients(scene: Scene, beside: Scene, kind: str) -> Iterator[tuple[Turn, Turn]]:
-    """The two clients; only that of elfprobe's lab has the name that -a looks for at a client."""
+    """Yield a turn for each client. Only the client in elfprobe's lab has the name APP."""
     with ExitStack() as stack:
         made = []
         for lab, name in ((scene.lab, APP), (beside.lab, 'beside')):
