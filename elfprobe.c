@@ -4194,8 +4194,8 @@ static inline int is_bare(const struct hdr_cursor *nh, const struct packet *pkt)
 	       pkt->l4_len <= (tcp->data_offset >> 4) * 4;
 }
 
-/* Runs for every packet that arrives. All pass, except replies to probes with INGRESS_DROP, and those that would
- * harm the sender's TCP (harms_tcp()). */
+/* Runs for every packet that arrives. It drops a reply to a probe if INGRESS_DROP is set, or if the reply would harm
+ * the sender's TCP (harms_tcp()). All other packets pass. */
 int elf_ingress(struct xdp_md *ctx)
 {
 	struct hdr_cursor nh = { (void *)(long)ctx->data, (void *)(long)ctx->data_end };

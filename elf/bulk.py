@@ -271,7 +271,7 @@ class BulkSummary(Summary):
             self._destinations[batch.text("dest", row)].watch.losses.limit()
 
     def _hops_of(self, groups: BatchGroups) -> tuple[list[Destination], list[Hop]]:
-        """Return destination and hop of each group of groups.hops. Create those that are new."""
+        """Return the destination and the hop of each group in groups.hops. Create new destinations and hops."""
         batch, by_hop = groups.batch, groups.hops
         newest = by_hop.reduce(np.maximum, batch["sendtime"][by_hop.order] // 10**9).tolist()
         found: list[Any] = [None] * len(by_hop)

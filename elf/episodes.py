@@ -61,6 +61,7 @@ InOrder = Callable[[Iterable[Sequence[float]]], Iterable[Sequence[float]]]
 
 
 def all_sorted(all_values: Iterable[Sequence[float]]) -> Iterator[Sequence[float]]:
+    """Yield each list of values in order."""
     return map(sorted, all_values)
 
 
@@ -408,8 +409,7 @@ class Way:
     def renew(self, in_order: InOrder = all_sorted) -> None:
         """Compute the usual values and thresholds of all series again.
 
-        in_order: yields each of several lists of values, so that those that Reference.renew() reads are at their
-        places in sorted order.
+        in_order sorts each list of values, at least at the indexes that Reference.renew() reads.
         """
         references = [*self.latencies.values(), *self.steps.values()]
         for reference, ordered in zip(references, in_order(each.values for each in references)):

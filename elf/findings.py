@@ -700,8 +700,8 @@ def tcp_on_loss(destination: Destination, share: float) -> tuple[int | None, boo
     """Return how many segments TCP retransmitted, and whether that agrees with a share of loss.
 
     It agrees if the share of retransmitted segments is at least TCP_AGREES_FROM of that share: less is enough,
-    because a probe is also unanswered if its answer was lost. None: no TCP flow was probed, or those that were
-    mostly receive, so they have nothing to retransmit.
+    because a probe is also unanswered if its answer was lost. None: no TCP flow was probed, or the probed TCP flows
+    mostly receive, and so have nothing to retransmit.
     """
     probes, retransmitted = destination.tcp_probes, destination.retransmitted
     return (retransmitted if destination.tcp_sends else None), retransmitted >= share * probes * TCP_AGREES_FROM

@@ -110,7 +110,7 @@ class Counts:
         return its
 
     def dispersion(self) -> float:
-        """Return the variance of the losses by moment, relative to that of independent losses (1); at least 1."""
+        """Return the variance of losses by moment, divided by that of independent losses. At least 1."""
         if not self.unanswered:
             return 1.0
         mean = self.unanswered / self.moments
@@ -448,7 +448,7 @@ class Losses:
     def _hops_to_search(self) -> Iterator[tuple[int, float]]:
         """Yield hops, the farthest first, with their usual shares of loss.
 
-        Leave out hops that limit their answers: their usual share is clearly larger than that of the hops behind.
+        Leave out each hop that limits its answers: its usual share is clearly larger than at hops behind it.
         """
         behind = behind_unanswered = 0
         for number, state in sorted(self._states.items(), reverse=True):
@@ -481,7 +481,7 @@ class Losses:
                 )
 
     def episodes(self) -> list[LossEpisode]:
-        """Return the episodes in the order of their begin, those that still last included."""
+        """Return the episodes, sorted by begin. Include episodes that have not ended."""
         found = list(self._found)
         if self._search:
             found += (episode for episode, _ in self._episodes_of(self._search))

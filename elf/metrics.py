@@ -67,9 +67,8 @@ def listening_address(text: str) -> tuple[str, int]:
 class Metrics:
     """Makes the snapshots, of destinations with at most so many combinations of destination, hop and responder.
 
-    Destinations in the last snapshot come first in the next one, those that have been idle for IDLE last. So others
-    take their room only if they are idle, or if combinations of the former ones became more. The log says once that
-    destinations are left out.
+    A destination of the last snapshot stays in the next one, with two exceptions: it has been idle for IDLE, or the
+    destinations of that snapshot now have too many combinations. The log says once that destinations are left out.
     """
 
     def __init__(self, exporter: Exporter, facts: dict[str, str], summary: Summary, series_max: int) -> None:

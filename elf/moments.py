@@ -312,7 +312,7 @@ class BulkLosses(Losses):
         return stop
 
     def _take(self, until: int) -> Moments:
-        """Return the moments up to this one, and remove them from those that wait."""
+        """Remove the waiting moments up to this one, and return them."""
         retransmitted = {}
         for number in [number for number in self._open if number <= until]:  # they have the counts of single rows
             moment = self._open.pop(number)

@@ -146,8 +146,8 @@ def note_slices(way: Way, rows: dict[str, Any], flow_of: Any, flows: list[Flow])
     medians = (values[firsts + (counts - 1) // 2] + values[firsts + counts // 2]) / 2
     windows = np.bincount(number[has_window], window[has_window], count)
     window_counts = np.bincount(number[has_window], minlength=count)
-    its_slices = number[has_srtt]
-    changed = its_slices[1:][(np.diff(srtt[has_srtt]) != 0) & (np.diff(its_slices) == 0)]
+    numbers = number[has_srtt]
+    changed = numbers[1:][(np.diff(srtt[has_srtt]) != 0) & (np.diff(numbers) == 0)]
     retrans = np.zeros(count)
     by_flow = Groups(flow_of[edges[0] :], np.flatnonzero(has_window))
     if len(by_flow):
@@ -431,7 +431,7 @@ class SliceAt(Snapshot):
 
 
 def partitioned(all_values: Iterable[Sequence[float]]) -> Iterator[Any]:
-    """Yield each of several lists of values, so that those that Reference.renew() reads are at their places."""
+    """Yield each list of values, sorted at least at the indexes that Reference.renew() reads."""
     for count, group in itertools.groupby(map(np.array, all_values), len):
         found = np.array(list(group))
         found.partition([(count - 1) // 2, count // 2, int(USUAL * (count - 1))], axis=1)
